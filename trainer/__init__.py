@@ -1,0 +1,1 @@
+"""What runs in every slot (rank) of a training. Imports nothing from master/."""

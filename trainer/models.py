@@ -1,0 +1,176 @@
+"""The model and its tokenizer: from Hugging Face, from a folder, or `tiny`, built and trained on the data at hand."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.fault import Fault
+
+TINY = "tiny"
+TINY_VOCABULARY = 2048
+# Chosen by what a minute on two cores teaches: fewer weights and more steps beat a bigger model.
+TINY_SHAPE: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+BEGIN, END = "<|begin|>", "<|end|>"
+
+
+def tiny_tokenizer(texts: Iterable[str]) -> Any:
+    """Return a byte-level BPE tokenizer trained on `texts`: every byte has a token, so it knows any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    begin = (BEGIN, tokenizer.token_to_id(BEGIN))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_tokenizer(options: argparse.Namespace, folder: str | Path | None = None) -> Any:
+    """Load the tokenizer of the model that `options` name (or of `folder`); raise a Fault if there is none."""
+    from transformers import AutoTokenizer
+
+    name = str(folder or options.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise Fault(f"model '{name}': its tokenizer cannot be loaded: {first_line(error)}") from None
+    if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.pad_token_id is None:
+        raise Fault(f"model '{name}': its tokenizer has no end-of-text token, so documents cannot be told apart")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    return tokenizer
+
+
+def tokenizer_id(tokenizer: Any) -> str:
+    """Return what tells this tokenizer's results from another's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items()))
+    return f"{type(tokenizer).__name__} {tokenizer.eos_token} {words}"
+
+
+def load_config(options: argparse.Namespace) -> Any:
+    """Return the model's configuration (None for tiny); raise a Fault, before any data is read, if there is none."""
+    from transformers import AutoConfig
+
+    name = options.model_name_or_path
+    if name == TINY:
+        return None
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise Fault(f"model '{name}': no such folder")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise Fault(f"model '{name}': {first_line(error)}") from None
+
+
+def choose_sequence_length(options: argparse.Namespace, config: Any) -> int:
+    """Return the tokens a row: what was asked for, or a default, but never more than the model has positions for.
+
+    Raises Fault for more than that, or fewer than 2.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    limit = TINY_SHAPE["max_position_embeddings"] if config is None else limit or 2**31
+    wanted = options.sequence_length or min(256 if config is None else 1024, limit)
+    if not 2 <= wanted <= limit:
+        name = options.model_name_or_path
+        raise Fault(f"--sequence_length {wanted}: {name} takes 2 to {limit:,} tokens", shared=True)
+    return wanted
+
+
+def build_tiny(tokenizer: Any, seed: int) -> Any:
+    """Return the tiny Llama with random weights that depend only on the seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **TINY_SHAPE))
+
+
+def load_model(options: argparse.Namespace, dtype: str) -> Any:
+    """Load the model's weights in `dtype` (float32, bfloat16, float16); under ZeRO-3 each rank keeps its part.
+
+    Raises Fault for weights that are missing or not safetensors.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_flash_attn_2_available
+
+    attention = options.attn_implementation
+    if attention is None and dtype != "float32" and is_flash_attn_2_available():
+        attention = "flash_attention_2"
+    name = options.model_name_or_path
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation=attention,
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=None if options.allow_pickle else True)
+    except (OSError, ValueError, ImportError) as error:
+        hint = " Weights in another form: --allow_pickle" if "safetensors" in str(error) else ""
+        raise Fault(f"model '{name}': {first_line(error)}{hint}") from None
+
+
+def check_isolation(forward: Callable[..., Any], vocabulary: int, device: Any) -> None:
+    """Raise a Fault if a document packed behind another can see it.
+
+    The same document is put behind two different ones, in rows of the same shape: its logits must not change.
+    `forward` takes input_ids and position_ids ([1, 24]) and returns logits; on ZeRO-3 every rank must call this.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    first, other, last = torch.randint(0, vocabulary, (3, 12), generator=generator)
+    positions = torch.arange(12).repeat(2)[None].to(device)
+    behind = [forward(torch.cat([before, last])[None].to(device), positions)[0, 12:].float()
+              for before in (first, other)]
+    change = (behind[0] - behind[1]).abs().max().item()
+    if not change <= 0.01 * behind[0].std().item():
+        raise Fault("this model lets packed documents see each other (logits change by "
+                    f"{change:.2g}): train it with --no_packing", shared=True)
+
+
+def sample_texts(
+    model: Any, tokenizer: Any, prompts: list[list[int]], seed: int, new_tokens: int = 60
+) -> Iterator[tuple[str, str]]:
+    """Yield (prompt, continuation) for each prompt (token ids), sampled with the seed.
+
+    Under ZeRO-3 every rank must take part, with the same prompts.
+    """
+    import torch
+    from transformers import GenerationConfig, set_seed
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    set_seed(seed)
+    model.eval()
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=True, temperature=0.8, top_k=40, use_cache=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=next(model.parameters()).device)
+        with torch.no_grad():
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+                                    synced_gpus=is_deepspeed_zero3_enabled())
+        continuation = tokenizer.decode(output[0, len(prompt):], skip_special_tokens=True)
+        yield tokenizer.decode(prompt, skip_special_tokens=True), continuation

@@ -1,0 +1,171 @@
+"""What a training says of itself: the block before it, the model, sample, curve and summary after it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer import models
+from trainer.checkpoints import write_whole
+from trainer.console import duration, short
+if TYPE_CHECKING:
+    from trainer.session import Session
+
+PROMPT_TOKENS = 16
+
+
+def flops_per_token(session: Session, model: Any) -> float:
+    """Return the FLOP of a training step per token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
+
+    N: parameters without the input embedding, L: layers, H Q: hidden size, T: sequence length.
+    """
+    config = model.config.get_text_config()
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.hidden_size * session.sequence_length
+    return 6.0 * (session.parameters - embedding) + attention
+
+
+def describe(session: Session) -> None:
+    """Print what is about to be done."""
+    o, facts, rows, ranks = session.options, session.data.facts, session.rows, session.ranks
+    hosts = Counter(ranks.hosts)
+    batch = o.per_device_train_batch_size * o.gradient_accumulation_steps * ranks.world_size
+    fill = rows.tokens / (rows.filled * session.sequence_length)
+    packed = "padded" if o.no_packing else f"packed, {fill:.1%} full"
+    held_out = f"{facts.eval_documents:,} documents" if not facts.eval_by_pieces else "pieces of few documents"
+    dropped = f", {facts.dropped:,} empty ones left out" if facts.dropped else ""
+    where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
+    session.console.block("lanspeed", {
+        "model": f"{o.model_name_or_path}, {short(session.parameters)} parameters",
+        "data": f"{facts.documents:,} documents{dropped}, {short(rows.loss_tokens)} tokens that carry loss",
+        "rows": f"{rows.filled:,} of {session.sequence_length} tokens, {packed}; {facts.cut:,} documents cut",
+        "evaluation": f"{held_out} held out" if len(session.data.evaluation) else "none",
+        "world size": f"{ranks.world_size} ({where})",
+        "batch": f"{batch} rows a step = {o.per_device_train_batch_size} micro x {o.gradient_accumulation_steps} "
+                 f"accumulation x {ranks.world_size} ranks, {short(batch * rows.tokens / rows.filled)} tokens",
+        "steps": f"{session.steps:,}" + (f", continuing after {session.resume_step:,}" if session.resume_step else ""),
+        "precision": f"{session.precision} on {session.device}",
+        "engine": session.engine,
+        "run": f"{session.run.path}",
+    })
+    if session.spare_devices > 0 and ranks.world_size == 1:
+        session.console.warn(f"{session.spare_devices} more GPUs are here: `invoke train` uses them all")
+
+
+def run_facts(session: Session) -> dict[str, Any]:
+    """Return what run.json says of the run."""
+    hosts = Counter(session.ranks.hosts)
+    return {"model": session.options.model_name_or_path, "dataset": session.data.facts.name,
+            "data_key": session.data.facts.key, "hosts": list(hosts), "slots": dict(hosts),
+            "world_size": session.ranks.world_size, "engine": session.engine, "precision": session.precision,
+            "parameters": session.parameters, "steps": session.steps, "seed": session.options.seed}
+
+
+def finish(session: Session) -> int:
+    """Finish the run folder; return 0."""
+    run, console, trainer, ranks = session.run, session.console, session.trainer, session.ranks
+    step = trainer.state.global_step
+    if session.stop.stopped:
+        if ranks.is_first:
+            run.finish("stopped", 0, step=step)
+            run.draw_curve()
+        console.result(f"stopped at step {step} of {session.steps}; saved {run.checkpoints}/checkpoint-{step}\n"
+                       f"continue: the same command with --resume_from_checkpoint {run.path}")
+        leave(session)
+        return 0
+    if len(session.data.evaluation) and last_evaluation(session)["step"] != step:
+        trainer.evaluate()
+    save_model(session)
+    write_samples(session)
+    if ranks.is_first:
+        run.draw_curve()
+        run.finish("finished", 0, step=step, summary=summary(session))
+        print_summary(session)
+    leave(session)
+    return 0
+
+
+def leave(session: Session) -> None:
+    """Leave the process group together, so that no rank waits for one that has gone."""
+    session.ranks.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def evaluations(session: Session) -> list[dict[str, Any]]:
+    """Return the evaluations so far, oldest first."""
+    return [row for row in session.trainer.state.log_history if "eval_loss" in row]
+
+
+def last_evaluation(session: Session) -> dict[str, Any]:
+    """Return the newest evaluation, or {'step': None}."""
+    return (evaluations(session) or [{"step": None}])[-1]
+
+
+def save_model(session: Session) -> None:
+    """Write model/ on rank 0: whole weights as safetensors and the tokenizer, loadable by from_pretrained."""
+    trainer = session.trainer
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3 gathers: every rank takes part
+    if session.ranks.is_first:
+        scratch = session.run.path / "model.part"
+        shutil.rmtree(scratch, ignore_errors=True)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.config.use_cache = True  # off for training; generation is slow without
+        model.save_pretrained(scratch, state_dict=state)
+        session.tokenizer.save_pretrained(scratch)
+        shutil.rmtree(session.run.model, ignore_errors=True)
+        scratch.replace(session.run.model)
+
+
+def prompts(session: Session) -> list[list[int]]:
+    """Return the first tokens of a few held-out documents, or of training documents where none is held out."""
+    pieces = session.data.evaluation if len(session.data.evaluation) else session.data.train
+    found: list[list[int]] = []
+    for piece in pieces:
+        if piece["length"] >= 2 * PROMPT_TOKENS and len(found) < session.options.num_samples:
+            found.append(piece["input_ids"][:PROMPT_TOKENS])
+    return found or [pieces[0]["input_ids"][:1]][: session.options.num_samples]
+
+
+def write_samples(session: Session) -> None:
+    """Write sample.txt: prompts and how the model goes on; on ZeRO-3 all ranks generate together."""
+    trainer, sharded = session.trainer, session.engine.endswith("ZeRO-3")
+    if not (session.ranks.is_first or sharded):
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    made = list(models.sample_texts(model, session.tokenizer, prompts(session), session.options.seed))
+    if session.ranks.is_first:
+        blocks = [f"[{number}] {prompt.strip()} >>>{text.rstrip()}\n" for number, (prompt, text) in enumerate(made, 1)]
+        write_whole(session.run.sample, "\n".join(blocks))
+
+
+def summary(session: Session) -> dict[str, Any]:
+    """Return the figures of the result, for run.json and the console."""
+    rows = evaluations(session)
+    losses = [row["loss"] for row in session.trainer.state.log_history if "loss" in row]
+    found: dict[str, Any] = {"seconds": round(time.monotonic() - session.started, 1), "tokens": session.report.tokens,
+                             "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None}
+    if rows:
+        found |= {"eval_loss_first": rows[0]["eval_loss"], "eval_loss_last": rows[-1]["eval_loss"],
+                  "bits_per_byte_first": rows[0].get("eval_bits_per_byte"),
+                  "bits_per_byte_last": rows[-1].get("eval_bits_per_byte"),
+                  "gzip_bits_per_byte": session.data.facts.gzip_bits_per_byte}
+    return found
+
+
+def print_summary(session: Session) -> None:
+    """Print the result and the paths that a person opens next."""
+    found, say, run = summary(session), session.console.result, session.run
+    say(f"\ntrained {session.trainer.state.global_step:,} steps, {short(found['tokens'])} tokens "
+        f"in {duration(found['seconds'])}")
+    if found["loss_last"] is not None:
+        say(f"  training loss    {found['loss_first']:.3f} -> {found['loss_last']:.3f}")
+    if "eval_loss_last" in found:
+        say(f"  evaluation loss  {found['eval_loss_first']:.3f} -> {found['eval_loss_last']:.3f}")
+    if found.get("bits_per_byte_last") is not None:
+        say(f"  bits per byte    {found['bits_per_byte_first']:.2f} -> {found['bits_per_byte_last']:.2f} "
+            f"on text that was held out (gzip -9 of the same text: {found['gzip_bits_per_byte']:.2f})")
+    say(f"  model   {run.model}\n  curve   {run.curve}\n  sample  {run.sample}")

@@ -1,0 +1,70 @@
+"""Which checkpoint to continue from: the newest that every machine has whole."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoints
+from trainer.checkpoints import Layout
+from trainer.console import Console
+from trainer.fault import Fault
+from trainer.ranks import Ranks
+from trainer.run_folder import RunFolder
+
+
+def choose_checkpoint(
+    options: argparse.Namespace, run: RunFolder, ranks: Ranks, layout: Layout, console: Console
+) -> Path | None:
+    """Return the checkpoint to continue from, or None to start anew; damaged ones are named and passed over.
+
+    Raises Fault where nothing good is found though a path was named, where the checkpoint doesn't fit this
+    training, and where a new run would write into the folder of an old one.
+    """
+    wanted = options.resume_from_checkpoint
+    if not wanted:
+        if any((folder / checkpoints.SEAL).exists() for folder in checkpoints.list_checkpoints(run.checkpoints)):
+            raise Fault(f"{run.path} holds an earlier run: --resume_from_checkpoint auto continues it, another "
+                        "--output_dir starts a new one", shared=True)
+        return None
+    named = Path(wanted) if Path(wanted).name.startswith("checkpoint-") else None
+    views = ranks.exchange("checkpoints", look(run, named) if ranks.is_first_here else None)
+    folder = agree(views, ranks.hosts, run, console if ranks.is_first else None)
+    if folder is None:
+        if wanted != "auto":
+            raise Fault(f"{named or run.checkpoints}: no good checkpoint there", shared=True)
+        console.say(f"no good checkpoint in {run.checkpoints}: starting anew")
+        return None
+    differs = checkpoints.read_layout(folder).difference(layout) if ranks.is_first_here else None
+    found = [text for text in ranks.exchange("checkpoint-layout", differs) if text]
+    if found:
+        raise Fault(f"{folder} {found[0]}", shared=True)
+    return folder
+
+
+def look(run: RunFolder, named: Path | None) -> dict[str, Any]:
+    """Return the good steps on this machine and what is wrong with the bad ones."""
+    if named:
+        damage = checkpoints.find_damage(named)
+        step = checkpoints.step_of(named)
+        return {"good": [] if damage else [step], "bad": {str(step): damage} if damage else {}}
+    good, bad = checkpoints.survey(run.checkpoints)
+    return {"good": good, "bad": {str(step): text for step, text in bad.items()}}
+
+
+def agree(
+    views: list[dict[str, Any] | None], hosts: list[str], run: RunFolder, console: Console | None
+) -> Path | None:
+    """Return the newest checkpoint that is good in every machine's view; name the newer ones that aren't."""
+    looked = [(host, view) for host, view in zip(hosts, views, strict=True) if view]
+    common = set.intersection(*(set(view["good"]) for _, view in looked))
+    newest = max(common, default=None)
+    for host, view in looked:
+        for step, damage in view["bad"].items():
+            if console and (newest is None or int(step) > newest):
+                console.warn(f"{host}: {run.checkpoints}/checkpoint-{step} is {damage}; passed over")
+        for step in view["good"]:
+            if console and step not in common and step > (newest or 0):
+                console.warn(f"{host}: only here is checkpoint-{step} good; passed over")
+    return run.checkpoints / f"checkpoint-{newest}" if newest is not None else None

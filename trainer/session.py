@@ -1,0 +1,273 @@
+"""One training from start to end, as `trainer/train.py` runs it: prepare, make the steps, finish.
+
+The order matters: ranks meet, data is tokenized while nothing can time out, then the process group starts, then
+the model is built; DeepSpeed's config must be known to transformers before a big model's weights are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import TrainerCallback, TrainingArguments
+
+from trainer import checkpoints, corpus, data, devices, ds_setup, models, outcome
+from trainer.causal_trainer import CausalTrainer, Report, Stop
+from trainer.checkpoints import Layout
+from trainer.console import Console
+from trainer.fault import Fault
+from trainer.packing import Collator, Rows
+from trainer.ranks import Ranks
+from trainer.resume import choose_checkpoint
+from trainer.run_folder import RunFolder, find_run
+
+NEVER = 10**9
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class Session:
+    """The parts of one rank's training, in the order in which they come to be."""
+
+    def __init__(
+        self, options: argparse.Namespace, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
+    ) -> None:
+        self.options, self.ranks, self.console, self.ds_config = options, ranks, console, ds_config
+        self.started = time.monotonic()
+        self.resume_step: int | None = None
+
+    # -- preparing ---------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Do everything up to the first step."""
+        self._meet()
+        config = models.load_config(self.options)
+        self._make_data(models.choose_sequence_length(self.options, config))
+        self._start_engine_libraries()
+        self._open_run()
+        self._build_trainer()
+        self._check_room()
+        outcome.describe(self)
+
+    def _meet(self) -> None:
+        """Meet the other ranks; settle device, precision and batch sizes with them."""
+        quieten()
+        self.ranks.meet()
+        facts = self.ranks.exchange("device", devices.device_facts())
+        self.device = devices.common_device(facts, self.ranks.hosts)
+        if self.device != "cpu":
+            torch.accelerator.set_device_index(self.ranks.local_rank)
+        ds_setup.set_environment(self.device == "cpu", self.ranks.local_world_size)
+        if self.ds_config is not None:
+            ds_setup.adopt_values(self.options, self.ds_config, self.ranks.world_size)
+        fill_defaults(self.options)
+        self.precision = devices.choose_precision(self.options.precision, facts)
+        self.peak = devices.peak_flops(facts, self.precision)
+        self.spare_devices = facts[self.ranks.rank]["count"] - self.ranks.local_world_size
+
+    def _make_data(self, sequence_length: int) -> None:
+        """Tokenize once a host; open the result on every rank; make sure that all hosts have the same."""
+        options, ranks = self.options, self.ranks
+        self.sequence_length = sequence_length
+        if options.model_name_or_path == models.TINY:
+            name, make = f"tiny {models.TINY_VOCABULARY}", models.tiny_tokenizer
+        else:
+            tokenizer = models.load_tokenizer(options)
+            name, make = models.tokenizer_id(tokenizer), lambda texts: tokenizer
+        if ranks.is_first_here:
+            made = data.prepare_dataset(options, name, make, sequence_length, self._built_in, self.console.say)
+            ranks.publish(f"data/{ranks.host}", str(made.folder))
+        self.data = data.load_prepared(Path(ranks.ask(f"data/{ranks.host}")))
+        self.tokenizer = models.load_tokenizer(options, self.data.folder / "tokenizer")
+        keys = ranks.exchange("data-key", self.data.facts.key, data_limit_s(ranks))
+        if len(set(keys)) > 1:
+            odd = sorted({host for host, key in zip(ranks.hosts, keys, strict=True) if key != keys[0]})
+            raise Fault(f"the data or tokenizer on {', '.join(odd)} differs from that on {ranks.hosts[0]}: "
+                        "copy the same to every host", shared=True)
+
+    def _built_in(self) -> list[str]:
+        """Return Python's documentation as rank 0 has it: it differs between Python releases."""
+        if self.ranks.is_first:
+            texts = corpus.python_documents()
+            if len(set(self.ranks.hosts)) > 1:
+                self.ranks.publish("built-in", texts)
+            return texts
+        return self.ranks.ask("built-in")
+
+    def _start_engine_libraries(self) -> None:
+        """Start the process group, and keep DeepSpeed from compiling what this run doesn't need."""
+        if self.ds_config is not None:
+            operators = ds_setup.complete_config(self.ds_config, self.device == "cpu")
+            for warning in ds_setup.check_compilation(operators) if self.ranks.is_first_here else ():
+                self.console.warn(warning)
+            if self.device == "cpu":
+                ds_setup.skip_shared_memory_operator()
+        self.ranks.start_process_group(self.device)
+
+    def _open_run(self) -> None:
+        """Agree on the run folder and on the checkpoint to continue from."""
+        path = Path(self.ranks.exchange("run", str(find_run(self.options)))[0])
+        self.run = RunFolder(path)
+        self.engine = engine_name(self.ds_config)
+        self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine)
+        self.checkpoint = choose_checkpoint(self.options, self.run, self.ranks, self.layout, self.console)
+        self.resume_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else None
+        self.console.keep_log(path / "logs")
+        self.shared_disk = self._is_shared(path)
+
+    def _is_shared(self, path: Path) -> bool:
+        """Tell whether all hosts see the same run folder: rank 0 leaves a file there, the others look for it."""
+        mark = path / ".shared"
+        if self.ranks.is_first:
+            mark.touch()
+        self.ranks.barrier()
+        seen = self.ranks.total(mark.exists())[0] == self.ranks.world_size
+        if self.ranks.is_first:
+            mark.unlink()
+        return seen
+
+    def _build_trainer(self) -> None:
+        """Make rows, arguments, model and Trainer; stop if the Trainer and DeepSpeed count different ranks."""
+        options, ranks = self.options, self.ranks
+        tiny = options.model_name_or_path == models.TINY
+        # A tiny model is built before transformers knows of ZeRO-3, so that its weights hang on the seed alone.
+        model = models.build_tiny(self.tokenizer, options.seed) if tiny else None
+        arguments = self._arguments()
+        if arguments.world_size != ranks.world_size:
+            raise Fault(f"transformers counts {arguments.world_size} ranks, the launcher {ranks.world_size}: "
+                        "every rank would train on the same data", shared=True)
+        if model is None:
+            keep_16_bits = self.ds_config is not None  # DeepSpeed keeps 32-bit weights itself; plain PyTorch doesn't
+            model = models.load_model(options, DTYPES[self.precision] if keep_16_bits else "float32")
+        capacity = None if options.no_packing else self.sequence_length
+        batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.world_size
+        self.rows = Rows(self.data.train, capacity, multiple_of=batch)
+        eval_rows = Rows(self.data.evaluation, capacity)
+        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        self.stop = Stop(ranks)
+        self.report = Report(ranks, self.run, self.console, outcome.flops_per_token(self, model), self.peak)
+        self.trainer = CausalTrainer(
+            ranks=ranks, eval_rows=eval_rows, eval_bytes=self.data.facts.eval_bytes, layout=self.layout,
+            keep=options.save_total_limit, collate=Collator(self.tokenizer.pad_token_id, capacity),
+            model=model, args=arguments, train_dataset=self.rows,
+            processing_class=self.tokenizer, callbacks=[self.stop, self.report, FirstLook(self)])
+        for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+            self.trainer.remove_callback(callback)
+        micro_steps = len(self.rows) // (options.per_device_train_batch_size * ranks.world_size)
+        epoch_steps = micro_steps // options.gradient_accumulation_steps
+        self.steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
+
+    def _arguments(self) -> TrainingArguments:
+        """Return the Trainer's arguments."""
+        o = self.options
+        evaluates = len(self.data.evaluation) > 0
+        return TrainingArguments(
+            output_dir=str(self.run.checkpoints), num_train_epochs=o.num_epochs, max_steps=o.max_steps,
+            per_device_train_batch_size=o.per_device_train_batch_size,
+            per_device_eval_batch_size=o.per_device_train_batch_size,
+            gradient_accumulation_steps=o.gradient_accumulation_steps, learning_rate=o.learning_rate,
+            lr_scheduler_type=o.lr_scheduler_type, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay,
+            max_grad_norm=o.max_grad_norm, bf16=self.precision == "bf16", fp16=self.precision == "fp16",
+            activation_checkpointing=o.gradient_checkpointing, seed=o.seed, use_cpu=self.device == "cpu",
+            logging_steps=o.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
+            eval_strategy="steps" if evaluates else "no", eval_steps=o.eval_steps or NEVER,
+            eval_on_start=evaluates and not self.resume_step, save_steps=o.save_steps or NEVER,
+            save_on_each_node=not self.shared_disk, report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, dataloader_pin_memory=self.device != "cpu",
+            ddp_find_unused_parameters=False, deepspeed=self.ds_config, log_level="error")
+
+    def _check_room(self) -> None:
+        """Raise a Fault if this machine lacks the room for the checkpoints that will be there at once."""
+        interval = self.options.save_steps or self.steps
+        saves = self.steps / (interval if interval >= 1 else max(interval * self.steps, 1))
+        together = min(self.options.save_total_limit + 1, int(saves) + 1)
+        weight = 4 if self.precision == "fp32" or self.ds_config is None else 2
+        one = checkpoints.expected_bytes(self.parameters, weight, self.ranks.local_world_size, self.ranks.world_size)
+        needed, free = together * one + weight * self.parameters, checkpoints.free_bytes(self.run.path)
+        if self.ranks.is_first_here and free < needed:
+            raise Fault(f"{self.ranks.host}: {self.run.path} needs about {needed / 1e9:.1f} GB for {together} "
+                        f"checkpoints and the model, and {free / 1e9:.1f} GB are free: --save_total_limit 1, or another "
+                        "--output_dir")
+
+    # -- training and after --------------------------------------------------------------------------------------
+
+    def run_steps(self) -> None:
+        """Train."""
+        if self.ranks.is_first:
+            self.run.start(outcome.run_facts(self), self.resume_step)
+        tokens = [row.get("tokens", 0) for row in self.run.read_metrics()] if self.resume_step else [0]
+        self.report.watch(self.trainer, max(tokens, default=0))
+        try:
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        except BaseException:
+            if self.ranks.is_first:
+                self.run.finish("failed", 1)
+            raise
+        finally:
+            self.console.stop_bar()
+
+    def finish(self) -> int:
+        """Save the model, or after a request to stop say how to go on; return the exit code."""
+        return outcome.finish(self)
+
+
+class FirstLook(TrainerCallback):
+    """Before the first step, with the engine built: do ranks agree on their number, and documents stay apart?"""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Raise a Fault if not."""
+        session = self._session
+        engine = session.trainer.model_wrapped
+        counted = getattr(engine, "dp_world_size", session.ranks.world_size)
+        if counted != session.ranks.world_size:
+            raise Fault(f"DeepSpeed trains with {counted} ranks, transformers with {session.ranks.world_size}: "
+                        "each would read the wrong part of the data", shared=True)
+        if not session.options.no_packing:
+            device = session.trainer.args.device
+            models.check_isolation(session.trainer.logits, len(session.tokenizer), device)
+
+
+def engine_name(ds_config: dict[str, Any] | None) -> str:
+    """Return what trains: 'DeepSpeed ZeRO-2', ... or 'PyTorch'."""
+    if ds_config is None:
+        return "PyTorch"
+    stage = ds_setup.lookup(ds_config, "zero_optimization.stage") or 0
+    return f"DeepSpeed ZeRO-{stage}"
+
+
+def fill_defaults(options: argparse.Namespace) -> None:
+    """Give the flags that neither the user nor a DeepSpeed config settled their defaults."""
+    tiny = options.model_name_or_path == models.TINY
+    defaults = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
+                "learning_rate": 3e-3 if tiny else 2e-5, "warmup_steps": 0.05, "max_grad_norm": 1.0}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def data_limit_s(ranks: Ranks) -> int:
+    """Return how long to wait for other hosts to tokenize: as long as it takes, where there are others."""
+    from trainer.ranks import MEETING_LIMIT_S, PREPARING_LIMIT_S
+
+    return PREPARING_LIMIT_S if len(set(ranks.hosts)) > 1 else MEETING_LIMIT_S
+
+
+def quieten() -> None:
+    """Silence what libraries say that nobody can do anything about."""
+    import logging
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()

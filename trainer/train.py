@@ -1,0 +1,83 @@
+"""Train a causal language model: the program that runs in every slot.
+
+    python trainer/train.py --model_name_or_path tiny
+    deepspeed trainer/train.py --model_name_or_path tiny --deepspeed --deepspeed_config trainer/configs/cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from trainer.console import Console
+from trainer.fault import Fault
+from trainer.options import parse_options
+from trainer.ranks import Ranks
+from trainer.signals import Interrupted, SignalWatch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; return 0 when the model is there or a checkpoint was saved on request, 1 on a fault, 2 on wrong usage."""
+    ranks = Ranks()
+    console = Console(ranks)
+    try:
+        options = parse_options(argv)
+        with SignalWatch() as signals:
+            return train(options, ranks, console, signals)
+    except Fault as fault:
+        console.stop_bar()
+        if ranks.is_first or not fault.shared:
+            console.error(str(fault))
+        return fault.exit_code
+    except Interrupted as interrupted:
+        console.stop_bar()
+        if ranks.is_first:
+            console.error(f"stopped by {interrupted.name} before the first step was complete: nothing to save")
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        console.error(f"{ranks.host}: no space left on device" + (f": {error.filename}" if error.filename else ""))
+        return 1
+    except Exception:
+        console.stop_bar()
+        console.keep(traceback.format_exc())
+        raise
+
+
+def stay_offline(options: argparse.Namespace) -> None:
+    """Switch the Hugging Face hub off unless a name of it is used; never tell it about this machine."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    here = [options.model_name_or_path == "tiny" or os.path.isdir(options.model_name_or_path)]
+    here += [name is None or os.path.exists(name) for name in (options.dataset_path, options.eval_dataset)]
+    if all(here):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: SignalWatch) -> int:
+    """Do all that one rank has to do, from the options to the finished run folder; return the exit code."""
+    from trainer import ds_setup
+
+    config = ds_setup.read_config(options.deepspeed) if options.deepspeed else None
+    stay_offline(options)
+    console.say("lanspeed: loading torch, transformers and deepspeed")
+    # Only now: these imports take seconds, and a wrong flag should be told before.
+    from trainer.session import Session
+
+    session = Session(options, ranks, console, config)
+    session.prepare()
+    signals.flag = session.stop.flag
+    session.run_steps()
+    signals.finish()
+    return session.finish()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(code)
