@@ -203,12 +203,13 @@ def read_texts(source: Source, scratch: Path, name: str) -> Any:
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 
-    dropped = 0
+    dropped, kept = 0, 0
 
     def rows() -> Iterator[dict[str, str]]:
-        nonlocal dropped
+        nonlocal dropped, kept
         for text in source.read():
             if text.strip():
+                kept += 1
                 yield {"text": text}
             else:
                 dropped += 1
@@ -221,8 +222,10 @@ def read_texts(source: Source, scratch: Path, name: str) -> Any:
         if isinstance(error.__cause__, Fault):
             raise error.__cause__ from None
         raise
-    if not len(table):
-        raise Fault(f"{source.name}: no documents" + (f": all {dropped:,} are empty" if dropped else ""))
+    except ValueError:
+        if kept:  # else: datasets cannot make a table without rows
+            raise
+        raise Fault(f"{source.name}: no documents" + (f": all {dropped:,} are empty" if dropped else "")) from None
     table.dropped = dropped
     return table
 

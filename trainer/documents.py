@@ -136,7 +136,7 @@ def read_csv(path: Path, column: str) -> Iterator[str]:
                     raise Fault(f"{path}:{records.line_num}: not {len(records.fieldnames or [])} fields as in line 1")
                 yield text_of(row, column, f"{path}:{records.line_num}")
         except csv.Error as error:
-            raise Fault(f"{path}:{records.line_num}: not CSV: {error}") from None
+            raise Fault(f"{path}:{records.line_num + 1}: not CSV: {error}") from None
         except UnicodeDecodeError as error:
             raise Fault(f"{path}: after line {records.line_num}: not UTF-8 ({error.reason})") from None
 

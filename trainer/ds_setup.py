@@ -24,6 +24,7 @@ SAME_AS_OPTION = {
     "max_grad_norm": ["gradient_clipping"],
     "learning_rate": ["optimizer.params.lr", "scheduler.params.warmup_max_lr"],
     "weight_decay": ["optimizer.params.weight_decay"],
+    "adam_beta2": ["optimizer.params.betas"],
     "warmup_steps": ["scheduler.params.warmup_num_steps"],
 }
 # optimizers that DeepSpeed compiles on first use, by the operator's name in torch's extension cache
@@ -70,6 +71,8 @@ def adopt_values(options: argparse.Namespace, config: dict[str, Any], world_size
             value = lookup(config, place)
             if value in (None, "auto"):
                 continue
+            if option == "adam_beta2":
+                value = value[1]
             said = getattr(options, option)
             if said is not None and said != value:
                 raise Fault(

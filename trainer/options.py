@@ -125,8 +125,9 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps an optimizer step (1)")
     flag("--learning_rate", type=float, metavar="R", help="peak learning rate (2e-5; 3e-3 for tiny)")
     flag("--lr_scheduler_type", default="cosine", metavar="NAME", help="cosine, linear, constant, ... (cosine)")
-    flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05)")
+    flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05; 0.2 for tiny)")
     flag("--weight_decay", type=float, metavar="W", help="decoupled weight decay (0.0)")
+    flag("--adam_beta2", type=float, metavar="B", help="decay of Adam's second moment (0.999; 0.95 for tiny)")
     flag("--max_grad_norm", type=float, metavar="X", help="gradients are clipped to this norm (1.0)")
     flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
          help="auto: bf16 where every rank's device is fast at it, else fp16, fp32 on CPU")

@@ -12,6 +12,7 @@ import torch
 from trainer import models
 from trainer.checkpoints import write_whole
 from trainer.console import duration, short
+
 if TYPE_CHECKING:
     from trainer.session import Session
 

@@ -179,7 +179,8 @@ class Session:
             eval_on_start=evaluates and not self.resume_step, save_steps=o.save_steps or NEVER,
             save_on_each_node=not self.shared_disk, report_to="none", disable_tqdm=True,
             remove_unused_columns=False, dataloader_pin_memory=self.device != "cpu",
-            ddp_find_unused_parameters=False, deepspeed=self.ds_config, log_level="error")
+            ddp_find_unused_parameters=False, deepspeed=self.ds_config, log_level="error",
+            log_level_replica="error", adam_beta2=o.adam_beta2)
 
     def _check_room(self) -> None:
         """Raise a Fault if this machine lacks the room for the checkpoints that will be there at once."""
@@ -247,7 +248,8 @@ def fill_defaults(options: argparse.Namespace) -> None:
     """Give the flags that neither the user nor a DeepSpeed config settled their defaults."""
     tiny = options.model_name_or_path == models.TINY
     defaults = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
-                "learning_rate": 3e-3 if tiny else 2e-5, "warmup_steps": 0.05, "max_grad_norm": 1.0}
+                "learning_rate": 3e-3 if tiny else 2e-5, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
+                "adam_beta2": 0.95 if tiny else 0.999}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -1,0 +1,36 @@
+# A fresh machine's two commands. Both make .venv, install into it what constraints.txt names, and run.
+#   make demo            train a tiny model and show what it learned
+#   make test            run the tests (make test ALL=1: the slow ones and those that need root too)
+#   make demo PYTHON=python3.12 PIP_FLAGS="--extra-index-url https://..."
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+STAMP := $(VENV)/.installed
+LOG := $(VENV)/install.log
+ROOM_MB := 3000
+
+.PHONY: demo test install
+demo: install
+	@$(VENV)/bin/invoke demo
+
+test: install
+	@$(VENV)/bin/invoke test $(if $(ALL),--all)
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed: sudo apt install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "make: $(PYTHON) cannot make virtual environments: sudo apt install python3-venv"; exit 1; }
+	@test "$$(df -Pm . | awk 'NR == 2 {print $$4}')" -ge $(ROOM_MB) || \
+		{ echo "make: $(VENV) needs $(ROOM_MB) MB here, more with CUDA; free some, or: make VENV=/elsewhere"; exit 1; }
+	@echo "installing into $(VENV): about 2 GB, a few minutes the first time (what pip says: $(LOG))"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		-e '.[train,dev]' -c constraints.txt >$(LOG) 2>&1 || { \
+		if grep -q 'No space left' $(LOG); then echo "make: no space left on the disk of $(VENV): make VENV=/elsewhere"; \
+		elif grep -qE 'Retrying|ConnectionError|Temporary failure|Network is unreachable' $(LOG); then \
+			echo "make: the package index cannot be reached: is there a network? (proxy: export HTTPS_PROXY=...)"; \
+		else echo "make: installing failed: $$(grep -m1 ERROR $(LOG)) (all of it: $(LOG))"; fi; exit 1; }
+	@touch $@

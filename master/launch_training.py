@@ -1,0 +1,180 @@
+"""Train on this machine: one process a GPU, or CPU ranks, through DeepSpeed's own per-node launcher, supervised.
+
+    invoke train --model tiny
+    python master/launch_training.py --model tiny --dataset notes/ -- --max_steps 200
+
+What follows -- goes to trainer/train.py. Ctrl-C once lets the ranks save, twice ends at once; nothing runs on after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from master.processes import Job
+from master.runs import mark_failed, new_run_path
+
+HOME = Path(__file__).resolve().parent.parent
+TRAINER = HOME / "trainer" / "train.py"
+PRESETS = HOME / "trainer" / "configs"
+GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool's own flags."""
+    parser = argparse.ArgumentParser(
+        prog="launch_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--model", required=True, metavar="M", help="a Hugging Face name, a folder, or 'tiny' (needs no download)")
+    flag("--dataset", metavar="D", help="file, folder or Hugging Face name (default: Python's own documentation)")
+    flag("--config", metavar="C", type=Path,
+         help="DeepSpeed config (default: trainer/ds_config.json; without a GPU trainer/configs/cpu.json)")
+    flag("--slots", type=int, metavar="N", help="ranks on this machine (default: all GPUs; 1 without any)")
+    flag("--grace", type=float, default=60, metavar="S", help="seconds to save in after Ctrl-C (60)")
+    flag("--dry-run", action="store_true", help="print what would run")
+    flag("trainer_flags", nargs="*", metavar="-- FLAGS", help="flags of trainer/train.py")
+    return parser
+
+
+def shown(path: Path) -> str:
+    """Return a path as a person here would write it."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def say(line: str) -> None:
+    """Print a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def count_gpus() -> int:
+    """Return how many GPUs torch can use here; torch is asked, in a process of its own, only if a driver is there."""
+    if not any(os.path.exists(path) for path in GPU_DEVICE_FILES):
+        return 0
+    program = "import torch; print(torch.accelerator.device_count())"
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return int(asked.stdout) if asked.stdout.strip().isdigit() else 0
+
+
+def choose_slots(wanted: int | None, gpus: int) -> list[int]:
+    """Return the device numbers to train on: CUDA_VISIBLE_DEVICES' own, or the first `wanted`.
+
+    Raises ValueError where they can't be had.
+    """
+    if not gpus:
+        return list(range(wanted or 1))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and not all(word.strip().isdigit() for word in visible.split(",")):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's launcher takes numbers only, like 0,1")
+    devices = [int(word) for word in visible.split(",")] if visible else list(range(gpus))
+    if wanted and wanted > len(devices):
+        raise ValueError(f"--slots {wanted}: {len(devices)} GPUs are here")
+    return devices[:wanted]
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback address that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def trainer_arguments(options: argparse.Namespace, config: Path) -> tuple[Path | None, list[str]]:
+    """Return the run folder (None where the trainer finds it: on resume) and the trainer's command line."""
+    words = ["--model_name_or_path", options.model, "--deepspeed", "--deepspeed_config", str(config)]
+    words += ["--dataset_path", options.dataset] if options.dataset else []
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--output_dir", "--output-dir", type=Path)
+    named.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
+    found, _ = named.parse_known_args(options.trainer_flags)
+    if not (found.output_dir or found.resume_from_checkpoint):
+        found.output_dir = new_run_path(options.model)
+        words += ["--output_dir", str(found.output_dir)]
+    return found.output_dir, words + options.trainer_flags
+
+
+def launcher_command(slots: list[int], port: int, arguments: list[str]) -> list[str]:
+    """Return the command that `deepspeed` itself would run on this node."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": slots}).encode()).decode()
+    return [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0",
+            "--master_addr=127.0.0.1", f"--master_port={port}", "--log_level=critical", str(TRAINER), *arguments]
+
+
+def plain_command(slots: list[int], arguments: list[str]) -> list[str]:
+    """Return the same training as a plain `deepspeed` command."""
+    include = "localhost:" + ",".join(map(str, slots))
+    return ["deepspeed", "--include", include, shown(TRAINER), *arguments]
+
+
+def environment(gpus: int) -> dict[str, str]:
+    """Return the ranks' environment: this one's bin folder first (a bare PATH hides ninja), the accelerator named."""
+    found = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if not gpus:
+        found.setdefault("DS_ACCELERATOR", "cpu")
+    return found
+
+
+def explain(code: int) -> str:
+    """Return what a failed launcher's exit code means: it reports a rank's signal n as 256 - n."""
+    if code < 0:
+        return f"DeepSpeed's launcher was killed by signal {-code}"
+    if code == 256 - 9:
+        return "a rank was killed (SIGKILL); if nobody did, the kernel ran out of memory: sudo dmesg | tail"
+    if code > 200:
+        return f"a rank was killed by signal {256 - code}"
+    return f"a rank ended with exit code {code}"
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Run the training that `options` name and return its exit code. Raises ValueError for what can't be."""
+    gpus = count_gpus()
+    slots = choose_slots(options.slots, gpus)
+    config = options.config or (HOME / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json")
+    if not config.is_file():
+        raise ValueError(f"--config {config}: no such file. Presets: {PRESETS}")
+    run, arguments = trainer_arguments(options, config)
+    command = launcher_command(slots, free_port(), arguments)
+    kind = f"GPU {','.join(map(str, slots))}" if gpus else f"{len(slots)} CPU rank{'s' * (len(slots) > 1)}"
+    say(f"training on this machine: {kind}, {shown(config)}")
+    if Path("hostfile.txt").exists():
+        say("hostfile.txt is left alone: this command trains on this machine only")
+    prefix = [] if gpus else ["DS_ACCELERATOR=cpu"]
+    if options.dry_run:
+        print(f"would run:\n  {shlex.join([*prefix, *command])}")
+        print(f"the same with plain DeepSpeed:\n  {shlex.join([*prefix, *plain_command(slots, arguments)])}")
+        return 0
+    started = time.monotonic()
+    code = Job(command, environment(gpus), options.grace).run(say)
+    if code:
+        if run:
+            mark_failed(run, code)
+        say(f"training failed after {time.monotonic() - started:.0f} s: {explain(code)}")
+    return code if code in (0, 2) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` and train; return 0, 1 on a fault, 2 on wrong usage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    options = build_parser().parse_args(words[:cut])
+    options.trainer_flags = words[cut + 1 :]
+    if options.slots is not None and options.slots < 1:
+        say(f"error: --slots {options.slots}: at least 1")
+        return 2
+    try:
+        return launch(options)
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

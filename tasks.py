@@ -1,0 +1,86 @@
+"""The menu: one short task a tool. `invoke --list` shows them, `invoke TASK --help` one's flags."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from invoke import Context, Exit, task
+
+HOME = Path(__file__).resolve().parent
+
+
+def run_tool(module: str, *argv: str) -> None:
+    """Run a tool in this process, after showing the command that it stands for."""
+    print("$", shlex.join(["python", module.replace(".", "/") + ".py", *argv]), file=sys.stderr)
+    code = importlib.import_module(module).main(list(argv))
+    if code:
+        raise Exit(code=code)
+
+
+def after_dashes() -> list[str]:
+    """Return what the user wrote after --, word by word (invoke joins it to one string and loses the quoting)."""
+    return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+
+
+def flags(**values: object) -> list[str]:
+    """Return --name value for every value that was given, --name alone for a True."""
+    words: list[str] = []
+    for name, value in values.items():
+        if value not in (None, False, ""):
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+@task(auto_shortflags=False, help={
+    "model": "a Hugging Face name, a folder, or 'tiny', which needs no download",
+    "dataset": "a file, a folder or a Hugging Face name (default: Python's own documentation)",
+    "config": "DeepSpeed config (presets: trainer/configs/)",
+    "slots": "ranks on this machine (default: all GPUs; 1 without any)",
+    "grace": "seconds to save in after Ctrl-C (60)",
+    "dry-run": "print what would run",
+})
+def train(c: Context, model="", dataset="", config="", slots="", grace="", dry_run=False):  # type: ignore[no-untyped-def]
+    """Train on this machine; flags of trainer/train.py follow --."""
+    if not model:
+        raise Exit("which model? invoke train --model tiny (or a Hugging Face name, or a folder)", code=2)
+    words = flags(model=model, dataset=dataset, config=config, slots=slots, grace=grace, dry_run=dry_run)
+    run_tool("master.launch_training", *words, "--", *after_dashes())
+
+
+@task(auto_shortflags=False)
+def demo(c: Context) -> None:
+    """Train a tiny model on Python's documentation, for about a minute, and show what it learned."""
+    slots = ["--slots", str(min(2, len(os.sched_getaffinity(0))))] if not os.path.exists("/dev/nvidiactl") else []
+    settings = ["--max_steps", "550", "--per_device_train_batch_size", "8", "--sequence_length", "128"]
+    run_tool("master.launch_training", "--model", "tiny", *slots, "--", *settings, *after_dashes())
+
+
+@task(auto_shortflags=False, help={"all": "the slow ones and those that need root too"})
+def test(c: Context, all=False):  # type: ignore[no-untyped-def]
+    """Run the tests; flags of pytest follow --."""
+    words = [sys.executable, "-m", "pytest", *(["--all"] if all else []), *after_dashes()]
+    with c.cd(HOME):
+        done = c.run(shlex.join(words), pty=sys.stdout.isatty(), warn=True)
+    if not done or done.exited:
+        raise Exit(code=done.exited if done else 1)
+
+
+@task(auto_shortflags=False)
+def bench(c: Context) -> None:
+    """Run the benchmarks: each prints ratios against a named peer."""
+    with c.cd(HOME):
+        for path in sorted((HOME / "benchmarks").glob("*.py")):
+            print(f"\n{path.name}", flush=True)
+            c.run(shlex.join([sys.executable, str(path)]))
+
+
+@task(auto_shortflags=False)
+def lint(c: Context) -> None:
+    """Check style and types."""
+    with c.cd(HOME):
+        c.run(f"{shlex.quote(sys.executable)} -m ruff check .")
+        c.run(f"{shlex.quote(sys.executable)} -m mypy")

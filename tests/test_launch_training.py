@@ -1,0 +1,187 @@
+"""The launcher: what it would run, what it ends, and that nothing runs on after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from conftest import HOME
+from master import launch_training
+from master.processes import running_in_session
+from master.runs import mark_failed, new_run_path
+from test_train import steps_made, wait_until
+
+TOOL = HOME / "master" / "launch_training.py"
+SMALL = ["--", "--sequence_length", "64", "--logging_steps", "1", "--per_device_train_batch_size", "2"]
+
+
+def launch(*words: str, environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, *words], env=environment, cwd=cwd, capture_output=True, text=True)
+
+
+def ranks_of(run: Path) -> list[int]:
+    """The processes, launchers included, whose command line names a run folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(run).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_model_is_trained_by_two_ranks(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
+    done = launch("--model", "tiny", "--dataset", str(texts), "--slots", "2", *SMALL, "--max_steps", "4",
+                  environment=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "training on this machine: 2 CPU ranks" in done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["world_size"], record["engine"]) == ("finished", 2, "DeepSpeed ZeRO-1")
+    assert (run / "model" / "model.safetensors").exists()
+    assert list((run / "logs").iterdir())
+
+
+def test_nothing_is_compiled_and_no_compiler_is_needed(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
+    environment["PATH"] = str(tmp_path / "empty")
+    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
+    for config in ("cpu", "zero2_offload"):
+        done = launch("--model", "tiny", "--dataset", str(texts), "--config",
+                      str(HOME / "trainer" / "configs" / f"{config}.json"), *SMALL, "--max_steps", "2",
+                      environment=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "extensions").exists()
+
+
+def test_a_dry_run_prints_both_commands_and_starts_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    done = launch("--model", "tiny", "--dry-run", "--slots", "2", environment=environment, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "-m deepspeed.launcher.launch --world_info=" in done.stdout
+    assert "deepspeed --include localhost:0,1" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--slots", "0"], "--slots 0: at least 1"), (["--config", "nowhere.json"], "nowhere.json: no such file. Presets: "),
+    (["--slots", "x"], "invalid int value")])
+def test_wrong_usage_is_one_line(words: list[str], message: str, environment: dict[str, str], tmp_path: Path) -> None:
+    done = launch("--model", "tiny", *words, environment=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_wrong_flag_of_the_trainer_is_told_once(environment: dict[str, str], tmp_path: Path) -> None:
+    done = launch("--model", "tiny", "--slots", "2", "--", "--max_stepz", "3", environment=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("did you mean --max_steps?") == 1
+    assert "Traceback" not in done.stderr
+
+
+@contextmanager
+def launched(environment: dict[str, str], run: Path, texts: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A two-rank training that goes on until it is stopped."""
+    command = [sys.executable, str(TOOL), "--model", "tiny", "--dataset", str(texts), "--slots", "2", *words, *SMALL,
+               "--max_steps", "100000", "--output_dir", str(run)]
+    with (run.parent / "log.txt").open("wb") as log, subprocess.Popen(
+            command, env=environment, cwd=run.parent, stdout=log, stderr=log, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_on_all_ranks_and_leaves_nothing(number: signal.Signals, environment: dict[str, str],
+                                                        tmp_path: Path, texts: Path) -> None:
+    run = tmp_path / "run"
+    with launched(environment, run, texts) as process:
+        wait_until(lambda: steps_made(run) >= 3)
+        process.send_signal(number)
+        assert process.wait(60) == 0
+    assert ranks_of(run) == []
+    assert json.loads((run / "run.json").read_text())["status"] == "stopped"
+    assert "stopped at step" in (tmp_path / "log.txt").read_text()
+
+
+def test_twice_ends_at_once(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
+    run = tmp_path / "run"
+    with launched(environment, run, texts) as process:
+        wait_until(lambda: steps_made(run) >= 2)
+        for pid in ranks_of(run):
+            if "trainer/train.py" in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split(" -m ")[0]:
+                os.kill(pid, signal.SIGSTOP)  # a rank that can't save
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 1
+    assert ranks_of(run) == []
+
+
+def test_a_rank_that_dies_ends_the_job(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
+    run = tmp_path / "run"
+    with launched(environment, run, texts) as process:
+        wait_until(lambda: steps_made(run) >= 2)
+        launcher = min(pid for pid in ranks_of(run) if pid != process.pid)
+        rank = max(entry.pid for entry in running_in_session(launcher) if entry.parent == launcher)
+        os.kill(rank, signal.SIGKILL)
+        assert process.wait(60) == 1
+    assert ranks_of(run) == []
+    assert "a rank was killed (SIGKILL)" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("victim", ["tool", "launcher"])
+def test_ranks_don_t_outlive_whoever_started_them(victim: str, environment: dict[str, str], tmp_path: Path,
+                                                  texts: Path) -> None:
+    run = tmp_path / "run"
+    with launched(environment, run, texts) as process:
+        wait_until(lambda: steps_made(run) >= 2)
+        launcher = min(pid for pid in ranks_of(run) if pid != process.pid)
+        os.kill(process.pid if victim == "tool" else launcher, signal.SIGKILL)
+        wait_until(lambda: not set(ranks_of(run)) - {process.pid}, 40)
+        assert process.wait(10) != 0
+
+
+def test_a_record_of_a_killed_run_is_completed(tmp_path: Path) -> None:
+    mark_failed(tmp_path, 9)
+    assert not (tmp_path / "run.json").exists()
+    (tmp_path / "run.json").write_text('{"status": "running"}')
+    mark_failed(tmp_path, 9)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["status"], record["exit"]) == ("failed", 9)
+    (tmp_path / "run.json").write_text('{"status": "finished", "exit": 0}')
+    mark_failed(tmp_path, 9)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(("wanted", "gpus", "visible", "expected"), [
+    (None, 0, None, [0]), (3, 0, None, [0, 1, 2]), (None, 4, None, [0, 1, 2, 3]), (2, 4, None, [0, 1]),
+    (None, 2, "2,5", [2, 5]), (1, 2, "2,5", [2])])
+def test_slots_are_devices(wanted: int | None, gpus: int, visible: str | None, expected: list[int],
+                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launch_training.choose_slots(wanted, gpus) == expected
+
+
+def test_slots_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match="--slots 3: 2 GPUs are here"):
+        launch_training.choose_slots(3, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234")
+    with pytest.raises(ValueError, match="takes numbers only"):
+        launch_training.choose_slots(None, 1)
+
+
+def test_a_run_is_named_after_time_and_model() -> None:
+    assert new_run_path("meta-llama/Llama 3.2!").name.endswith("-Llama-3.2")

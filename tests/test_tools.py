@@ -1,0 +1,63 @@
+"""Every tool answers --help at once, from anywhere, without the libraries that take seconds; tasks are a menu."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import HOME
+from test_architecture import HEAVY, is_tool, name_of, sources
+
+TOOLS = [path for path in sources("master", "trainer") if is_tool(path) and "argparse" in path.read_text()]
+TOOLS = [path for path in TOOLS if path.name != "options.py"]
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=name_of)
+def test_help_is_told_from_any_folder(tool: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, tool, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {tool.name}")
+
+
+@pytest.mark.parametrize("words", [[str(tool), "--help"] for tool in TOOLS] + [["-m", "invoke", "--list"]], ids=str)
+def test_help_loads_nothing_heavy(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=HOME, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in loaded or "invoke" in loaded
+    assert not loaded & (HEAVY | {"rich", "numpy"})
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=name_of)
+def test_a_wrong_flag_is_exit_code_2_without_a_traceback(tool: Path) -> None:
+    done = subprocess.run([sys.executable, tool, "--no-such-flag"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def invoke(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "invoke", *words], cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_menu_is_complete_and_each_task_has_help() -> None:
+    listed = invoke("--list").stdout
+    for task in ("train", "demo", "test", "lint", "bench"):
+        assert f"  {task} " in listed
+        shown = invoke(task, "--help")
+        assert shown.returncode == 0 and "Docstring:" in shown.stdout, shown.stderr
+
+
+def test_a_task_hands_on_flags_as_they_were_quoted() -> None:
+    done = invoke("train", "--model", "tiny", "--dataset", "my notes/", "--dry-run", "--", "--text_column", "the body")
+    assert done.returncode == 0, done.stderr
+    assert "--dataset_path 'my notes/'" in done.stdout
+    assert "--text_column 'the body'" in done.stdout
+
+
+def test_a_task_without_its_model_says_how() -> None:
+    done = invoke("train")
+    assert done.returncode == 2
+    assert "invoke train --model tiny" in done.stderr

@@ -1,0 +1,258 @@
+"""Real trainings on CPU: every preset, resume, damage, signals, packing against padding, one rank against two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import HOME, TRAINER, Run, Train
+
+SMALL = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--eval_fraction", "0.1")
+PRESETS = sorted(path.stem for path in (HOME / "trainer" / "configs").glob("*.json"))
+
+
+def same_losses(one: Run, other: Run, within: float, key: str = "loss") -> None:
+    expected, found = one.losses(key), other.losses(key)
+    assert expected.keys() == found.keys()
+    assert expected
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=within), f"step {step}"
+
+
+def evaluation_of(model: Path, texts: Path) -> float:
+    """The summed loss of some documents by a freshly loaded model, over their tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    nats = tokens = 0.0
+    for path in sorted(texts.iterdir()):
+        ids = torch.tensor([[*tokenizer(path.read_text())["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            nats += loaded(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    return nats / tokens
+
+
+@pytest.mark.parametrize("preset", ["ds_config", *(f"configs/{name}" for name in PRESETS)])
+def test_every_preset_trains_with_two_ranks(preset: str, train: Train) -> None:
+    run = train(*SMALL, "--max_steps", "3", ranks=2, config=preset)
+    assert [row["step"] for row in run.metrics if "loss" in row] == [1, 2, 3]
+    record = json.loads((run.path / "run.json").read_text())
+    assert (record["status"], record["exit"], record["world_size"]) == ("finished", 0, 2)
+    assert record["engine"].startswith("DeepSpeed ZeRO-")
+    for name in ("model/model.safetensors", "model/tokenizer.json", "loss.png", "sample.txt"):
+        assert (run.path / name).stat().st_size > 0, name
+    assert "warning" not in run.output.lower()
+
+
+def test_a_run_without_deepspeed_tells_all_it_should(train: Train, texts: Path) -> None:
+    run = train("--max_steps", "12", "--sequence_length", "64", "--eval_fraction", "0.1", "--learning_rate", "1e-2")
+    row = next(row for row in run.metrics if row["step"] == 12 and "loss" in row)
+    assert set(row) == {"time", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert 0 < row["tokens_per_second"] and 0 < row["tokens"] <= 12 * 8 * 64
+    first, *_, last = [row for row in run.metrics if "eval_loss" in row]
+    assert last["eval_loss"] < first["eval_loss"] - 0.1
+    assert last["eval_bits_per_byte"] < first["eval_bits_per_byte"]
+    for line in ("model ", "data ", "rows ", "world size", "batch ", "steps ", "precision", "engine", "bits per byte"):
+        assert line in run.output
+    assert run.output.count("error") == 0
+
+
+def test_one_rank_and_two_give_the_same_losses(train: Train) -> None:
+    common = ("--sequence_length", "64", "--max_steps", "6", "--eval_fraction", "0.1", "--eval_steps", "3")
+    one = train(*common, "--per_device_train_batch_size", "4", config="configs/zero1", name="one")
+    two = train(*common, "--per_device_train_batch_size", "2", ranks=2, config="configs/zero1", name="two")
+    saved_up = train(*common, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", ranks=2,
+                     name="accumulated")
+    for other in (two, saved_up):
+        same_losses(one, other, 1e-4)
+        same_losses(one, other, 1e-4, "eval_loss")
+        assert [row["tokens"] for row in other.metrics if "tokens" in row] == \
+               [row["tokens"] for row in one.metrics if "tokens" in row]
+
+
+def test_packing_and_padding_give_the_same_loss(train: Train, texts: Path) -> None:
+    common = ("--max_steps", "1", "--sequence_length", "64", "--eval_dataset", str(texts))
+    packed = train(*common, name="packed")
+    padded = train(*common, "--no_packing", "--per_device_train_batch_size", "3", name="padded")
+    assert packed.losses("eval_loss")[0] == pytest.approx(padded.losses("eval_loss")[0], rel=1e-4)
+    assert packed.losses("eval_tokens")[0] == padded.losses("eval_tokens")[0]
+    assert "padded" in padded.output and "% full" in packed.output
+
+
+def test_a_zero3_model_reloads_with_the_same_loss(train: Train, texts: Path) -> None:
+    run = train("--sequence_length", "512", "--max_steps", "8", "--eval_dataset", str(texts), ranks=2,
+                config="configs/zero3")
+    final = [row["eval_loss"] for row in run.metrics if "eval_loss" in row][-1]
+    assert evaluation_of(run.path / "model", texts) == pytest.approx(final, rel=1e-4)
+
+
+def test_training_goes_on_from_a_trained_model(train: Train) -> None:
+    first = train(*SMALL, "--max_steps", "4", "--learning_rate", "1e-2", name="first")
+    second = train(*SMALL, "--max_steps", "1", name="second", model=str(first.path / "model"))
+    assert second.losses("eval_loss")[0] == pytest.approx(first.losses("eval_loss")[4], rel=0.05)
+
+
+@pytest.mark.parametrize(("config", "ranks"), [
+    ("configs/zero1", 2), ("configs/zero3", 2), pytest.param("ds_config", 2, marks=pytest.mark.slow),
+    pytest.param(None, 1, marks=pytest.mark.slow), pytest.param("configs/zero3_offload", 1, marks=pytest.mark.slow)])
+def test_a_resumed_run_makes_the_same_losses(config: str | None, ranks: int, train: Train) -> None:
+    common = (*SMALL, "--max_steps", "8", "--save_steps", "4", "--save_total_limit", "9", "--eval_steps", "2")
+    whole = train(*common, ranks=ranks, config=config, name="whole")
+    damaged = whole.path / "checkpoints" / "checkpoint-8"
+    os.truncate(next(path for path in sorted(damaged.rglob("*.*")) if path.stat().st_size > 1000), 500)
+    before = whole.losses(), whole.losses("eval_loss"), [row.get("tokens") for row in whole.metrics]
+    again = train(*common, "--resume_from_checkpoint", "auto", ranks=ranks, config=config, name="whole")
+    assert "checkpoint-8 is damaged" in again.output
+    assert "continuing after 4" in again.output
+    for expected, key in zip(before, ("loss", "eval_loss"), strict=False):
+        assert again.losses(key) == pytest.approx(expected, rel=1e-5)
+    assert [row.get("tokens") for row in again.metrics] == before[2]
+
+
+@contextmanager
+def running(train_environment: dict[str, str], path: Path, texts: Path, *words: str) -> Iterator[Any]:
+    """A trainer that runs: killed at the end whatever happens."""
+    command = [sys.executable, str(TRAINER), "--model_name_or_path", "tiny", "--dataset_path", str(texts),
+               "--output_dir", str(path), "--logging_steps", "1", *SMALL, *words]
+    log = (path.parent / "log.txt").open("w+")
+    with subprocess.Popen(command, env=train_environment, stdout=log, stderr=log, cwd=path.parent) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def steps_made(path: Path) -> int:
+    metrics = path / "metrics.jsonl"
+    return metrics.read_text().count('"loss"') if metrics.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_later(number: signal.Signals, environment: dict[str, str], tmp_path: Path,
+                                                  texts: Path, train: Train) -> None:
+    path = tmp_path / "run"
+    with running(environment, path, texts, "--max_steps", "2000") as process:
+        wait_until(lambda: steps_made(path) >= 3)
+        process.send_signal(number)
+        assert process.wait(30) == 0
+    assert json.loads((path / "run.json").read_text())["status"] == "stopped"
+    log = (tmp_path / "log.txt").read_text()
+    assert "stopped at step" in log and "--resume_from_checkpoint" in log
+    step = max(int(folder.name.split("-")[1]) for folder in (path / "checkpoints").iterdir())
+    again = train(*SMALL, "--max_steps", str(step + 2), "--resume_from_checkpoint", str(path), expect=None)
+    assert f"continuing after {step}" in again.output
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_was_saved(environment: dict[str, str], tmp_path: Path,
+                                                                    texts: Path) -> None:
+    with running(environment, tmp_path / "run", texts) as process:
+        wait_until(lambda: "loading torch" in (tmp_path / "log.txt").read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 1
+    assert "nothing to save" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(environment: dict[str, str], tmp_path: Path,
+                                                                        texts: Path, train: Train) -> None:
+    path = tmp_path / "run"
+    newest = path / "checkpoints" / "checkpoint-6"
+    with running(environment, path, texts, "--max_steps", "2000", "--save_steps", "3") as process:
+        wait_until(newest.exists)
+        process.kill()
+    assert not (newest / "complete.json").exists()
+    again = train(*SMALL, "--max_steps", "2000", "--save_steps", "3", "--resume_from_checkpoint", "auto",
+                  "--logging_steps", "500", "--precision", "bf16x", expect=2)
+    assert "--precision" in again.output
+    with running(environment, path, texts, "--max_steps", "2000", "--resume_from_checkpoint", "auto") as process:
+        wait_until(lambda: "continuing after" in (tmp_path / "log.txt").read_text())
+        process.send_signal(signal.SIGKILL)
+    log = (tmp_path / "log.txt").read_text()
+    assert "checkpoint-6 is half-written" in log
+    assert "continuing after 3" in log
+
+
+@pytest.mark.parametrize(("words", "code", "message"), [
+    (["--max_stepz", "3"], 2, "did you mean --max_steps?"),
+    (["--dataset_path", "./nowhere"], 1, "error: nowhere: no such file or folder"),
+    (["--deepspeed_config", "nowhere.json"], 1, "error: nowhere.json: No such file"),
+    (["--precision", "fp16"], 1, "error: fp16 needs a GPU on every rank"),
+    (["--sequence_length", "5000"], 1, "takes 2 to 2,048 tokens"),
+    (["--resume_from_checkpoint", "runs/nothing"], 1, "no good checkpoint there"),
+])
+def test_a_mistake_is_one_line_without_a_traceback(words: list[str], code: int, message: str, train: Train) -> None:
+    run = train(*words, expect=code)
+    assert message in run.output
+    assert "Traceback" not in run.output
+    assert run.output.count("error:") == 1
+
+
+def test_a_checkpoint_of_another_training_is_refused(train: Train) -> None:
+    train(*SMALL, "--max_steps", "2")
+    again = train(*SMALL, "--max_steps", "4", "--seed", "1", "--resume_from_checkpoint", "auto", expect=1)
+    assert "other data, tokenizer, sequence length or seed" in again.output
+    fresh = train(*SMALL, "--max_steps", "4", expect=1)
+    assert "holds an earlier run: --resume_from_checkpoint auto continues it" in fresh.output
+
+
+def test_the_same_seed_makes_the_same_losses(train: Train) -> None:
+    runs = [train(*SMALL, "--max_steps", "3", "--seed", seed, name=name) for name, seed in
+            (("a", "5"), ("b", "5"), ("c", "6"))]
+    same_losses(runs[0], runs[1], 1e-6)
+    assert runs[0].losses() != runs[2].losses()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(mount)], check=True)
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.lab
+def test_a_full_disk_is_told_before_the_run(small_disk: Path, train: Train) -> None:
+    run = train(*SMALL, "--max_steps", "30", "--save_steps", "5", "--output_dir", str(small_disk / "run"), expect=1)
+    assert "checkpoints and the model, and 0.0 GB are free" in run.output
+
+
+@pytest.mark.lab
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_good(
+    small_disk: Path, environment: dict[str, str], texts: Path, train: Train
+) -> None:
+    path = small_disk / "run"
+    subprocess.run(["mount", "-o", "remount,size=80m", str(small_disk)], check=True)
+    words = ("--max_steps", "2000", "--save_steps", "5", "--save_total_limit", "1", "--output_dir", str(path))
+    with running(environment, path.parent / "x", texts, *words) as process:
+        wait_until(lambda: (path / "checkpoints" / "checkpoint-5" / "complete.json").exists())
+        with (small_disk / "filler").open("wb") as filler:
+            try:
+                while True:
+                    filler.write(bytes(1 << 16))
+            except OSError:
+                pass
+        assert process.wait(60) == 1
+    log = (small_disk / "log.txt").read_text()
+    (small_disk / "filler").unlink()
+    again = train(*SMALL, *words, "--resume_from_checkpoint", "auto", "--max_steps", "6", expect=None)
+    assert "continuing after" in again.output, log + again.output
