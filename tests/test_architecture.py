@@ -11,7 +11,6 @@ import pytest
 HOME = Path(__file__).resolve().parent.parent
 FOLDERS = [HOME / name for name in ("master", "worker", "trainer", "benchmarks", "tests") if (HOME / name).is_dir()]
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "accelerate", "matplotlib", "paramiko"}
-TRAVELS_ALONE = 100_000
 
 
 def sources(*folders: str) -> list[Path]:
@@ -42,18 +41,12 @@ def is_tool(path: Path) -> bool:
 def test_every_file_opens_with_a_docstring_and_is_short(path: Path) -> None:
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text))
-    longest = TRAVELS_ALONE if path.parent.name == "worker" else 330 if path.parent.name == "tests" else 250
-    assert len(text.splitlines()) <= longest + 10
+    assert len(text.splitlines()) <= (330 if path.parent.name == "tests" else 260)
 
 
 @pytest.mark.parametrize("path", sources("trainer"), ids=name_of)
 def test_the_trainer_imports_nothing_of_the_master(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & {"master", "worker"}
-
-
-@pytest.mark.parametrize("path", sources("worker"), ids=name_of)
-def test_a_worker_needs_only_the_standard_library(path: Path) -> None:
-    assert {name.split(".")[0] for name in imports(path)} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", sources("master"), ids=name_of)

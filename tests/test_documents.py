@@ -68,7 +68,7 @@ def test_a_folder_is_searched_and_told_by_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl:2: not JSON: Expecting value"),
     ("a.jsonl", '{"text": "a"}\n\n[1]\n', "a.jsonl:3: a row is an object or a string, not a list"),
-    ("a.jsonl", '{"body": "a", "id": 1}', "a.jsonl:1: no column 'text'; it has body, id. Choose one: --text_column NAME"),
+    ("a.jsonl", '{"body": "a", "id": 1}', "a.jsonl:1: no column 'text'; it has body, id. Choose one: --text_"),
     ("a.jsonl", '{"text": 7}', "a.jsonl:1: column 'text' holds a int, not text"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl:2: not UTF-8"),
     ("a.json", '[{"text": "a"},\n {"text": oops}]', "a.json:2: not JSON"),

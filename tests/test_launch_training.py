@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from conftest import HOME
+from test_train import steps_made, wait_until
+
 from master import launch_training
 from master.processes import running_in_session
 from master.runs import mark_failed, new_run_path
-from test_train import steps_made, wait_until
 
 TOOL = HOME / "master" / "launch_training.py"
 SMALL = ["--", "--sequence_length", "64", "--logging_steps", "1", "--per_device_train_batch_size", "2"]
@@ -52,7 +52,7 @@ def test_a_model_is_trained_by_two_ranks(environment: dict[str, str], tmp_path: 
     assert list((run / "logs").iterdir())
 
 
-def test_nothing_is_compiled_and_no_compiler_is_needed(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
+def test_nothing_is_compiled_nor_a_compiler_needed(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
     environment["PATH"] = str(tmp_path / "empty")
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
     for config in ("cpu", "zero2_offload"):
@@ -72,7 +72,8 @@ def test_a_dry_run_prints_both_commands_and_starts_nothing(environment: dict[str
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--slots", "0"], "--slots 0: at least 1"), (["--config", "nowhere.json"], "nowhere.json: no such file. Presets: "),
+    (["--slots", "0"], "--slots 0: at least 1"),
+    (["--config", "nowhere.json"], "nowhere.json: no such file. Presets: "),
     (["--slots", "x"], "invalid int value")])
 def test_wrong_usage_is_one_line(words: list[str], message: str, environment: dict[str, str], tmp_path: Path) -> None:
     done = launch("--model", "tiny", *words, environment=environment, cwd=tmp_path)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import HOME
 from test_architecture import HEAVY, is_tool, name_of, sources
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import HOME, TRAINER, Run, Train
 
 SMALL = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--eval_fraction", "0.1")
@@ -44,7 +44,12 @@ def evaluation_of(model: Path, texts: Path) -> float:
     return nats / tokens
 
 
-@pytest.mark.parametrize("preset", ["ds_config", *(f"configs/{name}" for name in PRESETS)])
+OFTEN = ("ds_config", "configs/zero2_offload", "configs/zero3_offload")  # the others train in other tests too
+
+
+@pytest.mark.parametrize("preset", [*OFTEN, *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in (f"configs/{stem}" for stem in PRESETS) if name not in OFTEN)])
 def test_every_preset_trains_with_two_ranks(preset: str, train: Train) -> None:
     run = train(*SMALL, "--max_steps", "3", ranks=2, config=preset)
     assert [row["step"] for row in run.metrics if "loss" in row] == [1, 2, 3]
@@ -60,7 +65,7 @@ def test_a_run_without_deepspeed_tells_all_it_should(train: Train, texts: Path) 
     run = train("--max_steps", "12", "--sequence_length", "64", "--eval_fraction", "0.1", "--learning_rate", "1e-2")
     row = next(row for row in run.metrics if row["step"] == 12 and "loss" in row)
     assert set(row) == {"time", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
-    assert 0 < row["tokens_per_second"] and 0 < row["tokens"] <= 12 * 8 * 64
+    assert row["tokens_per_second"] > 0 and 0 < row["tokens"] <= 12 * 8 * 64
     first, *_, last = [row for row in run.metrics if "eval_loss" in row]
     assert last["eval_loss"] < first["eval_loss"] - 0.1
     assert last["eval_bits_per_byte"] < first["eval_bits_per_byte"]
@@ -96,6 +101,13 @@ def test_a_zero3_model_reloads_with_the_same_loss(train: Train, texts: Path) -> 
                 config="configs/zero3")
     final = [row["eval_loss"] for row in run.metrics if "eval_loss" in row][-1]
     assert evaluation_of(run.path / "model", texts) == pytest.approx(final, rel=1e-4)
+
+
+def test_one_short_document_trains_without_evaluation(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("A short note.")
+    run = train("--max_steps", "4", data=tmp_path / "note.txt")
+    assert run.losses()[4] < run.losses()[1] and not run.losses("eval_loss")
+    assert re.search(r"evaluation +none", run.output)
 
 
 def test_training_goes_on_from_a_trained_model(train: Train) -> None:
@@ -146,7 +158,7 @@ def steps_made(path: Path) -> int:
     return metrics.read_text().count('"loss"') if metrics.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_run_goes_on_later(number: signal.Signals, environment: dict[str, str], tmp_path: Path,
                                                   texts: Path, train: Train) -> None:
     path = tmp_path / "run"
@@ -214,10 +226,7 @@ def test_a_checkpoint_of_another_training_is_refused(train: Train) -> None:
 
 
 def test_the_same_seed_makes_the_same_losses(train: Train) -> None:
-    runs = [train(*SMALL, "--max_steps", "3", "--seed", seed, name=name) for name, seed in
-            (("a", "5"), ("b", "5"), ("c", "6"))]
-    same_losses(runs[0], runs[1], 1e-6)
-    assert runs[0].losses() != runs[2].losses()
+    same_losses(train(*SMALL, "--max_steps", "3", name="a"), train(*SMALL, "--max_steps", "3", name="b"), 1e-6)
 
 
 @pytest.fixture

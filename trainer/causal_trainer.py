@@ -37,7 +37,7 @@ class CausalTrainer(Trainer):
         self, *, ranks: Ranks, eval_rows: Rows, eval_bytes: int | None, layout: Layout, keep: int, collate: Collator,
         **others: Any,
     ) -> None:
-        super().__init__(eval_dataset=eval_rows, data_collator=collate, **others)  # type: ignore[arg-type]
+        super().__init__(eval_dataset=eval_rows, data_collator=collate, **others)
         self._eval_rows, self._collate = eval_rows, collate
         self._ranks = ranks
         self._eval_bytes = eval_bytes

@@ -1,4 +1,4 @@
-"""Data for a training: find the documents, hold some out, tokenize once, keep the result for the next run.
+"""Data for a training: read the documents, hold some out, tokenize once, keep the result for the next run.
 
 What comes out is a table of pieces: a document's tokens, or, of one longer than a row, parts that overlap by a
 single token, so that every token but a document's first is predicted exactly once.
@@ -17,20 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import corpus, documents
+from trainer import corpus
 from trainer.fault import Fault
+from trainer.sources import Source, hashed, open_source
 
 FORMAT = 1  # part of the cache's key: raise it when what is stored changes
-BUILT_IN = "the documentation that comes with Python"
-
-
-@dataclass
-class Source:
-    """Where documents come from: what to call it, a hash of its content, and how to read them."""
-
-    name: str
-    fingerprint: str
-    read: Callable[[], Iterable[str]]
 
 
 @dataclass
@@ -56,59 +47,6 @@ class Prepared:
     train: Any
     evaluation: Any
     folder: Path = field(default_factory=Path)
-
-
-def looks_like_path(name: str) -> bool:
-    """Tell a path from a Hugging Face name, which has at most one slash and no suffix of a data file."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(documents.form_of(Path(name)))
-
-
-def open_source(name: str | None, options: argparse.Namespace, built_in: Callable[[], list[str]]) -> Source:
-    """Return the Source that --dataset_path or --eval_dataset names; raise a Fault if it isn't there."""
-    if name is None:
-        texts = built_in()
-        return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts)
-    path = Path(name).expanduser()
-    if path.exists():
-        files = documents.find_files(path)
-        what = f"{path} ({documents.describe(files)})"
-        return Source(what, files_hash(files), lambda: documents.read_documents(files, options.text_column))
-    if looks_like_path(name):
-        raise Fault(f"{path}: no such file or folder")
-    return hub_source(name, options)
-
-
-def hub_source(name: str, options: argparse.Namespace) -> Source:
-    """Return a Hugging Face dataset as a Source."""
-    import datasets
-
-    try:
-        table = datasets.load_dataset(name, options.dataset_config, split=options.dataset_split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Fault(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
-    if options.text_column not in table.column_names:
-        documents.text_of(dict.fromkeys(table.column_names), options.text_column, f"dataset '{name}'")
-    texts = table.select_columns([options.text_column])
-    return Source(f"{name} ({options.dataset_split})", table._fingerprint,
-                  lambda: (row[options.text_column] or "" for row in texts))
-
-
-def hashed(parts: Iterable[bytes]) -> str:
-    """Return a hash of byte strings, each with its length, so that no two lists of them meet in one."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
-
-
-def files_hash(files: list[Path]) -> str:
-    """Return a hash of files' contents, in order."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def cache_folder(options: argparse.Namespace) -> Path:
@@ -154,7 +92,8 @@ def load_prepared(folder: Path) -> Prepared:
     from datasets import load_from_disk
 
     facts = Facts(**json.loads((folder / "facts.json").read_text()))
-    train, evaluation = load_from_disk(str(folder / "train")), load_from_disk(str(folder / "eval"))
+    train = load_from_disk(str(folder / "train"))
+    evaluation = load_from_disk(str(folder / "eval")) if (folder / "eval").exists() else train.select([])
     return Prepared(facts, train, evaluation, folder)
 
 
@@ -189,7 +128,8 @@ def build(
     facts.eval_bytes = sum(sizes) if sizes and None not in sizes else None
     made = scratch / "made"
     train.save_to_disk(str(made / "train"))
-    held_out_pieces.save_to_disk(str(made / "eval"))
+    if len(held_out_pieces):  # datasets cannot load a table without rows
+        held_out_pieces.save_to_disk(str(made / "eval"))
     tokenizer.save_pretrained(str(made / "tokenizer"))
     (made / "facts.json").write_text(json.dumps(asdict(facts), indent=1))
     return made
@@ -253,8 +193,11 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int) -> tuple[Any, int
     Columns: input_ids; length in tokens; bytes, the UTF-8 bytes of the tokens that carry loss (null if the tokenizer
     doesn't know where its tokens stand in the text).
     """
-    from datasets import Features, List, Value
+    from datasets import Dataset, Features, List, Value
 
+    features = Features({"input_ids": List(Value("int32")), "length": Value("int32"), "bytes": Value("int64")})
+    if not len(texts):  # datasets leaves the columns of an empty table as they were
+        return Dataset.from_dict({name: [] for name in features}, features=features), 0
     cut = 0
 
     def batch(columns: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -275,7 +218,6 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int) -> tuple[Any, int
                 made["bytes"].append(None if ends is None else piece_bytes(text, ends, start, end))
         return made
 
-    features = Features({"input_ids": List(Value("int32")), "length": Value("int32"), "bytes": Value("int64")})
     # A fingerprint of its own keeps datasets from hashing the function and the tokenizer that it refers to.
     pieces = texts.map(batch, batched=True, remove_columns=["text"], features=features,
                        new_fingerprint=os.urandom(8).hex())

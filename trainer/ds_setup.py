@@ -209,3 +209,11 @@ def skip_shared_memory_operator() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def engine_name(ds_config: dict[str, Any] | None) -> str:
+    """Return what trains: 'DeepSpeed ZeRO-2', ... or 'PyTorch'."""
+    if ds_config is None:
+        return "PyTorch"
+    stage = lookup(ds_config, "zero_optimization.stage") or 0
+    return f"DeepSpeed ZeRO-{stage}"

@@ -174,3 +174,14 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     config = named or options.deepspeed_config
     options.deepspeed = Path(config) if config else (DEFAULT_DS_CONFIG if options.deepspeed else None)
     return options
+
+
+def fill_defaults(options: argparse.Namespace) -> None:
+    """Give the flags that neither the user nor a DeepSpeed config settled their defaults."""
+    tiny = options.model_name_or_path == "tiny"
+    defaults = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
+                "learning_rate": 3e-3 if tiny else 2e-5, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
+                "adam_beta2": 0.95 if tiny else 0.999}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)

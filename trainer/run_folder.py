@@ -62,8 +62,11 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Return this checkout's commit, '-dirty' if changed, or None outside of one."""
-    asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                           cwd=Path(__file__).parent, capture_output=True, text=True)
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git here
+        return None
     return asked.stdout.strip() or None
 
 

@@ -22,8 +22,9 @@ from trainer.causal_trainer import CausalTrainer, Report, Stop
 from trainer.checkpoints import Layout
 from trainer.console import Console
 from trainer.fault import Fault
+from trainer.options import fill_defaults
 from trainer.packing import Collator, Rows
-from trainer.ranks import Ranks
+from trainer.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.resume import choose_checkpoint
 from trainer.run_folder import RunFolder, find_run
 
@@ -84,7 +85,7 @@ class Session:
             ranks.publish(f"data/{ranks.host}", str(made.folder))
         self.data = data.load_prepared(Path(ranks.ask(f"data/{ranks.host}")))
         self.tokenizer = models.load_tokenizer(options, self.data.folder / "tokenizer")
-        keys = ranks.exchange("data-key", self.data.facts.key, data_limit_s(ranks))
+        keys = ranks.exchange("data-key", self.data.facts.key, PREPARING_LIMIT_S)  # another host may be slower
         if len(set(keys)) > 1:
             odd = sorted({host for host, key in zip(ranks.hosts, keys, strict=True) if key != keys[0]})
             raise Fault(f"the data or tokenizer on {', '.join(odd)} differs from that on {ranks.hosts[0]}: "
@@ -113,7 +114,7 @@ class Session:
         """Agree on the run folder and on the checkpoint to continue from."""
         path = Path(self.ranks.exchange("run", str(find_run(self.options)))[0])
         self.run = RunFolder(path)
-        self.engine = engine_name(self.ds_config)
+        self.engine = ds_setup.engine_name(self.ds_config)
         self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine)
         self.checkpoint = choose_checkpoint(self.options, self.run, self.ranks, self.layout, self.console)
         self.resume_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else None
@@ -192,8 +193,8 @@ class Session:
         needed, free = together * one + weight * self.parameters, checkpoints.free_bytes(self.run.path)
         if self.ranks.is_first_here and free < needed:
             raise Fault(f"{self.ranks.host}: {self.run.path} needs about {needed / 1e9:.1f} GB for {together} "
-                        f"checkpoints and the model, and {free / 1e9:.1f} GB are free: --save_total_limit 1, or another "
-                        "--output_dir")
+                        f"checkpoints and the model, and {free / 1e9:.1f} GB are free: --save_total_limit 1, or "
+                        "another --output_dir")
 
     # -- training and after --------------------------------------------------------------------------------------
 
@@ -234,32 +235,6 @@ class FirstLook(TrainerCallback):
         if not session.options.no_packing:
             device = session.trainer.args.device
             models.check_isolation(session.trainer.logits, len(session.tokenizer), device)
-
-
-def engine_name(ds_config: dict[str, Any] | None) -> str:
-    """Return what trains: 'DeepSpeed ZeRO-2', ... or 'PyTorch'."""
-    if ds_config is None:
-        return "PyTorch"
-    stage = ds_setup.lookup(ds_config, "zero_optimization.stage") or 0
-    return f"DeepSpeed ZeRO-{stage}"
-
-
-def fill_defaults(options: argparse.Namespace) -> None:
-    """Give the flags that neither the user nor a DeepSpeed config settled their defaults."""
-    tiny = options.model_name_or_path == models.TINY
-    defaults = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
-                "learning_rate": 3e-3 if tiny else 2e-5, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
-                "adam_beta2": 0.95 if tiny else 0.999}
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-
-
-def data_limit_s(ranks: Ranks) -> int:
-    """Return how long to wait for other hosts to tokenize: as long as it takes, where there are others."""
-    from trainer.ranks import MEETING_LIMIT_S, PREPARING_LIMIT_S
-
-    return PREPARING_LIMIT_S if len(set(ranks.hosts)) > 1 else MEETING_LIMIT_S
 
 
 def quieten() -> None:

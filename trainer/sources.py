@@ -1,0 +1,76 @@
+"""Where documents come from: files and folders here, a dataset of the Hugging Face hub, or Python's own text."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import documents
+from trainer.fault import Fault
+
+BUILT_IN = "the documentation that comes with Python"
+
+
+@dataclass
+class Source:
+    """Where documents come from: what to call it, a hash of its content, and how to read them."""
+
+    name: str
+    fingerprint: str
+    read: Callable[[], Iterable[str]]
+
+
+def looks_like_path(name: str) -> bool:
+    """Tell a path from a Hugging Face name, which has at most one slash and no suffix of a data file."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(documents.form_of(Path(name)))
+
+
+def open_source(name: str | None, options: argparse.Namespace, built_in: Callable[[], list[str]]) -> Source:
+    """Return the Source that --dataset_path or --eval_dataset names; raise a Fault if it isn't there."""
+    if name is None:
+        texts = built_in()
+        return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts)
+    path = Path(name).expanduser()
+    if path.exists():
+        files = documents.find_files(path)
+        what = f"{path} ({documents.describe(files)})"
+        return Source(what, files_hash(files), lambda: documents.read_documents(files, options.text_column))
+    if looks_like_path(name):
+        raise Fault(f"{path}: no such file or folder")
+    return hub_source(name, options)
+
+
+def hub_source(name: str, options: argparse.Namespace) -> Source:
+    """Return a Hugging Face dataset as a Source."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, options.dataset_config, split=options.dataset_split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Fault(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
+    if options.text_column not in table.column_names:
+        documents.text_of(dict.fromkeys(table.column_names), options.text_column, f"dataset '{name}'")
+    texts = table.select_columns([options.text_column])
+    return Source(f"{name} ({options.dataset_split})", table._fingerprint,
+                  lambda: (row[options.text_column] or "" for row in texts))
+
+
+def hashed(parts: Iterable[bytes]) -> str:
+    """Return a hash of byte strings, each with its length, so that no two lists of them meet in one."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def files_hash(files: list[Path]) -> str:
+    """Return a hash of files' contents, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
