@@ -55,7 +55,7 @@ def train(c: Context, model="", dataset="", config="", slots="", grace="", dry_r
 def demo(c: Context) -> None:
     """Train a tiny model on Python's documentation, for about a minute, and show what it learned."""
     slots = ["--slots", str(min(2, len(os.sched_getaffinity(0))))] if not os.path.exists("/dev/nvidiactl") else []
-    settings = ["--max_steps", "550", "--per_device_train_batch_size", "8", "--sequence_length", "128"]
+    settings = ["--max_steps", "550", "--sequence_length", "128", "--logging_steps", "25"]
     run_tool("master.launch_training", "--model", "tiny", *slots, "--", *settings, *after_dashes())
 
 

@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out slow tests unless --all, and lab tests unless root or --all (which then fail, saying why)."""
     everything = config.getoption("--all") or bool(config.getoption("keyword"))
     root = os.geteuid() == 0
-    chosen, others = [], []
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
     for item in items:
         slow, lab = item.get_closest_marker("slow"), item.get_closest_marker("lab")
         reason = "slow" if slow and not everything else "lab" if lab and not (root or everything) else None

@@ -95,7 +95,8 @@ def test_the_cache_hangs_on_content_and_settings(prepare: Prepare, texts: Path, 
 def test_few_long_documents_are_held_out_in_pieces(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"Sentence number {n} of a long book. " for n in range(3000)))
     made = prepare("--dataset_path", str(tmp_path / "book.txt"))
-    assert made.facts.eval_by_pieces
+    assert made.facts.eval_by_pieces and made.facts.eval_bytes
+    assert made.facts.gzip_bits_per_byte and 0 < made.facts.gzip_bits_per_byte < 8
     assert len(made.evaluation) == pytest.approx(0.02 * (len(made.train) + len(made.evaluation)), rel=0.1)
 
 

@@ -11,7 +11,8 @@ import pytest
 from trainer.documents import describe, find_files, read_documents
 from trainer.fault import Fault
 
-ROWS = [{"text": "first\nwith two lines"}, {"text": ""}, {"text": None}, {"text": 'say "ü", twice'}]
+ROWS: list[dict[str, object]] = [
+    {"text": "first\nwith two lines"}, {"text": ""}, {"text": None}, {"text": 'say "ü", twice'}]
 EXPECTED = ["first\nwith two lines", "", "", 'say "ü", twice']
 
 
@@ -97,6 +98,14 @@ def test_a_missing_column_of_parquet_is_named(tmp_path: Path) -> None:
     with pytest.raises(Fault, match="no column 'text'; it has body"):
         read(tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", "body") == ["a"]
+
+
+def test_a_pattern_chooses_files(tmp_path: Path) -> None:
+    for name in ("b.md", "a.md", "settings.json"):
+        write(tmp_path / name, name)
+    assert read(tmp_path / "*.md") == ["a.md", "b.md"]
+    with pytest.raises(Fault, match="no such file or folder"):
+        find_files(tmp_path / "*.csv")
 
 
 def test_a_folder_without_data_is_a_fault(tmp_path: Path) -> None:

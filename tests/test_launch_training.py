@@ -88,6 +88,14 @@ def test_a_wrong_flag_of_the_trainer_is_told_once(environment: dict[str, str], t
     assert "Traceback" not in done.stderr
 
 
+def test_bad_data_is_told_once_by_two_ranks(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    done = launch("--model", "tiny", "--dataset", "bad.jsonl", "--slots", "2", environment=environment, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1 and "error: bad.jsonl:1: not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @contextmanager
 def launched(environment: dict[str, str], run: Path, texts: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A two-rank training that goes on until it is stopped."""
@@ -101,7 +109,7 @@ def launched(environment: dict[str, str], run: Path, texts: Path, *words: str) -
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_saves_on_all_ranks_and_leaves_nothing(number: signal.Signals, environment: dict[str, str],
                                                         tmp_path: Path, texts: Path) -> None:
     run = tmp_path / "run"

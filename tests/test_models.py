@@ -29,7 +29,8 @@ def other_models(name: str, vocabulary: int) -> Any:
     if name == "gpt2":
         config = transformers.GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=2)
         return transformers.GPT2LMHeadModel(config)
-    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     if name == "qwen3":
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
             vocab_size=vocabulary, num_key_value_heads=2, head_dim=16, **shape))

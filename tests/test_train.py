@@ -56,6 +56,7 @@ def test_every_preset_trains_with_two_ranks(preset: str, train: Train) -> None:
     record = json.loads((run.path / "run.json").read_text())
     assert (record["status"], record["exit"], record["world_size"]) == ("finished", 0, 2)
     assert record["engine"].startswith("DeepSpeed ZeRO-")
+    assert json.loads((run.path / "ds_config.json").read_text())["train_batch_size"] == 4
     for name in ("model/model.safetensors", "model/tokenizer.json", "loss.png", "sample.txt"):
         assert (run.path / name).stat().st_size > 0, name
     assert "warning" not in run.output.lower()
@@ -117,7 +118,8 @@ def test_training_goes_on_from_a_trained_model(train: Train) -> None:
 
 
 @pytest.mark.parametrize(("config", "ranks"), [
-    ("configs/zero1", 2), ("configs/zero3", 2), pytest.param("ds_config", 2, marks=pytest.mark.slow),
+    ("configs/zero1", 2), pytest.param("configs/zero3", 2, marks=pytest.mark.slow),
+    pytest.param("ds_config", 2, marks=pytest.mark.slow),
     pytest.param(None, 1, marks=pytest.mark.slow), pytest.param("configs/zero3_offload", 1, marks=pytest.mark.slow)])
 def test_a_resumed_run_makes_the_same_losses(config: str | None, ranks: int, train: Train) -> None:
     common = (*SMALL, "--max_steps", "8", "--save_steps", "4", "--save_total_limit", "9", "--eval_steps", "2")
@@ -225,8 +227,19 @@ def test_a_checkpoint_of_another_training_is_refused(train: Train) -> None:
     assert "holds an earlier run: --resume_from_checkpoint auto continues it" in fresh.output
 
 
-def test_the_same_seed_makes_the_same_losses(train: Train) -> None:
-    same_losses(train(*SMALL, "--max_steps", "3", name="a"), train(*SMALL, "--max_steps", "3", name="b"), 1e-6)
+def test_the_same_seed_makes_the_same_losses_with_activations_kept_or_not(train: Train) -> None:
+    same_losses(train(*SMALL, "--max_steps", "3", name="a"),
+                train(*SMALL, "--max_steps", "3", "--gradient_checkpointing", name="b"), 1e-6)
+
+
+@pytest.mark.parametrize(("transformers", "engine"), [(1, 2), (2, 1), (1, 1)])
+def test_ranks_that_are_counted_differently_stop_the_run(transformers: int, engine: int) -> None:
+    from trainer.fault import Fault
+    from trainer.session import check_world_sizes
+
+    check_world_sizes(2, 2, 2)
+    with pytest.raises(Fault, match="the launcher started 2 ranks"):
+        check_world_sizes(2, transformers, engine)
 
 
 @pytest.fixture
@@ -265,3 +278,10 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_good(
     (small_disk / "filler").unlink()
     again = train(*SMALL, *words, "--resume_from_checkpoint", "auto", "--max_steps", "6", expect=None)
     assert "continuing after" in again.output, log + again.output
+
+
+def test_a_book_in_one_file_is_evaluated_in_pieces(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"Sentence number {n} of a long book. " for n in range(3000)))
+    run = train("--max_steps", "3", data=tmp_path / "book.txt")
+    assert "pieces of few documents held out" in run.output
+    assert "gzip -9 of the same text" in run.output

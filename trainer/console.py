@@ -57,8 +57,9 @@ class Console:
         if self._log is None:
             self._waiting.append(line)
             return
+        stamp = f"{time.strftime('%H:%M:%S')} [{self._ranks.rank}] "
         with self._log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} [{self._ranks.rank}] {line}\n")
+            file.write("".join(f"{stamp}{part}\n" for part in line.splitlines() if part.strip()))
 
     def _print(self, line: str, style: str | None = None, file: Any = None) -> None:
         self.keep(line)

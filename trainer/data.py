@@ -117,11 +117,12 @@ def build(
     train, facts.cut = tokenize(train, tokenizer, sequence_length)
     held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length)
     facts.eval_documents = len(held_out)
-    facts.gzip_bits_per_byte = gzip_bits(held_out["text"]) if len(held_out) else None
+    facts.gzip_bits_per_byte = gzip_bits(held_out["text"])
     if not len(held_out) and options.eval_fraction and len(train) > 1:
         count = max(1, round(len(train) * options.eval_fraction))
         order = train.train_test_split(test_size=count, seed=options.seed)
         train, held_out_pieces, facts.eval_by_pieces = order["train"], order["test"], True
+        facts.gzip_bits_per_byte = gzip_bits(tokenizer.batch_decode(order["test"]["input_ids"][:], True))
     if not len(train):
         raise Fault(f"{source.name}: nothing to train on: {facts.documents} documents, none with two tokens or more")
     sizes = held_out_pieces["bytes"][:]
@@ -241,13 +242,14 @@ def piece_bytes(text: str, ends: list[int], start: int, end: int) -> int:
     return len(text[first:last].encode())
 
 
-def gzip_bits(texts: Iterable[str]) -> float:
-    """Return the bits per byte that `gzip -9` needs for the texts, one after the other."""
+def gzip_bits(texts: Iterable[str]) -> float | None:
+    """Return the bits per byte that `gzip -9` needs for the texts, one after the other; None for no text at all."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     before = after = 0
     for text in texts:
         raw = text.encode()
         before += len(raw)
         after += len(packer.compress(raw))
-    return 8 * (after + len(packer.flush())) / before
+    after += len(packer.flush())
+    return 8 * after / before if before else None
 

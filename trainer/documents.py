@@ -6,6 +6,7 @@ A text file is one document; elsewhere each row is one, in the column that holds
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -28,11 +29,16 @@ def form_of(path: Path) -> str | None:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Return the data files at `path` (a file, or a folder searched through), sorted; hidden ones are left out.
+    """Return the data files at `path` (a file, a folder to search through, or a pattern), sorted, none hidden.
 
     Raises Fault where there is none.
     """
     known = ", ".join(sorted(FORMS))
+    if not path.exists():
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not files:
+            raise Fault(f"{path}: no such file or folder")
+        return [file for found in files for file in find_files(found)]
     if path.is_file():
         if not form_of(path):
             raise Fault(f"{path}: no known form: rename it to one of {known}")

@@ -103,7 +103,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that choose and shape the data."""
     flag = group.add_argument
     flag("--dataset_path", metavar="D",
-         help="a file or folder of .txt .md .jsonl .json .csv .parquet (also .gz), or a Hugging Face name "
+         help="a file, folder or pattern of .txt .md .jsonl .json .csv .parquet (also .gz), or a Hugging Face name "
               "(default: the documentation that comes with Python)")
     flag("--dataset_config", metavar="NAME", help="configuration of a Hugging Face dataset")
     flag("--dataset_split", metavar="NAME", default="train", help="split of a Hugging Face dataset (train)")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import textwrap
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -64,6 +66,14 @@ def run_facts(session: Session) -> dict[str, Any]:
             "data_key": session.data.facts.key, "hosts": list(hosts), "slots": dict(hosts),
             "world_size": session.ranks.world_size, "engine": session.engine, "precision": session.precision,
             "parameters": session.parameters, "steps": session.steps, "seed": session.options.seed}
+
+
+def keep_ds_config(session: Session) -> None:
+    """Write ds_config.json into the run folder as DeepSpeed got it, every "auto" filled."""
+    if session.ds_config is not None and session.ranks.is_first:
+        used = dict(session.trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
+        used.pop("steps_per_print", None)  # infinity, set by accelerate; not JSON
+        write_whole(session.run.path / "ds_config.json", json.dumps(used, indent=2) + "\n")
 
 
 def finish(session: Session) -> int:
@@ -160,13 +170,19 @@ def summary(session: Session) -> dict[str, Any]:
 def print_summary(session: Session) -> None:
     """Print the result and the paths that a person opens next."""
     found, say, run = summary(session), session.console.result, session.run
-    say(f"\ntrained {session.trainer.state.global_step:,} steps, {short(found['tokens'])} tokens "
+    say("")
+    say(f"trained {session.trainer.state.global_step:,} steps, {short(found['tokens'])} tokens "
         f"in {duration(found['seconds'])}")
     if found["loss_last"] is not None:
         say(f"  training loss    {found['loss_first']:.3f} -> {found['loss_last']:.3f}")
     if "eval_loss_last" in found:
         say(f"  evaluation loss  {found['eval_loss_first']:.3f} -> {found['eval_loss_last']:.3f}")
     if found.get("bits_per_byte_last") is not None:
+        gzip = found["gzip_bits_per_byte"]
+        beside = f" (gzip -9 of the same text: {gzip:.2f})" if gzip else ""
         say(f"  bits per byte    {found['bits_per_byte_first']:.2f} -> {found['bits_per_byte_last']:.2f} "
-            f"on text that was held out (gzip -9 of the same text: {found['gzip_bits_per_byte']:.2f})")
-    say(f"  model   {run.model}\n  curve   {run.curve}\n  sample  {run.sample}")
+            f"on text that was held out{beside}")
+    if run.sample.exists():
+        say("\nhow it goes on after >>>, in text that was held out:\n")
+        say(textwrap.indent(run.sample.read_text(encoding="utf-8").rstrip(), "  "))
+    say(f"\nmodel   {run.model}\ncurve   {run.curve}\nsample  {run.sample}")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MEETING_LIMIT_S = 600
 PREPARING_LIMIT_S = 7 * 24 * 3600
+# Rank 0 holds the store; when it has gone it has said why itself, and the others have nothing to add.
+LOST_FIRST = Fault("rank 0 has gone", shared=True)
 
 
 def free_port() -> int:
@@ -113,16 +115,18 @@ class Ranks:
 
         Raises Fault, naming the ranks that gave nothing within `limit_s` seconds.
         """
-        from torch.distributed import DistStoreError
+        from torch.distributed import DistNetworkError, DistStoreError
 
         keys = [f"lanspeed/{name}/{rank}" for rank in range(self.world_size)]
-        self._store.set(keys[self.rank], json.dumps(value))
         try:
+            self._store.set(keys[self.rank], json.dumps(value))
             self._store.wait(keys, timedelta(seconds=limit_s))
             return [json.loads(self._store.get(key)) for key in keys]
         except DistStoreError:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             raise Fault(f"{self.host}: after {limit_s} s nothing came from rank {missing} ({name})") from None
+        except DistNetworkError:
+            raise LOST_FIRST from None
 
     def publish(self, name: str, value: Any) -> None:
         """Offer `value` (any JSON value) to whichever rank asks for `name`."""
@@ -130,7 +134,12 @@ class Ranks:
 
     def ask(self, name: str, limit_s: int = PREPARING_LIMIT_S) -> Any:
         """Return what a rank published under `name`, waiting for it up to `limit_s` seconds."""
-        self._store.wait([f"lanspeed/{name}"], timedelta(seconds=limit_s))
+        from torch.distributed import DistNetworkError
+
+        try:
+            self._store.wait([f"lanspeed/{name}"], timedelta(seconds=limit_s))
+        except DistNetworkError:
+            raise LOST_FIRST from None
         return json.loads(self._store.get(f"lanspeed/{name}"))
 
     def start_process_group(self, device_type: str) -> None:

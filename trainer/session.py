@@ -139,9 +139,7 @@ class Session:
         # A tiny model is built before transformers knows of ZeRO-3, so that its weights hang on the seed alone.
         model = models.build_tiny(self.tokenizer, options.seed) if tiny else None
         arguments = self._arguments()
-        if arguments.world_size != ranks.world_size:
-            raise Fault(f"transformers counts {arguments.world_size} ranks, the launcher {ranks.world_size}: "
-                        "every rank would train on the same data", shared=True)
+        check_world_sizes(ranks.world_size, arguments.world_size, engine=ranks.world_size)
         if model is None:
             keep_16_bits = self.ds_config is not None  # DeepSpeed keeps 32-bit weights itself; plain PyTorch doesn't
             model = models.load_model(options, DTYPES[self.precision] if keep_16_bits else "float32")
@@ -206,16 +204,17 @@ class Session:
         self.report.watch(self.trainer, max(tokens, default=0))
         try:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        except BaseException:
-            if self.ranks.is_first:
-                self.run.finish("failed", 1)
-            raise
         finally:
             self.console.stop_bar()
 
     def finish(self) -> int:
         """Save the model, or after a request to stop say how to go on; return the exit code."""
         return outcome.finish(self)
+
+    def fail(self) -> None:
+        """Say in run.json that the training failed."""
+        if self.ranks.is_first:
+            self.run.finish("failed", 1)
 
 
 class FirstLook(TrainerCallback):
@@ -225,16 +224,26 @@ class FirstLook(TrainerCallback):
         self._session = session
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Raise a Fault if not."""
+        """Raise a Fault if not; keep the config as DeepSpeed got it."""
         session = self._session
-        engine = session.trainer.model_wrapped
-        counted = getattr(engine, "dp_world_size", session.ranks.world_size)
-        if counted != session.ranks.world_size:
-            raise Fault(f"DeepSpeed trains with {counted} ranks, transformers with {session.ranks.world_size}: "
-                        "each would read the wrong part of the data", shared=True)
+        outcome.keep_ds_config(session)
+        check_world_sizes(
+            launcher=session.ranks.world_size, transformers=session.trainer.args.world_size,
+            engine=getattr(session.trainer.model_wrapped, "dp_world_size", session.ranks.world_size))
         if not session.options.no_packing:
             device = session.trainer.args.device
             models.check_isolation(session.trainer.logits, len(session.tokenizer), device)
+
+
+def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:
+    """Raise a Fault unless launcher, transformers and DeepSpeed count the same ranks.
+
+    Otherwise batches are split by one number and gradients averaged by another, without a word.
+    """
+    if not launcher == transformers == engine:
+        raise Fault(f"the launcher started {launcher} ranks, transformers counts {transformers}, DeepSpeed {engine}: "
+                    "ranks would train on the wrong part of the data. Start with `invoke train` or `deepspeed`",
+                    shared=True)
 
 
 def quieten() -> None:

@@ -24,8 +24,9 @@ class Source:
 
 
 def looks_like_path(name: str) -> bool:
-    """Tell a path from a Hugging Face name, which has at most one slash and no suffix of a data file."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(documents.form_of(Path(name)))
+    """Tell a path from a Hugging Face name, which has at most one slash, no wildcard and no suffix of a data file."""
+    wild = any(mark in name for mark in "*?[")
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or wild or bool(documents.form_of(Path(name)))
 
 
 def open_source(name: str | None, options: argparse.Namespace, built_in: Callable[[], list[str]]) -> Source:
@@ -34,12 +35,10 @@ def open_source(name: str | None, options: argparse.Namespace, built_in: Callabl
         texts = built_in()
         return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts)
     path = Path(name).expanduser()
-    if path.exists():
+    if path.exists() or looks_like_path(name):
         files = documents.find_files(path)
         what = f"{path} ({documents.describe(files)})"
         return Source(what, files_hash(files), lambda: documents.read_documents(files, options.text_column))
-    if looks_like_path(name):
-        raise Fault(f"{path}: no such file or folder")
     return hub_source(name, options)
 
 

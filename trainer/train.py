@@ -19,6 +19,9 @@ from trainer.options import parse_options
 from trainer.ranks import Ranks
 from trainer.signals import Interrupted, SignalWatch
 
+# What gloo, NCCL and torch's store say when the process at the other end has gone.
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return 0 when the model is there or a checkpoint was saved on request, 1 on a fault, 2 on wrong usage."""
@@ -43,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         console.error(f"{ranks.host}: no space left on device" + (f": {error.filename}" if error.filename else ""))
         return 1
-    except Exception:
+    except Exception as error:
         console.stop_bar()
         console.keep(traceback.format_exc())
-        raise
+        if not (ranks.world_size > 1 and any(sign in str(error) for sign in PEER_LOST)):
+            raise
+        console.error(f"{ranks.host}: rank {ranks.rank} lost another rank, whose own message says why")
+        return 1
 
 
 def stay_offline(options: argparse.Namespace) -> None:
@@ -71,9 +77,13 @@ def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: 
     session = Session(options, ranks, console, config)
     session.prepare()
     signals.flag = session.stop.flag
-    session.run_steps()
-    signals.finish()
-    return session.finish()
+    try:
+        session.run_steps()
+        signals.finish()
+        return session.finish()
+    except BaseException:
+        session.fail()
+        raise
 
 
 if __name__ == "__main__":
