@@ -1,0 +1,69 @@
+"""The README is true: every command in it exists, takes those flags, and every file that it names is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import HOME
+
+from trainer.options import build_parser
+
+README = (HOME / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+
+
+def known_flags(*command: str) -> str:
+    return subprocess.run([sys.executable, *command, "--help"], cwd=HOME, capture_output=True, text=True).stdout
+
+
+def check_trainer_flags(words: list[str]) -> None:
+    build_parser().parse(words)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_exists_and_takes_its_flags(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z]+):", (HOME / "Makefile").read_text(), re.M))
+        assert words[1] in targets
+        assert all(word.split("=")[0] in (HOME / "Makefile").read_text() for word in words[2:])
+    elif words[0] == "invoke":
+        cut = words.index("--") if "--" in words else len(words)
+        shown = known_flags("-m", "invoke", words[1])
+        assert "Docstring:" in shown
+        assert all(word in shown for word in words[2:cut] if word.startswith("--"))
+        if cut < len(words):
+            check_trainer_flags(["--model_name_or_path", "tiny", *words[cut + 1 :]])
+    elif words[0] in ("python", "deepspeed", "torchrun"):
+        script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+        assert (HOME / words[script]).is_file()
+        check_trainer_flags(words[script + 1 :])
+    else:
+        assert words[0] == "."
+
+
+def test_each_file_that_is_named_is_there() -> None:
+    named = set(re.findall(r"`((?:trainer|master|benchmarks)/[\w/.]+)`", README))
+    named |= {f"master/{name}" for name in ("launch_training.py", "processes.py", "runs.py")}
+    assert named
+    assert all((HOME / name).exists() for name in named)
+
+
+def test_each_source_file_stands_in_the_tree() -> None:
+    tree = README[README.index("## The tree") :]
+    for folder in ("master", "trainer"):
+        for path in (HOME / folder).glob("*.py"):
+            assert path.stem == "__init__" or path.name in tree, path
+
+
+def test_each_preset_stands_in_the_table() -> None:
+    for path in (HOME / "trainer" / "configs").glob("*.json"):
+        assert f"`trainer/configs/{path.name}`" in README
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 200
