@@ -211,6 +211,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(environm
     (["--precision", "fp16"], 1, "error: fp16 needs a GPU on every rank"),
     (["--sequence_length", "5000"], 1, "takes 2 to 2,048 tokens"),
     (["--resume_from_checkpoint", "runs/nothing"], 1, "no good checkpoint there"),
+    (["--output_dir", "/dev/null/run"], 1, "Not a directory: /dev/null/run"),
 ])
 def test_a_mistake_is_one_line_without_a_traceback(words: list[str], code: int, message: str, train: Train) -> None:
     run = train(*words, expect=code)

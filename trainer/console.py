@@ -75,7 +75,7 @@ class Console:
 
     def warn(self, line: str) -> None:
         """Print a warning, whichever rank has one, with the host's name unless there is only one."""
-        where = f"{self._ranks.host}: " if len(set(self._ranks.hosts)) > 1 else ""
+        where = "" if self._ranks.on_one_machine else f"{self._ranks.host}: "
         self._print(f"warning: {where}{line}", style="yellow")
 
     def error(self, line: str) -> None:

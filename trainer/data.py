@@ -82,8 +82,11 @@ def prepare_dataset(
         with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as scratch:
             made = build(Path(scratch), Facts(key, source.name), source, evaluation, options,
                          make_tokenizer, sequence_length)
-            if not (folder / "facts.json").exists():  # another run may have been faster
+            try:
                 os.rename(made, folder)
+            except OSError:
+                if not (folder / "facts.json").exists():  # else another run was faster
+                    raise
     return load_prepared(folder)
 
 

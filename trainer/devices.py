@@ -6,6 +6,7 @@ Peaks are dense bf16/fp16 tensor-core TFLOP/s with fp32 accumulation, from the v
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from trainer.fault import Fault
@@ -35,7 +36,7 @@ def device_facts() -> dict[str, Any]:
     return {"type": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False}
 
 
-def common_device(facts: list[dict[str, Any]], hosts: list[str]) -> str:
+def common_device(facts: list[dict[str, Any]], hosts: Sequence[str]) -> str:
     """Return the device type that all ranks share; raise a Fault that names the hosts where they differ."""
     kinds = {entry["type"] for entry in facts}
     if len(kinds) == 1:

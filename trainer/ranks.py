@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 MEETING_LIMIT_S = 600
 PREPARING_LIMIT_S = 7 * 24 * 3600
-# Rank 0 holds the store; when it has gone it has said why itself, and the others have nothing to add.
-LOST_FIRST = Fault("rank 0 has gone", shared=True)
 
 
 def free_port() -> int:
@@ -64,10 +63,16 @@ def interface_towards(address: str) -> str | None:
     return None
 
 
+def first_rank_gone() -> Fault:
+    """Return the Fault of a lost store: rank 0, which holds it, has said itself why it ended; others stay silent."""
+    return Fault("rank 0 has gone", shared=True)
+
+
 class Ranks:
     """This process's place among all ranks, and the ways to exchange small things with them.
 
-    `rank` 0..world_size-1 over the cluster, `local_rank` on this host; `host` is this machine's name.
+    `rank` 0..world_size-1 over the cluster, `local_rank` on this machine, `node` the machine's number; `hosts` and
+    `nodes` have every rank's. Machines are told apart by number: two of them may have the same name.
     """
 
     def __init__(self) -> None:
@@ -76,8 +81,10 @@ class Ranks:
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.world_size = int(os.environ["WORLD_SIZE"])
         self.local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        self.node = int(os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK") or 0)  # DeepSpeed's, torchrun's
         self.host = socket.gethostname()
-        self.hosts = [self.host]
+        self.hosts: Sequence[str] = [self.host]
+        self.nodes: Sequence[int] = [self.node]
         self._store: Any = None
         self._side_group: Any = None
 
@@ -88,8 +95,13 @@ class Ranks:
 
     @property
     def is_first_here(self) -> bool:
-        """True for one rank of each host."""
+        """True for one rank of each machine."""
         return self.local_rank == 0
+
+    @property
+    def on_one_machine(self) -> bool:
+        """True if every rank is on the same machine; known once they have met."""
+        return len(set(self.nodes)) == 1
 
     def meet(self, limit_s: int = MEETING_LIMIT_S) -> None:
         """Open the store at MASTER_ADDR and wait for every rank; raise a Fault that names the missing ones."""
@@ -108,7 +120,7 @@ class Ranks:
                 f"{self.host}: rank {self.rank} cannot meet the others at {where}: {reason}. "
                 "Is the port free there and reachable from here?"
             ) from None
-        self.hosts = self.exchange("host", self.host, limit_s)
+        self.hosts, self.nodes = zip(*self.exchange("host", [self.host, self.node], limit_s), strict=True)
 
     def exchange(self, name: str, value: Any, limit_s: int = MEETING_LIMIT_S) -> list[Any]:
         """Return what every rank gave under `name`, in rank order (any JSON value); works without process group.
@@ -126,7 +138,7 @@ class Ranks:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             raise Fault(f"{self.host}: after {limit_s} s nothing came from rank {missing} ({name})") from None
         except DistNetworkError:
-            raise LOST_FIRST from None
+            raise first_rank_gone() from None
 
     def publish(self, name: str, value: Any) -> None:
         """Offer `value` (any JSON value) to whichever rank asks for `name`."""
@@ -139,7 +151,7 @@ class Ranks:
         try:
             self._store.wait([f"lanspeed/{name}"], timedelta(seconds=limit_s))
         except DistNetworkError:
-            raise LOST_FIRST from None
+            raise first_rank_gone() from None
         return json.loads(self._store.get(f"lanspeed/{name}"))
 
     def start_process_group(self, device_type: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def look(run: RunFolder, named: Path | None) -> dict[str, Any]:
 
 
 def agree(
-    views: list[dict[str, Any] | None], hosts: list[str], run: RunFolder, console: Console | None
+    views: list[dict[str, Any] | None], hosts: Sequence[str], run: RunFolder, console: Console | None
 ) -> Path | None:
     """Return the newest checkpoint that is good in every machine's view; name the newer ones that aren't."""
     looked = [(host, view) for host, view in zip(hosts, views, strict=True) if view]

@@ -82,8 +82,8 @@ class Session:
             name, make = models.tokenizer_id(tokenizer), lambda texts: tokenizer
         if ranks.is_first_here:
             made = data.prepare_dataset(options, name, make, sequence_length, self._built_in, self.console.say)
-            ranks.publish(f"data/{ranks.host}", str(made.folder))
-        self.data = data.load_prepared(Path(ranks.ask(f"data/{ranks.host}")))
+            ranks.publish(f"data/{ranks.node}", str(made.folder))
+        self.data = data.load_prepared(Path(ranks.ask(f"data/{ranks.node}")))
         self.tokenizer = models.load_tokenizer(options, self.data.folder / "tokenizer")
         keys = ranks.exchange("data-key", self.data.facts.key, PREPARING_LIMIT_S)  # another host may be slower
         if len(set(keys)) > 1:
@@ -95,7 +95,7 @@ class Session:
         """Return Python's documentation as rank 0 has it: it differs between Python releases."""
         if self.ranks.is_first:
             texts = corpus.python_documents()
-            if len(set(self.ranks.hosts)) > 1:
+            if not self.ranks.on_one_machine:
                 self.ranks.publish("built-in", texts)
             return texts
         return self.ranks.ask("built-in")
@@ -182,17 +182,18 @@ class Session:
             log_level_replica="error", adam_beta2=o.adam_beta2)
 
     def _check_room(self) -> None:
-        """Raise a Fault if this machine lacks the room for the checkpoints that will be there at once."""
+        """Raise a Fault if a machine lacks the room for the checkpoints that will be there at once."""
         interval = self.options.save_steps or self.steps
         saves = self.steps / (interval if interval >= 1 else max(interval * self.steps, 1))
         together = min(self.options.save_total_limit + 1, int(saves) + 1)
         weight = 4 if self.precision == "fp32" or self.ds_config is None else 2
         one = checkpoints.expected_bytes(self.parameters, weight, self.ranks.local_world_size, self.ranks.world_size)
         needed, free = together * one + weight * self.parameters, checkpoints.free_bytes(self.run.path)
-        if self.ranks.is_first_here and free < needed:
-            raise Fault(f"{self.ranks.host}: {self.run.path} needs about {needed / 1e9:.1f} GB for {together} "
-                        f"checkpoints and the model, and {free / 1e9:.1f} GB are free: --save_total_limit 1, or "
-                        "another --output_dir")
+        short = (f"{self.ranks.host}: {self.run.path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and "
+                 f"the model, and {free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")
+        found = [text for text in self.ranks.exchange("room", short if free < needed else None) if text]
+        if found:
+            raise Fault(found[0], shared=True)
 
     # -- training and after --------------------------------------------------------------------------------------
 

@@ -42,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.error(f"stopped by {interrupted.name} before the first step was complete: nothing to save")
         return 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        console.stop_bar()
+        console.keep(traceback.format_exc())
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        console.error(f"{ranks.host}: no space left on device" + (f": {error.filename}" if error.filename else ""))
+        console.error(f"{ranks.host}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
         return 1
     except Exception as error:
         console.stop_bar()

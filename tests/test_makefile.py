@@ -1,0 +1,53 @@
+"""`make` on a machine that lacks something says what in one line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import HOME
+
+
+def make(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `make install` in a copy of what it reads."""
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(HOME / name, folder)
+    for package in ("master", "trainer"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").touch()
+    return subprocess.run(["make", "install", *words], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, **variables})
+
+
+def fake_python(folder: Path, refuses: str) -> str:
+    """A Python that cannot run programs with a certain word in them."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\ncase "$*" in *{refuses}*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["PYTHON="], "make: Python 3.11 or newer is needed: sudo apt install python3 python3-venv"),
+    (["ROOM_MB=999999999"], "make: .venv needs 999999999 MB here"),
+    (["PYTHON={fake}"], "cannot make virtual environments: sudo apt install python3-venv"),
+])
+def test_what_is_missing_is_told_in_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    fake = fake_python(tmp_path, "ensurepip")
+    done = make(tmp_path, *[word.format(fake=fake) for word in words])
+    assert done.returncode == 2
+    assert message in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_an_index_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
+    done = make(tmp_path, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="1", PIP_CONFIG_FILE=os.devnull,
+                PIP_NO_CACHE_DIR="1", PIP_FIND_LINKS="", PIP_EXTRA_INDEX_URL="")
+    assert done.returncode == 2
+    assert "make: the package index cannot be reached" in done.stdout
+    assert not (tmp_path / ".venv" / ".installed").exists()
