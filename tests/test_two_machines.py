@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import HOME, TRAINER
+
 from master.launch_training import free_port
 
 
