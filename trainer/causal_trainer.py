@@ -107,11 +107,18 @@ class CausalTrainer(Trainer):
             raise self._save_fault(folder, error) from None
         self._ranks.barrier()
         if writes:
+            self._name_latest(folder)
             checkpoints.seal(folder, self._layout)
             checkpoints.rotate(folder.parent, self._keep)
             self._checkpoint_bytes = checkpoints.folder_bytes(folder)
         self._ranks.barrier()
         self.paused_s += time.monotonic() - started
+
+    def _name_latest(self, folder: Path) -> None:
+        """Write the file by which DeepSpeed finds its part of a checkpoint; it does so itself on one machine only."""
+        tag = f"global_step{self.state.global_step}"
+        if (folder / tag).is_dir() and not (folder / "latest").exists():
+            checkpoints.write_whole(folder / "latest", tag)
 
     def _check_room(self, folder: Path, writes: bool) -> None:
         lacking = writes and checkpoints.free_bytes(folder) < self._checkpoint_bytes
