@@ -22,6 +22,7 @@ from trainer.fault import Fault
 from trainer.sources import Source, hashed, open_source
 
 FORMAT = 1  # part of the cache's key: raise it when what is stored changes
+BATCH = 100  # documents tokenized at once: enough for all cores; more only takes memory
 
 
 @dataclass
@@ -223,7 +224,7 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int) -> tuple[Any, int
         return made
 
     # A fingerprint of its own keeps datasets from hashing the function and the tokenizer that it refers to.
-    pieces = texts.map(batch, batched=True, remove_columns=["text"], features=features,
+    pieces = texts.map(batch, batched=True, batch_size=BATCH, remove_columns=["text"], features=features,
                        new_fingerprint=os.urandom(8).hex())
     return pieces, cut
 
