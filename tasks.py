@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def train(c: Context, model="", dataset="", config="", slots="", grace="", dry_r
     run_tool("master.launch_training", *words, "--", *after_dashes())
 
 
+@task(auto_shortflags=False, help={"json": "the report as the one line that other tools read"})
+def detect(c: Context, json=False):  # type: ignore[no-untyped-def]
+    """Show this machine's GPUs, what is wrong with them and what mends it."""
+    script = [str(HOME / "worker" / "detect_gpus.sh"), "--json" if json else "--table"]
+    print("$", shlex.join(["bash", *script]), file=sys.stderr, flush=True)
+    raise Exit(code=subprocess.run(["bash", *script]).returncode)
+
+
 @task(auto_shortflags=False)
 def demo(c: Context) -> None:
     """Train a tiny model on Python's documentation, for about a minute, and show what it learned."""
@@ -84,3 +93,6 @@ def lint(c: Context) -> None:
     with c.cd(HOME):
         c.run(f"{shlex.quote(sys.executable)} -m ruff check .")
         c.run(f"{shlex.quote(sys.executable)} -m mypy")
+        tools = Path(sys.executable).parent
+        c.run(f"{shlex.quote(str(tools / 'shellcheck'))} worker/*.sh .ci/run")
+        c.run(f"{shlex.quote(str(tools / 'vermin'))} --quiet --no-tips -t=3.8- worker/*.py")

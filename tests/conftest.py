@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import Machine
 
 HOME = Path(__file__).resolve().parent.parent
 TRAINER = HOME / "trainer" / "train.py"
@@ -119,3 +120,9 @@ def train(tmp_path: Path, texts: Path, environment: dict[str, str]) -> Train:
         return run
 
     return start
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """A made-up machine without GPUs, to which a test adds what it needs."""
+    return Machine(tmp_path / "machine")

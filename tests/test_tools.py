@@ -10,7 +10,7 @@ import pytest
 from conftest import HOME
 from test_architecture import HEAVY, is_tool, name_of, sources
 
-TOOLS = [path for path in sources("master", "trainer") if is_tool(path) and "argparse" in path.read_text()]
+TOOLS = [path for path in sources("master", "worker", "trainer") if is_tool(path) and "argparse" in path.read_text()]
 TOOLS = [path for path in TOOLS if path.name != "options.py"]
 
 
@@ -43,7 +43,7 @@ def invoke(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
 
 def test_the_menu_is_complete_and_each_task_has_help() -> None:
     listed = invoke("--list").stdout
-    for task in ("train", "demo", "test", "lint", "bench"):
+    for task in ("detect", "train", "demo", "test", "lint", "bench"):
         assert f"  {task} " in listed
         shown = invoke(task, "--help")
         assert shown.returncode == 0 and "Docstring:" in shown.stdout, shown.stderr

@@ -119,6 +119,11 @@ def mib_of_bytes(text: Any) -> int | None:
     return value // (1 << 20) if value else None
 
 
+def total_of(values: list[int | None]) -> int | None:
+    """Return the sum of all values, or None if one of them is unknown."""
+    return None if None in values else sum(value or 0 for value in values)
+
+
 def bus_of(text: Any) -> str | None:
     """Return a PCI address as domain:bus:device.function; nvidia-smi's domain has 8 digits, lspci may leave it out."""
     found = re.search(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])\b", str(text).lower())
@@ -186,6 +191,13 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *([] if ROOT else PLACES), *below]))
 
 
+def scratch_file() -> Any:
+    """Return a nameless file: in memory where the system can, so that a full disk doesn't matter."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("gpus"), "w+b")
+    return tempfile.TemporaryFile()
+
+
 class Tools:
     """Runs one vendor's tools: all of them together within the time limit, none again after one has hung."""
 
@@ -203,13 +215,13 @@ class Tools:
             return Answer(None)
         environment = dict(os.environ, LC_ALL="C", PYTHONIOENCODING="utf-8")
         try:
-            with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            with scratch_file() as out, scratch_file() as err:
                 process = subprocess.Popen([path, *argv], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                                            env=environment, start_new_session=True)
                 code = self._wait(process, left, (out, err))
                 if code is None:
                     self.hung = name
-                return Answer(code, *(self._content(file) for file in (out, err)))
+                return Answer(code, self._content(out), self._content(err))
         except OSError as error:
             return Answer(126, err=str(error))
 
@@ -293,7 +305,8 @@ def pci_from_sysfs() -> Iterator[PciFunction | None]:
     """Yield what /sys knows: the bus itself, or, where that isn't to be seen, the cards with a graphics driver."""
     for folder in listed("/sys/bus/pci/devices", r"[0-9a-f:.]+"):
         driver = os.path.basename(os.readlink(str(folder / "driver"))) if (folder / "driver").is_symlink() else None
-        yield pci_function(folder.name, *(read(folder / name) for name in ("vendor", "device", "class")), driver)
+        vendor, device, kind = read(folder / "vendor"), read(folder / "device"), read(folder / "class")
+        yield pci_function(folder.name, vendor, device, kind, driver)
     for card in listed("/sys/class/drm", r"card[0-9]+"):
         event = pairs(read(card / "device" / "uevent"), "=")
         vendor, _, device = event.get("PCI_ID", "").partition(":")
@@ -312,7 +325,8 @@ def pci_from_lspci(text: str) -> Iterator[PciFunction | None]:
         if found and ids:
             used = re.search(r"Kernel driver in use: (\S+)", block)
             driver = used.group(1) if used else None if seen else ""
-            yield pci_function(found.group(1), *ids[-1], found.group(2), driver, known(found.group(3)))
+            vendor, device = ids[-1]
+            yield pci_function(found.group(1), vendor, device, found.group(2), driver, known(found.group(3)))
 
 
 def scan_pci(tools: Tools) -> tuple[list[PciFunction], bool]:
@@ -493,7 +507,7 @@ def nv_read_xml(text: str, found: Findings) -> list[Gpu]:
                   memory_total_mib=whole(cells["memory.total"]) or None,
                   memory_free_mib=whole(element.findtext("fb_memory_usage/free")),
                   mig=(element.findtext("mig_mode/current_mig") or "").strip() == "Enabled",
-                  busy_mib=None if None in used else sum(used),  # type: ignore[arg-type]
+                  busy_mib=total_of(used),
                   _bus=bus_of(element.get("id")))
         rows.append(nv_number(row, cells, found))
     return rows
@@ -538,8 +552,7 @@ def nv_busy(tools: Tools, rows: list[Gpu]) -> None:
             held.setdefault(parts[0], []).append(whole(parts[2]))
     for row in rows:
         if row["uuid"] and row["usable"]:
-            used = held.get(row["uuid"], [])
-            row["busy_mib"] = None if None in used else sum(used)  # type: ignore[arg-type]
+            row["busy_mib"] = total_of(held.get(row["uuid"], []))
 
 
 def nv_missed(rows: list[Gpu], found: Findings) -> list[Gpu]:
@@ -1093,19 +1106,18 @@ def table(report: dict[str, Any]) -> str:
         driver = f", driver {report['driver_version']}" if report["driver_version"] else ""
         head += f"{report['vendor']}, {report['status']}, {count_of(report['slots_total'], 'slot')}{driver}"
     lines = [head]
-    cells = [("slot", "name", "MiB", "free", "busy", "")]
+    cells = [["slot", "name", "MiB", "free", "busy", ""]]
     for row in report["gpus"]:
         number = "-" if row["index"] is None else str(row["index"])
         state = "" if row["usable"] else "integrated, left out" if row["integrated"] else "UNUSABLE"
         numbers = ["?" if row[key] is None else str(row[key])
                    for key in ("memory_total_mib", "memory_free_mib", "busy_mib")]
-        cells.append((number, row["name"] or "?", *numbers, state))
+        cells.append([number, row["name"] or "?", *numbers, state])
     if report["gpus"]:
         wide = [max(len(line[column]) for line in cells) for column in range(6)]
         for line in cells:
-            first, name, total, free, busy, state = (text.ljust(w) if column < 2 else text.rjust(w)
-                                                     for column, (text, w) in enumerate(zip(line, wide)))
-            lines.append(f"  {first}  {name}  {total}  {free}  {busy}  {state.strip()}".rstrip())
+            texts = [line[n].rjust(wide[n]) if n in (2, 3, 4) else line[n].ljust(wide[n]) for n in range(6)]
+            lines.append(("  " + "  ".join(texts)).rstrip())
     lines += [f"  {problem['code']}: {problem['message']}" for problem in report["problems"]]
     return "\n".join(lines)
 

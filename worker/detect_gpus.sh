@@ -20,13 +20,14 @@ below=("$root/usr/lib/wsl/lib" "$root/opt/rocm/bin" "$root"/opt/rocm-*/bin "$roo
 
 vendor=NONE driver='' doubt='' signs='' fault='' hung='' running=''
 slots=0 slots_use='' usable=0
-names=() uuids=() totals=() frees=() capabilities=() arches=() migs=() integrated=() states=() busy=() indices=()
+names=() uuids=() totals=() frees=() capabilities=() arches=() migs=() integrated=() states=() busy=() indices=() order=()
 codes=() messages=()
 
 # -- values: each function answers in REPLY ---------------------------------------------------------------------------
 
-trim() { # $1 without spaces around it
-  REPLY=${1#"${1%%[![:space:]]*}"}
+trim() { # $1 (its first 2000 characters) without spaces around it
+  REPLY=${1:0:2000}
+  REPLY=${REPLY#"${REPLY%%[![:space:]]*}"}
   REPLY=${REPLY%"${REPLY##*[![:space:]]}"}
 }
 
@@ -158,8 +159,12 @@ nv_row() { # take the cells of one row (in the order of nv_fields) for a GPU
 }
 
 nv_csv() { # take the rows in $out; errors may stand between them
-  local line rest cells seen=' '
-  while IFS= read -r line; do
+  local line rest cells seen=' ' lines=0
+  while IFS= read -r line && ((++lines)); do
+    if ((lines > 500 || ${#line} > 2000)); then # bash is slow at picking rubbish to pieces
+      fault=$out
+      break
+    fi
     rest=$line cells=()
     while ((${#cells[@]} < 10)) && [[ $rest == *,* ]]; do
       trim "${rest%%,*}"
@@ -180,11 +185,11 @@ nv_csv() { # take the rows in $out; errors may stand between them
 nv_busy() { # the memory that compute processes hold, by GPU
   local uuid pid used rest n
   run_tool "$1" --query-compute-apps=gpu_uuid,pid,used_gpu_memory,process_name --format=csv,noheader,nounits
-  [[ $code == 0 ]] || return 0
+  [[ $code == 0 && ${#out} -lt 60000 ]] || return 0
   for n in "${!uuids[@]}"; do [[ -z ${uuids[n]} ]] || busy[n]=0; done
   while IFS=, read -r uuid pid used rest; do
     trim "$pid"
-    [[ $REPLY =~ ^[0-9]+$ && -n $rest ]] || continue
+    [[ $REPLY =~ ^[0-9]{1,10}$ && -n $rest ]] || continue
     whole "$used"
     used=$REPLY
     trim "$uuid"
@@ -389,17 +394,18 @@ compare_bus() { # doubt an answer that the bus or another vendor's tools contrad
 
 # -- the report ---------------------------------------------------------------------------------------------------------
 
-number_slots() { # give each GPU that the runtime enumerates its number
-  local n
+number_slots() { # give each GPU that the runtime enumerates its number; the others stand last in $order
+  local n others=()
   for n in "${!states[@]}"; do
     indices[n]=''
     case ${states[n]} in
       usable) usable=$((usable + 1)) slots_use+="${slots_use:+, }$slots" ;;
-      lost) continue ;;
+      lost) others+=("$n") && continue ;;
     esac
-    indices[n]=$slots
+    order+=("$n") indices[n]=$slots
     slots=$((slots + 1))
   done
+  order+=("${others[@]}")
 }
 
 models() { # the different GPUs to train on, one a line
@@ -475,7 +481,7 @@ print_json() { # the report as one line
     "$host" "$vendor" "$REPLY"
   quote "$driver"
   printf '"slots_total": %s, "slots_use": [%s], "driver_version": %s, "gpus": [' "$slots" "$slots_use" "$REPLY"
-  for n in "${!names[@]}"; do
+  for n in "${order[@]}"; do
     printf %s "$comma"
     gpu_json "$n"
     comma=', '
@@ -513,7 +519,7 @@ print_table() { # the report for people
       "$( ((slots == 1)) || printf s)" "${driver:+, driver $driver}"
   fi
   ((${#names[@]} == 0)) || printf '  %-4s  %-40s  %7s  %7s  %7s\n' slot name MiB free busy
-  for n in "${!names[@]}"; do
+  for n in "${order[@]}"; do
     case ${states[n]} in usable) state='' ;; left) state='  integrated, left out' ;; *) state='  UNUSABLE' ;; esac
     printf '  %-4s  %-40s  %7s  %7s  %7s%s\n' "${indices[n]:--}" "${names[n]:-?}" "${totals[n]:-?}" "${frees[n]:-?}" \
       "${busy[n]:-?}" "$state"
