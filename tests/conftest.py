@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from machines import Machine
+from ssh_server import INSTALL, find_program
 
 HOME = Path(__file__).resolve().parent.parent
 TRAINER = HOME / "trainer" / "train.py"
@@ -27,14 +28,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests unless --all, and lab tests unless root or --all (which then fail, saying why)."""
+    """Without --all leave out slow tests, lab tests unless root, and tests of programs that aren't here.
+
+    With it these run, and fail with what to install.
+    """
     everything = config.getoption("--all") or bool(config.getoption("keyword"))
     root = os.geteuid() == 0
     chosen: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
         slow, lab = item.get_closest_marker("slow"), item.get_closest_marker("lab")
-        reason = "slow" if slow and not everything else "lab" if lab and not (root or everything) else None
+        missing = [name for mark in item.iter_markers("needs") for name in mark.args if not find_program(name)]
+        reason = None if everything else "slow" if slow else "lab" if lab and not root else \
+            f"without {missing[0]}" if missing else None
         (others if reason else chosen).append(item)
         if reason:
             LEFT_OUT[reason] = LEFT_OUT.get(reason, 0) + 1
@@ -48,6 +54,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if LEFT_OUT:
         what = ", ".join(f"{count} {name}" for name, count in LEFT_OUT.items())
         how = "sudo make test ALL=1" if "lab" in LEFT_OUT else "make test ALL=1"
+        how = f"{INSTALL}; {how}" if any(name.startswith("without") for name in LEFT_OUT) else how
         terminalreporter.write_line(f"left out: {what} (run them: {how})")
 
 

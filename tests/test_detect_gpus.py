@@ -99,6 +99,18 @@ def test_the_shell_script_says_when_it_is_not_sure(machine: Machine) -> None:
 # -- by hand ----------------------------------------------------------------------------------------------------------
 
 
+def test_both_detectors_say_the_same(machine: Machine) -> None:
+    rows = [nvidia_gpu(0), nvidia_gpu(1, mib="49140"), nvidia_gpu(2, memory_total="[GPU is lost]"),
+            nvidia_gpu(3, utilization_gpu="[GPU requires reset]"),
+            nvidia_gpu(4, mig_mode_current="Enabled", mib="[N/A]")]
+    machine.nvidia(*rows, apps=[f"{rows[1]['uuid']}, 7, 3000, python", f"{rows[4]['uuid']}, 7, [N/A], python"])
+    by_python, by_shell = machine.report("py").to_json(), machine.report("alone").to_json()
+    assert {**by_python, "detector": None, "problems": None} == {**by_shell, "detector": None, "problems": None}
+    assert codes(machine.report("py")) == codes(machine.report("alone"))
+    tables = {how: machine.ask(how, words=("--table",)).splitlines()[:7] for how in WAYS}
+    assert tables["py"] == tables["sh"] == tables["alone"]
+
+
 @pytest.mark.parametrize("how", WAYS)
 def test_the_table_is_for_people(machine: Machine, how: str) -> None:
     machine.nvidia(nvidia_gpu(0), nvidia_gpu(1, utilization_gpu="[GPU requires reset]"))

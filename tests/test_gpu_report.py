@@ -12,9 +12,11 @@ import pytest
 from master.gpu_report import SCHEMA, GpuReport, ReportError, check_report, new_nonce, parse_report
 
 GPU = {"index": 0, "name": "NVIDIA GeForce RTX 3090", "uuid": "GPU-1", "memory_total_mib": 24576,
-       "memory_free_mib": 24260, "compute_capability": "8.6", "arch": None, "mig": False, "integrated": False, "usable": True, "busy_mib": 0}
+       "memory_free_mib": 24260, "compute_capability": "8.6", "arch": None, "mig": False, "integrated": False,
+       "usable": True, "busy_mib": 0}
 REPORT = {"schema": "gpu-report/1", "detector": "detect_gpus.sh", "hostname": "gpu1", "vendor": "NVIDIA",
-          "status": "ok", "slots_total": 1, "slots_use": [0], "driver_version": "560.35.03", "gpus": [GPU], "problems": []}
+          "status": "ok", "slots_total": 1, "slots_use": [0], "driver_version": "560.35.03", "gpus": [GPU],
+          "problems": []}
 
 
 def line(nonce: str = "n1", **changes: Any) -> str:

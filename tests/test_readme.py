@@ -42,12 +42,14 @@ def test_each_command_exists_and_takes_its_flags(command: str) -> None:
         script = next(number for number, word in enumerate(words) if word.endswith(".py"))
         assert (HOME / words[script]).is_file()
         check_trainer_flags(words[script + 1 :])
+    elif words[0] in ("bash", "python3", "ssh"):
+        assert (HOME / words[-1]).is_file()
     else:
         assert words[0] == "."
 
 
 def test_each_file_that_is_named_is_there() -> None:
-    named = set(re.findall(r"`((?:trainer|master|benchmarks)/[\w/.]+)`", README))
+    named = set(re.findall(r"`((?:trainer|master|worker|schemas|benchmarks)/[\w/.]+)`", README))
     named |= {f"master/{name}" for name in ("launch_training.py", "processes.py", "runs.py")}
     assert named
     assert all((HOME / name).exists() for name in named)
@@ -55,8 +57,8 @@ def test_each_file_that_is_named_is_there() -> None:
 
 def test_each_source_file_stands_in_the_tree() -> None:
     tree = README[README.index("## The tree") :]
-    for folder in ("master", "trainer"):
-        for path in (HOME / folder).glob("*.py"):
+    for folder in ("master", "worker", "schemas", "trainer"):
+        for path in (HOME / folder).glob("*.*"):
             assert path.stem == "__init__" or path.name in tree, path
 
 

@@ -93,6 +93,7 @@ def gpu(name: str | None, **facts: Any) -> Gpu:
                 "compute_capability": None, "arch": None, "mig": False, "integrated": False, "usable": True,
                 "busy_mib": None, "_bus": None}
     row.update(facts)
+    row["memory_total_mib"] = row["memory_total_mib"] or None  # a total of 0 is no knowledge
     return row
 
 
@@ -114,9 +115,9 @@ def whole(text: Any) -> int | None:
 
 
 def mib_of_bytes(text: Any) -> int | None:
-    """Return bytes as whole MiB; None for 0, which means that nobody knows."""
+    """Return bytes as whole MiB, or None."""
     value = whole(text)
-    return value // (1 << 20) if value else None
+    return None if value is None else value >> 20
 
 
 def total_of(values: list[int | None]) -> int | None:
@@ -448,7 +449,7 @@ def nv_read_csv(text: str, fields: list[str], found: Findings) -> list[Gpu]:
             found.driver = found.driver or (version.group(0) if version else None)
             capability = cells.get("compute_cap", "")
             row = gpu(known(cells["name"]), uuid=known(cells["uuid"]),
-                      memory_total_mib=whole(cells["memory.total"]) or None,
+                      memory_total_mib=whole(cells["memory.total"]),
                       memory_free_mib=whole(cells["memory.free"]),
                       compute_capability=capability if re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", capability) else None,
                       mig=cells.get("mig.mode.current", "").lower() == "enabled", _bus=bus_of(cells.get("pci.bus_id")))
@@ -504,7 +505,7 @@ def nv_read_xml(text: str, found: Findings) -> list[Gpu]:
         used = [whole(process.findtext("used_memory")) for process in element.iter("process_info")
                 if "C" in (process.findtext("type") or "")]
         row = gpu(known(element.findtext("product_name")), uuid=known(cells["uuid"]),
-                  memory_total_mib=whole(cells["memory.total"]) or None,
+                  memory_total_mib=whole(cells["memory.total"]),
                   memory_free_mib=whole(element.findtext("fb_memory_usage/free")),
                   mig=(element.findtext("mig_mode/current_mig") or "").strip() == "Enabled",
                   busy_mib=total_of(used),
@@ -551,7 +552,7 @@ def nv_busy(tools: Tools, rows: list[Gpu]) -> None:
         if len(parts) == 4 and re.fullmatch("[0-9]+", parts[1]):
             held.setdefault(parts[0], []).append(whole(parts[2]))
     for row in rows:
-        if row["uuid"] and row["usable"]:
+        if row["uuid"]:
             row["busy_mib"] = total_of(held.get(row["uuid"], []))
 
 
@@ -735,7 +736,7 @@ def amd_smi_rows(tools: Tools, found: Findings) -> list[Gpu]:
         found.driver = found.driver or known(driver.get("version")) or known(driver.get("driver_version"))
         modes.add(known(lower_keys(entry.get("partition")).get("compute_partition")))
         rows.append(gpu(name or AMD_NAMES.get(device) or f"AMD GPU 0x{device}", arch=arch_of(arch),
-                        memory_total_mib=whole(size) or None, integrated=is_integrated(arch, device, name),
+                        memory_total_mib=whole(size), integrated=is_integrated(arch, device, name),
                         _bus=bus_of(bus.get("bdf"))))
     if modes - {None, "SPX"}:
         found.add("PARTITIONED", f"cards are partitioned; each of {len(rows)} partitions is one slot")
@@ -818,7 +819,7 @@ def rocminfo_rows(tools: Tools, found: Findings) -> list[Gpu]:
         name, arch, uuid = known(facts.get("Marketing Name")), arch_of(facts.get("Name")), facts.get("Uuid", "")
         rows.append(gpu(name or f"AMD GPU {arch or '?'}", arch=arch, integrated=is_integrated(arch, None, name),
                         uuid=uuid if re.fullmatch("GPU-[0-9a-f]{16}", uuid) else None,
-                        memory_total_mib=int(pool.group(1)) >> 10 or None if pool else None))
+                        memory_total_mib=int(pool.group(1)) >> 10 if pool else None))
     note_amd(answer, found, failed=not rows)
     return rows
 
@@ -1114,7 +1115,7 @@ def table(report: dict[str, Any]) -> str:
                    for key in ("memory_total_mib", "memory_free_mib", "busy_mib")]
         cells.append([number, row["name"] or "?", *numbers, state])
     if report["gpus"]:
-        wide = [max(len(line[column]) for line in cells) for column in range(6)]
+        wide = [max(least, *(len(line[column]) for line in cells)) for column, least in enumerate((4, 4, 6, 6, 6, 0))]
         for line in cells:
             texts = [line[n].rjust(wide[n]) if n in (2, 3, 4) else line[n].ljust(wide[n]) for n in range(6)]
             lines.append(("  " + "  ".join(texts)).rstrip())

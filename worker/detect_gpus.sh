@@ -510,7 +510,7 @@ quote_long() { # as quote, for sentences
 }
 
 print_table() { # the report for people
-  local n state
+  local n state wide=4 form
   status
   if [[ $vendor == NONE ]]; then
     printf '%s: no GPU to train on\n' "${HOSTNAME:-unknown}"
@@ -518,10 +518,14 @@ print_table() { # the report for people
     printf '%s: %s, %s, %s slot%s%s\n' "${HOSTNAME:-unknown}" "$vendor" "$REPLY" "$slots" \
       "$( ((slots == 1)) || printf s)" "${driver:+, driver $driver}"
   fi
-  ((${#names[@]} == 0)) || printf '  %-4s  %-40s  %7s  %7s  %7s\n' slot name MiB free busy
+  for n in "${names[@]}"; do ((${#n} <= wide)) || wide=${#n}; done
+  form="  %-4s  %-${wide}s  %6s  %6s  %6s"
+  # shellcheck disable=SC2059
+  ((${#names[@]} == 0)) || printf "$form\n" slot name MiB free busy
   for n in "${order[@]}"; do
     case ${states[n]} in usable) state='' ;; left) state='  integrated, left out' ;; *) state='  UNUSABLE' ;; esac
-    printf '  %-4s  %-40s  %7s  %7s  %7s%s\n' "${indices[n]:--}" "${names[n]:-?}" "${totals[n]:-?}" "${frees[n]:-?}" \
+    # shellcheck disable=SC2059
+    printf "$form%s\n" "${indices[n]:--}" "${names[n]:-?}" "${totals[n]:-?}" "${frees[n]:-?}" \
       "${busy[n]:-?}" "$state"
   done
   for n in "${!codes[@]}"; do printf '  %s: %s\n' "${codes[n]}" "${messages[n]}"; done
