@@ -176,3 +176,26 @@ def test_an_old_jetson_has_no_nvidia_smi(machine: Machine) -> None:
     machine.file("/proc/device-tree/model", "NVIDIA Jetson AGX Xavier\0")
     report = machine.report("sh")
     assert (report.vendor, report.slots_use, codes(report)) == ("NVIDIA", (0,), ["IGPU_ONLY"])
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_warning_beside_good_rows_costs_no_gpu(machine: Machine, how: str) -> None:
+    machine.nvidia(nvidia_gpu(0), "Some notice of a later driver")
+    report = machine.report(how)
+    assert (report.status, report.slots_use, codes(report)) == ("ok", (0,), [])
+
+
+def test_a_corrupted_inforom_is_a_warning(machine: Machine) -> None:
+    machine.nvidia(nvidia_gpu(0), "WARNING: infoROM is corrupted at gpu 0000:01:00.0")
+    report = machine.report("sh")
+    assert (report.status, report.slots_use, codes(report)) == ("degraded", (0,), ["TOOL_BAD_OUTPUT"])
+    assert "infoROM" in report.problems[0].message
+
+
+def test_a_gpu_that_is_gone_from_the_bus_is_lost(machine: Machine) -> None:
+    machine.nvidia(nvidia_gpu(0))
+    machine.pci("0000:01:00.0", 0x10DE, 0x2684, 0x0300, "nvidia")
+    machine.pci("0000:02:00.0", 0x10DE, 0x2684, 0x0300, "nvidia")
+    machine.file("/sys/bus/pci/devices/0000:02:00.0/revision", "0xff\n")
+    report = machine.report("sh")
+    assert (report.status, report.slots_total, codes(report)) == ("degraded", 1, ["NV_GPU_LOST"])

@@ -277,10 +277,15 @@ WEAK_IGPUS = {"15dd", "15d8", "1636", "1638", "164c", "163f", "164d", "1681", "1
 
 
 class PciFunction:
-    """A GPU on the bus, used or not. `driver` is None if none is bound, '' if that couldn't be seen."""
+    """A GPU on the bus, used or not. `driver` is None if none is bound, '' if that couldn't be seen.
 
-    def __init__(self, bus: str, vendor: str, device: str, driver: str | None, name: str | None = None) -> None:
-        self.bus, self.vendor, self.device, self.driver, self.name = bus, vendor, device, driver, name
+    `kind` is the class and subclass in hexadecimal digits; `gone`: it no longer answers on the bus.
+    """
+
+    def __init__(self, bus: str, vendor: str, device: str, kind: str, driver: str | None, name: str | None, gone: bool
+                 ) -> None:
+        self.bus, self.vendor, self.device, self.kind = bus, vendor, device, kind
+        self.driver, self.name, self.gone = driver, name, gone
 
     @property
     def weak(self) -> bool:
@@ -289,17 +294,19 @@ class PciFunction:
 
     @property
     def is_intel_igpu(self) -> bool:
-        return self.vendor == "INTEL" and self.bus.startswith("0000:00:")
+        first_bus = self.bus.startswith("0000:00:")
+        return self.vendor == "INTEL" and first_bus and (self.kind != "0380" or self.bus.startswith("0000:00:02"))
 
 
-def pci_function(bus: Any, vendor: str, device: str, kind: str, driver: str | None, name: str | None = None
-                 ) -> PciFunction | None:
+def pci_function(bus: Any, vendor: str, device: str, kind: str, driver: str | None, name: str | None = None,
+                 gone: bool = False) -> PciFunction | None:
     """Return a function if it is a GPU. vendor, device, kind (the class): hexadecimal, with or without 0x."""
     maker = VENDORS.get(vendor.lower().replace("0x", "").zfill(4))
     address = bus_of(bus)
-    if not maker or not address or not kind.lower().replace("0x", "").startswith(GPU_CLASSES[maker]):
+    kind = kind.lower().replace("0x", "")[:4]
+    if not maker or not address or kind not in GPU_CLASSES[maker]:
         return None
-    return PciFunction(address, maker, device.lower().replace("0x", "").zfill(4), driver, name)
+    return PciFunction(address, maker, device.lower().replace("0x", "").zfill(4), kind, driver, name, gone)
 
 
 def pci_from_sysfs() -> Iterator[PciFunction | None]:
@@ -307,7 +314,7 @@ def pci_from_sysfs() -> Iterator[PciFunction | None]:
     for folder in listed("/sys/bus/pci/devices", r"[0-9a-f:.]+"):
         driver = os.path.basename(os.readlink(str(folder / "driver"))) if (folder / "driver").is_symlink() else None
         vendor, device, kind = read(folder / "vendor"), read(folder / "device"), read(folder / "class")
-        yield pci_function(folder.name, vendor, device, kind, driver)
+        yield pci_function(folder.name, vendor, device, kind, driver, gone=read(folder / "revision") == "0xff")
     for card in listed("/sys/class/drm", r"card[0-9]+"):
         event = pairs(read(card / "device" / "uevent"), "=")
         vendor, _, device = event.get("PCI_ID", "").partition(":")
@@ -327,7 +334,8 @@ def pci_from_lspci(text: str) -> Iterator[PciFunction | None]:
             used = re.search(r"Kernel driver in use: (\S+)", block)
             driver = used.group(1) if used else None if seen else ""
             vendor, device = ids[-1]
-            yield pci_function(found.group(1), vendor, device, found.group(2), driver, known(found.group(3)))
+            yield pci_function(found.group(1), vendor, device, found.group(2), driver, known(found.group(3)),
+                               gone="(rev ff)" in head)
 
 
 def scan_pci(tools: Tools) -> tuple[list[PciFunction], bool]:
@@ -389,6 +397,8 @@ NV_FAULTS: list[tuple[str, int | None, str, str]] = [
      "the NVIDIA driver is loaded and finds no GPU: sudo dmesg | grep -i nvrm says why; power off, reseat, reboot"),
     (NV_LOST.pattern, 15, "NV_GPU_LOST",
      "a GPU has fallen off the bus: reboot the node; if it comes back, look at its power and its seat"),
+    (r"inforom is corrupted", 14, "TOOL_BAD_OUTPUT",
+     "nvidia-smi warns that a GPU's infoROM is corrupted: it may go on working; if it fails, have it replaced"),
     (r"requires reset", None, "NV_RESET_REQUIRED",
      "a GPU needs a reset: end what uses it, then sudo nvidia-smi --gpu-reset, or reboot the node"),
     (r"failed to initialize nvml|unknown error", 255, "NV_UNKNOWN",
@@ -572,7 +582,10 @@ def find_nvidia(tools: Tools) -> Findings:
     """Ask nvidia-smi in ever simpler ways, and the driver's own tables."""
     found = Findings("NVIDIA")
     rows, answer = nv_query(tools, found)
-    if not rows and answer.there and answer.code in (0, 2):
+    if rows and not found.faults and (answer.code or "inforom" in answer.text.lower()):
+        problem = nv_fault(Answer(answer.code, "\n".join(re.findall(r"^[^0-9\n].*", answer.text, re.M))))
+        found.add(problem.code, problem.message)
+    elif not rows and answer.there and answer.code in (0, 2):
         rows = nv_read_xml(tools.run("nvidia-smi", "-q", "-x").out, found)
         if not rows:
             rows = nv_read_list(tools.run("nvidia-smi", "-L").out)
@@ -670,8 +683,9 @@ def is_integrated(arch: str | None, device: str | None, name: str | None, folder
         total, gtt = (mib_of_bytes(read(folder / f"mem_info_{kind}_total")) or 0 for kind in ("vram", "gtt"))
         if total and total <= 4096 and gtt >= 8192 and gtt >= 4 * total:
             return True
-    weak = (device or "") in WEAK_IGPUS or bool(re.search(r"Ryzen|Processor|Radeon Graphics$", name or ""))
-    return arch in AMD_IGPU_TARGETS or weak
+    if arch:  # some releases call a new discrete GPU just "AMD Radeon Graphics" too
+        return arch in AMD_IGPU_TARGETS
+    return (device or "") in WEAK_IGPUS or bool(re.search(r"Ryzen|Processor|Radeon(\(TM\))? Graphics$", name or ""))
 
 
 def kfd_rows() -> list[Gpu]:
@@ -957,6 +971,10 @@ def explain_hardware(found: Findings, functions: list[PciFunction]) -> None:
                   f"({elsewhere[0].driver}): unbind and load the vendor's driver to train on it")
         found.gpus += [hardware_row(function) for function in elsewhere]
     silent = [function for function in mine if function not in elsewhere]
+    gone = [function for function in silent if function.gone and function.bus not in listed_here]
+    if found.vendor == "NVIDIA" and found.gpus and gone and not found.faults:
+        found.add(*nv_said("GPU is lost"))
+        found.gpus += [hardware_row(function) for function in gone]
     if found.gpus or not silent:
         return
     found.gpus = [hardware_row(function) for function in silent]
@@ -1021,8 +1039,7 @@ def notice(found: Findings, others: list[Findings], rows: list[Gpu]) -> None:
     if busy:
         what = ", ".join(f"slot {row['index']}: {row['busy_mib']} MiB" for row in busy)
         found.add("GPU_BUSY", f"other programs compute here ({what}): see nvidia-smi or rocm-smi --showpids")
-    also = [other for other in others
-            if any(not row["integrated"] for row in other.gpus if row["usable"] or usable)]
+    also = [other for other in others if any(not row["integrated"] for row in other.gpus)]
     if usable and also:
         found.add("MIXED_VENDORS", f"{' and '.join(other.vendor for other in also)} hardware is here too; one training "
                   f"uses one vendor's, here {found.vendor}")

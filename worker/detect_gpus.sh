@@ -18,10 +18,13 @@ below=("$root/usr/lib/wsl/lib" "$root/opt/rocm/bin" "$root"/opt/rocm-*/bin "$roo
   "$root/usr/local/cuda/bin" "$root/opt/bin" "$root/var/lib/nvidia/bin" "$root/run/current-system/sw/bin"
   "$root/opt/nvidia/bin")
 
-vendor=NONE driver='' doubt='' signs='' fault='' hung='' running=''
+vendor=NONE driver='' doubt='' signs='' odd='' hung='' running=''
 slots=0 slots_use='' usable=0
-names=() uuids=() totals=() frees=() capabilities=() arches=() migs=() integrated=() states=() busy=() indices=() order=()
-codes=() messages=()
+codes=() messages=() indices=() order=()
+
+forget_gpus() { names=() uuids=() totals=() frees=() capabilities=() arches=() migs=() integrated=() states=() busy=(); }
+
+forget_gpus
 
 # -- values: each function answers in REPLY ---------------------------------------------------------------------------
 
@@ -102,7 +105,7 @@ run_tool() { # run ${@}; output (64 KiB at most) in $out, exit code in $code, 'h
   out='' code=127
   open_scratch || { code=126 && return; }
   set -m # a process group of its own, to be ended with all that it starts
-  (ulimit -f 32768; exec "$@" </dev/null >&"$scratch_out" 2>&1) &
+  (ulimit -f 32768; exec "$@" </dev/null 1>&"$scratch_out" 2>/dev/null) &
   running=$!
   set +m
   clock
@@ -162,7 +165,7 @@ nv_csv() { # take the rows in $out; errors may stand between them
   local line rest cells seen=' ' lines=0
   while IFS= read -r line && ((++lines)); do
     if ((lines > 500 || ${#line} > 2000)); then # bash is slow at picking rubbish to pieces
-      fault=$out
+      odd+=rubbish
       break
     fi
     rest=$line cells=()
@@ -177,7 +180,7 @@ nv_csv() { # take the rows in $out; errors may stand between them
       seen+="${cells[0]} "
       nv_row "${cells[@]}"
     elif [[ -n ${line// /} ]]; then
-      fault=$out
+      odd+="${line,,} "
     fi
   done <<<"$out"
 }
@@ -200,8 +203,8 @@ nv_busy() { # the memory that compute processes hold, by GPU
   done <<<"$out"
 }
 
-nv_fault() { # say what a failed nvidia-smi ($out, $code) means
-  local text=${out,,}
+nv_fault() { # say what a failed nvidia-smi ($odd lines, $code) means
+  local text=$odd
   case $code:$text in
     hung:*) problem NV_TIMEOUT "nvidia-smi did not answer within $((limit_cs / 100)) s: a dead GPU or driver; reboot the node" ;;
     *'driver/library version mismatch'* | 18:*) problem NV_LIB_MISMATCH \
@@ -235,9 +238,9 @@ find_nvidia() {
   vendor=NVIDIA
   run_tool "$tool" "--query-gpu=$nv_fields" --format=csv,noheader,nounits
   nv_csv
-  if [[ -n $fault || $code != 0 ]] || ((${#names[@]} == 0)); then
-    nv_fault
+  if [[ -n $odd || $code != 0 ]] || ((${#names[@]} == 0)); then
     doubt="nvidia-smi's answer (exit $code) isn't plain CSV"
+    if [[ $code != 0 || $odd == *'device handle'* || $odd == *'is lost'* ]] || ((${#names[@]} == 0)); then nv_fault; fi
     return
   fi
   nv_busy "$tool"
@@ -325,6 +328,16 @@ find_amd() {
   kfd_open
 }
 
+find_amd_instead() { # where nvidia-smi tells no GPU: its problem stays unless a discrete AMD GPU is there
+  local was=$vendor old_codes=("${codes[@]}") old_messages=("${messages[@]}") n
+  codes=() messages=()
+  find_amd
+  [[ $was == NVIDIA ]] || return 0
+  for n in "${!states[@]}"; do [[ ${states[n]} != usable || ${integrated[n]} == true ]] || return 0; done
+  vendor=NVIDIA codes=("${old_codes[@]}") messages=("${old_messages[@]}")
+  forget_gpus
+}
+
 kfd_open() { # mark all unusable if /dev/kfd is missing or closed; a root without /dev says nothing
   local n user
   [[ -d $root/dev ]] || return 0
@@ -352,12 +365,15 @@ bus_gpus() { # count GPUs on the PCI bus by vendor: nvidia amd intel; integrated
     [[ $class == 0300* || $class == 0302* || $class == 0380* || $class == 1200* ]] || continue
     read_line "$folder/vendor" && maker=$REPLY
     read_line "$folder/device" && device=${REPLY#0x}
+    read_line "$folder/revision"
+    [[ $REPLY != 0xff ]] || doubt="${folder##*/} no longer answers on the bus"
     case $maker:$class in
       0x10de:030[02]*) nvidia=$((nvidia + 1)) ;;
       0x1002:*) case $device in
         15d[d8] | 163[68f] | 164[cde] | 1681 | 15bf | 15c8 | 1506 | 13c0 | 150e | 190[01] | 1114) weak=1 ;;
         *) amd=$((amd + 1)) ;;
       esac ;;
+      0x8086:0380*) if [[ ${folder##*/} == 0000:00:02.* ]]; then weak=1; else intel=$((intel + 1)); fi ;;
       0x8086:03*) if [[ ${folder##*/} == 0000:00:* ]]; then weak=1; else intel=$((intel + 1)); fi ;;
     esac
   done
@@ -578,8 +594,7 @@ main() {
   trap 'end_tool KILL; exit 143' HUP INT TERM
 
   find_nvidia
-  [[ $vendor == NVIDIA ]] || find_amd
-  if [[ $vendor == NVIDIA && -d $root/sys/class/kfd ]]; then look_for_amd_too; fi
+  if ((${#names[@]})); then look_for_amd_too; else find_amd_instead; fi
   compare_bus
   if [[ -n $doubt ]]; then
     hand_over "${given[@]}"
