@@ -112,11 +112,21 @@ def check_report(raw: Any) -> GpuReport:
     if faults:
         raise ReportError(f"{faults[0].json_path}: {faults[0].message[:200]}")
     check_slots(raw)
+    check_texts(raw)
     whole = {key: value for key, value in raw.items() if key != "schema"}
     whole.update(slots_total=int(raw["slots_total"]), slots_use=tuple(map(int, raw["slots_use"])),
                  gpus=tuple(Gpu(**gpu) for gpu in raw["gpus"]),
                  problems=tuple(Problem(**problem) for problem in raw["problems"]))
     return GpuReport(**whole)
+
+
+def check_texts(value: Any, path: str = "$") -> None:
+    """Raise ReportError for text that could act on a terminal or begin a line of its own in a file."""
+    if isinstance(value, str) and not value.isprintable():
+        raise ReportError(f"{path}: unprintable characters in {ascii(value)[:80]}")
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        check_texts(part, f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}")
 
 
 def check_slots(raw: dict[str, Any]) -> None:

@@ -74,6 +74,8 @@ def test_what_is_no_report_is_refused(text: str, message: str) -> None:
     ({"status": "none"}, r"\$\."),
     ({"vendor": "NONE"}, r"\$\."),
     ({"slots_total": 2}, r"\$\.gpus: slots 0 to 1 are announced"),
+    ({"gpus": [{**GPU, "name": "3090\ngpu9 slots=8"}]}, r"\$\.gpus\[0\]\.name: unprintable .*3090.ngpu9"),
+    ({"hostname": "\x1b]0;owned\x07"}, r"\$\.hostname: unprintable"),
     ({"gpus": [{**GPU, "usable": False}]}, r"\$\.slots_use: \[0\] isn't what the usable GPUs have"),
 ])
 def test_a_wrong_report_is_refused_with_its_first_fault(changes: dict[str, Any], message: str) -> None:
