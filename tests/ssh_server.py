@@ -1,4 +1,4 @@
-"""A real sshd on the loopback address, for this user, with keys, a home folder and a login shell of its own."""
+"""Real sshd processes on loopback addresses, for this user, each with keys, a home and a login shell of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,8 +28,8 @@ def program(name: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of the loopback address that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
+    """Return a port that was free on all addresses a moment ago."""
+    with socket.create_server(("", 0)) as probe:
         return probe.getsockname()[1]
 
 
@@ -41,38 +40,30 @@ def make_key(path: Path) -> Path:
 
 
 class SshServer:
-    """An sshd below `folder`; `home` is what its sessions have as HOME, `config` an ssh_config with the host `node`."""
+    """An sshd below `folder`; `home` is what its sessions have as HOME. `options` are more lines of its sshd_config."""
 
-    def __init__(self, folder: Path, shell: str = "bash") -> None:
+    def __init__(self, folder: Path, shell: str = "bash", address: str = "127.0.0.1", options: str = "",
+                 command: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.home, self.port = folder, folder / "home", free_port()
-        self.home.mkdir()
-        host_key, user_key = make_key(folder / "host_key"), make_key(folder / "user_key")
-        (folder / "authorized_keys").write_text((folder / "user_key.pub").read_text())
+        self.folder, self.home, self.address, self.port = folder, folder / "home", address, free_port()
+        self.home.mkdir(exist_ok=True)
+        self.host_key, self.authorized_keys = make_key(folder / "host_key"), folder / "authorized_keys"
         # The account's shell is what it is: it only starts the shell that plays the login shell here.
+        command = command or (f"HOME='{self.home}' XDG_CONFIG_HOME='{self.home}/.config' exec {program(shell)} -c "
+                              '"$SSH_ORIGINAL_COMMAND"')
         (folder / "sshd_config").write_text(f"""
-ListenAddress 127.0.0.1
+ListenAddress {address}
 Port {self.port}
-HostKey {host_key}
+HostKey {self.host_key}
 PidFile {folder}/sshd.pid
-AuthorizedKeysFile {folder}/authorized_keys
+AuthorizedKeysFile {self.authorized_keys}
 StrictModes no
 UsePAM no
 PermitRootLogin yes
 PasswordAuthentication no
 PrintMotd no
-ForceCommand HOME='{self.home}' XDG_CONFIG_HOME='{self.home}/.config' exec {program(shell)} -c "$SSH_ORIGINAL_COMMAND"
-""")
-        self.config = folder / "ssh_config"
-        self.config.write_text(f"""
-Host node
-  HostName 127.0.0.1
-  Port {self.port}
-  IdentityFile {user_key}
-  IdentitiesOnly yes
-  UserKnownHostsFile {folder}/known_hosts
-  StrictHostKeyChecking accept-new
-  BatchMode yes
+{options}
+ForceCommand {command}
 """)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -85,7 +76,7 @@ Host node
         end = time.monotonic() + 20
         while time.monotonic() < end:
             try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                socket.create_connection((self.address, self.port), timeout=1).close()
                 return self
             except OSError:
                 if self._process.poll() is not None:
@@ -98,7 +89,34 @@ Host node
             self._process.terminate()
             self._process.wait(timeout=10)
 
-    def run(self, command: str, stdin: str = "", words: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-        """Run a command there as OpenSSH's client does, with this text as its input."""
-        return subprocess.run([program("ssh"), "-F", str(self.config), "-T", *words, "node", command], input=stdin,
-                              capture_output=True, text=True, timeout=60)
+
+class SshClient:
+    """A user's ssh files below `folder`: a key, an ssh_config with a Host block for each server, a known_hosts."""
+
+    def __init__(self, folder: Path, **servers: SshServer) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.key, self.known_hosts, self.config = make_key(folder / "key"), folder / "known_hosts", folder / "config"
+        blocks = ""
+        for name, server in servers.items():
+            server.authorized_keys.write_text(self.key.with_suffix(".pub").read_text())
+            blocks += f"Host {name}\n  HostName {server.address}\n  Port {server.port}\n"
+        self.config.write_text(f"""{blocks}
+Host *
+  IdentityFile {self.key}
+  IdentitiesOnly yes
+  IdentityAgent none
+  UserKnownHostsFile {self.known_hosts}
+  GlobalKnownHostsFile none
+""")
+
+    def trust(self, server: SshServer, key: Path | None = None) -> None:
+        """Note a server's key (or another) as known."""
+        kind, blob = (key or server.host_key).with_suffix(".pub").read_text().split()[:2]
+        with self.known_hosts.open("a") as file:
+            file.write(f"[{server.address}]:{server.port} {kind} {blob}\n")
+
+    def run(self, name: str, command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a command as OpenSSH's client does, with this text as its input."""
+        words = [program("ssh"), "-F", str(self.config), "-T", "-o", "BatchMode=yes",
+                 "-o", "StrictHostKeyChecking=accept-new", name, command]
+        return subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=60)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from machines import WORKER, Machine, codes, nvidia_gpu
-from ssh_server import SshServer
+from ssh_server import SshClient, SshServer
 
 from master.gpu_report import GpuReport, new_nonce, parse_report
 
@@ -17,8 +17,8 @@ STREAMED = {"detect_gpus.sh": "exec bash --noprofile --norc -s -- --nonce {}",
 
 
 def ask(server: SshServer, script: str) -> tuple[GpuReport, str]:
-    nonce = new_nonce()
-    done = server.run(STREAMED[script].format(nonce), (WORKER / script).read_text())
+    nonce, client = new_nonce(), SshClient(server.folder / new_nonce(), node=server)
+    done = client.run("node", STREAMED[script].format(nonce), (WORKER / script).read_text())
     assert done.returncode == 0, done.stderr
     return parse_report(done.stdout, nonce), done.stdout
 

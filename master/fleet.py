@@ -1,0 +1,150 @@
+"""Work on many hosts side by side: reach each, verify its key, log in, do the work. A host's failure is its own.
+
+Hosts whose keys are unknown wait for one question about all of them; the others don't wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from master.host_keys import UNKNOWN, HostKey, add_entry, entries_for
+from master.nodes import Node
+from master.ssh import LocalSession, OpenSshSession, Session
+from master.ssh_config import Access, Route, SshError, resolve
+
+if TYPE_CHECKING:
+    import paramiko
+
+T = TypeVar("T")
+AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A host that answered with a key that nobody knows yet."""
+
+    route: Route
+    key: HostKey
+
+
+@dataclass
+class _Waiting:
+    """A connection that waits for the answer to the question about its host's key."""
+
+    stranger: Stranger
+    transport: paramiko.Transport
+
+
+Ask = Callable[[Sequence[Stranger]], bool]
+
+
+def on_all(
+    nodes: Sequence[Node], access: Access, work: Callable[[Session], T], ask: Ask | None = None,
+    done: Callable[[Node, T | SshError], None] = lambda node, result: None,
+) -> dict[Node, T | SshError]:
+    """Do `work` with a session on every node; return its results, or why there is none, in the nodes' order.
+
+    `ask` decides on unknown host keys, all at once (None refuses them); `done` is told of each result as it comes,
+    from the thread that made it.
+    """
+    results: dict[Node, T | SshError] = {}
+
+    def finish(node: Node, task: Callable[[], Session | _Waiting]) -> T | SshError | _Waiting:
+        try:
+            session = task()
+            if isinstance(session, _Waiting):
+                return session
+            try:
+                result: T | SshError = work(session)
+            finally:
+                session.close()
+        except SshError as error:
+            result = error
+        done(node, result)
+        return result
+
+    with ThreadPoolExecutor(min(AT_ONCE, max(1, len(nodes)))) as pool:
+        started = {node: pool.submit(finish, node, partial(start, node, access, ask is not None)) for node in nodes}
+        waiting: dict[Node, _Waiting] = {}
+        for node, future in started.items():
+            outcome = future.result()
+            if isinstance(outcome, _Waiting):
+                waiting[node] = outcome
+            else:
+                results[node] = outcome
+        trusted = bool(waiting) and ask is not None and ask([one.stranger for one in waiting.values()])
+        second: dict[Node, Future[T | SshError | _Waiting]] = {
+            node: pool.submit(finish, node, partial(go_on, one, access, trusted)) for node, one in waiting.items()}
+        for node, future in second.items():
+            outcome = future.result()
+            assert not isinstance(outcome, _Waiting)
+            results[node] = outcome
+    return {node: results[node] for node in nodes}
+
+
+def start(node: Node, access: Access, may_ask: bool) -> Session | _Waiting:
+    """Reach a node; return a session, or a connection that waits for word on its host key."""
+    if node.is_local:
+        return LocalSession(node, access)
+    from master.ssh_paramiko import handshake  # here: paramiko takes a third of a second to load
+
+    route = resolve(node, access)
+    if any(entry.marker == "@cert-authority" for entry in entries_for(route.host_key_name, route.known_hosts)):
+        return OpenSshSession(route, access)
+    if route.needs_openssh:
+        return OpenSshSession(route, access)
+    transport, key, verdict = handshake(route, access)
+    if verdict == UNKNOWN:
+        if route.host_keys == "ask" and may_ask:
+            return _Waiting(Stranger(route, key), transport)
+        if route.host_keys != "accept-new":
+            transport.close()
+            raise unknown_key(route, key)
+        add_entry(route.new_keys_file, route.host_key_name, key)
+    return log_in_by_any_way(transport, route, key, access)
+
+
+def go_on(waiting: _Waiting, access: Access, trusted: bool) -> Session:
+    """Continue with a host after the question; if it didn't wait so long, connect to it anew."""
+    from master.ssh_paramiko import handshake
+
+    route, key, transport = waiting.stranger.route, waiting.stranger.key, waiting.transport
+    if not trusted:
+        transport.close()
+        raise unknown_key(route, key)
+    add_entry(route.new_keys_file, route.host_key_name, key)
+    if not transport.is_active():
+        transport, key, verdict = handshake(route, access)
+        if verdict == UNKNOWN:
+            transport.close()
+            raise unknown_key(route, key)
+    return log_in_by_any_way(transport, route, key, access)
+
+
+def unknown_key(route: Route, key: HostKey) -> SshError:
+    """Return the error for a host key that nobody vouched for."""
+    return SshError(str(route.node), "host key", f"unknown: {key.kind} {key.fingerprint}",
+                    "compare it with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on the host, then "
+                    "--host-keys accept-new")
+
+
+def log_in_by_any_way(transport: paramiko.Transport, route: Route, key: HostKey, access: Access) -> Session:
+    """Return an authenticated session, by OpenSSH's client where paramiko finds no key that fits."""
+    from master.ssh_paramiko import ParamikoSession, log_in
+
+    try:
+        log_in(transport, route, access)
+        return ParamikoSession(route.node, transport, key, access)
+    except SshError as refusal:
+        transport.close()
+        try:
+            return OpenSshSession(route, access)
+        except SshError:
+            raise refusal from None
+    except BaseException:
+        transport.close()
+        raise
