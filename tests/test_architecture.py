@@ -57,7 +57,10 @@ def test_the_trainer_imports_nothing_of_the_master(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("master"), ids=name_of)
 def test_the_master_imports_nothing_heavy_before_it_must(path: Path) -> None:
-    assert not {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY
+    first = imports(path, top_level=True)
+    own = {"paramiko"} if path.name == "ssh_paramiko.py" else set()  # itself imported only when a host is reached
+    assert not {name.split(".")[0] for name in first} & (HEAVY - own)
+    assert "master.ssh_paramiko" not in first
     tools = {f"master.{tool.stem}" for tool in sources("master") if is_tool(tool)}
     assert not imports(path) & tools
 
