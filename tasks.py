@@ -52,6 +52,19 @@ def train(c: Context, model="", dataset="", config="", slots="", grace="", dry_r
     run_tool("master.launch_training", *words, "--", *after_dashes())
 
 
+@task(auto_shortflags=False, help={
+    "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file, localhost",
+    "output": "the hostfile (hostfile.txt); cluster.json stands beside it",
+    "vendor": "NVIDIA, AMD or INTEL (default: the one with most usable GPUs)",
+    "cpu-slots": "so many CPU slots on every host, whatever GPUs it has",
+    "allow-missing": "exit 0 although a host failed",
+})
+def hostfile(c, nodes="", output="", vendor="", cpu_slots="", allow_missing=False):  # type: ignore[no-untyped-def]
+    """Ask all hosts for their GPUs and write hostfile.txt; flags of master/generate_hostfile.py follow --."""
+    words = flags(output=output, vendor=vendor, cpu_slots=cpu_slots, allow_missing=allow_missing)
+    run_tool("master.generate_hostfile", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
+
+
 @task(auto_shortflags=False, help={"json": "the report as the one line that other tools read"})
 def detect(c: Context, json=False):  # type: ignore[no-untyped-def]
     """Show this machine's GPUs, what is wrong with them and what mends it."""

@@ -50,7 +50,6 @@ def test_each_command_exists_and_takes_its_flags(command: str) -> None:
 
 def test_each_file_that_is_named_is_there() -> None:
     named = set(re.findall(r"`((?:trainer|master|worker|schemas|benchmarks)/[\w/.]+)`", README))
-    named |= {f"master/{name}" for name in ("launch_training.py", "processes.py", "runs.py")}
     assert named
     assert all((HOME / name).exists() for name in named)
 

@@ -1,0 +1,185 @@
+"""Ask all hosts for their GPUs at once and write hostfile.txt, for DeepSpeed, and cluster.json, for the other tools.
+
+    invoke hostfile --nodes gpu1,gpu2
+    python master/generate_hostfile.py --nodes 'gpu[1-4]' admin@10.0.0.9
+
+Nothing has to be installed on a host: the detector is sent over the connection. A host that fails costs the others
+nothing: they get their lines, it gets a comment, and the exit code is 1 (0 with --allow-missing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from master.access import AccessError, access_of, add_access_flags, question
+from master.cluster import ClusterError, empty, merge, read_cluster, write_cluster
+from master.fleet import on_all
+from master.gpu_report import GpuReport, ReportError, check_report
+from master.hostfile import HostfileError, Slots, differences, read_hostfile, render_hostfile, write_hostfile
+from master.nodes import Node, NodeError, read_nodes
+from master.roster import Answer, choose_vendor, note_on, slots_of, twins, unfit_name
+from master.ssh_config import SshError
+from master.survey import Survey, survey
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool's flags."""
+    parser = argparse.ArgumentParser(
+        prog="generate_hostfile.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--nodes", nargs="+", metavar="N", default=[],
+         help="hosts: names, user@host:port, ranges gpu[1-4], @file, localhost; separated by spaces or commas")
+    flag("--from-reports", nargs="+", metavar="F", type=Path, default=[],
+         help="GPU reports kept in files, NAME.json each, instead of hosts")
+    flag("--output", type=Path, default=Path("hostfile.txt"), metavar="F", help="the hostfile (hostfile.txt)")
+    flag("--vendor", choices=["NVIDIA", "AMD", "INTEL"], type=str.upper,
+         help="train on this vendor's hosts (default: the one with most usable GPUs)")
+    flag("--cpu-slots", type=int, metavar="N", help="N CPU slots on every host, whatever GPUs it has")
+    flag("--allow-missing", action="store_true", help="exit 0 although a host failed")
+    flag("--script-path", metavar="P", help="run the detect_gpus.sh that was copied there, instead of sending it")
+    flag("--json", action="store_true", help="print what was found as JSON")
+    add_access_flags(parser)
+    return parser
+
+
+def say(line: str) -> None:
+    """Print a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def ask_hosts(nodes: Sequence[Node], options: argparse.Namespace) -> list[Answer]:
+    """Return what each host answered, in order; say each as it comes."""
+    lock, count = threading.Lock(), 0
+
+    def tell(node: Node, result: Survey | SshError) -> None:
+        nonlocal count
+        with lock:
+            count += 1
+            what = str(result).removeprefix(f"{node}: ") if isinstance(result, SshError) else note_on(result.report)
+            say(f"[{count}/{len(nodes)}] {node}: {what}")
+
+    found = on_all(nodes, access_of(options), lambda session: survey(session, options.script_path),
+                   question(), tell)  # type: ignore[arg-type]
+    return [answer_of(node, result) for node, result in found.items()]
+
+
+def answer_of(node: Node, result: Survey | SshError) -> Answer:
+    """Return what came of a host; a name that DeepSpeed can't take is a fault too."""
+    name, unfit = str(node), unfit_name(node)
+    if isinstance(result, SshError):
+        return Answer(name, node, None, str(result))
+    return Answer(name, node, None, f"{name}: {unfit}") if unfit else Answer(name, node, result, None)
+
+
+def read_reports(paths: Sequence[Path]) -> list[Answer]:
+    """Return reports kept in files; a file's name is its host's. A bad file is a failed host."""
+    answers = []
+    for path in paths:
+        name = path.name.partition(".json")[0]
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+            report = check_report(json.loads(text[text.index("{") :]))
+            answers.append(Answer(name, None, Survey(report, "file", None, None, (), path.stat().st_mtime), None))
+        except (OSError, ValueError, ReportError) as error:
+            answers.append(Answer(name, None, None, f"{path}: {getattr(error, 'strerror', None) or error}"))
+    return answers
+
+
+def cluster_host(answer: Answer, options: argparse.Namespace) -> dict[str, Any]:
+    """Return a host's part of cluster.json."""
+    found, node = answer.found, answer.node
+    assert found
+    reached = {"user": node.user or options.ssh_user, "port": node.port or options.ssh_port, "way": found.way} \
+        if node else None
+    return {"name": answer.name, "reached": reached, "address": found.address, "host_key": found.fingerprint,
+            "macs": list(found.macs), "report": found.report.to_json(), "facts": {}, "dir": None, "python": None,
+            "read_at": round(found.read_at, 3)}
+
+
+def write_files(
+    answers: Sequence[Answer], hosts: Sequence[Slots], vendor: str, options: argparse.Namespace
+) -> list[str]:
+    """Write hostfile and cluster.json; return what changed against the hostfile that was there."""
+    notes = {answer.name: answer.fault.partition(": ")[2] if answer.fault else note_on(reported(answer), vendor)
+             for answer in answers}
+    path = options.output.expanduser()
+    try:
+        before = read_hostfile(path) if path.exists() else None
+    except HostfileError:
+        before = None
+    write_hostfile(path, render_hostfile(hosts, notes))
+    beside = path.with_name("cluster.json")
+    try:
+        cluster = read_cluster(beside)
+    except ClusterError as error:
+        say(f"warning: {error}")
+        cluster = empty()
+    known = [cluster_host(answer, options) for answer in answers if answer.found]
+    write_cluster(beside, merge(cluster, known))
+    return [] if before is None else differences(before, hosts)
+
+
+def reported(answer: Answer) -> GpuReport:
+    """Return the report of a host that answered."""
+    assert answer.found
+    return answer.found.report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the hostfile; return 0, 1 if a host failed or none can train, 2 for wrong usage."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if bool(options.nodes) == bool(options.from_reports):
+        parser.error("give --nodes or --from-reports")
+    if options.cpu_slots is not None and not 0 < options.cpu_slots <= 1024:
+        parser.error("--cpu-slots: 1 to 1024")
+    try:
+        answers = read_reports(options.from_reports) if options.from_reports \
+            else ask_hosts(read_nodes(options.nodes), options)
+    except (NodeError, AccessError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        say("stopped: nothing was written")
+        return 1
+    return conclude(answers, options)
+
+
+def conclude(answers: Sequence[Answer], options: argparse.Namespace) -> int:
+    """Write the files from what the hosts answered, show it, return the exit code."""
+    vendor = "CPU" if options.cpu_slots else options.vendor or choose_vendor(answers)
+    hosts = [line for answer in answers if (line := slots_of(answer, vendor, options.cpu_slots))]
+    failed = [answer for answer in answers if answer.fault]
+    if hosts:
+        changes = write_files(answers, hosts, vendor, options)
+    if options.json:
+        print(json.dumps({"vendor": vendor if hosts else None, "hosts": [
+            {"name": answer.name, "fault": answer.fault,
+             "report": answer.found.report.to_json() if answer.found else None} for answer in answers]}))
+    if options.ssh_user or options.ssh_port or options.ssh_key:
+        say("warning: plain `deepspeed` logs in as your ssh configuration says, not by --ssh-user, --ssh-port or "
+            "--ssh-key: put them into ~/.ssh/config")
+    for warning in twins(answers) + [f"{answer.name}: {note}" for answer in answers if answer.found
+                                     for note in answer.found.notes]:
+        say(f"warning: {warning}")
+    for answer in failed:
+        say(f"failed: {answer.fault}")
+    if not hosts:
+        say("no host has a GPU to train on; no hostfile was written (--cpu-slots N trains on CPUs)")
+        return 1
+    total = sum(len(host.use) for host in hosts)
+    if not options.json:
+        print(options.output.expanduser().read_text(encoding="utf-8"), end="")
+    for change in changes:
+        say(f"changed: {change}")
+    say(f"{options.output}: {len(hosts)} of {len(answers)} hosts, {total} slots")
+    return 1 if failed and not options.allow_missing else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
