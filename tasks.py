@@ -16,7 +16,13 @@ HOME = Path(__file__).resolve().parent
 
 def run_tool(module: str, *argv: str) -> None:
     """Run a tool in this process, after showing the command that it stands for."""
-    print("$", shlex.join(["python", module.replace(".", "/") + ".py", *argv]), file=sys.stderr)
+    shown = ["python", module.replace(".", "/") + ".py", *argv]
+    for number, word in enumerate(shown):  # a password is for nobody's eyes
+        if shown[number - 1] == "--ssh-password" and not word.startswith("-"):
+            shown[number] = "***"
+        elif word.startswith("--ssh-password="):
+            shown[number] = "--ssh-password=***"
+    print("$", shlex.join(shown), file=sys.stderr)
     code = importlib.import_module(module).main(list(argv))
     if code:
         raise Exit(code=code)
@@ -50,6 +56,17 @@ def train(c: Context, model="", dataset="", config="", slots="", grace="", dry_r
         raise Exit("which model? invoke train --model tiny (or a Hugging Face name, or a folder)", code=2)
     words = flags(model=model, dataset=dataset, config=config, slots=slots, grace=grace, dry_run=dry_run)
     run_tool("master.launch_training", *words, "--", *after_dashes())
+
+
+@task(auto_shortflags=False, help={
+    "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file",
+    "remove": "take the key off the nodes and the Host blocks out of ~/.ssh/config",
+    "dry-run": "say what would be done",
+})
+def setup_keys(c, nodes="", remove=False, dry_run=False):  # type: ignore[no-untyped-def]
+    """Make keys do where a password does now, on every node; flags of master/setup_keys.py follow --."""
+    words = flags(remove=remove, dry_run=dry_run)
+    run_tool("master.setup_keys", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
 
 
 @task(auto_shortflags=False, help={
@@ -107,5 +124,5 @@ def lint(c: Context) -> None:
         c.run(f"{shlex.quote(sys.executable)} -m ruff check .")
         c.run(f"{shlex.quote(sys.executable)} -m mypy")
         tools = Path(sys.executable).parent
-        c.run(f"{shlex.quote(str(tools / 'shellcheck'))} worker/*.sh .ci/run")
+        c.run(f"{shlex.quote(str(tools / 'shellcheck'))} worker/*.sh master/*.sh .ci/run")
         c.run(f"{shlex.quote(str(tools / 'vermin'))} --quiet --no-tips -t=3.8- worker/*.py")

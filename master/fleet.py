@@ -141,6 +141,8 @@ def log_in_by_any_way(transport: paramiko.Transport, route: Route, key: HostKey,
         return ParamikoSession(route.node, transport, key, access)
     except SshError as refusal:
         transport.close()
+        if access.only == "password":  # which OpenSSH's client would ask for on a terminal
+            raise
         try:
             return OpenSshSession(route, access)
         except SshError:

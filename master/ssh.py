@@ -82,7 +82,8 @@ class OpenSshSession:
         seconds = str(max(1, int(access.connect_timeout)))
         self._words = [*ssh_words(access, route.node), "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={seconds}",
                        "-o", f"StrictHostKeyChecking={strict}", "-o", "ServerAliveInterval=15",
-                       *(word for key in access.more_keys if key.exists() for word in ("-i", str(key)))]
+                       *(word for key in access.more_keys if key.exists() for word in ("-i", str(key))),
+                       *(["-o", "IdentitiesOnly=yes"] if access.only else [])]
         self._access = access
         self.run("exit 0", timeout=access.connect_timeout * 2)  # raises if there is no way in
 

@@ -33,7 +33,7 @@ class Access:
     """What the flags say on reaching hosts; they win over the user's ssh configuration. Times in seconds.
 
     `host_keys` is OpenSSH's word (yes, ask, accept-new) or None for what the configuration says; `password` is tried
-    after every key.
+    after every key. `only`: offer nothing but the `key`, or nothing but the `password`.
     """
 
     ssh_config: Path | None = None
@@ -45,6 +45,7 @@ class Access:
     connect_timeout: float = 10
     timeout: float = 90
     more_keys: tuple[Path, ...] = ()  # lanspeed's own, offered after the configured ones
+    only: str | None = None
 
 
 @dataclass(frozen=True)

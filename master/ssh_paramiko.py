@@ -204,8 +204,10 @@ def offers(route: Route, access: Access, notes: list[str]) -> Iterator[tuple[str
             offered.add(key.get_base64())
             yield str(path), key
 
-    if access.key:
+    if access.key and access.only != "password":
         yield from from_file(access.key)
+    if access.only:
+        return
     if route.agent:
         wanted = {public_blob(path) for path in files}
         with contextlib.suppress(OSError, paramiko.SSHException), contextlib.closing(Agent(route.agent)) as agent:

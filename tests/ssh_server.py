@@ -56,7 +56,7 @@ ListenAddress {address}
 Port {self.port}
 HostKey {self.host_key}
 PidFile {folder}/sshd.pid
-AuthorizedKeysFile {self.authorized_keys}
+AuthorizedKeysFile {self.authorized_keys} {self.home}/.ssh/authorized_keys
 StrictModes no
 UsePAM no
 PermitRootLogin yes

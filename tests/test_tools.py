@@ -43,7 +43,7 @@ def invoke(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
 
 def test_the_menu_is_complete_and_each_task_has_help() -> None:
     listed = invoke("--list").stdout
-    for task in ("hostfile", "detect", "train", "demo", "test", "lint", "bench"):
+    for task in ("setup-keys", "hostfile", "detect", "train", "demo", "test", "lint", "bench"):
         assert f"  {task} " in listed
         shown = invoke(task, "--help")
         assert shown.returncode == 0 and "Docstring:" in shown.stdout, shown.stderr
@@ -54,6 +54,13 @@ def test_a_task_hands_on_flags_as_they_were_quoted() -> None:
     assert done.returncode == 0, done.stderr
     assert "--dataset_path 'my notes/'" in done.stdout
     assert "--text_column 'the body'" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--ssh-password", "hunter2"], ["--ssh-password=hunter2"]])
+def test_a_task_shows_no_password(words: list[str]) -> None:
+    done = invoke("hostfile", "--nodes", "no-such-host.invalid", "--", *words)
+    assert done.returncode == 1
+    assert "hunter2" not in done.stdout + done.stderr and "***" in done.stderr
 
 
 def test_a_task_without_its_model_says_how() -> None:

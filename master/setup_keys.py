@@ -1,0 +1,201 @@
+"""Log in to every node once with a password, so that keys do from then on: made, installed, proved, and undone.
+
+    invoke setup-keys --nodes gpu1,gpu2
+    python master/setup_keys.py --nodes admin@gpu1 gpu[2-4] --key-type rsa
+    python master/setup_keys.py --nodes gpu1,gpu2 --remove
+
+Safe to repeat: a key that is there is left alone. Host keys are shown and noted, passwords asked for and never kept.
+Afterwards a Host block in ~/.ssh/config.d/lanspeed lets plain ssh, rsync and deepspeed reach the nodes the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from master import ssh_hosts
+from master.access import OWN_KEY, AccessError, access_of, add_access_flags, question
+from master.fleet import on_all
+from master.key_pair import KeyPair, KeyPairError, add_to_agent, find_pair, has_passphrase, make_pair
+from master.nodes import Node, NodeError, read_nodes
+from master.remote_keys import install_key, key_is_there, remove_key
+from master.ssh import Session
+from master.ssh_config import Access, SshError
+
+
+@dataclass
+class Outcome:
+    """What came of one host: installed, was there, removed, was not there, would install ...; or the fault."""
+
+    node: Node
+    done: str = ""
+    fingerprint: str = ""
+    fault: str = ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool's flags."""
+    parser = argparse.ArgumentParser(
+        prog="setup_keys.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--nodes", nargs="+", metavar="N", required=True, help="hosts, as every tool takes them")
+    flag("--key-type", choices=["ed25519", "rsa"], default="ed25519", help="of a new key (ed25519; rsa has 4096 bits)")
+    flag("--passphrase", action="store_true", help="ask for a passphrase for a new key, and load it into the agent")
+    flag("--no-config", action="store_true", help="leave ~/.ssh/config alone")
+    flag("--yes", action="store_true", help="write ~/.ssh/config without asking")
+    flag("--remove", action="store_true", help="take the key off the nodes and the Host blocks out of ~/.ssh/config")
+    flag("--dry-run", action="store_true", help="say what would be done, with the keys that work already")
+    add_access_flags(parser)
+    return parser
+
+
+def say(line: str) -> None:
+    """Print a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def get_pair(options: argparse.Namespace, path: Path) -> KeyPair | None:
+    """Return the key pair to install, made if need be; None for a dry run without one. Raises KeyPairError."""
+    pair = find_pair(path)
+    if pair is None and (options.dry_run or options.remove):
+        say(f"{path}: no key there" + ("; one would be made" if options.dry_run else ""))
+        return None
+    if pair is None:
+        pair = make_pair(path, options.key_type, options.passphrase)
+        say(f"made {path} ({options.key_type})")
+    if has_passphrase(path) and not options.remove and not options.dry_run:
+        warning = add_to_agent(path)
+        if warning:
+            say(f"warning: {warning}")
+    return pair
+
+
+def visit(session: Session, pair: KeyPair | None, options: argparse.Namespace) -> Outcome:
+    """Do one host's part of the work."""
+    if pair is None:
+        done = "would install"
+    elif options.dry_run:
+        there = key_is_there(session, pair)
+        done = ("would remove" if options.remove else "was there") if there else \
+            ("was not there" if options.remove else "would install")
+    else:
+        done = remove_key(session, pair) if options.remove else install_key(session, pair)
+    return Outcome(session.node, done, session.fingerprint or "")
+
+
+def visit_all(
+    nodes: Sequence[Node], access: Access, pair: KeyPair | None, options: argparse.Namespace
+) -> list[Outcome]:
+    """Visit all hosts with the keys that work; ask for a password for those that refuse, until it's given for each.
+
+    One password is asked for all of them, and one more for those that it doesn't fit, and so on; each is tried once a
+    host. An empty answer gives up the rest.
+    """
+    outcomes: dict[Node, Outcome] = {}
+    left, ask = list(nodes), question()
+    while left:
+        found = on_all(left, access, lambda session: visit(session, pair, options), ask)  # type: ignore[arg-type]
+        for node, result in found.items():
+            outcomes[node] = Outcome(node, fault=str(result).partition(": ")[2]) if isinstance(result, SshError) \
+                else result
+        refused = [node for node, result in found.items()
+                   if isinstance(result, SshError) and result.stage == "authentication"]
+        may_ask = sys.stdin.isatty() and not options.dry_run and not options.ssh_password_file
+        left = refused if may_ask else []
+        if left:
+            say(f"no key lets us in on {', '.join(map(str, left))}")
+            password = getpass.getpass("their password (empty: leave them out): ")
+            if not password:
+                break
+            access = replace(access, password=password, only="password")
+    return [outcomes[node] for node in nodes]
+
+
+def prove(outcomes: Sequence[Outcome], access: Access, pair: KeyPair) -> None:
+    """Log in again where the key is now, with it alone; note a host that still refuses as failed."""
+    nodes = [outcome.node for outcome in outcomes if not outcome.fault and not outcome.node.is_local]
+    alone = replace(access, key=pair.path, only="key", password=None, more_keys=())
+    if has_passphrase(pair.path):
+        alone = replace(alone, only=None)  # the agent has it
+    found = on_all(nodes, alone, lambda session: session.run("exit 0").code)
+    for outcome in outcomes:
+        result = found.get(outcome.node)
+        if isinstance(result, SshError):
+            outcome.fault = (f"the key is installed and still refused ({result.fault}): on the node, look at the modes "
+                             "of ~ and ~/.ssh, and at PubkeyAuthentication and AuthorizedKeysFile in sshd_config")
+
+
+def update_config(outcomes: Sequence[Outcome], options: argparse.Namespace, key: Path) -> None:
+    """Add the Host blocks of the hosts that work, or take them out; shown and asked about first."""
+    config = options.ssh_config or Path.home() / ".ssh" / "config"
+    good = [outcome.node for outcome in outcomes if not outcome.fault and not outcome.node.is_local]
+    if options.remove:
+        changes = ssh_hosts.plan(config, [], [ssh_hosts.alias_of(node) for node in good])
+    else:
+        changes = ssh_hosts.plan(config, [ssh_hosts.block_of(node, options.ssh_user, options.ssh_port, key)
+                                          for node in good])
+    if not changes:
+        return
+    for path, text in changes.items():
+        first = f", first line: {text.splitlines()[0]}" if text and path == config else ""
+        say(f"{'would write' if options.dry_run else 'to write'}: {path}{' (delete)' if text is None else first}")
+        if text and path != config:
+            print(text, file=sys.stderr)
+    if options.dry_run:
+        return
+    if not options.yes:
+        if not sys.stdin.isatty():
+            say("not written, nobody to ask: --yes writes it, --no-config never does")
+            return
+        print("Write this, so that plain ssh and deepspeed reach the nodes too? [yes/no] ", end="", file=sys.stderr,
+              flush=True)
+        if sys.stdin.readline().strip().lower() not in ("yes", "y"):
+            return
+    ssh_hosts.apply(changes)
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """Print the table."""
+    wide = max(len(str(outcome.node)) for outcome in outcomes)
+    for outcome in outcomes:
+        what = f"FAILED: {outcome.fault}" if outcome.fault else outcome.done
+        print(f"{outcome.node!s:{wide}}  {outcome.fingerprint or '-':50}  {what}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Set up keys on all nodes; return 0, 1 if a host still refuses, 2 for wrong usage."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    path = (options.ssh_key or OWN_KEY).expanduser()
+    if options.ssh_key and not path.exists() and not options.remove:
+        options.ssh_key = None  # it is made below, under this name
+    try:
+        nodes = read_nodes(options.nodes)
+        access = access_of(options)
+        pair = get_pair(options, path)
+    except (NodeError, AccessError) as error:
+        parser.error(str(error))
+    except KeyPairError as error:
+        say(str(error))
+        return 1
+    if pair is None and options.remove:
+        return 1
+    try:
+        outcomes = visit_all(nodes, replace(access, more_keys=(path,)), pair, options)
+        if pair and not options.remove and not options.dry_run:
+            prove(outcomes, access, pair)
+        if not options.no_config:
+            update_config(outcomes, options, path)
+    except KeyboardInterrupt:
+        say("stopped; what was installed stays, and a second run goes on from there")
+        return 1
+    show(outcomes)
+    return 1 if any(outcome.fault for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
