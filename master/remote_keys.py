@@ -38,7 +38,7 @@ modes() {
 case $1 in
   check) if there "$2"; then say was there; else say was not there; fi ;;
   install)
-    [ -d .ssh ] || mkdir .ssh 2>/dev/null || fail "$(pwd)/.ssh cannot be made: is the home read-only?"
+    mkdir -p .ssh 2>/dev/null || fail "$(pwd)/.ssh cannot be made: is the home read-only?"
     if there "$2"; then modes; say was there; fi
     {
       if [ -f "$file" ]; then cat "$file"; [ -z "$(tail -c 1 "$file")" ] || echo; fi
