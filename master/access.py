@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from master.fleet import Stranger
 
 OWN_KEY = Path("~/.ssh/id_ed25519_lanspeed")
-PASSWORD_VARIABLE = "LANSPEED_SSH_PASSWORD"
+PASSWORD_VARIABLE = "LANSPEED_SSH_PASSWORD"  # noqa: S105, the name of a variable
 PROMPT = object()  # --ssh-password without a value
 
 

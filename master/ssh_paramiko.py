@@ -114,7 +114,7 @@ def handshake(route: Route, access: Access) -> tuple[paramiko.Transport, HostKey
             if not closed or attempt == BANNER_TRIES or "no answer" in str(error):
                 raise SshError(host, "handshake", words_of(error),
                                "is that an SSH server, and not overloaded?") from None
-            time.sleep(random.uniform(0.3, 1.0))
+            time.sleep(random.uniform(0.3, 1.0))  # noqa: S311, spreads the retries
     remote = transport.get_remote_server_key()
     key = HostKey(remote.get_name(), remote.get_base64())
     verdict, place = judge(key, entries)
