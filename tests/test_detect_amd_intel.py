@@ -178,3 +178,18 @@ def test_xpu_smis_table_serves_too(machine: Machine) -> None:
     machine.tool("xpu-smi", ("*", XPU_TABLE, 0))
     gpu = machine.report().gpus[0]
     assert (gpu.name, gpu.memory_total_mib) == ("Intel(R) Flex 170", 14248)
+
+
+def test_partitions_are_seen_by_rocms_tools_too(machine: Machine) -> None:
+    entries = [{"gpu": n, "asic": {"market_name": "AMD Instinct MI300X" if n == 0 else "N/A", "device_id": "0x74a1"},
+                "bus": {"bdf": f"0000:05:00.{n}"}, "vram": {"vram_size_mb": 24574}} for n in range(4)]
+    machine.tool("amd-smi", ("static*", json.dumps({"gpu_data": entries}), 0))
+    report = machine.report("sh")
+    assert (report.status, report.slots_total, codes(report)) == ("ok", 4, ["PARTITIONED"])
+    assert {(gpu.name, gpu.memory_total_mib) for gpu in report.gpus} == {("AMD Instinct MI300X", 24574)}
+
+
+def test_amd_smi_without_a_driver_says_so(machine: Machine) -> None:
+    machine.tool("amd-smi", ("*", "Driver not loaded (amdgpu not found in modules)", 255))
+    machine.pci("0000:03:00.0", 0x1002, 0x740F, 0x1200)
+    assert codes(machine.report("sh")) == ["AMD_DRIVER_NOT_LOADED"]

@@ -199,3 +199,14 @@ def test_a_gpu_that_is_gone_from_the_bus_is_lost(machine: Machine) -> None:
     machine.file("/sys/bus/pci/devices/0000:02:00.0/revision", "0xff\n")
     report = machine.report("sh")
     assert (report.status, report.slots_total, codes(report)) == ("degraded", 1, ["NV_GPU_LOST"])
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_tool_that_hangs_at_its_second_question_keeps_its_first_answer(machine: Machine, how: str) -> None:
+    machine.nvidia(nvidia_gpu(0))
+    (machine.bin / "nvidia-smi").rename(machine.bin / "real-smi")
+    machine.script("nvidia-smi", f"#!/bin/bash\ncase \"$*\" in *compute-apps*) sleep 60;; esac\n"
+                   f"exec {machine.bin}/real-smi \"$@\"\n")
+    report = machine.report(how, limit="1.5")
+    assert (report.status, report.slots_use, codes(report)) == ("degraded", (0,), ["NV_TIMEOUT"])
+    assert machine.seconds < 1.5 + 3

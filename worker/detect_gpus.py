@@ -312,7 +312,9 @@ def pci_function(bus: Any, vendor: str, device: str, kind: str, driver: str | No
 def pci_from_sysfs() -> Iterator[PciFunction | None]:
     """Yield what /sys knows: the bus itself, or, where that isn't to be seen, the cards with a graphics driver."""
     for folder in listed("/sys/bus/pci/devices", r"[0-9a-f:.]+"):
-        driver = os.path.basename(os.readlink(str(folder / "driver"))) if (folder / "driver").is_symlink() else None
+        event = pairs(read(folder / "uevent"), "=")
+        link = folder / "driver"
+        driver = os.path.basename(os.readlink(str(link))) if link.is_symlink() else event.get("DRIVER")
         vendor, device, kind = read(folder / "vendor"), read(folder / "device"), read(folder / "class")
         yield pci_function(folder.name, vendor, device, kind, driver, gone=read(folder / "revision") == "0xff")
     for card in listed("/sys/class/drm", r"card[0-9]+"):
@@ -385,7 +387,7 @@ NV_LOST = re.compile(r"unable to determine the device handle for gpu\s*:?\s*([0-
 # What nvidia-smi prints (on stdout too), its exit code, and what it means.
 NV_FAULTS: list[tuple[str, int | None, str, str]] = [
     (r"driver/library version mismatch", 18, "NV_LIB_MISMATCH", ""),
-    (r"couldn't communicate with the nvidia driver|nvidia driver is not loaded", 9, "NV_DRIVER_NOT_LOADED",
+    (r"couldn't communicate with the nvidia driver|driver (is )?not loaded", 9, "NV_DRIVER_NOT_LOADED",
      "the NVIDIA driver is not loaded: sudo modprobe nvidia; if that fails, install the driver for this kernel and "
      "reboot"),
     (r"couldn't find libnvidia-ml|libnvidia-ml\.so", 12, "NV_NVML_MISSING",
@@ -546,7 +548,7 @@ def nv_read_proc() -> list[Gpu]:
         rows.append(gpu(known(facts.get("Model")), uuid=None if uuid and "?" in uuid else uuid, usable=not excluded,
                         lost=excluded, minor=minor, _bus=bus_of(facts.get("Bus Location") or folder.name)))
     if not rows:
-        rows = [gpu(None) for _ in passed]
+        rows = [gpu("NVIDIA GPU") for _ in passed]
     return rows
 
 
@@ -733,7 +735,7 @@ def amd_smi_rows(tools: Tools, found: Findings) -> list[Gpu]:
     answer = tools.run("amd-smi", "static", "--asic", "--vram", "--bus", "--driver", "--json")
     if answer.there and not answer.hung and first_json(answer.out) is None:
         answer = tools.run("amd-smi", "static", "--json")
-    note_amd(answer, found)
+    note_amd(answer, found, failed=first_json(answer.out) is None)
     data = first_json(answer.out)
     data = data.get("gpu_data", []) if isinstance(data, dict) else data
     rows, modes = [], set()
@@ -742,7 +744,7 @@ def amd_smi_rows(tools: Tools, found: Findings) -> list[Gpu]:
                                           ("asic", "vram", "bus", "driver", "board"))
         if whole(entry.get("gpu")) is None:
             continue
-        size = vram.get("size")
+        size = vram.get("size", vram.get("vram_size_mb"))  # the latter in ROCm 6.0
         size = lower_keys(size).get("value") if isinstance(size, dict) else size
         name = known(asic.get("market_name")) or known(board.get("product_name"))
         device = str(asic.get("device_id", "")).lower().replace("0x", "")
@@ -752,6 +754,10 @@ def amd_smi_rows(tools: Tools, found: Findings) -> list[Gpu]:
         rows.append(gpu(name or AMD_NAMES.get(device) or f"AMD GPU 0x{device}", arch=arch_of(arch),
                         memory_total_mib=whole(size), integrated=is_integrated(arch, device, name),
                         _bus=bus_of(bus.get("bdf"))))
+    first = {row["_bus"][:-1]: row["name"] for row in reversed(rows) if row["_bus"]}
+    for row in rows:  # a partition's name may stand with its card's first function only
+        if row["name"].startswith("AMD GPU ") and row["_bus"]:
+            row["name"] = first[row["_bus"][:-1]]
     if modes - {None, "SPX"}:
         found.add("PARTITIONED", f"cards are partitioned; each of {len(rows)} partitions is one slot")
     listing = first_json(tools.run("amd-smi", "list", "--json").out)
@@ -881,13 +887,15 @@ def find_amd(tools: Tools) -> Findings:
         told = rocminfo_rows(tools, found)
     if rows:
         join(rows, told)
-        found.problems = [problem for problem in found.problems if problem.code in ("AMD_GROUPS", "TOOL_BAD_OUTPUT")]
+    else:
+        rows = told
+        for row in rows:  # partitions are functions of one PCI device
+            row["card"] = row["_bus"].rpartition(".")[0] if row["_bus"] else id(row)
+    if rows:  # then it matters little what a tool had to complain of, but not that one hangs
+        found.problems = [problem for problem in found.problems if not problem.is_fault or tools.hung]
         cards = {row["card"] for row in rows}
         if len(cards) < len(rows):
             found.add("PARTITIONED", f"{count_of(len(cards), 'card')} in {len(rows)} partitions; each is one slot")
-    elif told:
-        rows = told
-        found.problems = [problem for problem in found.problems if not problem.is_fault or tools.hung]
     found.driver = found.driver or known(read(rooted("/sys/module/amdgpu/version")))
     check_kfd(rows, found)
     if any(not row["integrated"] for row in rows):

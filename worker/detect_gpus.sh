@@ -209,7 +209,7 @@ nv_fault() { # say what a failed nvidia-smi ($odd lines, $code) means
     hung:*) problem NV_TIMEOUT "nvidia-smi did not answer within $((limit_cs / 100)) s: a dead GPU or driver; reboot the node" ;;
     *'driver/library version mismatch'* | 18:*) problem NV_LIB_MISMATCH \
       'NVIDIA driver and library differ: reboot the node, or reload the module' ;;
-    *"couldn't communicate with the nvidia driver"* | 9:*) problem NV_DRIVER_NOT_LOADED \
+    *"couldn't communicate with the nvidia driver"* | *'driver not loaded'* | 9:*) problem NV_DRIVER_NOT_LOADED \
       'the NVIDIA driver is not loaded: sudo modprobe nvidia; if that fails, install the driver for this kernel and reboot' ;;
     *libnvidia-ml* | 12:*) problem NV_NVML_MISSING \
       'nvidia-smi finds no libnvidia-ml.so: in a container, start it with the NVIDIA runtime; else reinstall the driver' ;;
@@ -244,7 +244,7 @@ find_nvidia() {
     return
   fi
   nv_busy "$tool"
-  [[ $code != hung ]] || { nv_fault && doubt='nvidia-smi hung'; }
+  [[ $code != hung ]] || nv_fault
   for n in "$root"/dev/nvidia[0-9]*; do [[ ! -e $n ]] || here=$((here + 1)); done
   ((here <= ${#names[@]})) || doubt="$here NVIDIA device files, and nvidia-smi lists ${#names[@]}"
 }
@@ -384,8 +384,11 @@ compare_bus() { # doubt an answer that the bus or another vendor's tools contrad
   bus_gpus
   for n in "${integrated[@]}"; do [[ $n == true ]] || discrete=$((discrete + 1)); done
   case $vendor in
-    NVIDIA) ((amd + intel == 0 && (!${#bus_seen} || nvidia <= discrete))) ||
-      doubt="on the PCI bus are $nvidia NVIDIA, $amd AMD and $intel Intel GPUs" ;;
+    NVIDIA)
+      ((amd + intel == 0 && (!${#bus_seen} || nvidia <= discrete))) ||
+        doubt="on the PCI bus are $nvidia NVIDIA, $amd AMD and $intel Intel GPUs"
+      [[ -n $bus_seen || -z $(type -P lspci) ]] || doubt='only lspci can tell what else is on the bus'
+      ;;
     AMD) ((nvidia + intel == 0 && amd <= discrete)) ||
       doubt="on the PCI bus are $nvidia NVIDIA, $amd AMD and $intel Intel GPUs" ;;
     NONE)
@@ -398,14 +401,16 @@ compare_bus() { # doubt an answer that the bus or another vendor's tools contrad
       elif [[ -n $weak && -z $doubt ]]; then
         problem IGPU_ONLY 'only integrated graphics, not fit for training'
       fi
-      for n in xpu-smi rocm-smi amd-smi; do
+      for n in xpu-smi rocminfo rocm-smi amd-smi; do
         [[ -n $(type -P $n) ]] || continue
         doubt="$n is here, and no quick way tells what it knows"
         if [[ $n == xpu-smi ]]; then signs=INTEL; else signs=AMD; fi
       done
       ;;
   esac
-  [[ $vendor != NVIDIA || -z $(type -P xpu-smi) ]] || doubt='xpu-smi is here too'
+  for n in xpu-smi rocm-smi amd-smi; do
+    [[ $vendor != NVIDIA || -z $(type -P $n) ]] || doubt="$n is here too"
+  done
 }
 
 # -- the report ---------------------------------------------------------------------------------------------------------
