@@ -64,6 +64,8 @@ def on_all(
                 session.close()
         except SshError as error:
             result = error
+        except Exception as error:  # what a hostile server can make a library raise must not cost the other hosts
+            result = SshError(str(node), "internal", f"{type(error).__name__}: {error}")
         done(node, result)
         return result
 

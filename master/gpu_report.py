@@ -16,6 +16,9 @@ from typing import Any
 
 SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "gpu_report.schema.json"
 TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])|\r")
+# The codes that a healthy machine may have, as the schema tells them from faults.
+NOTICES = {"MIG_ENABLED", "PARTITIONED", "IGPU_PRESENT", "IGPU_ONLY", "MIXED_MODELS", "MIXED_VENDORS", "GPU_BUSY",
+           "AMD_GROUPS"}
 LATEST = 20  # reports that are tried, from the last one: enough for any honest session
 
 
@@ -46,6 +49,11 @@ class Problem:
 
     code: str
     message: str
+
+    @property
+    def is_fault(self) -> bool:
+        """False for what is only worth knowing."""
+        return self.code not in NOTICES and not self.code.endswith("_SET")
 
 
 @dataclass(frozen=True)

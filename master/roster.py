@@ -62,8 +62,8 @@ def note_on(report: GpuReport, vendor: str | None = None) -> str:
                     if gpu.usable or (gpu.index is not None and not gpu.integrated))
     parts = [", ".join(f"{count}x {name}" + (f" {memory} MiB" if memory else "")
                        for (name, memory), count in kinds.items())] if kinds else []
-    faults = [problem.code for problem in report.problems if is_fault(problem.code)]
-    why = f" ({', '.join(faults)})" if faults else ""
+    faults = [problem for problem in report.problems if problem.is_fault]
+    why = f" ({', '.join(fault.code for fault in faults)})" if faults else ""
     broken = [str(gpu.index) for gpu in report.gpus if not gpu.usable and not gpu.integrated and gpu.index is not None]
     lost = sum(1 for gpu in report.gpus if not gpu.usable and gpu.index is None)
     if broken:
@@ -75,15 +75,8 @@ def note_on(report: GpuReport, vendor: str | None = None) -> str:
     elif vendor in VENDORS and report.vendor != vendor and report.slots_use:
         parts.append(f"left out: {report.vendor} can't train with {vendor} (--vendor {report.vendor} takes it)")
     if faults and not broken and not lost:
-        message = next(problem.message for problem in report.problems if is_fault(problem.code))
-        parts.append(f"{faults[0]}: {message}")
+        parts.append(f"{faults[0].code}: {faults[0].message}")
     return "; ".join(parts)
-
-
-def is_fault(code: str) -> bool:
-    """Tell a fault from a notice."""
-    return code not in {"MIG_ENABLED", "PARTITIONED", "IGPU_PRESENT", "IGPU_ONLY", "MIXED_MODELS", "MIXED_VENDORS",
-                        "GPU_BUSY", "AMD_GROUPS"} and not code.endswith("_SET")
 
 
 def twins(answers: Sequence[Answer]) -> list[str]:

@@ -9,7 +9,16 @@ from typing import Any
 import jsonschema
 import pytest
 
-from master.gpu_report import SCHEMA, GpuReport, ReportError, check_report, new_nonce, parse_report
+from master.gpu_report import (
+    NOTICES,
+    SCHEMA,
+    GpuReport,
+    Problem,
+    ReportError,
+    check_report,
+    new_nonce,
+    parse_report,
+)
 
 GPU = {"index": 0, "name": "NVIDIA GeForce RTX 3090", "uuid": "GPU-1", "memory_total_mib": 24576,
        "memory_free_mib": 24260, "compute_capability": "8.6", "arch": None, "mig": False, "integrated": False,
@@ -107,6 +116,13 @@ def test_the_schema_is_one_and_describes_every_property() -> None:
         if name == "problem":
             part["properties"]["code"]["description"] = "its parts are described"
         walk(part, name)
+
+
+def test_notices_are_those_of_the_schema() -> None:
+    kinds = json.loads(SCHEMA.read_text())["$defs"]["problem"]["properties"]["code"]["anyOf"]
+    assert set(kinds[1]["enum"]) == NOTICES
+    assert not any(Problem(code, "x").is_fault for code in [*NOTICES, "CUDA_VISIBLE_DEVICES_SET"])
+    assert all(Problem(code, "x").is_fault for code in kinds[0]["enum"])
 
 
 def test_nonces_differ() -> None:

@@ -292,3 +292,17 @@ def test_names_cannot_become_options(client: SshClient, tmp_path: Path) -> None:
     found = on_all(nodes, Access(ssh_config=client.config, connect_timeout=2), hello)
     assert isinstance(found[nodes[0]], SshError)
     assert not mark.exists()
+
+
+def test_a_surprise_on_one_host_costs_the_others_nothing(client: SshClient, server: SshServer) -> None:
+    client.trust(server)
+
+    def work(session: Session) -> str:
+        if session.way == "local":
+            raise ValueError("a surprise\x1b[31m")
+        return session.run("echo ok").out.strip()
+
+    nodes = read_nodes(["localhost", "gpu1"])
+    found = on_all(nodes, Access(ssh_config=client.config, connect_timeout=5), work)
+    assert isinstance(found[nodes[0]], SshError) and "ValueError: a surprise" in str(found[nodes[0]])
+    assert str(found[nodes[0]]).isprintable() and found[nodes[1]] == "ok"
