@@ -90,7 +90,7 @@ def streamed_report(session: Session, done: Result, nonce: str, notes: list[str]
 def ask_python(session: Session) -> GpuReport:
     """Stream the Python detector."""
     nonce = new_nonce()
-    done = session.run(f"exec python3 - --nonce {nonce}", (WORKER / "detect_gpus.py").read_bytes())
+    done = session.run(f"exec python3 -I - --nonce {nonce}", (WORKER / "detect_gpus.py").read_bytes())
     if done.code == NOT_FOUND:
         raise ReportError("not found")
     return parse_report(done.out, nonce)

@@ -137,3 +137,36 @@ def test_wrong_usage_is_exit_code_2(machine: Machine, how: str, words: tuple[str
     done = subprocess.run([*command, *words], input=sent, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage:" in done.stderr
+
+
+def test_integrated_graphics_do_not_stand_in_for_a_discrete_gpu_without_driver(machine: Machine) -> None:
+    machine.kfd(1, gfx_target_version=100306, device_id=0x164E, location_id=0x1200)
+    machine.pci("0000:12:00.0", 0x1002, 0x164E, 0x0300, "amdgpu")
+    machine.pci("0000:03:00.0", 0x1002, 0x744C, 0x0300)
+    report = machine.report("sh")
+    assert (report.vendor, report.status, report.slots_use) == ("AMD", "error", ())
+    assert codes(report) == ["HW_WITHOUT_DRIVER"]
+
+
+def test_wsls_bus_says_nothing_of_its_gpu(machine: Machine) -> None:
+    machine.file("/dev/dxg")
+    machine.pci("1414:00:00.0", 0x1414, 0x008E, 0x0302)
+    machine.tool("nvidia-smi", ("*", "couldn't communicate with the NVIDIA driver", 9))
+    assert codes(machine.report("sh")) == ["NV_DRIVER_NOT_LOADED"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_the_shells_own_options_do_no_harm(machine: Machine, how: str) -> None:
+    machine.nvidia(nvidia_gpu(0))
+    machine.variables = {"SHELLOPTS": "braceexpand:errexit:nounset", "BASHOPTS": "failglob:nullglob:nocasematch"}
+    assert machine.report(how).slots_use == (0,)
+
+
+def test_colours_and_words_around_a_tools_answer_do_no_harm(machine: Machine) -> None:
+    machine.tool("rocm-smi", ("*--json*", '\x1b[0m{"card0": {"Card series": "Instinct MI210"}}\x1b[0m\n', 0))
+    assert machine.report("sh").gpus[0].name == "Instinct MI210"
+
+
+def test_a_servers_own_display_is_no_gpu(machine: Machine) -> None:
+    machine.pci("0000:01:00.0", 0x1002, 0x515E, 0x0300, "radeon")
+    assert [machine.report(how).vendor for how in WAYS] == ["NONE"] * 3

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from trainer.console import Console
 from trainer.fault import Fault
@@ -88,8 +90,17 @@ def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: 
         raise
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """End the process at once, after what was registered for its end.
+
+    The libraries' own threads sometimes abort the process (SIGABRT, exit -6) when Python takes them down one by one,
+    which would make a training that is finished and saved look like a failed one.
+    """
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    raise SystemExit(code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -204,6 +204,7 @@ class Tools:
 
     def __init__(self) -> None:
         self.hung: str | None = None
+        self.short = False  # it was cut off with less than half of the time limit left for it
 
     def run(self, name: str, *argv: str) -> Answer:
         """Run a tool with its output in a file, since a pipe or a wait may outlive the tool; never raises."""
@@ -221,7 +222,7 @@ class Tools:
                                            env=environment, start_new_session=True)
                 code = self._wait(process, left, (out, err))
                 if code is None:
-                    self.hung = name
+                    self.hung, self.short = name, left < LIMIT_S / 2
                 return Answer(code, self._content(out), self._content(err))
         except OSError as error:
             return Answer(126, err=str(error))
@@ -229,7 +230,8 @@ class Tools:
     @staticmethod
     def _content(file: Any) -> str:
         file.seek(0)
-        return file.read(OUTPUT_LIMIT).decode("utf-8", "replace").replace("\r\n", "\n")
+        text = file.read(OUTPUT_LIMIT).decode("utf-8", "replace").replace("\r\n", "\n")
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
     @staticmethod
     def _wait(process: Any, seconds: float, files: tuple[Any, ...]) -> int | None:
@@ -273,7 +275,8 @@ GPU_CLASSES = {"NVIDIA": ("0300", "0302"), "AMD": ("0300", "0302", "0380", "1200
 ELSEWHERE = {"vfio-pci", "pci-stub", "gim", "xen-pciback"}  # drivers that give a device to a virtual machine
 # Integrated AMD parts without ROCm support that is worth having: Raven to Krackan, but not Strix Halo (1586).
 WEAK_IGPUS = {"15dd", "15d8", "1636", "1638", "164c", "163f", "164d", "1681", "15bf", "15c8", "164e", "1506", "13c0",
-              "150e", "1900", "1901", "1114"}
+              "150e", "1900", "1901", "1114", "15e7"}
+BOARD_DISPLAYS = {"515e", "4752"}  # ATI ES1000 and Rage XL, which servers have on their mainboards
 
 
 class PciFunction:
@@ -304,7 +307,7 @@ def pci_function(bus: Any, vendor: str, device: str, kind: str, driver: str | No
     maker = VENDORS.get(vendor.lower().replace("0x", "").zfill(4))
     address = bus_of(bus)
     kind = kind.lower().replace("0x", "")[:4]
-    if not maker or not address or kind not in GPU_CLASSES[maker]:
+    if not maker or not address or kind not in GPU_CLASSES[maker] or device.lower()[-4:] in BOARD_DISPLAYS:
         return None
     return PciFunction(address, maker, device.lower().replace("0x", "").zfill(4), kind, driver, name, gone)
 
@@ -500,7 +503,7 @@ def nv_query(tools: Tools, found: Findings) -> tuple[list[Gpu], Answer]:
 
 def nv_read_xml(text: str, found: Findings) -> list[Gpu]:
     """Return the rows in the output of `nvidia-smi -q -x`; [] if it isn't such XML."""
-    text = text[max(text.find("<nvidia_smi_log"), 0) :]
+    text = text[max(text.find("<nvidia_smi_log"), 0) :].rpartition("</nvidia_smi_log>")[0] + "</nvidia_smi_log>"
     if "<!ENTITY" in text:
         return []
     try:
@@ -539,7 +542,7 @@ def nv_read_proc() -> list[Gpu]:
     """
     passed = {int(path.name[6:]) for path in listed("/dev", "nvidia[0-9]+")}
     rows = []
-    for folder in listed("/proc/driver/nvidia/gpus", r"[0-9a-fA-F:.]+"):
+    for folder in sorted(listed("/proc/driver/nvidia/gpus", r"[0-9a-fA-F:.]+")):  # by address, as the runtime does
         facts = pairs(read(folder / "information"))
         minor, excluded = whole(facts.get("Device Minor", "")), facts.get("GPU Excluded", "").lower() == "yes"
         if passed and minor is not None and minor not in passed and not excluded:
@@ -597,7 +600,7 @@ def find_nvidia(tools: Tools) -> Findings:
     if rows:
         nv_busy(tools, rows)
         rows += nv_missed(rows, found)
-        if tools.hung:
+        if tools.hung and not tools.short:
             found.add(*nv_timeout())
     else:
         rows = nv_without_answer(answer, found)
@@ -625,6 +628,11 @@ def nv_without_answer(answer: Answer, found: Findings) -> list[Gpu]:
         if not found.faults:
             found.add(problem.code, problem.message)
     return [dict(row, usable=False, lost=True) for row in rows]
+
+
+def nv_off_bus() -> bool:
+    """Tell whether there are signs of NVIDIA hardware that no PCI bus shows, or that its driver was here."""
+    return bool(nv_jetson() or listed("/dev", "nvidia[0-9]+"))
 
 
 def nv_jetson() -> list[Gpu]:
@@ -680,7 +688,8 @@ def first_whole(*texts: str) -> int | None:
 def is_integrated(arch: str | None, device: str | None, name: str | None, folder: Path | None = None) -> bool:
     """Tell integrated from discrete AMD graphics by what the driver shows, else by target, PCI id or name."""
     if folder and folder.exists():
-        if (folder / "mem_info_vram_vendor").exists() or (folder / "board_info").exists():
+        # Older kernels have the file for integrated graphics too, and say "unknown" in it.
+        if known(read(folder / "mem_info_vram_vendor")) or (folder / "board_info").exists():
             return False
         total, gtt = (mib_of_bytes(read(folder / f"mem_info_{kind}_total")) or 0 for kind in ("vram", "gtt"))
         if total and total <= 4096 and gtt >= 8192 and gtt >= 4 * total:
@@ -766,7 +775,7 @@ def amd_smi_rows(tools: Tools, found: Findings) -> list[Gpu]:
     uuids = {bus_of(entry["bdf"]): known(entry.get("uuid")) for entry in entries if bus_of(entry.get("bdf"))}
     for row in rows:
         row["uuid"] = uuids.get(row["_bus"])
-    return rows or [gpu(f"AMD GPU {bus}", uuid=uuid, _bus=bus) for bus, uuid in uuids.items()]
+    return rows or [gpu("AMD GPU", uuid=uuid, _bus=bus) for bus, uuid in uuids.items()]
 
 
 def arch_of(text: str | None) -> str | None:
@@ -908,7 +917,7 @@ def find_amd(tools: Tools) -> Findings:
 def check_kfd(rows: list[Gpu], found: Findings) -> None:
     """Mark all rows unusable where /dev/kfd is missing or closed to this user. A root without /dev says nothing."""
     device = rooted("/dev/kfd")
-    if not rows or not rooted("/dev").is_dir():
+    if not rows or not rooted("/dev").is_dir() or rooted("/dev/dxg").exists():  # WSL does without
         return
     if not device.exists():
         found.add(*AMD_NO_KFD)
@@ -973,19 +982,26 @@ def explain_hardware(found: Findings, functions: list[PciFunction]) -> None:
     """Say why GPUs of this vendor that are on the bus aren't among those that answered."""
     mine = [function for function in functions if function.vendor == found.vendor and not function.weak]
     listed_here = {row["_bus"] for row in found.gpus}
+    only_integrated = bool(found.gpus) and all(row["integrated"] and row["_bus"] for row in found.gpus)
     elsewhere = [function for function in mine if function.driver in ELSEWHERE and function.bus not in listed_here]
     if elsewhere:
         found.add("GPU_BOUND_VFIO", f"{count_of(len(elsewhere), found.vendor + ' GPU')} reserved for virtual machines "
                   f"({elsewhere[0].driver}): unbind and load the vendor's driver to train on it")
+        leave_out(found.gpus if only_integrated else [])
         found.gpus += [hardware_row(function) for function in elsewhere]
     silent = [function for function in mine if function not in elsewhere]
     gone = [function for function in silent if function.gone and function.bus not in listed_here]
     if found.vendor == "NVIDIA" and found.gpus and gone and not found.faults:
         found.add(*nv_said("GPU is lost"))
         found.gpus += [hardware_row(function) for function in gone]
-    if found.gpus or not silent:
+    if only_integrated:
+        silent = [function for function in silent if function.bus not in listed_here]
+    elif found.gpus:
         return
-    found.gpus = [hardware_row(function) for function in silent]
+    if not silent:
+        return
+    leave_out(found.gpus if only_integrated else [])
+    found.gpus += [hardware_row(function) for function in silent]
     if found.faults:
         return
     what, driver = count_of(len(silent), f"{found.vendor} GPU") + " on the bus", silent[0].driver
@@ -1001,6 +1017,12 @@ def explain_hardware(found: Findings, functions: list[PciFunction]) -> None:
                 "INTEL": "install Intel's GPU driver and level-zero"}[found.vendor]
         holder = f" (bound to {driver})" if driver else ""
         found.add("HW_WITHOUT_DRIVER", f"{what} without its driver{holder}: {mend}, then reboot")
+
+
+def leave_out(rows: list[Gpu]) -> None:
+    """Mark integrated graphics as unusable: they don't stand in for a broken discrete GPU."""
+    for row in rows:
+        row.update(usable=False, lost=True)
 
 
 def choose(findings: list[Findings]) -> Findings | None:
@@ -1094,11 +1116,13 @@ def look(deadline: float) -> tuple[list[Findings], list[PciFunction], bool]:
 def make_report() -> dict[str, Any]:
     """Return the report as schemas/gpu_report.schema.json describes it."""
     findings, functions, bus_visible = look(STARTED + LIMIT_S + TERM_TO_KILL_S + KILL_TO_ABANDON_S + 0.4)
+    in_wsl = rooted("/dev/dxg").exists()  # whose bus doesn't show the host's GPU
     for found in findings:
         explain_hardware(found, functions)
         # A vendor's tools may be installed where there is none of its hardware: not a fault.
         idle = {"NV_DRIVER_NOT_LOADED", "NV_NVML_MISSING", "AMD_DRIVER_NOT_LOADED", "AMD_NO_DEVICES", "TOOL_BAD_OUTPUT"}
-        if bus_visible and not found.gpus and {problem.code for problem in found.faults} <= idle:
+        hidden = in_wsl or (found.vendor == "NVIDIA" and nv_off_bus())
+        if bus_visible and not hidden and not found.gpus and {problem.code for problem in found.faults} <= idle:
             found.problems = []
     chosen = choose(findings)
     report: dict[str, Any] = {"schema": "gpu-report/1", "detector": "detect_gpus.py", "hostname": socket.gethostname(),

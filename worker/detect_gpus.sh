@@ -10,6 +10,8 @@
 # the reason in "hand_over". Whole numbers only, nothing is left behind, exit 0 whenever a report was printed.
 
 export LC_ALL=C
+set +eu # whatever the session's environment switched on
+shopt -u failglob nullglob nocaseglob nocasematch
 
 root=${GPU_DETECT_SYSROOT:-}
 root=${root%/}
@@ -262,7 +264,8 @@ amd_name() { # the name of PCI device $1, '' if it isn't one of those for data c
 
 amd_integrated() { # is the GPU of DRM folder $1 and target $2 an integrated one?
   local total gtt
-  [[ ! -e $1/mem_info_vram_vendor && ! -e $1/board_info ]] || return 1
+  read_line "$1/mem_info_vram_vendor" && known "$REPLY" # older kernels have it for all, with "unknown" in it
+  [[ -z $REPLY && ! -e $1/board_info ]] || return 1
   read_line "$1/mem_info_vram_total" && whole "$REPLY" && total=$((${REPLY:-0} >> 20))
   read_line "$1/mem_info_gtt_total" && whole "$REPLY" && gtt=$((${REPLY:-0} >> 20))
   ((total == 0 || total > 4096 || gtt < 8192 || gtt < 4 * total)) || return 0
@@ -370,7 +373,8 @@ bus_gpus() { # count GPUs on the PCI bus by vendor: nvidia amd intel; integrated
     case $maker:$class in
       0x10de:030[02]*) nvidia=$((nvidia + 1)) ;;
       0x1002:*) case $device in
-        15d[d8] | 163[68f] | 164[cde] | 1681 | 15bf | 15c8 | 1506 | 13c0 | 150e | 190[01] | 1114) weak=1 ;;
+        515e | 4752) ;; # on servers' mainboards
+        15d[d8] | 163[68f] | 164[cde] | 1681 | 15bf | 15c8 | 15e7 | 1506 | 13c0 | 150e | 190[01] | 1114) weak=1 ;;
         *) amd=$((amd + 1)) ;;
       esac ;;
       0x8086:0380*) if [[ ${folder##*/} == 0000:00:02.* ]]; then weak=1; else intel=$((intel + 1)); fi ;;
@@ -567,7 +571,7 @@ hand_over() { # let detect_gpus.py beside this script answer, if both it and Pyt
   done
   [[ -n $python ]] || return 0
   export GPU_DETECT_HUNG=$hung
-  exec "$python" "$here" "$@" </dev/null
+  exec "$python" -I "$here" "$@" </dev/null
 }
 
 usage() {
