@@ -35,10 +35,21 @@ modes() {
   [ -z "$(find . -prune -perm /022 2>/dev/null)" ] ||
     printf '\n@@KEYS open %s\n' "$(pwd) may be written by others, so that sshd refuses its keys: chmod go-w $(pwd)"
 }
+lock=.ssh/.lanspeed.lock
+take_lock() {  # homes may be shared between hosts that are all visited at once
+  n=0
+  until mkdir "$lock" 2>/dev/null; do
+    n=$((n + 1))
+    if [ ! -d "$lock" ] || [ "$n" -gt 10 ]; then break; fi
+    sleep 1
+  done
+  trap 'rmdir "$lock" 2>/dev/null' EXIT
+}
 case $1 in
   check) if there "$2"; then say was there; else say was not there; fi ;;
   install)
     mkdir -p .ssh 2>/dev/null || fail "$(pwd)/.ssh cannot be made: is the home read-only?"
+    take_lock
     if there "$2"; then modes; say was there; fi
     {
       if [ -f "$file" ]; then cat "$file"; [ -z "$(tail -c 1 "$file")" ] || echo; fi
@@ -47,10 +58,11 @@ case $1 in
     there "$2" || fail "$(pwd)/$file was written and lacks the key"
     modes; say installed ;;
   remove)
+    [ ! -d .ssh ] || take_lock
     there "$2" || say was not there
     awk -v blob="$2" '/^[ \t]*#/ {print; next} {for (n = 1; n <= NF; n++) if ($n == blob) next; print}' "$file" |
       write || exit 1
-    [ -s "$file" ] || { rm -f "$file"; rmdir .ssh 2>/dev/null; }
+    [ -s "$file" ] || { rm -f "$file"; rmdir "$lock" .ssh 2>/dev/null; }
     say removed ;;
 esac
 """
