@@ -11,6 +11,7 @@ import atexit
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -21,6 +22,7 @@ from trainer.options import parse_options
 from trainer.ranks import Ranks
 from trainer.signals import Interrupted, SignalWatch
 
+CAUSE_FIRST_S = 3  # a launcher looks at its ranks once a second, and should find the one that failed first
 # What gloo, NCCL and torch's store say when the process at the other end has gone.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe")
 
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (ranks.world_size > 1 and any(sign in str(error) for sign in PEER_LOST)):
             raise
         console.error(f"{ranks.host}: rank {ranks.rank} lost another rank, whose own message says why")
+        time.sleep(CAUSE_FIRST_S)
         return 1
 
 
