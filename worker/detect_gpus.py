@@ -434,7 +434,7 @@ def nv_mismatch(text: str) -> str:
     return f"NVIDIA driver and library differ{versions}: reboot the node, or reload the module"
 
 
-def nv_number(row: Gpu, cells: dict[str, str], found: Findings) -> Gpu:
+def nv_judged(row: Gpu, cells: dict[str, str], found: Findings) -> Gpu:
     """Judge a row by what its cells say: lost (takes no slot), to be reset (takes one), or fine."""
     text = " ".join(cells.values()).lower()
     if "requires reset" in text:
@@ -468,7 +468,7 @@ def nv_read_csv(text: str, fields: list[str], found: Findings) -> list[Gpu]:
                       memory_free_mib=whole(cells["memory.free"]),
                       compute_capability=capability if re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", capability) else None,
                       mig=cells.get("mig.mode.current", "").lower() == "enabled", _bus=bus_of(cells.get("pci.bus_id")))
-            rows.setdefault(int(parts[0]), nv_number(row, cells, found))
+            rows.setdefault(int(parts[0]), nv_judged(row, cells, found))
         elif len(parts) == len(fields) and all(UNKNOWN.fullmatch(part) for part in parts):
             broken += 1
         else:
@@ -525,7 +525,7 @@ def nv_read_xml(text: str, found: Findings) -> list[Gpu]:
                   mig=(element.findtext("mig_mode/current_mig") or "").strip() == "Enabled",
                   busy_mib=total_of(used),
                   _bus=bus_of(element.get("id")))
-        rows.append(nv_number(row, cells, found))
+        rows.append(nv_judged(row, cells, found))
     return rows
 
 

@@ -262,6 +262,11 @@ amd_name() { # the name of PCI device $1, '' if it isn't one of those for data c
   esac
 }
 
+gfx_name() { # KFD's gfx_target_version as a target: 90010 is gfx90a
+  whole "$1"
+  printf -v REPLY 'gfx%d%x%x' $((${REPLY:-0} / 10000)) $((${REPLY:-0} / 100 % 100)) $((${REPLY:-0} % 100))
+}
+
 amd_integrated() { # is the GPU of DRM folder $1 and target $2 an integrated one?
   local total gtt
   read_line "$1/mem_info_vram_vendor" && known "$REPLY" # older kernels have it for all, with "unknown" in it
@@ -297,8 +302,7 @@ kfd_node() { # take node folder $1 if it is a GPU
   read_line "$drm/product_name" && known "$REPLY" && name=$REPLY
   [[ -n $name ]] || { amd_name "$device" && name=$REPLY; }
   [[ -n $name ]] || { name="AMD GPU 0x$device" && doubt='detect_gpus.py can ask ROCm for names'; }
-  whole "$p_gfx_target_version"
-  printf -v arch 'gfx%d%x%x' $((${REPLY:-0} / 10000)) $((${REPLY:-0} / 100 % 100)) $((${REPLY:-0} % 100))
+  gfx_name "$p_gfx_target_version" && arch=$REPLY
   [[ $arch =~ ^gfx[1-9][0-9a-f]{2,4}$ ]] || arch=''
   [[ ! $p_unique_id =~ ^[1-9][0-9]{0,19}$ ]] || printf -v id 'GPU-%016x' "$p_unique_id" 2>/dev/null
   names+=("$name") uuids+=("$id") arches+=("$arch") frees+=('') capabilities+=('') migs+=(false) states+=(usable)
@@ -623,13 +627,12 @@ main() {
 }
 
 look_for_amd_too() { # doubt NVIDIA's answer if the kernel has AMD GPUs that aren't integrated
-  local n target
+  local n
   for n in "$root"/sys/class/kfd/kfd/topology/nodes/*; do
     properties "$n/properties" simd_count vendor_id drm_render_minor gfx_target_version
     [[ $p_vendor_id == 4098 && $p_simd_count =~ ^[1-9] ]] || continue
-    whole "$p_gfx_target_version"
-    printf -v target 'gfx%d%x%x' $((${REPLY:-0} / 10000)) $((${REPLY:-0} / 100 % 100)) $((${REPLY:-0} % 100))
-    amd_integrated "$root/sys/class/drm/renderD$p_drm_render_minor/device" "$target" || doubt='AMD GPUs are here too'
+    gfx_name "$p_gfx_target_version"
+    amd_integrated "$root/sys/class/drm/renderD$p_drm_render_minor/device" "$REPLY" || doubt='AMD GPUs are here too'
   done
 }
 
