@@ -195,7 +195,7 @@ def kill_while_saving(process: Any, checkpoints: Path) -> tuple[int, int]:
     seen: set[Path] = set()
     end = time.monotonic() + 90
     while time.monotonic() < end:
-        fresh = [folder for folder in list_checkpoints(checkpoints) if folder not in seen] if checkpoints.exists() else []
+        fresh = [folder for folder in list_checkpoints(checkpoints) if folder not in seen]
         if not fresh:
             continue
         process.send_signal(signal.SIGSTOP)
