@@ -46,15 +46,17 @@ def flags(**values: object) -> list[str]:
     "model": "a Hugging Face name, a folder, or 'tiny', which needs no download",
     "dataset": "a file, a folder or a Hugging Face name (default: Python's own documentation)",
     "config": "DeepSpeed config (presets: trainer/configs/)",
+    "hostfile": "train on these hosts, by the plain deepspeed command (default: on this machine)",
     "slots": "ranks on this machine (default: all GPUs; 1 without any)",
     "grace": "seconds to save in after Ctrl-C (60)",
     "dry-run": "print what would run",
 })
-def train(c: Context, model="", dataset="", config="", slots="", grace="", dry_run=False):  # type: ignore[no-untyped-def]
-    """Train on this machine; flags of trainer/train.py follow --."""
+def train(c, model="", dataset="", config="", hostfile="", slots="", grace="", dry_run=False):  # type: ignore[no-untyped-def]
+    """Train on this machine, or a hostfile's hosts; flags of trainer/train.py follow --."""
     if not model:
         raise Exit("which model? invoke train --model tiny (or a Hugging Face name, or a folder)", code=2)
-    words = flags(model=model, dataset=dataset, config=config, slots=slots, grace=grace, dry_run=dry_run)
+    words = flags(model=model, dataset=dataset, config=config, hostfile=hostfile, slots=slots, grace=grace,
+                  dry_run=dry_run)
     run_tool("master.launch_training", *words, "--", *after_dashes())
 
 

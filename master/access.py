@@ -6,7 +6,7 @@ import argparse
 import getpass
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +97,6 @@ def ask_about_keys(strangers: Sequence[Stranger]) -> bool:
         return False
 
 
-def question() -> object | None:
+def question() -> Callable[[Sequence[Stranger]], bool] | None:
     """Return the way to ask about host keys: on the terminal, or None without one."""
     return ask_about_keys if sys.stdin.isatty() and sys.stderr.isatty() else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from master.hostfile import write_whole
+from master.files import write_whole
 
 SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "cluster.schema.json"
 

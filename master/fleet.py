@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from master.host_keys import UNKNOWN, HostKey, add_entry, entries_for
 from master.nodes import Node
 from master.ssh import LocalSession, OpenSshSession, Session
-from master.ssh_config import Access, Route, SshError, resolve
+from master.ssh_config import Access, BeyondParamiko, Route, SshError, resolve
 
 if TYPE_CHECKING:
     import paramiko
@@ -95,11 +95,13 @@ def start(node: Node, access: Access, may_ask: bool) -> Session | _Waiting:
     from master.ssh_paramiko import handshake  # here: paramiko takes a third of a second to load
 
     route = resolve(node, access)
-    if any(entry.marker == "@cert-authority" for entry in entries_for(route.host_key_name, route.known_hosts)):
+    entries = entries_for(route.host_key_name, route.known_hosts)
+    if route.needs_openssh or any(entry.marker == "@cert-authority" for entry in entries):
         return OpenSshSession(route, access)
-    if route.needs_openssh:
+    try:
+        transport, key, verdict = handshake(route, access, entries)
+    except BeyondParamiko:
         return OpenSshSession(route, access)
-    transport, key, verdict = handshake(route, access)
     if verdict == UNKNOWN:
         if route.host_keys == "ask" and may_ask:
             return _Waiting(Stranger(route, key), transport)
@@ -120,7 +122,8 @@ def go_on(waiting: _Waiting, access: Access, trusted: bool) -> Session:
         raise unknown_key(route, key)
     add_entry(route.new_keys_file, route.host_key_name, key)
     if not transport.is_active():
-        transport, key, verdict = handshake(route, access)
+        entries = entries_for(route.host_key_name, route.known_hosts)
+        transport, key, verdict = handshake(route, access, entries)
         if verdict == UNKNOWN:
             transport.close()
             raise unknown_key(route, key)
@@ -136,7 +139,8 @@ def unknown_key(route: Route, key: HostKey) -> SshError:
 
 def log_in_by_any_way(transport: paramiko.Transport, route: Route, key: HostKey, access: Access) -> Session:
     """Return an authenticated session, by OpenSSH's client where paramiko finds no key that fits."""
-    from master.ssh_paramiko import ParamikoSession, log_in
+    from master.ssh_login import log_in
+    from master.ssh_paramiko import ParamikoSession
 
     try:
         log_in(transport, route, access)

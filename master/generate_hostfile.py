@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from master.access import AccessError, access_of, add_access_flags, question
 from master.cluster import ClusterError, empty, merge, read_cluster, write_cluster
+from master.console import Answers, say
 from master.fleet import on_all
 from master.gpu_report import GpuReport, ReportError, check_report
 from master.hostfile import HostfileError, Slots, differences, read_hostfile, render_hostfile, write_hostfile
 from master.nodes import Node, NodeError, read_nodes
-from master.roster import Answer, choose_vendor, note_on, slots_of, twins, unfit_name
+from master.roster import Answer, choose_vendor, note_on, slots_of, twins, unfit_name, with_own_address
 from master.ssh_config import SshError
 from master.survey import Survey, survey
 
@@ -48,25 +47,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def say(line: str) -> None:
-    """Print a line of progress."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def ask_hosts(nodes: Sequence[Node], options: argparse.Namespace) -> list[Answer]:
-    """Return what each host answered, in order; say each as it comes."""
-    lock, count = threading.Lock(), 0
+    """Return what each host answered, in order; show each as it comes."""
+    access = access_of(options)
+    with Answers(nodes) as answers:
 
-    def tell(node: Node, result: Survey | SshError) -> None:
-        nonlocal count
-        with lock:
-            count += 1
-            what = str(result).removeprefix(f"{node}: ") if isinstance(result, SshError) else note_on(result.report)
-            say(f"[{count}/{len(nodes)}] {node}: {what}")
+        def tell(node: Node, result: Survey | SshError) -> None:
+            answer = answer_of(node, result)
+            if answer.found:
+                answers.tell(node, answer.found.way, note_on(answer.found.report))
+            else:
+                answers.tell(node, "failed", (answer.fault or "").removeprefix(f"{node}: "), failed=True)
 
-    found = on_all(nodes, access_of(options), lambda session: survey(session, options.script_path),
-                   question(), tell)  # type: ignore[arg-type]
-    return [answer_of(node, result) for node, result in found.items()]
+        found = on_all(nodes, access, lambda session: survey(session, options.script_path),
+                       answers.paused(question()), tell)
+    return with_own_address([answer_of(node, result) for node, result in found.items()])
 
 
 def answer_of(node: Node, result: Survey | SshError) -> Answer:
@@ -87,7 +82,9 @@ def read_reports(paths: Sequence[Path]) -> list[Answer]:
             report = check_report(json.loads(text[text.index("{") :]))
             answers.append(Answer(name, None, Survey(report, "file", None, None, (), path.stat().st_mtime), None))
         except (OSError, ValueError, ReportError) as error:
-            answers.append(Answer(name, None, None, f"{path}: {getattr(error, 'strerror', None) or error}"))
+            fault = f"{path}: {getattr(error, 'strerror', None) or error}"
+            say(fault)
+            answers.append(Answer(name, None, None, fault))
     return answers
 
 
@@ -167,8 +164,8 @@ def conclude(answers: Sequence[Answer], options: argparse.Namespace) -> int:
     for warning in twins(answers) + [f"{answer.name}: {note}" for answer in answers if answer.found
                                      for note in answer.found.notes]:
         say(f"warning: {warning}")
-    for answer in failed:
-        say(f"failed: {answer.fault}")
+    if failed:
+        say(f"failed: {', '.join(answer.name for answer in failed)}")
     if not hosts:
         say("no host has a GPU to train on; no hostfile was written (--cpu-slots N trains on CPUs)")
         return 1

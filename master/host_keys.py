@@ -44,7 +44,7 @@ def entries_for(name: str, files: Sequence[Path]) -> list[Entry]:
     """Return what known_hosts files say of a host ('host' or '[host]:port')."""
     found: list[Entry] = []
     for file in files:
-        if not file.is_file():
+        if not file.is_file() or not file.stat().st_size:
             continue
         done = subprocess.run(["ssh-keygen", "-F", name, "-f", str(file)], stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, errors="replace", timeout=30)

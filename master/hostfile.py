@@ -9,12 +9,14 @@ Slots are what the runtime enumerates; those to use stand in the include line, w
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from master.console import one_line
+from master.files import write_whole
 
 ENTRY = re.compile(r"^(\S+)\s+slots=(\d+)")  # as DeepSpeed 0.19 has it
 KIND = re.compile(r"\stype=([A-Za-z]+)\b")
@@ -106,25 +108,6 @@ def render_hostfile(hosts: Sequence[Slots], notes: dict[str, str], now: float | 
     lines += [f"# {one_line(name)}: {one_line(note)}" for name, note in notes.items() if name not in written]
     include = include_filter(hosts)
     return "\n".join([*lines, *([f"# include: {include}"] if include else [])]) + "\n"
-
-
-def one_line(text: str) -> str:
-    """Return text that stays in its line and does nothing to a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all; a link stays a link."""
-    path = path.resolve()
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with scratch.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def write_hostfile(path: Path, text: str) -> bool:

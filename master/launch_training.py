@@ -2,8 +2,10 @@
 
     invoke train --model tiny
     python master/launch_training.py --model tiny --dataset notes/ -- --max_steps 200
+    python master/launch_training.py --model tiny --hostfile hostfile.txt
 
 What follows -- goes to trainer/train.py. Ctrl-C once lets the ranks save, twice ends at once; nothing runs on after.
+With a hostfile of other machines, the plain `deepspeed` command for them is run (it needs pdsh), and is on its own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import base64
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +23,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from master.cluster import ClusterError
+from master.console import say
+from master.hostfile import HostfileError, Slots, read_hostfile
+from master.plain_deepspeed import default_config, first_address, is_only_here, launcher_words
 from master.processes import Job
 from master.runs import mark_failed, new_run_path
 
@@ -38,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dataset", metavar="D", help="file, folder or Hugging Face name (default: Python's own documentation)")
     flag("--config", metavar="C", type=Path,
          help="DeepSpeed config (default: trainer/ds_config.json; without a GPU trainer/configs/cpu.json)")
+    flag("--hostfile", type=Path, metavar="H",
+         help="train on these hosts by the plain `deepspeed` command (default: on this machine)")
     flag("--slots", type=int, metavar="N", help="ranks on this machine (default: all GPUs; 1 without any)")
     flag("--grace", type=float, default=60, metavar="S", help="seconds to save in after Ctrl-C (60)")
     flag("--dry-run", action="store_true", help="print what would run")
@@ -49,11 +58,6 @@ def shown(path: Path) -> str:
     """Return a path as a person here would write it."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def say(line: str) -> None:
-    """Print a line of progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def count_gpus() -> int:
@@ -133,10 +137,34 @@ def explain(code: int) -> str:
     return f"a rank ended with exit code {code}"
 
 
+def launch_by_deepspeed(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
+    """Become the plain `deepspeed` command for the hosts of a hostfile. Raises ValueError for what can't be."""
+    config = options.config or HOME / default_config(hosts)
+    if not config.is_file():
+        raise ValueError(f"--config {config}: no such file. Presets: {PRESETS}")
+    _, arguments = trainer_arguments(options, config.absolute())
+    words = launcher_words(options.hostfile, hosts, first_address(hosts, options.hostfile))
+    command = [*words, str(TRAINER), *arguments]
+    cpu = hosts[0].vendor == "CPU"
+    say(f"training on {len(hosts)} hosts, {sum(len(host.use) for host in hosts)} slots, by plain DeepSpeed over pdsh: "
+        "the run folder will be on the first, and if one dies the others wait")
+    if options.dry_run:
+        print(f"would run:\n  {'DS_ACCELERATOR=cpu ' if cpu else ''}{shlex.join(command)}")
+        return 0
+    if not shutil.which("pdsh"):
+        raise ValueError("DeepSpeed reaches other machines by pdsh: sudo apt install pdsh")
+    os.execvpe(command[0], command, environment(0 if cpu else 1))  # noqa: S606, no shell: as it should be
+
+
 def launch(options: argparse.Namespace) -> int:
     """Run the training that `options` name and return its exit code. Raises ValueError for what can't be."""
-    gpus = count_gpus()
-    slots = choose_slots(options.slots, gpus)
+    hosts = read_hostfile(options.hostfile) if options.hostfile else []
+    if hosts and options.slots:
+        raise ValueError("--slots is for this machine alone; the hostfile has slots of its own")
+    if hosts and not is_only_here(hosts):
+        return launch_by_deepspeed(options, hosts)
+    gpus = count_gpus() if not hosts or hosts[0].vendor != "CPU" else 0
+    slots = list(hosts[0].use) if hosts else choose_slots(options.slots, gpus)
     config = options.config or (HOME / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json")
     if not config.is_file():
         raise ValueError(f"--config {config}: no such file. Presets: {PRESETS}")
@@ -144,8 +172,8 @@ def launch(options: argparse.Namespace) -> int:
     command = launcher_command(slots, free_port(), arguments)
     kind = f"GPU {','.join(map(str, slots))}" if gpus else f"{len(slots)} CPU rank{'s' * (len(slots) > 1)}"
     say(f"training on this machine: {kind}, {shown(config)}")
-    if Path("hostfile.txt").exists():
-        say("hostfile.txt is left alone: this command trains on this machine only")
+    if not hosts and Path("hostfile.txt").exists():
+        say("hostfile.txt is left alone: --hostfile hostfile.txt trains on its hosts")
     prefix = [] if gpus else ["DS_ACCELERATOR=cpu"]
     if options.dry_run:
         print(f"would run:\n  {shlex.join([*prefix, *command])}")
@@ -171,6 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return launch(options)
+    except (ClusterError, HostfileError) as error:
+        say(f"error: {error}")
+        return 1
     except ValueError as error:
         say(f"error: {error}")
         return 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 
-from master.hostfile import one_line
+from master.console import one_line
 from master.key_pair import KeyPair
 from master.ssh import Session
 from master.ssh_config import SshError

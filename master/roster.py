@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from master.gpu_report import GpuReport
 from master.hostfile import Slots
@@ -77,6 +78,25 @@ def note_on(report: GpuReport, vendor: str | None = None) -> str:
     if faults and not broken and not lost:
         parts.append(f"{faults[0].code}: {faults[0].message}")
     return "; ".join(parts)
+
+
+def with_own_address(answers: Sequence[Answer]) -> list[Answer]:
+    """Return the answers with this machine's address, where it is a node itself: the one on its way to the others."""
+    others = [answer.found.address for answer in answers if answer.found and answer.found.address]
+    own = address_towards(others[0]) if others else None
+    return [replace(answer, found=replace(answer.found, address=own))
+            if answer.found and answer.node and answer.node.is_local else answer for answer in answers]
+
+
+def address_towards(other: str) -> str | None:
+    """Return this machine's address on the way to another: a UDP socket that connects sends nothing."""
+    family = socket.AF_INET6 if ":" in other else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((other, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
 
 
 def twins(answers: Sequence[Answer]) -> list[str]:

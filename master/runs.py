@@ -7,6 +7,8 @@ import re
 import time
 from pathlib import Path
 
+from master.files import write_whole
+
 
 def new_run_path(model: str) -> Path:
     """Return runs/<time>-<model>, the folder of a run that starts now."""
@@ -23,6 +25,4 @@ def mark_failed(run: Path, code: int) -> None:
         return
     if record.get("status") == "running":
         record.update(status="failed", exit=code, ended=time.time())
-        scratch = path.with_name("run.json.part")
-        scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        write_whole(path, json.dumps(record, indent=1) + "\n")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from master import ssh_hosts
 from master.access import OWN_KEY, AccessError, access_of, add_access_flags, question
+from master.console import Answers, say
 from master.fleet import on_all
 from master.key_pair import KeyPair, KeyPairError, add_to_agent, find_pair, has_passphrase, make_pair
 from master.nodes import Node, NodeError, read_nodes
@@ -29,10 +30,11 @@ from master.ssh_config import Access, SshError
 
 @dataclass
 class Outcome:
-    """What came of one host: installed, was there, removed, was not there, would install ...; or the fault."""
+    """What came of one host, over which way: installed, was there, removed, would install ...; or the fault."""
 
     node: Node
     done: str = ""
+    way: str = ""
     fingerprint: str = ""
     fault: str = ""
 
@@ -51,11 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dry-run", action="store_true", help="say what would be done, with the keys that work already")
     add_access_flags(parser)
     return parser
-
-
-def say(line: str) -> None:
-    """Print a line of progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def get_pair(options: argparse.Namespace, path: Path) -> KeyPair | None:
@@ -84,7 +81,22 @@ def visit(session: Session, pair: KeyPair | None, options: argparse.Namespace) -
             ("was not there" if options.remove else "would install")
     else:
         done = remove_key(session, pair) if options.remove else install_key(session, pair)
-    return Outcome(session.node, done, session.fingerprint or "")
+    return Outcome(session.node, done, session.way, session.fingerprint or "")
+
+
+def visit_once(
+    nodes: Sequence[Node], access: Access, pair: KeyPair | None, options: argparse.Namespace
+) -> dict[Node, Outcome | SshError]:
+    """Visit hosts side by side, and show each as it answers."""
+    with Answers(nodes) as answers:
+
+        def tell(node: Node, result: Outcome | SshError) -> None:
+            if isinstance(result, SshError):
+                answers.tell(node, "failed", str(result).removeprefix(f"{node}: "), failed=True)
+            else:
+                answers.tell(node, result.way, result.done)
+
+        return on_all(nodes, access, lambda session: visit(session, pair, options), answers.paused(question()), tell)
 
 
 def visit_all(
@@ -96,12 +108,11 @@ def visit_all(
     host. An empty answer gives up the rest.
     """
     outcomes: dict[Node, Outcome] = {}
-    left, ask = list(nodes), question()
+    left = list(nodes)
     while left:
-        found = on_all(left, access, lambda session: visit(session, pair, options), ask)  # type: ignore[arg-type]
-        for node, result in found.items():
-            outcomes[node] = Outcome(node, fault=str(result).partition(": ")[2]) if isinstance(result, SshError) \
-                else result
+        found = visit_once(left, access, pair, options)
+        outcomes.update({node: Outcome(node, fault=str(result).removeprefix(f"{node}: "))
+                         if isinstance(result, SshError) else result for node, result in found.items()})
         refused = [node for node, result in found.items()
                    if isinstance(result, SshError) and result.stage == "authentication"]
         may_ask = sys.stdin.isatty() and not options.dry_run and not options.ssh_password_file
@@ -163,7 +174,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
     wide = max(len(str(outcome.node)) for outcome in outcomes)
     for outcome in outcomes:
         what = f"FAILED: {outcome.fault}" if outcome.fault else outcome.done
-        print(f"{outcome.node!s:{wide}}  {outcome.fingerprint or '-':50}  {what}")
+        print(f"{outcome.node!s:{wide}}  {outcome.way or '-':8}  {outcome.fingerprint or '-':50}  {what}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shlex
 import signal
 import subprocess
 import time
@@ -23,7 +24,7 @@ OUTPUT_LIMIT = 8 << 20  # bytes of one command's output; who prints more is floo
 OPENSSH_STAGES = [
     ("could not resolve", "name lookup"), ("name or service not known", "name lookup"),
     ("connection refused", "TCP"), ("timed out", "TCP"), ("no route to host", "TCP"), ("network is unreachable", "TCP"),
-    ("host key verification failed", "host key"), ("identification has changed", "host key"),
+    ("host key verification failed", "host key"),
     ("permission denied", "authentication"), ("too many authentication failures", "authentication"),
 ]
 
@@ -80,8 +81,9 @@ class OpenSshSession:
         self.fingerprint: str | None = None
         strict = "accept-new" if route.host_keys == "accept-new" else "yes"
         seconds = str(max(1, int(access.connect_timeout)))
-        self._words = [*ssh_words(access, route.node), "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={seconds}",
-                       "-o", f"StrictHostKeyChecking={strict}", "-o", "ServerAliveInterval=15",
+        self._words = [*ssh_words(access, route.node), "-T", "-a", "-x", "-o", "BatchMode=yes",
+                       "-o", f"ConnectTimeout={seconds}", "-o", f"StrictHostKeyChecking={strict}",
+                       "-o", "ServerAliveInterval=15", "-o", "ClearAllForwardings=yes", "-o", "RemoteCommand=none",
                        *(word for key in access.more_keys if key.exists() for word in ("-i", str(key))),
                        *(["-o", "IdentitiesOnly=yes"] if access.only else [])]
         self._access = access
@@ -102,10 +104,15 @@ class OpenSshSession:
 def openssh_error(host: str, text: str) -> SshError:
     """Return what ssh's last words mean."""
     lines = [line for line in text.strip().splitlines() if line.strip()] or ["ssh gave up without a word"]
+    if "identification has changed" in text.lower():
+        place = next((line.strip() for line in lines if line.startswith("Offending")), "the known one")
+        return SshError(host, "host key", f"not the one that is known: {place}", "ask whoever runs it; if the machine "
+                        "was set up anew, ssh-keygen -R takes the old one out")
     for words, stage in OPENSSH_STAGES:
         for line in reversed(lines):
             if words in line.lower():
-                return SshError(host, stage, line.strip())
+                asks = f"ssh {shlex.quote(host)} asks about it, or --host-keys accept-new"
+                return SshError(host, stage, line.strip(), asks if stage == "host key" else "")
     return SshError(host, "connection", lines[-1].strip())
 
 

@@ -28,6 +28,10 @@ class SshError(Exception):
         super().__init__(f"{host}: {stage}: {self.fault}" + (f": {mend}" if mend else ""))
 
 
+class BeyondParamiko(Exception):
+    """A host that only OpenSSH's own client can reach; the message says why."""
+
+
 @dataclass(frozen=True)
 class Access:
     """What the flags say on reaching hosts; they win over the user's ssh configuration. Times in seconds.
@@ -149,7 +153,8 @@ def proxy_command(
         words = ["ssh", *config, "-o", "BatchMode=yes", *(["-J", before] if before else []), "-W", target]
         return shlex.join([*words, *(["--", last] if "://" in last else jump_words(last))])
     if command:
-        return re.sub("%.", lambda found: shlex.quote(tokens.get(found.group(0), found.group(0))), command)
+        filled = re.sub("%.", lambda found: shlex.quote(tokens.get(found.group(0), found.group(0))), command)
+        return shlex.join(["sh", "-c", f"exec {filled}"])  # a shell reads it, as with OpenSSH: 2>/dev/null, $HOME
     return None
 
 
@@ -173,7 +178,7 @@ def agent_of(text: str, path: object) -> str | None:
 def beyond_paramiko(settings: dict[str, list[str]]) -> str | None:
     """Return the setting that only OpenSSH itself can follow, None if there is none."""
     for key, name in (("pkcs11provider", "PKCS11Provider"), ("knownhostscommand", "KnownHostsCommand"),
-                      ("bindinterface", "BindInterface")):
-        if settings.get(key, ["none"])[0].lower() not in ABSENT:
+                      ("bindinterface", "BindInterface"), ("proxyusefdpass", "ProxyUseFdpass")):
+        if settings.get(key, ["none"])[0].lower() not in {*ABSENT, "no"}:
             return name
     return None

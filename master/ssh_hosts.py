@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from master.hostfile import write_whole
+from master.files import write_whole
 from master.nodes import Node
 
 HEADER = "# Written by `invoke setup-keys`; `invoke setup-keys --nodes ... --remove` takes it away again.\n"

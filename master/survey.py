@@ -63,6 +63,8 @@ def survey(session: Session, script_path: str | None = None) -> Survey:
     if report is None:
         report = streamed_report(session, done, nonce, notes)
     address, macs = facts_in(output, nonce)
+    if session.way == "local":  # SSH_CONNECTION is then about whoever sits here
+        address = None
     return Survey(report, session.way, session.fingerprint, address, macs, time.time(), tuple(notes))
 
 

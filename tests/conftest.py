@@ -10,11 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lab.hosts import Lab
 from machines import Machine
 from ssh_server import INSTALL, find_program
 
@@ -133,3 +134,11 @@ def train(tmp_path: Path, texts: Path, environment: dict[str, str]) -> Train:
 def machine(tmp_path: Path) -> Machine:
     """A made-up machine without GPUs, to which a test adds what it needs."""
     return Machine(tmp_path / "machine")
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """A network of machines of its own, with a master and whatever a test adds; needs root."""
+    whole = Lab(tmp_path)
+    yield whole
+    whole.end()

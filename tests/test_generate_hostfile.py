@@ -72,7 +72,8 @@ def test_a_mixed_lab_gets_its_hostfile(lab: Lab) -> None:
         *[line for line in lab.hostfile.read_text().splitlines() if line.startswith("# gpu3: TCP: 127.0.0.1 port")],
         "# include: gpu1@gpu2:1"]
     assert done.stdout == lab.hostfile.read_text()
-    assert "failed: gpu3: TCP" in done.stderr and "2 of 3 hosts, 3 slots" in done.stderr
+    assert "gpu3  failed    TCP" in done.stderr and "failed: gpu3\n" in done.stderr
+    assert "2 of 3 hosts, 3 slots" in done.stderr
     from deepspeed.launcher.runner import _parse_hostfile
 
     assert dict(_parse_hostfile(lab.hostfile.read_text().splitlines())) == {"gpu1": 2, "gpu2": 2}

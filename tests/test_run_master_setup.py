@@ -12,7 +12,7 @@ import pytest
 from conftest import HOME
 
 from master.hostfile import Slots
-from master.show_launch import deepspeed_words
+from master.plain_deepspeed import launcher_words, trainer_words
 
 SCRIPT = HOME / "master" / "run_master_setup.sh"
 
@@ -28,7 +28,10 @@ def test_a_hostfile_and_its_command_are_shown(tmp_path: Path) -> None:
     done = run(tmp_path, "--nodes", "localhost", "--cpu-slots", "2", "--output", "my hosts.txt")
     assert done.returncode == 0, done.stderr
     assert "localhost slots=2 type=CPU" in done.stdout
-    assert "deepspeed '--hostfile=my hosts.txt' trainer/train.py --model_name_or_path MODEL --deepspeed" in done.stdout
+    path = shlex.quote(f"{tmp_path}/my hosts.txt")
+    assert f"  cd {HOME}\n  invoke train --model MODEL --hostfile {path}\n" in done.stdout
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[:4] == ["DS_ACCELERATOR=cpu", "deepspeed", f"--hostfile={tmp_path}/my hosts.txt", "trainer/train.py"]
     assert f"removed {tmp_path}/generate_hostfile.sh" in done.stdout
     assert not (tmp_path / "generate_hostfile.sh").exists()
 
@@ -61,13 +64,14 @@ def test_without_paramiko_and_a_terminal_it_says_what_to_do(tmp_path: Path) -> N
      "trainer/ds_config.json"),
 ])
 def test_the_plain_command_is_right_for_the_cluster(hosts: list[Slots], address: str | None, expected: str) -> None:
-    assert shlex.join(deepspeed_words(Path("h"), hosts, address, "M")) == expected
+    assert shlex.join(launcher_words(Path("h"), hosts, address) + trainer_words(hosts, "M")) == expected
 
 
 def test_deepspeed_takes_every_flag_of_it() -> None:
     from deepspeed.launcher.runner import parse_args
 
-    words = deepspeed_words(Path("h"), [Slots("gpu1", 2, (1,), "NVIDIA")], "10.0.0.1", "M")
+    hosts = [Slots("gpu1", 2, (1,), "NVIDIA")]
+    words = launcher_words(Path("h"), hosts, "10.0.0.1") + trainer_words(hosts, "M")
     options = parse_args(words[1:])
     assert (options.hostfile, options.include, options.master_addr, options.force_multi) == (
         "h", "gpu1:1", "10.0.0.1", True)

@@ -1,0 +1,1 @@
+"""Tests between whole machines: network namespaces with real sshd; they need root."""
