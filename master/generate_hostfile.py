@@ -101,8 +101,8 @@ def cluster_host(answer: Answer, options: argparse.Namespace) -> dict[str, Any]:
 
 def write_files(
     answers: Sequence[Answer], hosts: Sequence[Slots], vendor: str, options: argparse.Namespace
-) -> list[str]:
-    """Write hostfile and cluster.json; return what changed against the hostfile that was there."""
+) -> tuple[bool, list[str]]:
+    """Write hostfile and cluster.json; return whether the hostfile changed, and what of its hosts did."""
     notes = {answer.name: answer.fault.partition(": ")[2] if answer.fault else note_on(reported(answer), vendor)
              for answer in answers}
     path = options.output.expanduser()
@@ -110,7 +110,7 @@ def write_files(
         before = read_hostfile(path) if path.exists() else None
     except HostfileError:
         before = None
-    write_hostfile(path, render_hostfile(hosts, notes))
+    changed = write_hostfile(path, render_hostfile(hosts, notes))
     beside = path.with_name("cluster.json")
     try:
         cluster = read_cluster(beside)
@@ -119,7 +119,7 @@ def write_files(
         cluster = empty()
     known = [cluster_host(answer, options) for answer in answers if answer.found]
     write_cluster(beside, merge(cluster, known))
-    return [] if before is None else differences(before, hosts)
+    return changed, [] if before is None else differences(before, hosts)
 
 
 def reported(answer: Answer) -> GpuReport:
@@ -152,8 +152,7 @@ def conclude(answers: Sequence[Answer], options: argparse.Namespace) -> int:
     vendor = "CPU" if options.cpu_slots else options.vendor or choose_vendor(answers)
     hosts = [line for answer in answers if (line := slots_of(answer, vendor, options.cpu_slots))]
     failed = [answer for answer in answers if answer.fault]
-    if hosts:
-        changes = write_files(answers, hosts, vendor, options)
+    changed, changes = write_files(answers, hosts, vendor, options) if hosts else (False, [])
     if options.json:
         print(json.dumps({"vendor": vendor if hosts else None, "hosts": [
             {"name": answer.name, "fault": answer.fault,
@@ -174,7 +173,8 @@ def conclude(answers: Sequence[Answer], options: argparse.Namespace) -> int:
         print(options.output.expanduser().read_text(encoding="utf-8"), end="")
     for change in changes:
         say(f"changed: {change}")
-    say(f"{options.output}: {len(hosts)} of {len(answers)} hosts, {total} slots")
+    say(f"{options.output}: {'written' if changed else 'unchanged'}, {len(hosts)} of {len(answers)} hosts, "
+        f"{total} slots")
     return 1 if failed and not options.allow_missing else 0
 
 

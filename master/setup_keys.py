@@ -85,13 +85,15 @@ def visit(session: Session, pair: KeyPair | None, options: argparse.Namespace) -
 
 
 def visit_once(
-    nodes: Sequence[Node], access: Access, pair: KeyPair | None, options: argparse.Namespace
+    nodes: Sequence[Node], access: Access, pair: KeyPair | None, options: argparse.Namespace, may_ask: bool
 ) -> dict[Node, Outcome | SshError]:
-    """Visit hosts side by side, and show each as it answers."""
+    """Visit hosts side by side, and show each as it answers; `may_ask`: a password is asked for where no key fits."""
     with Answers(nodes) as answers:
 
         def tell(node: Node, result: Outcome | SshError) -> None:
-            if isinstance(result, SshError):
+            if isinstance(result, SshError) and result.stage == "authentication" and may_ask and not access.only:
+                answers.tell(node, "no key", "takes none of the keys here: its password will be asked for")
+            elif isinstance(result, SshError):
                 answers.tell(node, "failed", str(result).removeprefix(f"{node}: "), failed=True)
             else:
                 answers.tell(node, result.way, result.done)
@@ -109,13 +111,13 @@ def visit_all(
     """
     outcomes: dict[Node, Outcome] = {}
     left = list(nodes)
+    may_ask = sys.stdin.isatty() and not options.dry_run and not options.ssh_password_file
     while left:
-        found = visit_once(left, access, pair, options)
+        found = visit_once(left, access, pair, options, may_ask)
         outcomes.update({node: Outcome(node, fault=str(result).removeprefix(f"{node}: "))
                          if isinstance(result, SshError) else result for node, result in found.items()})
         refused = [node for node, result in found.items()
                    if isinstance(result, SshError) and result.stage == "authentication"]
-        may_ask = sys.stdin.isatty() and not options.dry_run and not options.ssh_password_file
         left = refused if may_ask else []
         if left:
             say(f"no key lets us in on {', '.join(map(str, left))}")
@@ -196,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if pair is None and options.remove:
         return 1
     try:
-        outcomes = visit_all(nodes, replace(access, more_keys=(path,)), pair, options)
+        # The key is offered after those that ssh would offer without it: named to ssh, it would be the only one.
+        outcomes = visit_all(nodes, replace(access, key=None, more_keys=(path,)), pair, options)
         if pair and not options.remove and not options.dry_run:
             prove(outcomes, access, pair)
         if not options.no_config:
@@ -205,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("stopped; what was installed stays, and a second run goes on from there")
         return 1
     show(outcomes)
+    if options.remove and not options.dry_run:
+        say(f"kept here: {path}, and the hosts' keys in known_hosts")
     return 1 if any(outcome.fault for outcome in outcomes) else 0
 
 

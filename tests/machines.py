@@ -88,11 +88,11 @@ class Machine:
         complaint = f"printf '%s\\n' '{err}' >&2\n" if err else ""
         self.script(name, f'#!/bin/sh\n{complaint}case "$*" in\n{cases}esac\nexit 2\n')
 
-    def nvidia(self, *gpus: Any, at: str = "", **others: Any) -> None:
-        """Install an nvidia-smi that knows these GPUs (rows, or sentences between them)."""
+    def nvidia(self, *gpus: Any, at: str = "", python: str = sys.executable, **others: Any) -> None:
+        """Install an nvidia-smi that knows these GPUs (rows, or sentences between them); it is run by `python`."""
         told = self.bin / ".nvidia-smi.json"
         told.write_text(json.dumps({"gpus": gpus, **others}))
-        self.script("nvidia-smi", NVIDIA_SMI.format(python=sys.executable, told=str(told)), at)
+        self.script("nvidia-smi", NVIDIA_SMI.format(python=python, told=str(told)), at)
 
     def kfd(self, node: int, banks: tuple[int, ...] = (), drm: dict[str, str] | None = None, **facts: Any) -> None:
         """Add a node to AMD's compute topology; banks: bytes of its memory, drm: files of its graphics driver."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-INSTALL = "sudo apt install openssh-server openssh-client zsh tcsh fish dash"
+INSTALL = "sudo apt install openssh-server openssh-client zsh tcsh fish dash iproute2 openssl pdsh"
 
 
 def find_program(name: str) -> str | None:

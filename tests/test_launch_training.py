@@ -52,6 +52,36 @@ def test_a_model_is_trained_by_two_ranks(environment: dict[str, str], tmp_path: 
     assert list((run / "logs").iterdir())
 
 
+def test_a_hostfile_of_this_machine_says_the_slots(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "h").write_text("localhost slots=3 type=CPU\n")
+    done = launch("--model", "tiny", "--hostfile", "h", "--dry-run", environment=environment, cwd=tmp_path)
+    assert done.returncode == 0 and "training on this machine: 3 CPU ranks" in done.stderr
+
+
+def test_other_machines_are_left_to_plain_deepspeed(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "h").write_text("gpu1 slots=2 type=NVIDIA\ngpu2 slots=2 type=NVIDIA\n# include: gpu1@gpu2:1\n")
+    words = ("--model", "tiny", "--hostfile", "h")
+    done = launch(*words, "--dry-run", environment=environment, cwd=tmp_path)
+    assert done.returncode == 0 and "2 hosts, 3 slots" in done.stderr
+    assert f"deepspeed --hostfile=h --include=gpu1@gpu2:1 {HOME}/trainer/train.py" in done.stdout
+    assert f"--deepspeed_config {HOME}/trainer/configs/zero1.json" in done.stdout
+    environment["PATH"] = str(tmp_path)
+    done = launch(*words, environment=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "sudo apt install pdsh" in done.stderr
+
+
+@pytest.mark.parametrize(("text", "words", "code", "message"), [
+    (None, [], 1, "error: h: No such file"), ("gpu1 slots=two\n", [], 1, "error: h:1: not 'HOST slots=N'"),
+    ("gpu1 slots=2\n", ["--slots", "2"], 2, "the hostfile has slots of its own"),
+    ("gpu1 slots=2\n", ["--config", "nowhere.json"], 2, "--config nowhere.json: no such file")])
+def test_a_hostfile_that_does_not_serve_is_told(text: str | None, words: list[str], code: int, message: str,
+                                                environment: dict[str, str], tmp_path: Path) -> None:
+    if text:
+        (tmp_path / "h").write_text(text)
+    done = launch("--model", "tiny", "--hostfile", "h", *words, environment=environment, cwd=tmp_path)
+    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_nothing_is_compiled_nor_a_compiler_needed(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
     environment["PATH"] = str(tmp_path / "empty")
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")

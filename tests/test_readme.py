@@ -14,6 +14,7 @@ from trainer.options import build_parser
 
 README = (HOME / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+MASTER_TOOLS = {"setup-keys": "setup_keys", "hostfile": "generate_hostfile"}  # others hand on to the trainer
 
 
 def known_flags(*command: str) -> str:
@@ -36,7 +37,10 @@ def test_each_command_exists_and_takes_its_flags(command: str) -> None:
         shown = known_flags("-m", "invoke", words[1])
         assert "Docstring:" in shown
         assert all(word in shown for word in words[2:cut] if word.startswith("--"))
-        if cut < len(words):
+        if words[1] in MASTER_TOOLS:
+            shown = known_flags(f"master/{MASTER_TOOLS[words[1]]}.py")
+            assert all(word in shown for word in words[cut + 1 :] if word.startswith("--"))
+        elif cut < len(words):
             check_trainer_flags(["--model_name_or_path", "tiny", *words[cut + 1 :]])
     elif words[0] in ("python", "deepspeed", "torchrun"):
         script = next(number for number, word in enumerate(words) if word.endswith(".py"))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
-import select
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import HOME
 from ssh_server import SshClient, SshServer, free_port, make_key, program
+from terminal import type_into
 
 from master.nodes import Node
 from master.ssh_hosts import alias_of, block_of, plan
@@ -197,21 +195,6 @@ def password_server(folder: Path, name: str, home: Path) -> Iterator[SshServer]:
     config.write_text(text.replace(f"{server.home}/.ssh", f"{home}/.ssh"))
     with server:
         yield server
-
-
-def type_into(command: list[str], answers: dict[str, str]) -> tuple[int, str]:
-    """Run a command on a terminal of its own, and type an answer after each prompt; return exit code and screen."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(command[0], command)
-    screen, waiting, end = "", dict(answers), time.monotonic() + 60
-    with contextlib.suppress(OSError):
-        while time.monotonic() < end:
-            if select.select([terminal], [], [], 1)[0]:
-                screen += os.read(terminal, 4096).decode()
-                for prompt in [prompt for prompt in waiting if prompt in screen]:
-                    os.write(terminal, (waiting.pop(prompt) + "\n").encode())
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen
 
 
 @pytest.mark.lab

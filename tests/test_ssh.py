@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,18 @@ from master.ssh import Result, Session
 from master.ssh_config import Access, SshError
 
 pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen")
+
+
+RELAY = """
+import os, select, socket, sys
+there = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+while True:
+    for ready in select.select([0, there], [], [])[0]:
+        block = os.read(ready if ready == 0 else there.fileno(), 65536)
+        if not block:
+            sys.exit()
+        os.write(1, block) if ready is there else there.sendall(block)
+"""
 
 
 def hello(session: Session) -> tuple[str, Result]:
@@ -101,6 +114,24 @@ def test_the_agents_key_is_offered(client: SshClient, server: SshServer, tmp_pat
             assert reach(client, "gpu1")["gpu1"][0] == "paramiko"
         finally:
             agent.terminate()
+
+
+def test_a_proxy_command_is_read_by_a_shell(client: SshClient, server: SshServer, tmp_path: Path) -> None:
+    client.trust(server)
+    relay = tmp_path / "relay.py"
+    relay.write_text(RELAY)
+    client.config.write_text(f"ProxyCommand {sys.executable} {relay} %h %p 2>/dev/null\n" + client.config.read_text())
+    assert reach(client, "gpu1")["gpu1"][0] == "paramiko"
+
+
+def test_a_server_without_a_common_cipher_is_reached_by_openssh(tmp_path: Path) -> None:
+    with SshServer(tmp_path / "server", options="Ciphers chacha20-poly1305@openssh.com") as server:
+        client = SshClient(tmp_path / "client", gpu1=server)
+        refusal(reach(client, "gpu1")["gpu1"], "host key", "ssh gpu1 asks about it")
+        assert reach(client, "gpu1", host_keys="accept-new")["gpu1"][0] == "openssh"
+        client.known_hosts.write_text("")
+        client.trust(server, make_key(tmp_path / "other"))
+        refusal(reach(client, "gpu1")["gpu1"], "host key", "not the one that is known", f"{client.known_hosts}:1")
 
 
 def test_what_paramiko_cannot_do_openssh_does(client: SshClient, server: SshServer) -> None:

@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from ssh_server import make_key, program
+from ssh_server import INSTALL, make_key, program
 
 NETWORK = "10.77.0"  # inside the namespaces only
-INSTALL = "sudo apt install iproute2 util-linux openssh-server openssh-client passwd"
 MOUNTED = ("passwd", "shadow", "hosts", "machine-id")  # files of /etc that each machine has of its own
 
 
