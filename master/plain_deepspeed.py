@@ -38,9 +38,13 @@ def launcher_words(hostfile: Path, hosts: Sequence[Slots], address: str | None) 
 
     --master_addr: without it DeepSpeed takes the first word of `hostname -I` on the first host, which may be a bridge.
     --force_multi: with a single remote host DeepSpeed trains on this machine instead.
+    --no_ssh_check: without it DeepSpeed logs in to this machine before it trains on it.
     """
     include = include_filter(hosts)
-    far = len(hosts) == 1 and not is_only_here(hosts)
+    if is_only_here(hosts):
+        return ["deepspeed", f"--hostfile={hostfile}", *([f"--include={include}"] if include else []),
+                "--no_ssh_check", "--master_addr=127.0.0.1"]
+    far = len(hosts) == 1
     return ["deepspeed", f"--hostfile={hostfile}", *([f"--include={include}"] if include else []),
             *([f"--master_addr={address}"] if address else []), *(["--force_multi"] if far else [])]
 

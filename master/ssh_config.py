@@ -153,8 +153,7 @@ def proxy_command(
         words = ["ssh", *config, "-o", "BatchMode=yes", *(["-J", before] if before else []), "-W", target]
         return shlex.join([*words, *(["--", last] if "://" in last else jump_words(last))])
     if command:
-        filled = re.sub("%.", lambda found: shlex.quote(tokens.get(found.group(0), found.group(0))), command)
-        return shlex.join(["sh", "-c", f"exec {filled}"])  # a shell reads it, as with OpenSSH: 2>/dev/null, $HOME
+        return re.sub("%.", lambda found: shlex.quote(tokens.get(found.group(0), found.group(0))), command)
     return None
 
 

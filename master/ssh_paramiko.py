@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import select
+import signal
 import socket
+import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import paramiko
 
@@ -87,7 +91,8 @@ def handshake(route: Route, access: Access, entries: Sequence[Entry]) -> tuple[p
     """
     host = str(route.node)
     for attempt in range(1, BANNER_TRIES + 1):
-        transport = paramiko.Transport(dial(route, access))
+        connection = dial(route, access)
+        transport = paramiko.Transport(connection)
         transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = access.connect_timeout
         options = transport.get_security_options()
         options.key_types = kinds_first(entries, options.key_types)
@@ -103,6 +108,8 @@ def handshake(route: Route, access: Access, entries: Sequence[Entry]) -> tuple[p
             transport.close()
             closed = isinstance(error.__context__ or error, EOFError) or "banner" in str(error)
             if not closed or attempt == BANNER_TRIES or "no answer" in str(error):
+                if isinstance(connection, ProxySocket) and connection.last_words:
+                    raise SshError(host, "jump host", connection.last_words, f"by hand: ssh {host}") from None
                 raise SshError(host, "handshake", words_of(error),
                                "is that an SSH server, and not overloaded?") from None
             time.sleep(random.uniform(0.3, 1.0))  # noqa: S311, spreads the retries
@@ -119,11 +126,46 @@ def handshake(route: Route, access: Access, entries: Sequence[Entry]) -> tuple[p
     return transport, key, verdict
 
 
+class ProxySocket(socket.socket):
+    """The way to a host through a proxy command: a socket pair whose other end is the command's input and output."""
+
+    _process: subprocess.Popen[bytes] | None = None
+    _words: IO[bytes]
+    last_words = ""
+
+    @classmethod
+    def start(cls, command: str) -> ProxySocket:
+        """Start a command, read by a shell as OpenSSH has it, and return the socket that leads to it."""
+        ours, theirs = socket.socketpair()
+        found = cls(fileno=ours.detach())
+        found._words = tempfile.TemporaryFile()  # noqa: SIM115, what it complains of; closed with the socket
+        with theirs:
+            found._process = subprocess.Popen(["sh", "-c", f"exec {command}"], stdin=theirs.fileno(),
+                                              stdout=theirs.fileno(), stderr=found._words, start_new_session=True)
+        return found
+
+    def close(self) -> None:
+        """Close the socket and end the command."""
+        super().close()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=2)
+                break
+        with self._words as words:
+            words.seek(0)
+            self.last_words = (words.read(4096).decode("utf-8", "replace").strip().splitlines() or [""])[-1]
+
+
 def dial(route: Route, access: Access) -> Any:
-    """Return a connected socket, or a proxy command that stands for one."""
+    """Return a connected socket, or a proxy command's."""
     host = str(route.node)
     if route.proxy:
-        return paramiko.ProxyCommand(route.proxy)
+        return ProxySocket.start(route.proxy)
     try:
         found = socket.getaddrinfo(route.address, route.port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:

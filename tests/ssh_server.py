@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 INSTALL = "sudo apt install openssh-server openssh-client zsh tcsh fish dash iproute2 openssl pdsh"
+# What a ProxyCommand does: between its own input and output and a port.
+RELAY = """
+import os, select, socket, sys
+there = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+while True:
+    for ready in select.select([0, there], [], [])[0]:
+        block = os.read(ready if ready == 0 else there.fileno(), 65536)
+        if not block:
+            sys.exit()
+        os.write(1, block) if ready is there else there.sendall(block)
+"""
 
 
 def find_program(name: str) -> str | None:
@@ -120,3 +134,37 @@ Host *
         words = [program("ssh"), "-F", str(self.config), "-T", "-o", "BatchMode=yes",
                  "-o", "StrictHostKeyChecking=accept-new", name, command]
         return subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=60)
+
+
+# -- servers that are none ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listener(act: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A TCP server that does `act` with each connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    threading.Thread(target=act, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def silent(connection: socket.socket) -> None:
+    time.sleep(8)
+    connection.close()
+
+
+def half_a_banner(connection: socket.socket) -> None:
+    connection.sendall(b"SSH-2.0-Open")
+    connection.close()
+
+
+def chatty(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b"220 mail ready\r\n" * 1000)

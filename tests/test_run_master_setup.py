@@ -31,7 +31,8 @@ def test_a_hostfile_and_its_command_are_shown(tmp_path: Path) -> None:
     path = shlex.quote(f"{tmp_path}/my hosts.txt")
     assert f"  cd {HOME}\n  invoke train --model MODEL --hostfile {path}\n" in done.stdout
     words = shlex.split(done.stdout.splitlines()[-1])
-    assert words[:4] == ["DS_ACCELERATOR=cpu", "deepspeed", f"--hostfile={tmp_path}/my hosts.txt", "trainer/train.py"]
+    assert words[:6] == ["DS_ACCELERATOR=cpu", "deepspeed", f"--hostfile={tmp_path}/my hosts.txt", "--no_ssh_check",
+                         "--master_addr=127.0.0.1", "trainer/train.py"]
     assert f"removed {tmp_path}/generate_hostfile.sh" in done.stdout
     assert not (tmp_path / "generate_hostfile.sh").exists()
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ssh_server import SshClient, SshServer, free_port, make_key, program
+from ssh_server import (
+    RELAY,
+    SshClient,
+    SshServer,
+    chatty,
+    free_port,
+    half_a_banner,
+    listener,
+    make_key,
+    program,
+    silent,
+)
 
 from master.fleet import Stranger, on_all
 from master.nodes import Node, read_nodes
@@ -22,18 +31,6 @@ from master.ssh import Result, Session
 from master.ssh_config import Access, SshError
 
 pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen")
-
-
-RELAY = """
-import os, select, socket, sys
-there = socket.create_connection((sys.argv[1], int(sys.argv[2])))
-while True:
-    for ready in select.select([0, there], [], [])[0]:
-        block = os.read(ready if ready == 0 else there.fileno(), 65536)
-        if not block:
-            sys.exit()
-        os.write(1, block) if ready is there else there.sendall(block)
-"""
 
 
 def hello(session: Session) -> tuple[str, Result]:
@@ -121,7 +118,7 @@ def test_a_proxy_command_is_read_by_a_shell(client: SshClient, server: SshServer
     relay = tmp_path / "relay.py"
     relay.write_text(RELAY)
     client.config.write_text(f"ProxyCommand {sys.executable} {relay} %h %p 2>/dev/null\n" + client.config.read_text())
-    assert reach(client, "gpu1")["gpu1"][0] == "paramiko"
+    assert reach(client, "gpu1", connect_timeout=20)["gpu1"][0] == "paramiko"
 
 
 def test_a_server_without_a_common_cipher_is_reached_by_openssh(tmp_path: Path) -> None:
@@ -132,6 +129,15 @@ def test_a_server_without_a_common_cipher_is_reached_by_openssh(tmp_path: Path) 
         client.known_hosts.write_text("")
         client.trust(server, make_key(tmp_path / "other"))
         refusal(reach(client, "gpu1")["gpu1"], "host key", "not the one that is known", f"{client.known_hosts}:1")
+
+
+def test_a_proxy_command_that_fails_is_told_in_its_own_words(client: SshClient) -> None:
+    text = client.config.read_text()
+    client.config.write_text("ProxyCommand echo no way to %h >&2; exit 1\n" + text)
+    refusal(reach(client, "gpu1")["gpu1"], "jump host", "no way to 127.0.0.1", "ssh gpu1")
+    client.config.write_text("ProxyCommand sleep 61\n" + text)
+    refusal(reach(client, "gpu1")["gpu1"], "handshake", "no answer")
+    assert "sleep 61" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
 
 
 def test_what_paramiko_cannot_do_openssh_does(client: SshClient, server: SshServer) -> None:
@@ -230,37 +236,6 @@ def test_a_server_that_closes_after_one_key_is_told(tmp_path: Path) -> None:
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def listener(act: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A TCP server that does `act` with each connection."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listening.accept()
-                    threading.Thread(target=act, args=(connection,), daemon=True).start()
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield listening.getsockname()[1]
-        listening.shutdown(socket.SHUT_RDWR)
-
-
-def silent(connection: socket.socket) -> None:
-    time.sleep(8)
-    connection.close()
-
-
-def half_a_banner(connection: socket.socket) -> None:
-    connection.sendall(b"SSH-2.0-Open")
-    connection.close()
-
-
-def chatty(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while True:
-            connection.sendall(b"220 mail ready\r\n" * 1000)
 
 
 @pytest.mark.parametrize("act", [silent, half_a_banner, chatty, socket.socket.close], ids=lambda act: act.__name__)
