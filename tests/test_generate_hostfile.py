@@ -99,7 +99,7 @@ def test_a_second_run_changes_nothing_and_a_change_is_told(lab: Lab) -> None:
     lab.run(nodes="gpu1,gpu2")
     before = [path.read_bytes() for path in (lab.hostfile, lab.cluster)]
     done = lab.run(nodes="gpu1,gpu2")
-    assert done.returncode == 0 and "changed" not in done.stderr
+    assert done.returncode == 0 and "changed:" not in done.stderr and "hostfile.txt: unchanged" in done.stderr
     assert [path.read_bytes() for path in (lab.hostfile, lab.cluster)] == before
     lab.machines["gpu1"].nvidia(nvidia_gpu(0))
     assert "changed: gpu1: 2 -> 1 slots" in lab.run(nodes="gpu1,gpu2").stderr
