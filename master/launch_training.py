@@ -137,11 +137,16 @@ def explain(code: int) -> str:
     return f"a rank ended with exit code {code}"
 
 
-def launch_by_deepspeed(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
-    """Become the plain `deepspeed` command for the hosts of a hostfile. Raises ValueError for what can't be."""
-    config = options.config or HOME / default_config(hosts)
+def existing(config: Path) -> Path:
+    """Return the path of a config that is there; raise ValueError if it isn't."""
     if not config.is_file():
         raise ValueError(f"--config {config}: no such file. Presets: {PRESETS}")
+    return config
+
+
+def launch_by_deepspeed(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
+    """Become the plain `deepspeed` command for the hosts of a hostfile. Raises ValueError for what can't be."""
+    config = existing(options.config or HOME / default_config(hosts))
     _, arguments = trainer_arguments(options, config.absolute())
     words = launcher_words(options.hostfile, hosts, first_address(hosts, options.hostfile))
     command = [*words, str(TRAINER), *arguments]
@@ -165,9 +170,7 @@ def launch(options: argparse.Namespace) -> int:
         return launch_by_deepspeed(options, hosts)
     gpus = count_gpus() if not hosts or hosts[0].vendor != "CPU" else 0
     slots = list(hosts[0].use) if hosts else choose_slots(options.slots, gpus)
-    config = options.config or (HOME / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json")
-    if not config.is_file():
-        raise ValueError(f"--config {config}: no such file. Presets: {PRESETS}")
+    config = existing(options.config or (HOME / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json"))
     run, arguments = trainer_arguments(options, config)
     command = launcher_command(slots, free_port(), arguments)
     kind = f"GPU {','.join(map(str, slots))}" if gpus else f"{len(slots)} CPU rank{'s' * (len(slots) > 1)}"

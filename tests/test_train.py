@@ -201,7 +201,7 @@ def kill_while_saving(process: Any, checkpoints: Path) -> tuple[int, int]:
         process.send_signal(signal.SIGSTOP)
         if seen and not (fresh[-1] / "complete.json").exists():
             process.kill()
-            return step_of(fresh[-1]), max(map(step_of, seen))
+            return step_of(fresh[-1]), max(map(step_of, seen.union(fresh[:-1])))
         seen.update(fresh)
         process.send_signal(signal.SIGCONT)
     pytest.fail("no save was met halfway")

@@ -114,10 +114,6 @@ class Host(Namespaces):
         with (self.etc / "hosts").open("a") as file:
             file.writelines(f"{other.address} {other.name}\n" for other in others)
 
-    def cut(self) -> None:
-        """Pull the network cable."""
-        self.network("ip link set eth0 down")
-
 
 class Lab:
     """Machines on one bridge, and `master`, the one where a person sits."""

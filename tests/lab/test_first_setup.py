@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import HOME
 from machines import Machine, nvidia_gpu
+from ssh_server import make_key
 from terminal import type_into
 
 from lab.hosts import NETWORK, Host, Lab
@@ -106,15 +107,14 @@ def test_two_commands_lead_from_passwords_to_a_hostfile_and_back(lab: Lab, hosts
 
 def test_this_machine_as_a_node_has_the_address_that_the_others_see(lab: Lab, hosts: list[Host]) -> None:
     desk = Desk(lab)
-    desk.run("setup-keys", "--nodes", "worker@gpu1", "--", "--host-keys", "accept-new", "--yes")
-    key = subprocess.run(lab.master.words("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f",
-                                          f"{desk.home}/.ssh/id_ed25519"), capture_output=True, text=True)
-    assert key.returncode == 0, key.stderr
+    (desk.home / ".ssh").mkdir(mode=0o700)
+    key = make_key(desk.home / ".ssh" / "id_ed25519")
     folder = hosts[0].home / ".ssh"
-    folder.mkdir(exist_ok=True)
-    (folder / "authorized_keys").write_text((desk.home / ".ssh" / "id_ed25519.pub").read_text())
+    folder.mkdir()
+    (folder / "authorized_keys").write_text(key.with_suffix(".pub").read_text())
     subprocess.run(["chown", "-R", "3001:3001", str(folder)], check=True)
-    done = desk.run("hostfile", "--nodes", "localhost,gpu1", "--cpu-slots", "2", "--", "--ssh-user", "worker")
+    done = desk.run("hostfile", "--nodes", "localhost,gpu1", "--cpu-slots", "2", "--", "--ssh-user", "worker",
+                    "--host-keys", "accept-new")
     assert done.returncode == 0, done.stderr
     cluster = json.loads((desk.folder / "cluster.json").read_text())
     assert [host["address"] for host in cluster["hosts"]] == [lab.master.address, hosts[0].address]
