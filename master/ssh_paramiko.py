@@ -93,7 +93,9 @@ def handshake(route: Route, access: Access, entries: Sequence[Entry]) -> tuple[p
     for attempt in range(1, BANNER_TRIES + 1):
         connection = dial(route, access)
         transport = paramiko.Transport(connection)
-        transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = access.connect_timeout
+        transport.auth_timeout = access.connect_timeout
+        # start_client's limit must be the one that ends the wait: paramiko's own would call it a bad banner
+        transport.banner_timeout = transport.handshake_timeout = access.connect_timeout + 10
         options = transport.get_security_options()
         options.key_types = kinds_first(entries, options.key_types)
         try:
