@@ -1,0 +1,177 @@
+"""Batch sizes against the number of ranks, and "auto": who fills it, and what happens where nobody does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rule, leaves, shown
+from master.ds_schema import fills_auto, is_checked, node_of
+
+RULES: list[Rule] = []
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def rule(function: Rule) -> Rule:
+    """Enter a rule in this file's table."""
+    RULES.append(function)
+    return function
+
+
+def solve(batch: Any, micro: Any, steps: Any, ranks: int) -> tuple[Any, Any, Any]:
+    """Return all three as DeepSpeed derives them, by floor division (DeepSpeedConfig._set_batch_related_parameters).
+
+    Raises TypeError for texts and ValueError where neither batch nor micro batch is given.
+    """
+    if batch is None and micro is None:
+        raise ValueError
+    if batch is None:
+        steps = 1 if steps is None else steps
+        batch = micro * steps * ranks
+    elif micro is None:
+        steps = 1 if steps is None else steps
+        micro = batch // ranks // steps
+    elif steps is None:
+        steps = batch // micro // ranks
+    return batch, micro, steps
+
+
+@rule
+def batch_arithmetic(config: Config) -> Iterator[Problem]:
+    """batch = micro batch x accumulation x ranks, with one of the first two given and all above 0."""
+    given = {key: config.get(key) for key in BATCH}
+    if "auto" in given.values():
+        return  # the Trainer fills them; for plain DeepSpeed, auto_nobody_fills tells
+    batch, micro, steps = given.values()
+    at: tuple[str, ...] = next(((key,) for key in BATCH if given[key] is not None), (BATCH[1],))
+    if batch is None and micro is None:
+        yield Problem("batch-missing", "error", (BATCH[1],), "neither train_batch_size nor "
+                      "train_micro_batch_size_per_gpu is given", "give the micro batch", PARSE)
+        return
+    for key, value in given.items():
+        if value is not None and not isinstance(value, (int, float)):
+            fix = Fix("put", int(value)) if isinstance(value, str) and value.isdecimal() else None
+            yield Problem("bad-value", "error", (key,), f"expected an integer, got {shown(value)}",
+                          "write the number without quotes" if fix else "correct it", PARSE, fix)
+            return
+        if value is not None and not value > 0:
+            yield Problem("bad-value", "error", (key,), f"must be above 0, not {shown(value)}", "correct it", PARSE)
+            return
+    ranks = config.target.world_size
+    shared = config.get("sequence_parallel_size", default=1)
+    if ranks is not None and (not isinstance(shared, int) or shared < 1 or ranks % shared):
+        yield Problem("bad-value", "error", ("sequence_parallel_size",), f"{shown(shared)} ranks can't share a sequence "
+                      f"where {ranks} train", "make it a divisor of the number of ranks", INIT)
+    elif ranks is not None:
+        yield from with_ranks(given, at, ranks // shared)
+    elif batch is not None:
+        yield from without_ranks(given)
+
+
+def with_ranks(given: dict[str, Any], at: tuple[str, ...], ranks: int) -> Iterator[Problem]:
+    """The sum for a known number of ranks."""
+    try:
+        batch, micro, steps = solve(*given.values(), ranks)
+    except (ZeroDivisionError, OverflowError):
+        batch, micro, steps = 0, 0, 0
+    if micro > 0 and steps > 0 and batch == micro * steps * ranks:
+        return
+    words = " x ".join(f"{name} {value:g}" for name, value in (
+        ("micro batch", given[BATCH[1]]), ("accumulation", given[BATCH[2]]), ("ranks", ranks)) if value is not None)
+    yield Problem("batch-arithmetic", "error", at, f"a batch of {given[BATCH[0]]:g} can't be {words}",
+                  f"leave {BATCH[0]} out" if given[BATCH[1]] else f"make it a multiple of {ranks}", PARSE)
+
+
+def without_ranks(given: dict[str, Any]) -> Iterator[Problem]:
+    """The sum for an unknown number of ranks: whether any fits, and which."""
+    batch, micro, steps = given.values()
+    part = (micro or 1) * (steps or 1)
+    whole = batch % part == 0 if micro else batch // part >= 1
+    if not whole:
+        named = " x ".join(f"{value:g}" for value in (micro, steps) if value)
+        yield Problem("batch-arithmetic", "error", (BATCH[0],), f"{batch:g} is no multiple of {named} "
+                      "(micro batch x accumulation)", f"leave {BATCH[0]} out", PARSE)
+    elif micro and steps:
+        yield Problem("fixed-world-size", "info", (BATCH[0],), f"all three batch sizes are given: valid on exactly "
+                      f"{batch // part:g} ranks", f"leave {BATCH[0]} out, and any number of ranks fits")
+    else:
+        yield Problem("fixed-world-size", "info", (BATCH[0],), "valid only where the number of ranks divides "
+                      f"{batch // part:g}", f"give {BATCH[1]} instead, and any number of ranks fits")
+
+
+# -- auto --------------------------------------------------------------------------------------------------------------
+
+
+@rule
+def auto_nobody_fills(config: Config) -> Iterator[Problem]:
+    """ "auto" for plain DeepSpeed, which knows no such word; and where the Trainer doesn't fill it."""
+    for path, value in leaves(config.root):
+        if value != "auto" or path == ("steps_per_print",) and config.for_trainer:
+            continue
+        node = node_of(path) or {}
+        own = not fills_auto(path) and ("auto" in node.get("enum", []) or node.get("pattern") == "^auto$")
+        if config.for_trainer and not fills_auto(path):
+            yield Problem("auto-unfilled", "error", path, 'the Trainer does not fill "auto" here, and refuses it',
+                          _instead(node), INIT, Fix("remove") if own else None)
+        elif not config.for_trainer and not own:
+            yield plain_auto(path, node, config.target.trainer is None)
+
+
+def plain_auto(path: tuple[Any, ...], node: dict[str, Any], unsure: bool) -> Problem:
+    """Return what plain DeepSpeed does with an "auto"."""
+    if path == ("steps_per_print",) or path[0] in ("gradient_clipping", "optimizer"):
+        return Problem("auto-plain", "error", path, '"auto" stays a text and fails at the first step',
+                       _instead(node), STEP)
+    if path[0] in BATCH:
+        return Problem("auto-plain", "error", path, 'plain DeepSpeed knows no "auto"', _instead(node), PARSE)
+    if is_checked(path[:-1]):
+        default = node.get("default")
+        level, strikes = ("warning", "") if unsure else ("error", INIT)
+        return Problem("auto-plain", level, path, f'plain DeepSpeed drops "auto" and takes {shown(default)}',
+                       _instead(node), strikes)
+    return Problem("auto-plain", "error", path, 'plain DeepSpeed knows no "auto"', _instead(node), INIT)
+
+
+def _instead(node: dict[str, Any]) -> str:
+    if node.get("default") in (None, "auto"):
+        return "write a value, or leave it out"
+    return f"write a value, or leave it out ({shown(node['default'])})"
+
+
+@rule
+def trainer_wants(config: Config) -> Iterator[Problem]:
+    """What the Trainer asks for and DeepSpeed doesn't."""
+    if config.has("zero_optimization") or config.target.completed:
+        return
+    level, strikes = ("error", INIT) if config.for_trainer else ("info", "")
+    yield Problem("trainer-needs-zero", level, ("zero_optimization",), "the Trainer refuses a config without it",
+                  'add "zero_optimization": {"stage": 0}', strikes)
+
+
+@rule
+def old_bfloat16(config: Config) -> Iterator[Problem]:
+    """The old name of bf16."""
+    if not config.has("bfloat16"):
+        return
+    if config.get("bf16") is not None:
+        yield Problem("renamed", "warning", ("bfloat16",), "not read where bf16 is given too", "take it out",
+                      fix=Fix("remove"))
+    elif config.for_trainer:
+        yield Problem("renamed", "warning", ("bfloat16",), "the Trainer looks only at bf16", "call it bf16",
+                      fix=Fix("rename", "bf16"))
+    else:
+        yield Problem("renamed", "info", ("bfloat16",), "the old name of bf16", "call it bf16",
+                      fix=Fix("rename", "bf16"))
+
+
+@rule
+def steps_and_clipping(config: Config) -> Iterator[Problem]:
+    """Values that nothing checks until the first step."""
+    every = config.get("steps_per_print", default=10)
+    if not isinstance(every, (int, float)) and every not in (None, "auto") and not config.for_trainer:
+        yield Problem("bad-value", "error", ("steps_per_print",), f"expected an integer, got {shown(every)}",
+                      "correct it", STEP)
+    clip = config.get("gradient_clipping", default=1.0)
+    if clip != "auto" and not isinstance(clip, (int, float)):
+        yield Problem("bad-value", "error", ("gradient_clipping",), f"expected a number, got {shown(clip)}",
+                      "write 0 to switch it off" if clip is None else "write a number", STEP)

@@ -1,0 +1,91 @@
+"""All that is known of a DeepSpeed config before it runs: the schema, and tables of small rules for the rest.
+
+    problems = check(document, Target(world_size=8))
+
+Rules stand in ds_parse_rules, ds_batch_rules, ds_zero_rules, ds_optimizer_rules, ds_precision_rules, ds_node_rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from master import (
+    ds_batch_rules,
+    ds_node_rules,
+    ds_optimizer_rules,
+    ds_parse_rules,
+    ds_precision_rules,
+    ds_schema,
+    ds_zero_rules,
+)
+from master.ds_problem import INIT, LEVELS, PARSE, Config, Fix, Problem, Rule, Target, shown
+from master.json_text import Document, Path, strict_error
+
+RULES: list[Rule] = [*ds_parse_rules.RULES, *ds_batch_rules.RULES, *ds_zero_rules.RULES, *ds_optimizer_rules.RULES,
+                     *ds_precision_rules.RULES, *ds_node_rules.RULES]
+
+
+def check(document: Document, target: Target) -> list[Problem]:
+    """Return what is wrong with a config, in the order of its lines; of several findings at a key, the gravest."""
+    found = list(text_problems(document, target))
+    root = document.value
+    if isinstance(root, dict):
+        config = Config(root, target)
+        found += ds_schema.findings(root)
+        for rule in RULES:
+            found += rule(config)
+    else:
+        found.append(Problem("not-a-section", "error", (), f"a config is an object {{...}}, not {shown(root)}",
+                             "write an object", PARSE))
+    return sorted(_gravest(found), key=lambda problem: (document.place(problem.path), LEVELS.index(problem.level)))
+
+
+def _gravest(problems: list[Problem]) -> list[Problem]:
+    """Drop findings where a graver one, or an equal one with the same code, is told of the same key."""
+    best: dict[Path, int] = {}
+    for problem in problems:
+        rank = LEVELS.index(problem.level)
+        best[problem.path] = min(rank, best.get(problem.path, rank))
+    kept: dict[tuple[Path, str], Problem] = {}
+    for problem in problems:
+        graver = best[problem.path] < LEVELS.index(problem.level) and problem.code in ("bad-value", "loose-type",
+                                                                                      "wrong-stage", "no-effect")
+        if not graver:
+            kept.setdefault((problem.path, problem.code), problem)
+    return list(kept.values())
+
+
+def text_problems(document: Document, target: Target) -> Iterator[Problem]:
+    """Yield what is wrong with the text itself: slips that only Hjson reads, and keys that stand twice."""
+    for path, at in document.duplicates:
+        same = document.member(path)
+        first = document.line(at)[0]
+        yield Problem("duplicate-key", "error", path, f"stands twice, also in line {first}: DeepSpeed refuses the "
+                      "file, the Trainer takes the last one", "take one out", PARSE,
+                      Fix("remove", "first") if same and _equal_twins(document, path) else None)
+    if (refused := strict_error(document.text)) is None:
+        return
+    slips = document.slips
+    places = sorted({document.line(slip.at)[0] for slip in slips})
+    names = ", ".join(dict.fromkeys(slip.what.split(":")[0] for slip in slips)) or refused[0]
+    lines = ", ".join(map(str, places[:5])) + (" ..." if len(places) > 5 else "")
+    message = f"not JSON: {names} (line {lines})" if places else f"not JSON: {names}"
+    bare = any(slip.what.startswith("a word") for slip in slips)
+    fix = None if bare or not slips else Fix("strict")
+    if target.trainer is False:
+        yield Problem("not-json", "info", (), f"{message}; DeepSpeed reads it, the Trainer would not",
+                      "invoke validate --fix" if fix else "put texts in quotes", fix=fix)
+    else:
+        yield Problem("not-json", "error", (), f"{message}; DeepSpeed alone reads it, the Trainer refuses it",
+                      "put texts in quotes" if bare else "write plain JSON", INIT, fix)
+
+
+def _equal_twins(document: Document, path: Path) -> bool:
+    """Tell whether all the values of a duplicate key are the same."""
+    parent = document.member(path[:-1])
+    node = parent.node if parent else document.root
+    twins = [member.node.value for member in node.members if member.key == path[-1]]
+    return all(twin == twins[0] for twin in twins)
+
+
+__all__ = ["INIT", "RULES", "Config", "Problem", "Target", "check"]

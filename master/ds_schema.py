@@ -1,0 +1,215 @@
+"""What schemas/ds_config.schema.json says of a config: unknown keys, wrong values, removed and renamed names.
+
+DeepSpeed checks only some sections (x-checked: pydantic, in its lax mode); there a wrong value is refused, and "2" for
+2 is taken. In the others nothing is checked, and an unknown key is ignored without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path as File
+from typing import Any
+
+from master.ds_problem import INIT, PARSE, Fix, Problem, shown
+from master.json_text import Path
+
+SCHEMA = File(__file__).resolve().parent.parent / "schemas" / "ds_config.schema.json"
+COMMENT = re.compile(r"^(_|//|\$comment|comment)")
+TRUE, FALSE = {"1", "on", "t", "true", "y", "yes"}, {"0", "off", "f", "false", "n", "no"}
+NOUNS = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false",
+         "array": "a list", "object": "an object {...}", "null": "null"}
+@functools.cache
+def schema() -> dict[str, Any]:
+    """Return the schema."""
+    found: dict[str, Any] = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    return found
+
+
+def node_of(path: Path) -> dict[str, Any] | None:
+    """Return what the schema says of a path, None if it knows nothing of it."""
+    node: Any = schema()
+    for step in path:
+        inner = node.get("items") if isinstance(step, int) else node.get("properties", {}).get(step)
+        if inner is None and isinstance(node.get("additionalProperties"), dict):
+            inner = node["additionalProperties"]
+        if not isinstance(inner, dict):
+            return None
+        node = inner
+    return node
+
+
+def section_of(path: Path) -> Path:
+    """Return the path of the object that a path's value stands in, lists left out."""
+    parent = path[:-1]
+    while parent and isinstance(parent[-1], int):
+        parent = parent[:-1]
+    return parent[:-1] if path and isinstance(path[-1], int) else parent
+
+
+def is_checked(path: Path) -> bool:
+    """Tell whether DeepSpeed checks the values in this section."""
+    return bool((node_of(path) or {}).get("x-checked"))
+
+
+def fills_auto(path: Path) -> bool:
+    """Tell whether the Trainer fills an "auto" here."""
+    return bool((node_of(path) or {}).get("x-auto"))
+
+
+def findings(root: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what the schema has against a config."""
+    import jsonschema  # here: it takes a tenth of a second to load
+
+    from master.ds_names import unknown
+
+    for error in jsonschema.Draft7Validator(schema()).iter_errors(root):
+        path = tuple(error.absolute_path)
+        if path[:1] == ("bfloat16",) and root.get("bf16") is not None:
+            continue  # not read: ds_batch_rules.py tells
+        if error.validator == "additionalProperties":
+            known = error.schema.get("properties", {})
+            for key in error.instance:
+                if key not in known and not (COMMENT.match(key) and "patternProperties" in error.schema):
+                    yield unknown((*path, key), error.instance)
+        elif error.validator == "not":
+            # ds_optimizer_rules.py knows more of max_grad_norm; an "auto" is dropped before it is looked at
+            if path[0] != "optimizer" and not (error.instance == "auto" and is_checked(path[:-1])):
+                yield not_settable(path, error.schema)
+        else:
+            yield from value_breach(path, error.instance, error.schema)
+
+
+def not_settable(path: Path, node: dict[str, Any]) -> Problem:
+    """Return the finding for a key that DeepSpeed refuses whatever its value."""
+    if "x-removed" not in node:
+        return Problem("not-in-json", "error", path, node["description"], "leave it out", PARSE, Fix("remove"))
+    return Problem("removed", "error", path, "removed from DeepSpeed, which refuses it even if it is off",
+                   f"take it out ({node['x-removed']})", PARSE)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def value_breach(path: Path, value: Any, node: dict[str, Any]) -> Iterator[Problem]:
+    """Yield the finding for a value that the schema doesn't have."""
+    wanted = expected(node)
+    if not is_checked(section_of(path)):
+        if value is not None or "default" not in node:
+            yield Problem("bad-value", "warning", path, f"expected {wanted}, got {shown(value)}; DeepSpeed does not "
+                          "check this section", "correct it")
+        return
+    if value == "auto" and isinstance(path[-1], str):
+        return  # dropped by DeepSpeed, filled or refused by the Trainer: ds_auto_rules.py
+    try:
+        taken = coerce(node, value)
+    except ValueError:
+        later = "x-later" in node and isinstance(value, str)
+        yield Problem("bad-value", "error", path, f"expected {wanted}, got {shown(value)}", _closest(node, value),
+                      INIT if later else PARSE, _case_fix(node, value))
+        return
+    yield Problem("loose-type", "info", path, f"{shown(value)} is taken as {shown(taken)}", f"write {shown(taken)}",
+                  fix=Fix("put", taken))
+
+
+def expected(node: dict[str, Any]) -> str:
+    """Return in words what a value may be."""
+    if "enum" in node:
+        values = list(dict.fromkeys(str(value).lower() for value in node["enum"] if value is not None))
+        return "one of " + ", ".join(values)
+    words = [NOUNS[name] for name in _types(node)] + (['"auto"'] if node.get("pattern") == "^auto$" else [])
+    text = " or ".join(words)
+    for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")):
+        text += f" {sign} {node[key]:g}" if key in node else ""
+    return text
+
+
+def _types(node: dict[str, Any]) -> list[str]:
+    types = node.get("type", [])
+    types = [types] if isinstance(types, str) else list(types)
+    return [name for name in types if name != "string"] if node.get("pattern") == "^auto$" else types
+
+
+def _closest(node: dict[str, Any], value: Any) -> str:
+    words = [word for word in node.get("enum", []) if isinstance(word, str)]
+    near = difflib.get_close_matches(str(value).lower(), words, 1)
+    return f'did you mean "{near[0]}"?' if near else "correct it"
+
+
+def _case_fix(node: dict[str, Any], value: Any) -> Fix | None:
+    if isinstance(value, str) and value.lower() in node.get("enum", []):
+        return Fix("put", value.lower())
+    if value is False and "object" in _types(node) and "null" in _types(node):
+        return Fix("remove")
+    return None
+
+
+def coerce(node: dict[str, Any], value: Any) -> Any:
+    """Return a value as DeepSpeed's lax models (pydantic 2) take it; raise ValueError where they refuse it."""
+    types = _types(node)
+    if not types:
+        return value
+    if node.get("pattern") == "^auto$" and isinstance(value, str) and "x-auto" not in node:
+        raise ValueError  # a Union of text and integer: the text must be "auto"
+    for name in types:
+        try:
+            taken = _as(name, value)
+            _within(node, taken)
+            return taken
+        except (ValueError, OverflowError):
+            continue
+    raise ValueError
+
+
+def _as(name: str, value: Any) -> Any:
+    """Return the value as a JSON type, by pydantic's rules for Python values."""
+    if name == "integer":
+        return _integer(value)
+    if name == "number" and (number := _number(value)) is not None:
+        return number
+    if name == "boolean":
+        if isinstance(value, bool):
+            return value
+        word = value.lower() if isinstance(value, str) else str(int(value)) if value in (0, 1) else ""
+        if word in TRUE | FALSE:
+            return word in TRUE
+    exact = {"string": str, "array": list, "object": dict, "null": type(None)}.get(name)
+    if exact and isinstance(value, exact):
+        return value
+    raise ValueError
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+(_\d+)*(\.0*)?\s*", value):
+        return int(value.strip().partition(".")[0])
+    if isinstance(value, int) or isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise ValueError
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str):
+        value = value.strip()
+        return float(value) if re.fullmatch(r"[-+]?(\d[\d_]*)?\.?\d*([eE][-+]?\d+)?|[-+]?(inf|infinity|nan)", value,
+                                            re.IGNORECASE) and value else None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _within(node: dict[str, Any], value: Any) -> None:
+    """Raise ValueError for a value outside the node's bounds."""
+    if "enum" in node and value not in node["enum"]:
+        raise ValueError
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not all(bound(value) for bound in (
+                lambda number: number >= node.get("minimum", -math.inf),
+                lambda number: number <= node.get("maximum", math.inf),
+                lambda number: number > node.get("exclusiveMinimum", -math.inf),
+                lambda number: number < node.get("exclusiveMaximum", math.inf))):
+            raise ValueError
+    if isinstance(value, list) and "items" in node:
+        for item in value:
+            coerce(node["items"], item)

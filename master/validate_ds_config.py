@@ -1,0 +1,184 @@
+"""Tell what is wrong with DeepSpeed configs before any node starts, in one line each, with the mend.
+
+    invoke validate trainer/ds_config.json
+    python master/validate_ds_config.py --hostfile hostfile.txt ds_config.json
+    python master/validate_ds_config.py --fix old_config.json
+
+error: it will be refused or fail, [parse] as DeepSpeed reads it, [init] as the engine is built, [step] at the first
+step. warning: it is ignored, or can't mean what was meant. info: harmless. Exit: 0, 1 with errors, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from master.cluster import ClusterError, read_cluster
+from master.console import one_line, say
+from master.ds_problem import LEVELS, PARSE, Problem, Target
+from master.files import write_whole
+from master.hostfile import HostfileError, read_hostfile
+from master.json_text import Document, TextError
+
+
+@dataclass
+class Verdict:
+    """What is said of one file; `text` is None where it couldn't be read."""
+
+    name: str
+    text: str | None
+    problems: list[Problem] = field(default_factory=list)
+    lines: list[tuple[int, int]] = field(default_factory=list)
+
+    def count(self, level: str) -> int:
+        """Return how many findings have a level."""
+        return sum(problem.level == level for problem in self.problems)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags."""
+    parser = argparse.ArgumentParser(
+        prog="validate_ds_config.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("files", nargs="*", metavar="FILE", help="configs; - or nothing reads one from standard input")
+    flag("--json", action="store_true", help="print what was found as JSON")
+    flag("--strict", action="store_true", help="warnings count as errors")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--plain-deepspeed", action="store_true", help='no Trainer will read it: "auto" is an error')
+    target.add_argument("--trainer", action="store_true",
+                        help='the Hugging Face Trainer will read it (default: if something it fills is "auto")')
+    flag("--hostfile", type=Path, metavar="H", help="these hosts will train: their slots, and cluster.json beside it")
+    flag("--cluster", type=Path, metavar="C", help="the hosts of this cluster.json will train")
+    flag("--world-size", type=int, metavar="N", help="so many ranks will train")
+    flag("--fix", action="store_true", help="mend what has one safe mend: show the change, ask, write the file")
+    flag("--yes", action="store_true", help="with --fix: don't ask")
+    return parser
+
+
+def find_target(options: argparse.Namespace) -> Target:
+    """Return what the configs are for. Raises HostfileError, ClusterError, ValueError."""
+    trainer = False if options.plain_deepspeed else True if options.trainer else None
+    if options.world_size is not None and options.world_size < 1:
+        raise ValueError(f"--world-size {options.world_size}: at least one rank trains")
+    slots = read_hostfile(options.hostfile) if options.hostfile else []
+    path = options.cluster or (options.hostfile.with_name("cluster.json") if options.hostfile else None)
+    if options.cluster and not options.cluster.is_file():
+        raise ClusterError(f"{options.cluster}: no such file: invoke hostfile --nodes ... writes one")
+    hosts = read_cluster(path)["hosts"] if path else []
+    if slots:
+        names = {host.host for host in slots}
+        hosts = [host for host in hosts if host["name"] in names]
+        ranks: int | None = sum(len(host.use) for host in slots)
+    else:
+        ranks = sum(len(host["report"].get("slots_use", [])) for host in hosts) or None
+    return Target(trainer, world_size=options.world_size or ranks, hosts=tuple(hosts))
+
+
+def look_at(name: str, target: Target) -> Verdict:
+    """Read and check one config; a file that can't be read is a finding too."""
+    from master.ds_config import check
+
+    shown = "stdin" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        return Verdict(shown, None, [Problem("unreadable", "error", (), error.strerror or str(error),
+                                             "name a file that is there", PARSE)], [(1, 1)])
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        return Verdict(shown, None, [Problem("not-json", "error", (), "not UTF-8", "save it as UTF-8", PARSE)],
+                       [(line, 1)])
+    try:
+        document = Document(text)
+    except TextError as error:
+        line = text.count("\n", 0, error.at) + 1
+        problem = Problem("not-json", "error", (), f"not JSON: {error}", "correct it", PARSE)
+        return Verdict(shown, text, [problem], [(line, error.at - text.rfind("\n", 0, error.at))])
+    problems = check(document, target)
+    return Verdict(shown, text, problems, [document.line(document.place(problem.path)) for problem in problems])
+
+
+def print_text(verdicts: Sequence[Verdict]) -> None:
+    """Print a line for each finding, and the numbers."""
+    for verdict in verdicts:
+        for problem, (line, _) in zip(verdict.problems, verdict.lines, strict=True):
+            mend = f". {problem.mend[:1].upper()}{problem.mend[1:]}" if problem.mend else ""
+            strikes = f" [{problem.strikes}]" if problem.strikes else ""
+            print(one_line(f"{verdict.name}:{line}: {problem.level} {problem.json_path}: "
+                           f"{problem.message}{mend}{strikes}"))
+        if not verdict.problems:
+            print(one_line(f"{verdict.name}: ok"))
+    total = Counter({level: sum(verdict.count(level) for verdict in verdicts) for level in LEVELS})
+    files = f"{len(verdicts)} file{'s' * (len(verdicts) > 1)}"
+    numbers = ", ".join(f"{total[level]} {level}{'s' * (total[level] != 1)}" for level in ("error", "warning"))
+    if sum(total.values()):
+        print(f"{files}: {numbers}, {total['info']} info")
+    if any(problem.fix for verdict in verdicts for problem in verdict.problems):
+        say("some of it mends itself: --fix")
+
+
+def print_json(verdicts: Sequence[Verdict]) -> None:
+    """Print the findings for another program."""
+    print(json.dumps([{"file": verdict.name, "problems": [
+        {"level": problem.level, "code": problem.code, "path": problem.json_path, "line": line, "column": column,
+         "message": problem.message, "mend": problem.mend, "strikes": problem.strikes or None,
+         "fixable": problem.fix is not None}
+        for problem, (line, column) in zip(verdict.problems, verdict.lines, strict=True)]}
+        for verdict in verdicts], indent=1))
+
+
+def offer_mends(verdict: Verdict, target: Target, ask: bool) -> Verdict:
+    """Show what --fix would change in a file, ask, write it; return what is left."""
+    from master.ds_mends import mend
+
+    try:
+        text, done = mend(verdict.text or "", target)
+    except TextError:
+        done = []
+    if not done or verdict.text is None:
+        return verdict
+    change = difflib.unified_diff(verdict.text.splitlines(), text.splitlines(), verdict.name, f"{verdict.name} (mended)",
+                                  lineterm="")
+    say("\n".join(map(one_line, change)))
+    if ask:
+        print(f"write this to {verdict.name}? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            say(f"{verdict.name} is left as it was")
+            return verdict
+    write_whole(Path(verdict.name), text)
+    say(f"{verdict.name}: {len(done)} mended")
+    return look_at(verdict.name, target)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` and check; return 0, 1 with errors, 2 on wrong usage."""
+    options = build_parser().parse_args(argv)
+    names = options.files or ["-"]
+    if names == ["-"] and sys.stdin.isatty():
+        say("validate_ds_config.py: which config? invoke validate ds_config.json")
+        return 2
+    if options.fix and ("-" in names or not options.yes and not sys.stdin.isatty()):
+        say("validate_ds_config.py: --fix asks on the terminal before it writes a file; --yes goes without")
+        return 2
+    try:
+        target = find_target(options)
+    except (HostfileError, ClusterError, ValueError) as error:
+        say(f"validate_ds_config.py: {error}")
+        return 2 if isinstance(error, ValueError) and not isinstance(error, (HostfileError, ClusterError)) else 1
+    verdicts = [look_at(name, target) for name in names]
+    if options.fix:
+        verdicts = [offer_mends(verdict, target, not options.yes) for verdict in verdicts]
+    (print_json if options.json else print_text)(verdicts)
+    levels = ("error", "warning") if options.strict else ("error",)
+    return int(any(verdict.count(level) for verdict in verdicts for level in levels))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
