@@ -84,6 +84,19 @@ def hostfile(c, nodes="", output="", vendor="", cpu_slots="", allow_missing=Fals
     run_tool("master.generate_hostfile", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
 
 
+@task(auto_shortflags=False, help={
+    "config": "DeepSpeed config (trainer/ds_config.json)",
+    "hostfile": "the hosts that will train: their slots, and cluster.json beside it",
+    "plain-deepspeed": 'no Trainer will read it: "auto" is an error',
+    "strict": "warnings count as errors",
+    "fix": "mend what has one safe mend: show the change, ask, write",
+})
+def validate(c, config="", hostfile="", plain_deepspeed=False, strict=False, fix=False):  # type: ignore[no-untyped-def]
+    """Tell what is wrong with a DeepSpeed config, and mend it; flags of master/validate_ds_config.py follow --."""
+    words = flags(hostfile=hostfile, plain_deepspeed=plain_deepspeed, strict=strict, fix=fix)
+    run_tool("master.validate_ds_config", config or str(HOME / "trainer" / "ds_config.json"), *words, *after_dashes())
+
+
 @task(auto_shortflags=False, help={"json": "the report as the one line that other tools read"})
 def detect(c: Context, json=False):  # type: ignore[no-untyped-def]
     """Show this machine's GPUs, what is wrong with them and what mends it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from master.ds_optimizer_rules import checked_when
 from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rule, leaves, shown
 from master.ds_schema import fills_auto, is_checked, node_of
 
@@ -42,36 +43,37 @@ def batch_arithmetic(config: Config) -> Iterator[Problem]:
     given = {key: config.get(key) for key in BATCH}
     if "auto" in given.values():
         return  # the Trainer fills them; for plain DeepSpeed, auto_nobody_fills tells
-    batch, micro, steps = given.values()
     at: tuple[str, ...] = next(((key,) for key in BATCH if given[key] is not None), (BATCH[1],))
-    if batch is None and micro is None:
+    if given[BATCH[0]] is None and given[BATCH[1]] is None:
         yield Problem("batch-missing", "error", (BATCH[1],), "neither train_batch_size nor "
                       "train_micro_batch_size_per_gpu is given", "give the micro batch", PARSE)
         return
     for key, value in given.items():
-        if value is not None and not isinstance(value, (int, float)):
-            fix = Fix("put", int(value)) if isinstance(value, str) and value.isdecimal() else None
+        if isinstance(value, str) and value.isdecimal():
+            given[key] = int(value)
             yield Problem("bad-value", "error", (key,), f"expected an integer, got {shown(value)}",
-                          "write the number without quotes" if fix else "correct it", PARSE, fix)
+                          "write the number without quotes", PARSE, Fix("put", int(value)))
+        elif value is not None and not isinstance(value, (int, float)):
+            yield Problem("bad-value", "error", (key,), f"expected an integer, got {shown(value)}", "correct it", PARSE)
             return
+    for key, value in given.items():
         if value is not None and not value > 0:
             yield Problem("bad-value", "error", (key,), f"must be above 0, not {shown(value)}", "correct it", PARSE)
             return
-    ranks = config.target.world_size
-    shared = config.get("sequence_parallel_size", default=1)
+    ranks, shared = config.target.world_size, config.get("sequence_parallel_size", default=1)
     if ranks is not None and (not isinstance(shared, int) or shared < 1 or ranks % shared):
-        yield Problem("bad-value", "error", ("sequence_parallel_size",), f"{shown(shared)} ranks can't share a sequence "
-                      f"where {ranks} train", "make it a divisor of the number of ranks", INIT)
+        yield Problem("bad-value", "warning", ("sequence_parallel_size",), f"{shown(shared)} ranks can't share a "
+                      f"sequence where {ranks} train", "make it a divisor of the number of ranks")
     elif ranks is not None:
         yield from with_ranks(given, at, ranks // shared)
-    elif batch is not None:
+    elif given[BATCH[0]] is not None:
         yield from without_ranks(given)
 
 
 def with_ranks(given: dict[str, Any], at: tuple[str, ...], ranks: int) -> Iterator[Problem]:
     """The sum for a known number of ranks."""
     try:
-        batch, micro, steps = solve(*given.values(), ranks)
+        batch, micro, steps = solve(given[BATCH[0]], given[BATCH[1]], given[BATCH[2]], ranks)
     except (ZeroDivisionError, OverflowError):
         batch, micro, steps = 0, 0, 0
     if micro > 0 and steps > 0 and batch == micro * steps * ranks:
@@ -106,7 +108,7 @@ def without_ranks(given: dict[str, Any]) -> Iterator[Problem]:
 def auto_nobody_fills(config: Config) -> Iterator[Problem]:
     """ "auto" for plain DeepSpeed, which knows no such word; and where the Trainer doesn't fill it."""
     for path, value in leaves(config.root):
-        if value != "auto" or path == ("steps_per_print",) and config.for_trainer:
+        if value != "auto" or (path == ("steps_per_print",) and config.for_trainer):
             continue
         node = node_of(path) or {}
         own = not fills_auto(path) and ("auto" in node.get("enum", []) or node.get("pattern") == "^auto$")
@@ -114,19 +116,20 @@ def auto_nobody_fills(config: Config) -> Iterator[Problem]:
             yield Problem("auto-unfilled", "error", path, 'the Trainer does not fill "auto" here, and refuses it',
                           _instead(node), INIT, Fix("remove") if own else None)
         elif not config.for_trainer and not own:
-            yield plain_auto(path, node, config.target.trainer is None)
+            yield plain_auto(config, path, node)
 
 
-def plain_auto(path: tuple[Any, ...], node: dict[str, Any], unsure: bool) -> Problem:
+def plain_auto(config: Config, path: tuple[Any, ...], node: dict[str, Any]) -> Problem:
     """Return what plain DeepSpeed does with an "auto"."""
-    if path == ("steps_per_print",) or path[0] in ("gradient_clipping", "optimizer"):
-        return Problem("auto-plain", "error", path, '"auto" stays a text and fails at the first step',
-                       _instead(node), STEP)
+    if path[0] in ("steps_per_print", "gradient_clipping", "optimizer"):
+        strikes = checked_when(config) if path[0] == "optimizer" else STEP
+        return Problem("auto-plain", "error", path, '"auto" stays a text, where a number is needed', _instead(node),
+                       strikes)
     if path[0] in BATCH:
         return Problem("auto-plain", "error", path, 'plain DeepSpeed knows no "auto"', _instead(node), PARSE)
     if is_checked(path[:-1]):
         default = node.get("default")
-        level, strikes = ("warning", "") if unsure else ("error", INIT)
+        level, strikes = ("warning", "") if config.target.trainer is None else ("error", INIT)
         return Problem("auto-plain", level, path, f'plain DeepSpeed drops "auto" and takes {shown(default)}',
                        _instead(node), strikes)
     return Problem("auto-plain", "error", path, 'plain DeepSpeed knows no "auto"', _instead(node), INIT)
@@ -165,12 +168,30 @@ def old_bfloat16(config: Config) -> Iterator[Problem]:
 
 
 @rule
+def log_level(config: Config) -> Iterator[Problem]:
+    """A level that DeepSpeed's logger doesn't know (it asks when the engine is built)."""
+    level = config.get("log_level")
+    names = (node_of(("log_level",)) or {})["enum"]
+    if level is not None and level != "auto" and str(level).lower() not in names:
+        yield Problem("bad-value", "error", ("log_level",), f"expected one of {', '.join(filter(None, names))}, got "
+                      f"{shown(level)}", "correct it", INIT)
+
+
+@rule
 def steps_and_clipping(config: Config) -> Iterator[Problem]:
     """Values that nothing checks until the first step."""
     every = config.get("steps_per_print", default=10)
-    if not isinstance(every, (int, float)) and every not in (None, "auto") and not config.for_trainer:
-        yield Problem("bad-value", "error", ("steps_per_print",), f"expected an integer, got {shown(every)}",
-                      "correct it", STEP)
+    if not config.for_trainer and every not in (None, "auto") and (not isinstance(every, (int, float)) or every == 0):
+        yield Problem("bad-value", "error", ("steps_per_print",), f"expected an integer above 0, got {shown(every)}",
+                      "write null to print nothing", STEP)
+    factor = config.get("gradient_predivide_factor", default=1.0)
+    if factor != "auto" and not isinstance(factor, (int, float)):
+        yield Problem("bad-value", "error", ("gradient_predivide_factor",), f"expected a number, got {shown(factor)}",
+                      "write a number", STEP)
+    step = config.get("flops_profiler", "profile_step", default=1)
+    if config.get("flops_profiler", "enabled") and not isinstance(step, (int, float)) and step != "auto":
+        yield Problem("bad-value", "error", ("flops_profiler", "profile_step"), f"expected an integer, got "
+                      f"{shown(step)}", "write a number", STEP)
     clip = config.get("gradient_clipping", default=1.0)
     if clip != "auto" and not isinstance(clip, (int, float)):
         yield Problem("bad-value", "error", ("gradient_clipping",), f"expected a number, got {shown(clip)}",

@@ -69,15 +69,15 @@ def text_problems(document: Document, target: Target) -> Iterator[Problem]:
     places = sorted({document.line(slip.at)[0] for slip in slips})
     names = ", ".join(dict.fromkeys(slip.what.split(":")[0] for slip in slips)) or refused[0]
     lines = ", ".join(map(str, places[:5])) + (" ..." if len(places) > 5 else "")
-    message = f"not JSON: {names} (line {lines})" if places else f"not JSON: {names}"
+    message = f"not JSON: {names} (line{'s' * (len(places) > 1)} {lines})" if places else f"not JSON: {names}"
     bare = any(slip.what.startswith("a word") for slip in slips)
     fix = None if bare or not slips else Fix("strict")
     if target.trainer is False:
         yield Problem("not-json", "info", (), f"{message}; DeepSpeed reads it, the Trainer would not",
-                      "invoke validate --fix" if fix else "put texts in quotes", fix=fix)
+                      "--fix makes it plain JSON" if fix else "put texts in quotes", fix=fix)
     else:
         yield Problem("not-json", "error", (), f"{message}; DeepSpeed alone reads it, the Trainer refuses it",
-                      "put texts in quotes" if bare else "write plain JSON", INIT, fix)
+                      "put texts in quotes" if bare else "write plain JSON (--fix does)", INIT, fix)
 
 
 def _equal_twins(document: Document, path: Path) -> bool:

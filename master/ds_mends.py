@@ -38,10 +38,12 @@ def mend(text: str, target: Target) -> tuple[str, list[Problem]]:
 
 def _kinds(problems: list[Problem], mended: Problem) -> Counter[tuple[str, str, Path]]:
     """Return the findings as they can be compared: a renamed key's are those of its old name."""
-    old, new = mended.path, (*mended.path[:-1], mended.fix.value) if mended.fix else mended.path
+    old, new, fix = mended.path, mended.path, mended.fix
+    if fix and fix.kind in ("rename", "replace"):
+        new = (*old[:-1], fix.value if fix.kind == "rename" else fix.value[0])
 
     def before(path: Path) -> Path:
-        return old + path[len(new):] if mended.fix and mended.fix.kind == "rename" and path[: len(new)] == new else path
+        return old + path[len(new):] if path[: len(new)] == new else path
 
     return Counter((problem.code, problem.level, before(problem.path)) for problem in problems)
 
@@ -55,6 +57,8 @@ def apply(document: Document, problem: Problem) -> str:
         return document.strict()
     if fix.kind == "rename":
         return rename(document, problem.path, fix.value)
+    if fix.kind == "replace":
+        return rename(Document(put(document, problem.path, fix.value[1])), problem.path, fix.value[0])
     if fix.kind == "put":
         return put(document, problem.path, fix.value)
     return remove(document, problem.path, first=fix.value == "first")

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 from master.ds_problem import PARSE, Fix, Problem
-from master.ds_schema import COMMENT, coerce, is_checked, node_of, schema
+from master.ds_schema import COMMENT, is_checked, node_of, schema
 from master.json_text import Path
 
 # Names under which things are looked for in vain: printouts, other releases, other programs' spelling.
@@ -19,10 +19,9 @@ KNOWN_AS: dict[Path, Path] = {
     ("zero_optimization", "cpu_offload_params"): ("zero_optimization", "offload_param"),
     ("gradient_accumulation_dtype",): ("data_types", "grad_accum_dtype"),
     ("grad_accum_dtype",): ("data_types", "grad_accum_dtype"),
-    ("monitor_config",): ("tensorboard",),
+    ("monitor_config",): ("tensorboard (or wandb, csv_monitor, comet)",),
     ("comms_config",): ("comms_logger",),
     ("zero",): ("zero_optimization",),
-    ("logging",): ("steps_per_print",),
     ("micro_batch_size",): ("train_micro_batch_size_per_gpu",),
 }
 # What Apex's and older releases' fp16 sections held; DeepSpeed's fp16 has no place for it.
@@ -67,14 +66,11 @@ def meant(path: Path, section: dict[str, Any]) -> tuple[str, Fix | None]:
 
 def _rename(parent: Path, section: dict[str, Any], key: str, new: str) -> Fix | None:
     """Return the fix that renames a key, if the new name is free and its value fits there."""
+    import jsonschema
+
     node = node_of((*parent, new))
-    if new in section or node is None:
-        return None
-    try:
-        coerce(node, section[key])
-    except ValueError:
-        return None
-    return Fix("rename", new)
+    fits = node is not None and jsonschema.Draft7Validator(node).is_valid(section[key])
+    return Fix("rename", new) if fits and new not in section else None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A config against the machines that will run it: GPUs too old for bf16, no GPU for fp16, more GPUs than one for hpZ."""
+"""A config against the machines that will run it: GPUs too old for bf16, none for fp16, RAM, NVMe drives."""
 
 from __future__ import annotations
 

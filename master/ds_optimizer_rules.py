@@ -18,6 +18,7 @@ from master.ds_classes import (
     ZERO_TESTED,
 )
 from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rule, shown
+from master.ds_schema import node_of
 
 RULES: list[Rule] = []
 OPTIMIZER, SCHEDULER = ("optimizer", "params"), ("scheduler", "params")
@@ -118,18 +119,24 @@ def arguments_of(name: str, config: Config) -> set[str] | None:
 
 @rule
 def optimizer_values(config: Config) -> Iterator[Problem]:
-    """Numbers in quotes and the like, which fail in the class or at the step."""
-    params = config.section(*OPTIMIZER)
+    """Numbers in quotes and the like."""
+    params, strikes = config.section(*OPTIMIZER), checked_when(config)
     for key in ("lr", "eps", "weight_decay"):
         value = params.get(key, 0)
         if value != "auto" and not isinstance(value, (int, float)):
             yield Problem("bad-value", "error", (*OPTIMIZER, key), f"expected a number, got {shown(value)}",
-                          "write a number", STEP, _number_fix(value))
+                          "write a number", strikes, _number_fix(value))
     betas = params.get("betas", [0.9, 0.999])
     if betas != "auto" and not (isinstance(betas, list) and len(betas) == 2
                                 and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)):
         yield Problem("bad-value", "error", (*OPTIMIZER, "betas"), f"expected two numbers from 0 to below 1, got "
-                      f"{shown(betas)}", "write [0.9, 0.999]", STEP)
+                      f"{shown(betas)}", "write [0.9, 0.999]", strikes)
+
+
+def checked_when(config: Config) -> str:
+    """Return when numbers are looked at: torch's classes check them at once, DeepSpeed's kernels fail at the step."""
+    own = optimizer_name(config) in TORCH_OPTIMIZERS or torch_adam(config) or config.target.completed
+    return INIT if own else STEP
 
 
 def _number_fix(value: Any) -> Fix | None:
@@ -150,8 +157,10 @@ def scheduler_type(config: Config) -> Iterator[Problem]:
     if config.has("scheduler") and not config.has("optimizer") and not config.for_trainer:
         yield Problem("no-effect", "info", ("scheduler",), "without an optimizer in the config or the program it is "
                       "dropped", "give an optimizer too, or take it out")
+    if name is not None and not isinstance(name, str):
+        yield fails("bad-value", ("scheduler", "type"), f"expected a name, got {shown(name)}", "write a name")
     if not isinstance(name, str):
-        if isinstance(config.get("scheduler"), dict):
+        if isinstance(config.get("scheduler"), dict) and name is None:
             yield Problem("missing", "warning", ("scheduler",), "without a type the section is ignored",
                           "give a type, or take the section out")
         return
@@ -195,15 +204,21 @@ def scheduler_steps(config: Config) -> Iterator[Problem]:
         return
     for key, least in (("warmup_num_steps", 1), ("lr_range_test_step_size", 1), ("cycle_first_step_size", 1),
                        ("cycle_second_step_size", 0)):
-        value = params.get(key)
-        if key not in params or value == "auto" or value is None and key == "cycle_second_step_size":
+        value: Any = params.get(key, "auto")
+        if value == "auto" or (value is None and key == "cycle_second_step_size"):
             continue
-        whole = isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) \
-            and key.startswith("cycle")
-        if not whole or value < least:
+        steps = value if isinstance(value, int) else -1
+        if isinstance(value, float) and key.startswith("cycle"):
+            steps = int(value)  # the only ones that take fractions
+        if steps < least:
+            whole = isinstance(value, float) and value.is_integer() and value >= least
             yield fails("bad-value", (*SCHEDULER, key), f"{name} takes integers from {least}, not {shown(value)}",
-                        "correct it", Fix("put", int(value)) if isinstance(value, float) and value.is_integer()
-                        and value >= least else None)
+                        "correct it", Fix("put", int(value)) if whole else None)
+    for key, value in params.items():
+        node = node_of((*SCHEDULER, key)) or {}
+        if isinstance(value, str) and value != "auto" and {"number", "integer"} & set(node.get("type", ())):
+            yield fails("bad-value", (*SCHEDULER, key), f"expected a number, got {shown(value)}", "write a number",
+                        _number_fix(value) if "steps" not in key else None)
     warmup, total = params.get("warmup_num_steps"), params.get("total_num_steps")
     if isinstance(warmup, (int, float)) and isinstance(total, (int, float)) and total < warmup:
         yield Problem("bad-combination", "warning", (*SCHEDULER, "total_num_steps"),
@@ -218,7 +233,9 @@ def learning_rate_overridden(config: Config) -> Iterator[Problem]:
             "LRRangeTest": "lr_range_test_min_lr"}
     peak = params.get(keys.get(str(name), ""))
     rate = config.get(*OPTIMIZER, "lr")
-    if not all(isinstance(value, (int, float)) and value > 0 for value in (peak, rate)) or peak == rate:
+    if not (isinstance(peak, (int, float)) and isinstance(rate, (int, float)) and peak > 0 and rate > 0):
+        return
+    if peak == rate:
         return
     far = str(name).startswith("Warmup") and max(peak / rate, rate / peak) >= APART
     yield Problem("lr-overridden", "warning" if far else "info", (*OPTIMIZER, "lr"), f"{name} sets the rate to "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from master.ds_problem import PARSE, Config, Fix, Problem, Rule, shown
+from master.ds_schema import coerce, node_of
 
 RULES: list[Rule] = []
 
@@ -75,12 +76,10 @@ def sections_are_objects(config: Config) -> Iterator[Problem]:
 
 
 def _lower_in(*words: str, null: bool = False) -> Callable[[Any], bool]:
-    return lambda value: value is None and null or isinstance(value, str) and value.lower() in words
+    return lambda value: (value is None and null) or (isinstance(value, str) and value.lower() in words)
 
 
 def _dtype(value: Any) -> bool:
-    from master.ds_schema import node_of
-
     return value in (node_of(("torch_autocast", "dtype")) or {})["enum"]
 
 
@@ -94,7 +93,7 @@ def _whole(value: Any) -> bool:
 
 
 def _names(value: Any) -> bool:
-    return isinstance(value, (str, dict)) or isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, (str, dict)) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 VALUES: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
@@ -112,7 +111,7 @@ VALUES: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
     ("autotuning", "results_dir"): (bool, "a folder"),
     ("autotuning", "exps_dir"): (bool, "a folder"),
     ("data_types", "keep_in_fp32_modules"): (
-        lambda value: value == "auto" or isinstance(value, list) and _names(value), '"auto" or a list of patterns'),
+        lambda value: value == "auto" or (isinstance(value, list) and _names(value)), '"auto" or a list of patterns'),
     ("expert_parallel", "load_balance_coeff"): (lambda value: value is None, "null"),
     ("data_efficiency", "data_sampling", "dynamic_batching", "min_batch_size"): (_whole, "an integer"),
     ("data_efficiency", "data_sampling", "dynamic_batching", "max_batch_size"): (_whole, "an integer"),
@@ -127,13 +126,21 @@ def values_that_are_read_at_once(config: Config) -> Iterator[Problem]:
         value = config.get(*path, default=missing)
         if value is not missing and not takes(value):
             yield refused("bad-value", path, f"expected {wanted}, got {shown(value)}", "correct it")
-    old = config.get("allgather_size", default=0)
-    if config.get("zero_optimization") is True and old != "auto" and (not _whole(old) or int(old) != _as_number(old)
-                                                                      or int(old) < 0):
-        yield refused("bad-value", ("allgather_size",), f"expected an integer >= 0, got {shown(old)}", "correct it")
     size = config.get("vocabulary_size")
     if size and not isinstance(size, (int, float)):
         yield refused("bad-value", ("vocabulary_size",), f"expected an integer, got {shown(size)}", "correct it")
+
+
+@rule
+def bucket_of_the_old_form(config: Config) -> Iterator[Problem]:
+    """allgather_size, which becomes allgather_bucket_size where zero_optimization is a bare true."""
+    size = config.get("allgather_size", default="auto")
+    if config.get("zero_optimization") is True and size != "auto":
+        try:
+            coerce(node_of(("zero_optimization", "allgather_bucket_size")) or {}, size)
+        except ValueError:
+            yield refused("bad-value", ("allgather_size",), f"expected an integer >= 0, got {shown(size)}",
+                          "correct it")
 
 
 @rule
@@ -177,7 +184,7 @@ def loss_scale(config: Config) -> Iterator[Problem]:
         value = fp16.get(key, 1)
         if isinstance(value, bool):
             yield refused("bad-value", ("fp16", key), f"expected a number, got {shown(value)}", "write a number")
-        elif value in (float("inf"), float("-inf")) or isinstance(value, float) and value != value:
+        elif value in (float("inf"), float("-inf")) or (isinstance(value, float) and value != value):
             yield refused("bad-value", ("fp16", key), "expected a finite number", "write one")
     for key in ("loss_scale_window", "min_loss_scale"):
         if not _whole(fp16.get(key, 1)) and fp16[key] != "auto":
@@ -224,8 +231,6 @@ def sixteen_bit_masters(config: Config) -> Iterator[Problem]:
 @rule
 def two_names_of_one_key(config: Config) -> Iterator[Problem]:
     """stage3_x beside x, cpu_offload beside offload_optimizer: DeepSpeed takes one of them."""
-    from master.ds_schema import node_of
-
     zero = config.section("zero_optimization")
     given = {key for key, value in zero.items() if value != "auto"}
     pairs = {"cpu_offload": ("offload_optimizer",), "cpu_offload_param": ("offload_param",),

@@ -42,7 +42,10 @@ def kept_types(config: Config) -> Iterator[Problem]:
         if value is None or value == "auto":
             continue
         known = (node_of(("data_types", key)) or {})["enum"]
-        if value not in known:
+        if value not in known and key == "buffer_dtype":
+            yield Problem("bad-value", "warning", ("data_types", key), f"there is no type {shown(value)}",
+                          "write fp32, bf16 or fp16")
+        elif value not in known:
             yield Problem("bad-value", "error", ("data_types", key), f"there is no type {shown(value)}",
                           "write fp32, bf16 or fp16", INIT)
         elif key == "param_dtype" and trained and short(value) != trained:
@@ -84,7 +87,8 @@ def monitors(config: Config) -> Iterator[Problem]:
 def lamb(config: Config) -> Iterator[Problem]:
     """Lamb with a fixed loss scale (engine.py:2021)."""
     scale = config.get("fp16", "loss_scale", default=0)
-    if str(config.get("optimizer", "type")).lower() == "lamb" and config.on("fp16", "enabled") and scale not in (0, "0"):
+    is_lamb = str(config.get("optimizer", "type")).lower() == "lamb"
+    if is_lamb and config.on("fp16", "enabled") and scale not in (0, "0"):
         yield Problem("bad-combination", "error", ("fp16", "loss_scale"), "Lamb needs a dynamic loss scale",
                       "take it out", INIT)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from master.console import one_line
 from master.json_text import Path
 
 LEVELS = ("error", "warning", "info")
@@ -14,7 +15,9 @@ PARSE, INIT, STEP = "parse", "init", "step"  # DeepSpeedConfig refuses; deepspee
 
 @dataclass(frozen=True)
 class Fix:
-    """A mend that can't be wrong: `kind` is rename (value: the new key), put (value), or remove."""
+    """A mend that can't be wrong. kind: rename (value: the new key), put (value), replace (new key and value), remove
+    (value "first": of duplicates, the first), strict (the whole text as plain JSON).
+    """
 
     kind: str
     value: Any = None
@@ -39,6 +42,12 @@ class Problem:
     def json_path(self) -> str:
         """The path as $.a.b[0]."""
         return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in self.path)
+
+    def line(self, file: str, number: int) -> str:
+        """Return the finding as one line of text."""
+        mend = f". {self.mend[:1].upper()}{self.mend[1:]}" if self.mend else ""
+        strikes = f" [{self.strikes}]" if self.strikes else ""
+        return one_line(f"{file}:{number}: {self.level} {self.json_path}: {self.message}{mend}{strikes}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Config:
     def on(self, *path: str) -> bool:
         """Tell whether a switch is on, in any of the spellings that DeepSpeed takes."""
         value = self.get(*path)
-        return value in (True, 1) or isinstance(value, str) and value.lower() in ("true", "t", "yes", "y", "on", "1")
+        return value in (True, 1) or (isinstance(value, str) and value.lower() in ("true", "t", "yes", "y", "on", "1"))
 
     @property
     def stage(self) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path as File
 from typing import Any
 
-from master.ds_problem import INIT, PARSE, Fix, Problem, shown
+from master.ds_problem import PARSE, Fix, Problem, shown
 from master.json_text import Path
 
 SCHEMA = File(__file__).resolve().parent.parent / "schemas" / "ds_config.schema.json"
@@ -77,19 +77,21 @@ def findings(root: dict[str, Any]) -> Iterator[Problem]:
                 if key not in known and not (COMMENT.match(key) and "patternProperties" in error.schema):
                     yield unknown((*path, key), error.instance)
         elif error.validator == "not":
-            # ds_optimizer_rules.py knows more of max_grad_norm; an "auto" is dropped before it is looked at
-            if path[0] != "optimizer" and not (error.instance == "auto" and is_checked(path[:-1])):
-                yield not_settable(path, error.schema)
+            # ds_optimizer_rules.py knows more of max_grad_norm; an "auto" is dropped before its type is looked at
+            dropped = error.instance == "auto" and "x-removed" not in error.schema
+            if path[0] != "optimizer" and not dropped:
+                yield not_settable(path, error.instance, error.schema)
         else:
             yield from value_breach(path, error.instance, error.schema)
 
 
-def not_settable(path: Path, node: dict[str, Any]) -> Problem:
+def not_settable(path: Path, value: Any, node: dict[str, Any]) -> Problem:
     """Return the finding for a key that DeepSpeed refuses whatever its value."""
     if "x-removed" not in node:
         return Problem("not-in-json", "error", path, node["description"], "leave it out", PARSE, Fix("remove"))
+    off = not value or (isinstance(value, dict) and value.get("enabled", True) is False)
     return Problem("removed", "error", path, "removed from DeepSpeed, which refuses it even if it is off",
-                   f"take it out ({node['x-removed']})", PARSE)
+                   f"take it out ({node['x-removed']})", PARSE, Fix("remove") if off else None)
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -108,9 +110,9 @@ def value_breach(path: Path, value: Any, node: dict[str, Any]) -> Iterator[Probl
     try:
         taken = coerce(node, value)
     except ValueError:
-        later = "x-later" in node and isinstance(value, str)
-        yield Problem("bad-value", "error", path, f"expected {wanted}, got {shown(value)}", _closest(node, value),
-                      INIT if later else PARSE, _case_fix(node, value))
+        level, strikes = ("warning", "") if "x-open" in node and isinstance(value, str) else ("error", PARSE)
+        yield Problem("bad-value", level, path, f"expected {wanted}, got {shown(value)}", _closest(node, value),
+                      strikes, _case_fix(node, value))
         return
     yield Problem("loose-type", "info", path, f"{shown(value)} is taken as {shown(taken)}", f"write {shown(taken)}",
                   fix=Fix("put", taken))
@@ -177,8 +179,8 @@ def _as(name: str, value: Any) -> Any:
         word = value.lower() if isinstance(value, str) else str(int(value)) if value in (0, 1) else ""
         if word in TRUE | FALSE:
             return word in TRUE
-    exact = {"string": str, "array": list, "object": dict, "null": type(None)}.get(name)
-    if exact and isinstance(value, exact):
+    exact: dict[str, type] = {"string": str, "array": list, "object": dict, "null": type(None)}
+    if name in exact and isinstance(value, exact[name]):
         return value
     raise ValueError
 
@@ -186,7 +188,7 @@ def _as(name: str, value: Any) -> Any:
 def _integer(value: Any) -> int:
     if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+(_\d+)*(\.0*)?\s*", value):
         return int(value.strip().partition(".")[0])
-    if isinstance(value, int) or isinstance(value, float) and value.is_integer():
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     raise ValueError
 
@@ -204,11 +206,9 @@ def _within(node: dict[str, Any], value: Any) -> None:
     if "enum" in node and value not in node["enum"]:
         raise ValueError
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not all(bound(value) for bound in (
-                lambda number: number >= node.get("minimum", -math.inf),
-                lambda number: number <= node.get("maximum", math.inf),
-                lambda number: number > node.get("exclusiveMinimum", -math.inf),
-                lambda number: number < node.get("exclusiveMaximum", math.inf))):
+        above = value >= node.get("minimum", -math.inf) and value > node.get("exclusiveMinimum", -math.inf)
+        below = value <= node.get("maximum", math.inf) and value < node.get("exclusiveMaximum", math.inf)
+        if not (above and below):
             raise ValueError
     if isinstance(value, list) and "items" in node:
         for item in value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from master.ds_problem import INIT, Config, Fix, Problem, Rule
+from master.ds_problem import INIT, STEP, Config, Fix, Problem, Rule
 from master.ds_schema import node_of
 
 RULES: list[Rule] = []
@@ -46,7 +46,8 @@ def renamed_keys(config: Config) -> Iterator[Problem]:
         if old in zero and new not in zero:
             what = f'"{new}": {{"device": "cpu"}}'
             yield Problem("renamed", "info", (ZERO, old), f"the old form of {what}", f"write {what}" if
-                          config.on(ZERO, old) else "take it out", fix=None if config.on(ZERO, old) else Fix("remove"))
+                          config.on(ZERO, old) else "take it out",
+                          fix=Fix("replace", (new, {"device": "cpu"})) if config.on(ZERO, old) else Fix("remove"))
     if "cpu_offload_use_pin_memory" in zero:
         yield Problem("renamed", "info", (ZERO, "cpu_offload_use_pin_memory"), "ignored: pin_memory stands in "
                       "offload_optimizer and offload_param", "take it out", fix=Fix("remove"))
@@ -79,7 +80,7 @@ def nvme(config: Config) -> Iterator[Problem]:
         if device == "nvme" and config.stage == 3 and (not isinstance(place, str) or place in ("", "auto", "none")):
             yield needs("missing", (ZERO, section, "nvme_path"), "device nvme needs nvme_path",
                         "give a folder on a local drive of every node")
-        elif isinstance(place, str) and (place.startswith("~") or device == "nvme" and not place.startswith("/")):
+        elif isinstance(place, str) and (place.startswith("~") or (device == "nvme" and not place.startswith("/"))):
             wrong = "~ is not expanded" if place.startswith("~") else "not an absolute path"
             yield Problem("bad-value", "warning", (ZERO, section, "nvme_path"), f"{wrong}: a folder of that name is "
                           "made where the training was started", "write the whole path")
@@ -145,6 +146,10 @@ def gradient_norm(config: Config) -> Iterator[Problem]:
     if config.get("gradient_clipping", default=1.0) != 0:
         yield needs("needs-norm", (ZERO, "compute_grad_norm"), "false needs gradient_clipping 0 (left out it is 1.0)",
                     "set gradient_clipping to 0")
+    sixteen = config.on("bf16", "enabled") and config.get("data_types", "grad_accum_dtype") in ("fp32", "float32")
+    if sixteen and config.stage == 1:
+        yield needs("needs-norm", (ZERO, "compute_grad_norm"), "false does not go with bf16, fp32 gradients and "
+                    "stage 1", "take it out, or set stage 2")
     if config.device("offload_optimizer") != "none" or config.get(ZERO, "zenflow"):
         yield needs("needs-norm", (ZERO, "compute_grad_norm"), "false does not go with offload or ZenFlow",
                     "take it out")
@@ -154,16 +159,27 @@ def gradient_norm(config: Config) -> Iterator[Problem]:
 def what_needs_cpu_offload(config: Config) -> Iterator[Problem]:
     """ZenFlow, super_offload and 16-bit masters (zenflow_stage_1_and_2.py, superoffload_stage3.py, :331)."""
     offloaded = config.device("offload_optimizer")
-    if isinstance(config.get(ZERO, "zenflow"), dict) and config.stage in (1, 2, 3) and offloaded != "cpu":
+    if isinstance(config.get(ZERO, "zenflow"), dict) and config.stage == 0:
+        yield Problem("wrong-stage", "error", (ZERO, "zenflow"), "needs ZeRO stage 1, 2 or 3", "set the stage", STEP)
+    elif isinstance(config.get(ZERO, "zenflow"), dict) and offloaded != "cpu":
         yield needs("needs-offload", (ZERO, "zenflow"), "needs offload_optimizer with device cpu",
                     'add "offload_optimizer": {"device": "cpu"}')
     if config.on(ZERO, "offload_optimizer", "super_offload") and (config.stage != 3 or offloaded != "cpu"):
         yield Problem("no-effect", "warning", (ZERO, "offload_optimizer", "super_offload"),
                       "works at stage 3 with device cpu only", "set both, or take it out")
     for path in (("fp16", "fp16_master_weights_and_grads"), ("bf16", "bf16_master_weights_and_grads")):
-        if config.on(*path) and config.stage in (1, 2) and offloaded == "none":
+        if config.on(*path) and config.stage and offloaded == "none":
             yield needs("needs-offload", path, "needs offload_optimizer and DeepSpeed's CPU Adam",
                         'add "offload_optimizer": {"device": "cpu"}')
+
+
+@rule
+def accumulation_by_hand(config: Config) -> Iterator[Problem]:
+    """managed_gradient_accumulation: false with overlap_comm below stage 2 (engine.py, _do_sanity_check)."""
+    if config.get("managed_gradient_accumulation", default=True) is False and config.stage < 2 \
+            and config.on(ZERO, "overlap_comm"):
+        yield needs("bad-combination", ("managed_gradient_accumulation",), "false with overlap_comm needs ZeRO stage 2",
+                    "set overlap_comm to false")
 
 
 @rule

@@ -1,7 +1,7 @@
-"""JSON as people write it: read with its places, slips told, and rewritten without touching the rest.
+"""JSON as people write it: its keys with their places, its slips told, and rewritten without touching the rest.
 
-DeepSpeed reads configs by Hjson (comments, trailing commas, bare words), the Trainer by strict JSON. This reads what
-Hjson reads, notes what strict JSON refuses, and knows where each key stands. `master/validate_ds_config.py` uses it.
+DeepSpeed reads configs by Hjson (comments, trailing commas, bare words), the Trainer by strict JSON. This knows what
+both make of a text. `master/validate_ds_config.py` uses it.
 """
 
 from __future__ import annotations
@@ -9,56 +9,11 @@ from __future__ import annotations
 import bisect
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-Path = tuple[str | int, ...]
-BLANK = re.compile(r"[ \t\r\n]*")
-NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?[ \t]*$")
-STRING = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)\1""", re.DOTALL)
-BARE_KEY = re.compile(r"[^\s,:\[\]{}]+")
-WORDS = {"true": True, "false": False, "null": None}
-DEPTH = 64  # deeper than any config; Python's own stack is the reason for a bound
+from master.json_reader import Member, Path, Reader, Slip, TextError
 
-
-class TextError(ValueError):
-    """The text is no config in any reading; `at` is the offset."""
-
-    def __init__(self, message: str, at: int) -> None:
-        super().__init__(message)
-        self.at = at
-
-
-@dataclass(frozen=True)
-class Slip:
-    """Something that strict JSON refuses, with the piece of text that would mend it."""
-
-    what: str
-    at: int
-    end: int
-    instead: str
-
-
-@dataclass
-class Node:
-    """A value and its place: text[start:end]."""
-
-    value: Any
-    start: int
-    end: int
-    members: list[Member] = field(default_factory=list)
-    items: list[Node] = field(default_factory=list)
-
-
-@dataclass
-class Member:
-    """A key of an object, its place (with the quotes), and its value."""
-
-    key: str
-    start: int
-    end: int
-    node: Node
+__all__ = ["Document", "Path", "TextError", "put", "remove", "rename", "strict_error"]
 
 
 class Document:
@@ -69,7 +24,7 @@ class Document:
         self.slips: list[Slip] = []
         self.duplicates: list[tuple[Path, int]] = []
         self._lines = [0, *(match.end() for match in re.finditer("\n", text))]
-        self.root = _Reader(text, self.slips, self.duplicates).document()
+        self.root = Reader(text, self.slips, self.duplicates).document()
 
     @property
     def value(self) -> Any:
@@ -107,8 +62,13 @@ class Document:
         """Return the same as strict JSON: comments and spare commas gone, everything else as it was."""
         text = self.text
         for slip in sorted(self.slips, key=lambda slip: slip.at, reverse=True):
-            text = text[: slip.at] + slip.instead + text[slip.end :]
-        return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE) if self.slips else text
+            start, end = slip.at, slip.end
+            if slip.what == "a comment":
+                before = text[: start].rstrip(" \t")
+                alone = before.endswith("\n") and text.startswith("\n", end)
+                start, end = len(before), end + alone
+            text = text[:start] + slip.instead + text[end:]
+        return text
 
 
 # -- edits -------------------------------------------------------------------------------------------------------------
@@ -146,174 +106,6 @@ def _must(document: Document, path: Path) -> Member:
     return member
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """One pass over the text; Hjson's rules, as far as configs use them."""
-
-    def __init__(self, text: str, slips: list[Slip], duplicates: list[tuple[Path, int]]) -> None:
-        self.text, self.slips, self.duplicates = text, slips, duplicates
-        self.at, self.path = 0, []  # type: int, list[str | int]
-
-    def document(self) -> Node:
-        if self.text.startswith("\ufeff"):
-            self.slip("a byte order mark", 0, 1)
-            self.at = 1
-        self.blank()
-        if not self.peek():
-            raise TextError("the file is empty", 0)
-        if self.peek() in "{[":
-            node = self.value()
-        else:
-            node = self.scalar()
-            if self.peek() == ":":
-                raise TextError("an object begins with {", node.start)
-        self.blank()
-        if self.at < len(self.text):
-            raise TextError(f"text after the end: {self.text[self.at : self.at + 20].split()[0]!r}", self.at)
-        return node
-
-    def slip(self, what: str, start: int, end: int, instead: str = "") -> None:
-        self.slips.append(Slip(what, start, end, instead))
-
-    def peek(self) -> str:
-        return self.text[self.at : self.at + 1]
-
-    def blank(self) -> None:
-        """Skip white space and comments."""
-        while True:
-            self.at = BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
-            start = self.at
-            if self.text.startswith("/*", start):
-                end = self.text.find("*/", start + 2)
-                if end < 0:
-                    raise TextError("a comment that never ends", start)
-                self.at = end + 2
-            elif self.text.startswith(("#", "//"), start):
-                ends = [place for mark in "\r\n" if (place := self.text.find(mark, start)) >= 0]
-                self.at = min(ends, default=len(self.text))
-            else:
-                return
-            self.slip("a comment", start, self.at)
-
-    def value(self) -> Node:
-        if len(self.path) > DEPTH:
-            raise TextError(f"nested deeper than {DEPTH} levels", self.at)
-        if self.peek() == "{":
-            return self.object()
-        if self.peek() == "[":
-            return self.array()
-        return self.scalar()
-
-    def object(self) -> Node:
-        node = Node({}, self.at, 0)
-        for start in self.entries("}"):
-            key = self.key()
-            end = self.at
-            self.blank()
-            if self.peek() != ":":
-                raise TextError(f"expected : after the key {key!r}", self.at)
-            self.at += 1
-            self.blank()
-            self.path.append(key)
-            if key in node.value:
-                self.duplicates.append((tuple(self.path), start))
-            member = Member(key, start, end, self.value())
-            self.path.pop()
-            node.members.append(member)
-            node.value[key] = member.node.value
-        node.end = self.at
-        return node
-
-    def array(self) -> Node:
-        node = Node([], self.at, 0)
-        for _ in self.entries("]"):
-            self.path.append(len(node.items))
-            node.items.append(self.value())
-            self.path.pop()
-            node.value.append(node.items[-1].value)
-        node.end = self.at
-        return node
-
-    def entries(self, closing: str) -> Iterator[int]:
-        """Walk over the commas; the caller reads an entry at each offset that this yields."""
-        opened = self.at
-        self.at += 1
-        comma, last = -1, -1
-        while True:
-            self.blank()
-            if not self.peek():
-                raise TextError(f"no {closing} for the {self.text[opened]} of line "
-                                f"{self.text.count(chr(10), 0, opened) + 1}", len(self.text))
-            if self.peek() == closing:
-                if comma >= 0:
-                    self.slip("a comma before the closing bracket", comma, comma + 1)
-                self.at += 1
-                return
-            if last >= 0 and comma < 0:
-                self.slip("no comma after this", last, last, ",")
-            yield self.at
-            last = self.at
-            self.blank()
-            comma = self.at if self.peek() == "," else -1
-            self.at += comma >= 0
-
-    def key(self) -> str:
-        if self.peek() in "\"'":
-            return self.string()
-        match = BARE_KEY.match(self.text, self.at)
-        if not match:
-            raise TextError(f"expected a key, found {self.peek()!r}", self.at)
-        self.slip("a key without quotes", self.at, match.end(), json.dumps(match.group()))
-        self.at = match.end()
-        return match.group()
-
-    def scalar(self) -> Node:
-        start = self.at
-        if self.peek() in "\"'":
-            if self.text.startswith("'''", start):
-                raise TextError("a text in ''' is not for configs", start)
-            return Node(self.string(), start, self.at)
-        if self.peek() in ",:[]{}":
-            raise TextError(f"expected a value, found {self.peek()!r}", start)
-        for end in self.stops():
-            word = self.text[start:end].rstrip(" \t")
-            self.at = start + len(word)
-            if word in WORDS:
-                return Node(WORDS[word], start, self.at)
-            if NUMBER.match(word):
-                value: int | float = float(word) if re.search("[.eE]", word) else int(word)
-                return Node(value, start, self.at)
-        self.slip("a word without quotes: it is text up to the end of the line", start, self.at, json.dumps(word))
-        return Node(word, start, self.at)
-
-    def stops(self) -> Iterator[int]:
-        """Yield where a bare word may end, the end of the line last."""
-        for match in re.compile(r"[,}\]#\r\n]|//|/\*|\Z").finditer(self.text, self.at):
-            yield match.start()
-            if match.group() in ("\r", "\n", ""):
-                return
-
-    def string(self) -> str:
-        match = STRING.match(self.text, self.at)
-        if not match:
-            raise TextError("a text without its closing quote", self.at)
-        if re.search(r"[\x00-\x1f]", match[2]):
-            raise TextError("a control character inside quotes (or a quote that is missing)", self.at)
-        body = match[2]
-        if match[1] == "'":
-            body = re.sub(r"\\'", "'", body)
-            body = re.sub(r'(?<!\\)((?:\\\\)*)"', r'\1\\"', body)
-            self.slip("single quotes", match.start(), match.end(), f'"{body}"')
-        try:
-            text: str = json.loads(f'"{body}"')
-        except ValueError:
-            raise TextError(f"a backslash that means nothing in {match[0][:40]}", self.at) from None
-        self.at = match.end()
-        return text
-
-
 def strict_error(text: str) -> tuple[str, int] | None:
     """Return what strict JSON, as the Trainer reads it, refuses, and where; None if nothing."""
     try:
@@ -323,6 +115,3 @@ def strict_error(text: str) -> tuple[str, int] | None:
     except RecursionError:
         return "nested too deeply", 0
     return None
-
-
-Edit = Callable[[Document], str]

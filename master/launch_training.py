@@ -144,9 +144,32 @@ def existing(config: Path) -> Path:
     return config
 
 
+class ConfigError(Exception):
+    """A DeepSpeed config that would be refused."""
+
+
+def check_config(config: Path, ranks: int) -> None:
+    """Say what is wrong with a config; raise ConfigError if DeepSpeed or the Trainer would refuse it."""
+    from master.ds_config import Target, check  # here: it takes a tenth of a second to load
+    from master.json_text import Document, TextError
+
+    try:
+        document = Document(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, TextError) as error:
+        raise ConfigError(f"{shown(config)}: {getattr(error, 'strerror', None) or error}") from None
+    problems = check(document, Target(trainer=True, completed=True, world_size=ranks))
+    for problem in problems:
+        if problem.level != "info":
+            say(problem.line(shown(config), document.line(document.place(problem.path))[0]))
+    if errors := sum(problem.level == "error" for problem in problems):
+        raise ConfigError(f"{shown(config)} has {errors} error{'s' * (errors > 1)}: "
+                         f"invoke validate --config {shlex.quote(shown(config))} --fix")
+
+
 def launch_by_deepspeed(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
     """Become the plain `deepspeed` command for the hosts of a hostfile. Raises ValueError for what can't be."""
     config = existing(options.config or HOME / default_config(hosts))
+    check_config(config, sum(len(host.use) for host in hosts))
     _, arguments = trainer_arguments(options, config.absolute())
     words = launcher_words(options.hostfile, hosts, first_address(hosts, options.hostfile))
     command = [*words, str(TRAINER), *arguments]
@@ -171,6 +194,7 @@ def launch(options: argparse.Namespace) -> int:
     gpus = count_gpus() if not hosts or hosts[0].vendor != "CPU" else 0
     slots = list(hosts[0].use) if hosts else choose_slots(options.slots, gpus)
     config = existing(options.config or (HOME / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json"))
+    check_config(config, len(slots))
     run, arguments = trainer_arguments(options, config)
     command = launcher_command(slots, free_port(), arguments)
     kind = f"GPU {','.join(map(str, slots))}" if gpus else f"{len(slots)} CPU rank{'s' * (len(slots) > 1)}"
@@ -202,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return launch(options)
-    except (ClusterError, HostfileError) as error:
+    except (ClusterError, HostfileError, ConfigError) as error:
         say(f"error: {error}")
         return 1
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Tell what is wrong with DeepSpeed configs before any node starts, in one line each, with the mend.
 
-    invoke validate trainer/ds_config.json
+    invoke validate --config ds_config.json
     python master/validate_ds_config.py --hostfile hostfile.txt ds_config.json
     python master/validate_ds_config.py --fix old_config.json
 
@@ -109,10 +109,7 @@ def print_text(verdicts: Sequence[Verdict]) -> None:
     """Print a line for each finding, and the numbers."""
     for verdict in verdicts:
         for problem, (line, _) in zip(verdict.problems, verdict.lines, strict=True):
-            mend = f". {problem.mend[:1].upper()}{problem.mend[1:]}" if problem.mend else ""
-            strikes = f" [{problem.strikes}]" if problem.strikes else ""
-            print(one_line(f"{verdict.name}:{line}: {problem.level} {problem.json_path}: "
-                           f"{problem.message}{mend}{strikes}"))
+            print(problem.line(verdict.name, line))
         if not verdict.problems:
             print(one_line(f"{verdict.name}: ok"))
     total = Counter({level: sum(verdict.count(level) for verdict in verdicts) for level in LEVELS})
@@ -120,8 +117,6 @@ def print_text(verdicts: Sequence[Verdict]) -> None:
     numbers = ", ".join(f"{total[level]} {level}{'s' * (total[level] != 1)}" for level in ("error", "warning"))
     if sum(total.values()):
         print(f"{files}: {numbers}, {total['info']} info")
-    if any(problem.fix for verdict in verdicts for problem in verdict.problems):
-        say("some of it mends itself: --fix")
 
 
 def print_json(verdicts: Sequence[Verdict]) -> None:
@@ -144,8 +139,8 @@ def offer_mends(verdict: Verdict, target: Target, ask: bool) -> Verdict:
         done = []
     if not done or verdict.text is None:
         return verdict
-    change = difflib.unified_diff(verdict.text.splitlines(), text.splitlines(), verdict.name, f"{verdict.name} (mended)",
-                                  lineterm="")
+    change = difflib.unified_diff(verdict.text.splitlines(), text.splitlines(), verdict.name,
+                                  f"{verdict.name} (mended)", lineterm="")
     say("\n".join(map(one_line, change)))
     if ask:
         print(f"write this to {verdict.name}? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -162,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     names = options.files or ["-"]
     if names == ["-"] and sys.stdin.isatty():
-        say("validate_ds_config.py: which config? invoke validate ds_config.json")
+        say("validate_ds_config.py: which config? invoke validate --config ds_config.json")
         return 2
-    if options.fix and ("-" in names or not options.yes and not sys.stdin.isatty()):
+    if options.fix and ("-" in names or (not options.yes and not sys.stdin.isatty())):
         say("validate_ds_config.py: --fix asks on the terminal before it writes a file; --yes goes without")
         return 2
     try:
@@ -176,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.fix:
         verdicts = [offer_mends(verdict, target, not options.yes) for verdict in verdicts]
     (print_json if options.json else print_text)(verdicts)
+    if not (options.fix or options.json) and any(each.fix for verdict in verdicts for each in verdict.problems):
+        say("--fix mends some of it")
     levels = ("error", "warning") if options.strict else ("error",)
     return int(any(verdict.count(level) for verdict in verdicts for level in levels))
 

@@ -26,6 +26,8 @@ LEFT_OUT: dict[str, int] = {}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run slow and lab tests too")
+    parser.addoption("--differential", type=int, default=3000, metavar="N",
+                     help="put so many generated configs to DeepSpeed and to us (3000)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
