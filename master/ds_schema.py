@@ -99,14 +99,14 @@ def not_settable(path: Path, value: Any, node: dict[str, Any]) -> Problem:
 
 def value_breach(path: Path, value: Any, node: dict[str, Any]) -> Iterator[Problem]:
     """Yield the finding for a value that the schema doesn't have."""
+    if value == "auto" and isinstance(path[-1], str):
+        return  # dropped by DeepSpeed, filled or refused by the Trainer: ds_batch_rules.py
     wanted = expected(node)
     if not is_checked(section_of(path)):
         if value is not None or "default" not in node:
             yield Problem("bad-value", "warning", path, f"expected {wanted}, got {shown(value)}; DeepSpeed does not "
                           "check this section", "correct it")
         return
-    if value == "auto" and isinstance(path[-1], str):
-        return  # dropped by DeepSpeed, filled or refused by the Trainer: ds_auto_rules.py
     try:
         taken = coerce(node, value)
     except ValueError:

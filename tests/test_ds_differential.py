@@ -19,7 +19,7 @@ from master.ds_mends import mend
 from master.ds_problem import PARSE
 from master.json_text import Document
 
-LIMITS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+LIMITS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 PLAIN = Target(trainer=False, world_size=1)
 JSON = st.recursive(SLIPS, lambda part: st.lists(part, max_size=3) | st.dictionaries(
     st.sampled_from(["type", "params", "enabled", "stage", "device"]), part, max_size=3))
