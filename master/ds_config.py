@@ -2,27 +2,19 @@
 
     problems = check(document, Target(world_size=8))
 
-Rules stand in ds_parse_rules, ds_batch_rules, ds_zero_rules, ds_optimizer_rules, ds_precision_rules, ds_node_rules.
+The schema's part is in ds_schema.py, the rules are in ds_rules/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from master import (
-    ds_batch_rules,
-    ds_node_rules,
-    ds_optimizer_rules,
-    ds_parse_rules,
-    ds_precision_rules,
-    ds_schema,
-    ds_zero_rules,
-)
+from master import ds_schema
 from master.ds_problem import INIT, LEVELS, PARSE, Config, Fix, Problem, Rule, Target, shown
+from master.ds_rules import batch, nodes, optimizer, parse, precision, zero
 from master.json_text import Document, Path, strict_error
 
-RULES: list[Rule] = [*ds_parse_rules.RULES, *ds_batch_rules.RULES, *ds_zero_rules.RULES, *ds_optimizer_rules.RULES,
-                     *ds_precision_rules.RULES, *ds_node_rules.RULES]
+RULES: list[Rule] = [*parse.RULES, *batch.RULES, *zero.RULES, *optimizer.RULES, *precision.RULES, *nodes.RULES]
 
 
 def check(document: Document, target: Target) -> list[Problem]:

@@ -34,15 +34,15 @@ def unknown(path: Path, section: dict[str, Any]) -> Problem:
     parent, key = path[:-1], str(path[-1])
     refused = is_checked(parent) and section[key] != "auto"
     level, strikes = ("error", PARSE) if refused else ("warning", "")
-    place = ".".join(map(str, parent)) or "the top level"
+    place = "in " + ".".join(map(str, parent)) if parent else "at the top level"
     what = "refused" if refused else "ignored without a word"
     if COMMENT.match(key):
-        return Problem("comment-key", level, path, f"{place} takes no comments: an unknown key is {what}",
+        return Problem("comment-key", level, path, f"no comments {place}: an unknown key is {what}",
                        "move it to the top level, or take it out", strikes, Fix("remove"))
     mend, fix = meant(path, section)
     if path in DEAD:
         fix = Fix("remove")
-    return Problem("unknown-key", level, path, f"no such key in {place}: it is {what}", mend, strikes, fix)
+    return Problem("unknown-key", level, path, f"no such key {place}: it is {what}", mend, strikes, fix)
 
 
 def meant(path: Path, section: dict[str, Any]) -> tuple[str, Fix | None]:

@@ -70,14 +70,14 @@ def findings(root: dict[str, Any]) -> Iterator[Problem]:
     for error in jsonschema.Draft7Validator(schema()).iter_errors(root):
         path = tuple(error.absolute_path)
         if path[:1] == ("bfloat16",) and root.get("bf16") is not None:
-            continue  # not read: ds_batch_rules.py tells
+            continue  # not read: ds_rules/batch.py tells
         if error.validator == "additionalProperties":
             known = error.schema.get("properties", {})
             for key in error.instance:
                 if key not in known and not (COMMENT.match(key) and "patternProperties" in error.schema):
                     yield unknown((*path, key), error.instance)
         elif error.validator == "not":
-            # ds_optimizer_rules.py knows more of max_grad_norm; an "auto" is dropped before its type is looked at
+            # ds_rules/optimizer.py knows more of max_grad_norm; an "auto" is dropped before its type is looked at
             dropped = error.instance == "auto" and "x-removed" not in error.schema
             if path[0] != "optimizer" and not dropped:
                 yield not_settable(path, error.instance, error.schema)
@@ -100,7 +100,7 @@ def not_settable(path: Path, value: Any, node: dict[str, Any]) -> Problem:
 def value_breach(path: Path, value: Any, node: dict[str, Any]) -> Iterator[Problem]:
     """Yield the finding for a value that the schema doesn't have."""
     if value == "auto" and isinstance(path[-1], str):
-        return  # dropped by DeepSpeed, filled or refused by the Trainer: ds_batch_rules.py
+        return  # dropped by DeepSpeed, filled or refused by the Trainer: ds_rules/batch.py
     wanted = expected(node)
     if not is_checked(section_of(path)):
         if value is not None or "default" not in node:

@@ -30,7 +30,7 @@ from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleCon
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-from master import ds_classes
+from master.ds_rules import classes
 from master.ds_schema import SCHEMA, node_of, schema
 
 MODELS: dict[tuple[str, ...], Any] = {
@@ -228,10 +228,10 @@ def arguments(class_: Any) -> tuple[set[str], set[str]]:
 
 
 def test_params_in_the_schema_are_arguments_of_some_class() -> None:
-    known = set.union(*(both[0] | both[1] for both in ds_classes.DEEPSPEED_OPTIMIZERS.values()), ds_classes.TORCH_ADAM)
+    known = set.union(*(both[0] | both[1] for both in classes.DEEPSPEED_OPTIMIZERS.values()), classes.TORCH_ADAM)
     known |= {"momentum", "muon_lr", "adam_lr", "ns_method", "per_head_muon"}  # SGD's and Muon's
     assert set(properties(("optimizer", "params"))) <= known
-    known = set.union(*(both[0] | both[1] for both in ds_classes.DEEPSPEED_SCHEDULERS.values()))
+    known = set.union(*(both[0] | both[1] for both in classes.DEEPSPEED_SCHEDULERS.values()))
     assert set(properties(("scheduler", "params"))) == known
 
 
@@ -245,19 +245,19 @@ def test_classes_take_the_arguments_that_we_say() -> None:
     ours = {"torch_adam", "adam_w_mode", "adamw_mode", "fp32_optimizer_states", "max_grad_norm"}
     pairs = {"adam": (FusedAdam, DeepSpeedCPUAdam), "lamb": (FusedLamb, FusedLamb),
              "lion": (FusedLion, DeepSpeedCPULion), "adagrad": (torch.optim.Adagrad, DeepSpeedCPUAdagrad)}
-    for name, classes in pairs.items():
-        for class_, known in zip(classes, ds_classes.DEEPSPEED_OPTIMIZERS[name], strict=True):
+    for name, pair in pairs.items():
+        for class_, known in zip(pair, classes.DEEPSPEED_OPTIMIZERS[name], strict=True):
             assert set.union(*arguments(class_)) - ours == known - ours, class_
-    for name, known in ds_classes.TORCH_OPTIMIZERS.items():
+    for name, known in classes.TORCH_OPTIMIZERS.items():
         assert set.union(*arguments(getattr(torch.optim, name))) == known, name
-    assert set.union(*arguments(torch.optim.AdamW)) <= ds_classes.TORCH_ADAM
-    known_names = {*ds_classes.TORCH_OPTIMIZERS, "Adam", "AdamW", "Adagrad", "Muon", "Optimizer"}
+    assert set.union(*arguments(torch.optim.AdamW)) <= classes.TORCH_ADAM
+    known_names = {*classes.TORCH_OPTIMIZERS, "Adam", "AdamW", "Adagrad", "Muon", "Optimizer"}
     assert {name for name in vars(torch.optim) if name[0].isupper()} == known_names
-    for name, both in ds_classes.DEEPSPEED_SCHEDULERS.items():
+    for name, both in classes.DEEPSPEED_SCHEDULERS.items():
         assert arguments(getattr(lr_schedules, name)) == both, name
-    for name, both in ds_classes.TORCH_SCHEDULERS.items():
+    for name, both in classes.TORCH_SCHEDULERS.items():
         assert arguments(getattr(torch.optim.lr_scheduler, name)) == both, name
-    assert set(ds.DEEPSPEED_OPTIMIZERS) == set(ds_classes.DEEPSPEED_OPTIMIZERS) | ds_classes.UNSORTED
+    assert set(ds.DEEPSPEED_OPTIMIZERS) == set(classes.DEEPSPEED_OPTIMIZERS) | classes.UNSORTED
 
 
 @pytest.mark.parametrize("path", sorted((SCHEMA.parent.parent / "trainer").rglob("*.json")), ids=lambda path: path.name)

@@ -70,6 +70,18 @@ def test_other_machines_are_left_to_plain_deepspeed(environment: dict[str, str],
     assert done.returncode == 2 and "sudo apt install pdsh" in done.stderr
 
 
+@pytest.mark.parametrize(("hosts", "words"), [("", []), ("gpu1 slots=2 type=CPU\n", ["--hostfile", "h"])])
+def test_a_config_that_would_be_refused_starts_nothing(hosts: str, words: list[str], environment: dict[str, str],
+                                                       tmp_path: Path) -> None:
+    (tmp_path / "h").write_text(hosts)
+    (tmp_path / "c.json").write_text('{"train_batch_size": 1,\n "gradient_cliping": 1,\n "fp16": {"opt_level": 1}}')
+    done = launch("--model", "tiny", "--config", "c.json", *words, environment=environment, cwd=tmp_path)
+    assert done.returncode == 1 and not (tmp_path / "runs").exists()
+    assert "c.json:2: warning $.gradient_cliping" in done.stderr and "c.json:3: error $.fp16.opt_level" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: c.json has ")
+    assert "invoke validate --config c.json --fix" in done.stderr
+
+
 @pytest.mark.parametrize(("text", "words", "code", "message"), [
     (None, [], 1, "error: h: No such file"), ("gpu1 slots=two\n", [], 1, "error: h:1: not 'HOST slots=N'"),
     ("gpu1 slots=2\n", ["--slots", "2"], 2, "the hostfile has slots of its own"),

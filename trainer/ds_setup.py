@@ -30,6 +30,8 @@ SAME_AS_OPTION = {
 # optimizers that DeepSpeed compiles on first use, by the operator's name in torch's extension cache
 COMPILED_OPTIMIZERS = {"lion": "lion", "adagrad": "cpu_adagrad", "lamb": "fused_lamb"}
 
+DEEPSPEEDS_OWN = {"bias_correction", "set_grad_none"}  # arguments of its Adam that torch's doesn't take
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed config; raise a Fault with file and line for what isn't strict JSON.
@@ -47,6 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
                     shared=True) from None
     if not isinstance(config, dict):
         raise Fault(f"{path}: a DeepSpeed config is an object {{...}}, not a {type(config).__name__}", shared=True)
+    config.pop("$schema", None)  # an editor's, and a path that is wrong in the run folder's copy
     return config
 
 
@@ -119,7 +122,7 @@ def complete_config(config: dict[str, Any], on_cpu: bool) -> list[str]:
 
     - Adam and AdamW become torch's own fused ones, which need no compiler. On a CPU they are as fast as DeepSpeed's
       (`python benchmarks/offload_adam.py`), which cost a minute or two of g++ on first use. "torch_adam": false in
-      the config asks for DeepSpeed's.
+      the config asks for DeepSpeed's, and so does an argument that only theirs take.
     - Without an optimizer section the Trainer makes torch's fused AdamW; DeepSpeed refuses to offload that one
       unless told that it's meant.
     - Stage 3 gathers the weights when a model is saved; without that nothing loadable is written.
@@ -136,7 +139,7 @@ def complete_config(config: dict[str, Any], on_cpu: bool) -> list[str]:
     name = str(config["optimizer"].get("type", "")).lower()
     if name in ("adam", "adamw"):
         params = config["optimizer"].setdefault("params", {})
-        if params.setdefault("torch_adam", True):
+        if params.setdefault("torch_adam", not DEEPSPEEDS_OWN & params.keys()):
             params.setdefault("fused", True)
             return []
         return ["cpu_adam"] if offloaded else ["fused_adam"]

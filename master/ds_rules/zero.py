@@ -31,11 +31,13 @@ def needs(code: str, path: tuple[str, ...], message: str, mend: str) -> Problem:
 
 @rule
 def bare_boolean(config: Config) -> Iterator[Problem]:
-    """zero_optimization: true."""
+    """zero_optimization: true, which only DeepSpeed takes."""
     if isinstance(config.get(ZERO), bool):
-        yield Problem("old-form", "warning", (ZERO,), f"true or false is the old form of stage {config.stage}",
-                      f'write {{"stage": {config.stage}}}', fix=Fix("put", {"stage": config.stage})
-                      if "allgather_size" not in config.root else None)
+        fails = config.for_trainer and not config.target.completed
+        yield Problem("old-form", "error" if fails else "warning", (ZERO,), "true or false is the old form of stage "
+                      f"{config.stage}" + (", which the Trainer can't read" if fails else ""),
+                      f'write {{"stage": {config.stage}}}', INIT if fails else "",
+                      None if "allgather_size" in config.root else Fix("put", {"stage": config.stage}))
 
 
 @rule
@@ -45,7 +47,7 @@ def renamed_keys(config: Config) -> Iterator[Problem]:
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if old in zero and new not in zero:
             what = f'"{new}": {{"device": "cpu"}}'
-            yield Problem("renamed", "info", (ZERO, old), f"the old form of {what}", f"write {what}" if
+            yield Problem("renamed", "info", (ZERO, old), f"the old form of {what}", "write that" if
                           config.on(ZERO, old) else "take it out",
                           fix=Fix("replace", (new, {"device": "cpu"})) if config.on(ZERO, old) else Fix("remove"))
     if "cpu_offload_use_pin_memory" in zero:
@@ -54,6 +56,15 @@ def renamed_keys(config: Config) -> Iterator[Problem]:
     old, new = "stage3_gather_fp16_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save"
     if old in zero and new not in zero and new[7:] not in zero:
         yield Problem("renamed", "info", (ZERO, old), f"the old name of {new}", "rename it", fix=Fix("rename", new))
+
+
+@rule
+def null_for_the_trainer(config: Config) -> Iterator[Problem]:
+    """offload_optimizer: null, whose device Accelerate asks for where the program makes the optimizer."""
+    if config.for_trainer and config.get(ZERO, "offload_optimizer", default={}) is None \
+            and not config.has("optimizer"):
+        yield Problem("bad-value", "error", (ZERO, "offload_optimizer"), "the Trainer can't read null here",
+                      "take it out", INIT, Fix("remove"))
 
 
 @rule

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from master.ds_optimizer_rules import checked_when
 from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rule, leaves, shown
+from master.ds_rules.optimizer import checked_when
 from master.ds_schema import fills_auto, is_checked, node_of
 
 RULES: list[Rule] = []
@@ -46,7 +46,8 @@ def batch_arithmetic(config: Config) -> Iterator[Problem]:
     at: tuple[str, ...] = next(((key,) for key in BATCH if given[key] is not None), (BATCH[1],))
     if given[BATCH[0]] is None and given[BATCH[1]] is None:
         yield Problem("batch-missing", "error", (BATCH[1],), "neither train_batch_size nor "
-                      "train_micro_batch_size_per_gpu is given", "give the micro batch", PARSE)
+                      "train_micro_batch_size_per_gpu is given", 'add "train_micro_batch_size_per_gpu": '
+                      + ('"auto"' if config.for_trainer else "1"), PARSE)
         return
     for key, value in given.items():
         if isinstance(value, str) and value.isdecimal():
@@ -78,10 +79,12 @@ def with_ranks(given: dict[str, Any], at: tuple[str, ...], ranks: int) -> Iterat
         batch, micro, steps = 0, 0, 0
     if micro > 0 and steps > 0 and batch == micro * steps * ranks:
         return
-    words = " x ".join(f"{name} {value:g}" for name, value in (
-        ("micro batch", given[BATCH[1]]), ("accumulation", given[BATCH[2]]), ("ranks", ranks)) if value is not None)
-    yield Problem("batch-arithmetic", "error", at, f"a batch of {given[BATCH[0]]:g} can't be {words}",
-                  f"leave {BATCH[0]} out" if given[BATCH[1]] else f"make it a multiple of {ranks}", PARSE)
+    batch, micro, steps = (given[key] for key in BATCH)
+    factors = (("micro batch", micro), ("accumulation", steps))
+    named = " x ".join(f"{name} {value:g}" for name, value in factors if value)
+    what = f"is not {named} x {ranks} ranks" if micro else f"can't be shared by {ranks} ranks"
+    yield Problem("batch-arithmetic", "error", at, f"a batch of {batch:g} {what}",
+                  f"leave {BATCH[0]} out" if micro else f"make it a multiple of {ranks * (steps or 1):g}", PARSE)
 
 
 def without_ranks(given: dict[str, Any]) -> Iterator[Problem]:

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from master.ds_classes import (
+from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rule, shown
+from master.ds_rules.classes import (
     CODE_SCHEDULERS,
     DEEPSPEED_OPTIMIZERS,
     DEEPSPEED_SCHEDULERS,
@@ -17,7 +18,6 @@ from master.ds_classes import (
     UNSORTED,
     ZERO_TESTED,
 )
-from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rule, shown
 from master.ds_schema import node_of
 
 RULES: list[Rule] = []
