@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 from master import ds_schema
 from master.ds_problem import INIT, LEVELS, PARSE, Config, Fix, Problem, Rule, Target, shown
-from master.ds_rules import batch, nodes, optimizer, parse, precision, zero
+from master.ds_rules import batch, contradictions, nodes, optimizer, parse, precision, zero
 from master.json_text import Document, Path, strict_error
 
-RULES: list[Rule] = [*parse.RULES, *batch.RULES, *zero.RULES, *optimizer.RULES, *precision.RULES, *nodes.RULES]
+RULES: list[Rule] = [rule for table in (parse, contradictions, batch, zero, optimizer, precision, nodes)
+                     for rule in table.RULES]
 
 
 def check(document: Document, target: Target) -> list[Problem]:

@@ -134,6 +134,15 @@ class Config:
 Rule = Callable[[Config], Iterator[Problem]]
 
 
+class Rules(list[Rule]):
+    """A table of rules."""
+
+    def add(self, rule: Rule) -> Rule:
+        """Enter a rule; for use as a decorator."""
+        self.append(rule)
+        return rule
+
+
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Walk over all values that are no objects and no lists."""
     if isinstance(value, dict):

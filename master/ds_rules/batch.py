@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rule, leaves, shown
+from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rules, leaves, shown
 from master.ds_rules.optimizer import checked_when
 from master.ds_schema import fills_auto, is_checked, node_of
 
-RULES: list[Rule] = []
+RULES = Rules()
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-
-def rule(function: Rule) -> Rule:
-    """Enter a rule in this file's table."""
-    RULES.append(function)
-    return function
 
 
 def solve(batch: Any, micro: Any, steps: Any, ranks: int) -> tuple[Any, Any, Any]:
@@ -37,7 +31,7 @@ def solve(batch: Any, micro: Any, steps: Any, ranks: int) -> tuple[Any, Any, Any
     return batch, micro, steps
 
 
-@rule
+@RULES.add
 def batch_arithmetic(config: Config) -> Iterator[Problem]:
     """batch = micro batch x accumulation x ranks, with one of the first two given and all above 0."""
     given = {key: config.get(key) for key in BATCH}
@@ -107,7 +101,7 @@ def without_ranks(given: dict[str, Any]) -> Iterator[Problem]:
 # -- auto --------------------------------------------------------------------------------------------------------------
 
 
-@rule
+@RULES.add
 def auto_nobody_fills(config: Config) -> Iterator[Problem]:
     """ "auto" for plain DeepSpeed, which knows no such word; and where the Trainer doesn't fill it."""
     for path, value in leaves(config.root):
@@ -144,7 +138,7 @@ def _instead(node: dict[str, Any]) -> str:
     return f"write a value, or leave it out ({shown(node['default'])})"
 
 
-@rule
+@RULES.add
 def trainer_wants(config: Config) -> Iterator[Problem]:
     """What the Trainer asks for and DeepSpeed doesn't."""
     if config.has("zero_optimization") or config.target.completed:
@@ -154,7 +148,7 @@ def trainer_wants(config: Config) -> Iterator[Problem]:
                   'add "zero_optimization": {"stage": 0}', strikes)
 
 
-@rule
+@RULES.add
 def old_bfloat16(config: Config) -> Iterator[Problem]:
     """The old name of bf16."""
     if not config.has("bfloat16"):
@@ -170,7 +164,7 @@ def old_bfloat16(config: Config) -> Iterator[Problem]:
                       fix=Fix("rename", "bf16"))
 
 
-@rule
+@RULES.add
 def log_level(config: Config) -> Iterator[Problem]:
     """A level that DeepSpeed's logger doesn't know (it asks when the engine is built)."""
     level = config.get("log_level")
@@ -180,7 +174,7 @@ def log_level(config: Config) -> Iterator[Problem]:
                       f"{shown(level)}", "correct it", INIT)
 
 
-@rule
+@RULES.add
 def steps_and_clipping(config: Config) -> Iterator[Problem]:
     """Values that nothing checks until the first step."""
     every = config.get("steps_per_print", default=10)

@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from master.ds_problem import INIT, Config, Problem, Rule
+from master.ds_problem import INIT, Config, Problem, Rules
 
-RULES: list[Rule] = []
+RULES = Rules()
 AMPERE = 8.0  # the first compute capability with bf16 units
 ZERO = "zero_optimization"
-
-
-def rule(function: Rule) -> Rule:
-    """Enter a rule in this file's table."""
-    RULES.append(function)
-    return function
 
 
 def gpus_of(host: dict[str, Any]) -> list[dict[str, Any]]:
@@ -28,7 +22,7 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-@rule
+@RULES.add
 def bf16_on_old_gpus(config: Config) -> Iterator[Problem]:
     """bf16 below compute capability 8.0, which is emulated at a fraction of the speed."""
     if not config.on("bf16", "enabled"):
@@ -47,7 +41,7 @@ def _capability(gpu: dict[str, Any]) -> float:
         return AMPERE
 
 
-@rule
+@RULES.add
 def fp16_without_gpus(config: Config) -> Iterator[Problem]:
     """fp16 on CPU ranks (engine.py: "Type fp16 is not supported on your device")."""
     bare = [host["name"] for host in config.target.hosts if not gpus_of(host)]
@@ -56,7 +50,7 @@ def fp16_without_gpus(config: Config) -> Iterator[Problem]:
                       "fp16 on CPUs", 'write "auto"', INIT)
 
 
-@rule
+@RULES.add
 def compiled_on_cpus(config: Config) -> Iterator[Problem]:
     """Quantized ZeRO++ where there is no CUDA ("This op had not been implemented on CPU backend")."""
     bare = [host["name"] for host in config.target.hosts if not gpus_of(host)]
@@ -66,7 +60,7 @@ def compiled_on_cpus(config: Config) -> Iterator[Problem]:
                           "take it out", INIT)
 
 
-@rule
+@RULES.add
 def second_copy_within_a_machine(config: Config) -> Iterator[Problem]:
     """hpZ whose group is no divisor of each machine's GPUs, so that it crosses the network."""
     size = config.get(ZERO, "zero_hpz_partition_size", default=1)
@@ -79,7 +73,7 @@ def second_copy_within_a_machine(config: Config) -> Iterator[Problem]:
                       f"fit into {listed(across)}: they reach over the network", "set it to the GPUs of a machine")
 
 
-@rule
+@RULES.add
 def memory_and_drives(config: Config) -> Iterator[Problem]:
     """Buffers against each node's RAM, NVMe folders against its drives, as far as cluster.json knows them."""
     need = sum(buffer_bytes(config, section) for section in ("offload_param", "offload_optimizer"))

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rule, shown
+from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rules, shown
 from master.ds_rules.classes import (
     CODE_SCHEDULERS,
     DEEPSPEED_OPTIMIZERS,
@@ -20,15 +20,9 @@ from master.ds_rules.classes import (
 )
 from master.ds_schema import node_of
 
-RULES: list[Rule] = []
+RULES = Rules()
 OPTIMIZER, SCHEDULER = ("optimizer", "params"), ("scheduler", "params")
 APART = 1.5  # learning rates of optimizer and scheduler that differ by less are a rounding, not a misunderstanding
-
-
-def rule(function: Rule) -> Rule:
-    """Enter a rule in this file's table."""
-    RULES.append(function)
-    return function
 
 
 def fails(code: str, path: tuple[str, ...], message: str, mend: str, fix: Fix | None = None) -> Problem:
@@ -44,7 +38,7 @@ def optimizer_name(config: Config) -> str | None:
     return name.lower() if name.lower() in DEEPSPEED_OPTIMIZERS or name.lower() in UNSORTED else name
 
 
-@rule
+@RULES.add
 def optimizer_type(config: Config) -> Iterator[Problem]:
     """A name that is no optimizer, or one that ZeRO doesn't take."""
     if isinstance(config.get("optimizer"), dict) and config.get("optimizer", "type") is None:
@@ -80,7 +74,7 @@ def no_such_optimizer(name: str) -> Problem:
                  f"did you mean {near[0]}?" if near else "choose AdamW, Adam, Lion, Muon or a class of torch.optim")
 
 
-@rule
+@RULES.add
 def optimizer_arguments(config: Config) -> Iterator[Problem]:
     """Arguments that the class doesn't know; amsgrad where it is refused; max_grad_norm."""
     name, params = optimizer_name(config), config.section(*OPTIMIZER)
@@ -117,7 +111,7 @@ def arguments_of(name: str, config: Config) -> set[str] | None:
     return TORCH_OPTIMIZERS.get(name)
 
 
-@rule
+@RULES.add
 def optimizer_values(config: Config) -> Iterator[Problem]:
     """Numbers in quotes and the like."""
     params, strikes = config.section(*OPTIMIZER), checked_when(config)
@@ -149,7 +143,7 @@ def _number_fix(value: Any) -> Fix | None:
 # -- scheduler ---------------------------------------------------------------------------------------------------------
 
 
-@rule
+@RULES.add
 def scheduler_type(config: Config) -> Iterator[Problem]:
     """A name that is no scheduler, missing and unknown arguments."""
     section = config.section("scheduler")
@@ -196,7 +190,7 @@ def no_such_scheduler(name: str) -> Problem:
                  f"did you mean {known[near[0]]}?" if near else f"choose one of {', '.join(DEEPSPEED_SCHEDULERS)}")
 
 
-@rule
+@RULES.add
 def scheduler_steps(config: Config) -> Iterator[Problem]:
     """Numbers of steps that the class refuses (lr_schedules.py), and a warm-up longer than the training."""
     name, params = str(config.section("scheduler").get("type")), config.section(*SCHEDULER)
@@ -225,7 +219,7 @@ def scheduler_steps(config: Config) -> Iterator[Problem]:
                       f"{total:g} steps in all are less than the {warmup:g} of the warm-up", "correct one")
 
 
-@rule
+@RULES.add
 def learning_rate_overridden(config: Config) -> Iterator[Problem]:
     """The optimizer's lr beside a scheduler that sets its own."""
     name, params = config.section("scheduler").get("type"), config.section(*SCHEDULER)

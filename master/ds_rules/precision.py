@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from master.ds_problem import INIT, Config, Problem, Rule, shown
+from master.ds_problem import INIT, Config, Problem, Rules, shown
 from master.ds_schema import node_of
 
-RULES: list[Rule] = []
+RULES = Rules()
 SAME_TYPE = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}
-
-
-def rule(function: Rule) -> Rule:
-    """Enter a rule in this file's table."""
-    RULES.append(function)
-    return function
 
 
 def short(name: object) -> str:
@@ -33,7 +27,7 @@ def model_type(config: Config) -> str:
     return "bf16" if config.on("bfloat16", "enabled") and not config.has("bf16") else "fp32"
 
 
-@rule
+@RULES.add
 def kept_types(config: Config) -> Iterator[Problem]:
     """data_types against the precision (engine.py:1812, :2323)."""
     trained = model_type(config)
@@ -56,7 +50,7 @@ def kept_types(config: Config) -> Iterator[Problem]:
                           f"in {trained} are kept in {trained}", "set stage 1, or take it out", INIT)
 
 
-@rule
+@RULES.add
 def activation_checkpoints(config: Config) -> Iterator[Problem]:
     """deepspeed.checkpointing.configure asserts these, in programs that call it."""
     name = "activation_checkpointing"
@@ -71,7 +65,7 @@ def activation_checkpoints(config: Config) -> Iterator[Problem]:
                       "set partition_activations to true")
 
 
-@rule
+@RULES.add
 def monitors(config: Config) -> Iterator[Problem]:
     """Packages that every node needs (monitor/utils.py imports them when the engine is built)."""
     for name, package in (("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")):
@@ -83,7 +77,7 @@ def monitors(config: Config) -> Iterator[Problem]:
                       "set COMET_API_KEY instead")
 
 
-@rule
+@RULES.add
 def lamb(config: Config) -> Iterator[Problem]:
     """Lamb with a fixed loss scale (engine.py:2021)."""
     scale = config.get("fp16", "loss_scale", default=0)
@@ -93,7 +87,7 @@ def lamb(config: Config) -> Iterator[Problem]:
                       "take it out", INIT)
 
 
-@rule
+@RULES.add
 def compiled(config: Config) -> Iterator[Problem]:
     """DeepCompile switched on in a file alone."""
     if config.on("compile", "deepcompile"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from master.ds_problem import INIT, STEP, Config, Fix, Problem, Rule
+from master.ds_problem import INIT, STEP, Config, Fix, Problem, Rules
 from master.ds_schema import node_of
 
-RULES: list[Rule] = []
+RULES = Rules()
 ZERO = "zero_optimization"
 OFFLOADS = ("offload_optimizer", "offload_param")
 # Where a setting is read at all (runtime/zero/stage3.py, stage_1_and_2.py).
@@ -18,18 +18,12 @@ STAGE_1_AND_2 = {"allgather_bucket_size", "round_robin_gradients", "use_multi_ra
 NVME_ONLY = {"nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "fast_init"}
 
 
-def rule(function: Rule) -> Rule:
-    """Enter a rule in this file's table."""
-    RULES.append(function)
-    return function
-
-
 def needs(code: str, path: tuple[str, ...], message: str, mend: str) -> Problem:
     """Return an error of deepspeed.initialize."""
     return Problem(code, "error", path, message, mend, INIT)
 
 
-@rule
+@RULES.add
 def bare_boolean(config: Config) -> Iterator[Problem]:
     """zero_optimization: true, which only DeepSpeed takes."""
     if isinstance(config.get(ZERO), bool):
@@ -40,7 +34,7 @@ def bare_boolean(config: Config) -> Iterator[Problem]:
                       None if "allgather_size" in config.root else Fix("put", {"stage": config.stage}))
 
 
-@rule
+@RULES.add
 def renamed_keys(config: Config) -> Iterator[Problem]:
     """Old names that DeepSpeed still takes."""
     zero = config.section(ZERO)
@@ -58,7 +52,7 @@ def renamed_keys(config: Config) -> Iterator[Problem]:
         yield Problem("renamed", "info", (ZERO, old), f"the old name of {new}", "rename it", fix=Fix("rename", new))
 
 
-@rule
+@RULES.add
 def null_for_the_trainer(config: Config) -> Iterator[Problem]:
     """offload_optimizer: null, whose device Accelerate asks for where the program makes the optimizer."""
     if config.for_trainer and config.get(ZERO, "offload_optimizer", default={}) is None \
@@ -67,7 +61,7 @@ def null_for_the_trainer(config: Config) -> Iterator[Problem]:
                       "take it out", INIT, Fix("remove"))
 
 
-@rule
+@RULES.add
 def offload_without_its_stage(config: Config) -> Iterator[Problem]:
     """offload_param below stage 3, offload_optimizer at stage 0, nvme below stage 3."""
     for section, key in (("offload_param", "offload_param"), ("offload_param", "cpu_offload_param")):
@@ -83,7 +77,7 @@ def offload_without_its_stage(config: Config) -> Iterator[Problem]:
                       f"stage {config.stage} it is cpu", "write cpu, or set stage 3")
 
 
-@rule
+@RULES.add
 def nvme(config: Config) -> Iterator[Problem]:
     """NVMe without a path, with a path that isn't one, and settings of NVMe without NVMe."""
     for section in OFFLOADS:
@@ -102,7 +96,7 @@ def nvme(config: Config) -> Iterator[Problem]:
         yield Problem("no-effect", "info", ("aio",), "only used with NVMe offload", "take it out")
 
 
-@rule
+@RULES.add
 def settings_of_other_stages(config: Config) -> Iterator[Problem]:
     """Settings that this stage doesn't read, and those that no stage reads."""
     for key in config.section(ZERO):
@@ -126,7 +120,7 @@ def settings_of_other_stages(config: Config) -> Iterator[Problem]:
                       "false", "write zero_optimization.allgather_bucket_size")
 
 
-@rule
+@RULES.add
 def scaling_of_gradients(config: Config) -> Iterator[Problem]:
     """prescale_gradients and gradient_predivide_factor (stage_1_and_2.py, stage3.py: asserted with reduce_scatter)."""
     scatters = config.get(ZERO, "reduce_scatter", default=True) in (True, 1, "auto", "true")
@@ -141,7 +135,7 @@ def scaling_of_gradients(config: Config) -> Iterator[Problem]:
                     "take it out, or set reduce_scatter to false")
 
 
-@rule
+@RULES.add
 def buckets(config: Config) -> Iterator[Problem]:
     """An odd all-gather bucket (stage_1_and_2.py: multiples of 2)."""
     size = config.get(ZERO, "allgather_bucket_size", default=0)
@@ -149,7 +143,7 @@ def buckets(config: Config) -> Iterator[Problem]:
         yield needs("bad-value", (ZERO, "allgather_bucket_size"), f"{size:g} is odd", "write an even number")
 
 
-@rule
+@RULES.add
 def gradient_norm(config: Config) -> Iterator[Problem]:
     """compute_grad_norm: false beside something that needs the norm (stage_1_and_2.py:212)."""
     if config.get(ZERO, "compute_grad_norm", default=True) is not False or config.stage not in (1, 2):
@@ -166,7 +160,7 @@ def gradient_norm(config: Config) -> Iterator[Problem]:
                     "take it out")
 
 
-@rule
+@RULES.add
 def what_needs_cpu_offload(config: Config) -> Iterator[Problem]:
     """ZenFlow, super_offload and 16-bit masters (zenflow_stage_1_and_2.py, superoffload_stage3.py, :331)."""
     offloaded = config.device("offload_optimizer")
@@ -184,7 +178,7 @@ def what_needs_cpu_offload(config: Config) -> Iterator[Problem]:
                         'add "offload_optimizer": {"device": "cpu"}')
 
 
-@rule
+@RULES.add
 def accumulation_by_hand(config: Config) -> Iterator[Problem]:
     """managed_gradient_accumulation: false with overlap_comm below stage 2 (engine.py, _do_sanity_check)."""
     if config.get("managed_gradient_accumulation", default=True) is False and config.stage < 2 \
@@ -193,7 +187,7 @@ def accumulation_by_hand(config: Config) -> Iterator[Problem]:
                     "set overlap_comm to false")
 
 
-@rule
+@RULES.add
 def gone(config: Config) -> Iterator[Problem]:
     """Switches of things that DeepSpeed lost."""
     if config.on(ZERO, "legacy_stage1"):
@@ -203,7 +197,7 @@ def gone(config: Config) -> Iterator[Problem]:
                       "take it out; checkpoint.load_universal reads checkpoints of other numbers of ranks")
 
 
-@rule
+@RULES.add
 def saving_at_stage_3(config: Config) -> Iterator[Problem]:
     """Weights that nobody gathers."""
     names = ("stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save",
