@@ -1,0 +1,389 @@
+#!/usr/bin/env python3
+"""Run one node's part of a training: DeepSpeed's per-node launcher, watched, ended as a whole, told of as data.
+
+The master streams this file to each node over SSH and stays connected:
+
+    python3 -c 'import os;d=b"";exec("while len(d)<N:d+=os.read(0,N-len(d))");exec(d)'
+
+Standard input is the control channel: a first line with the job as JSON, then {"beat": n} every few seconds,
+{"stop": seconds} for an orderly end, {"fail": why} after a failure elsewhere, {"kill": true} for an end at once.
+Standard output has one JSON object a line, each with "event": beat, started, line (what a rank printed), rank (how one
+ended), ended. Silence or the end of the input means that the master is gone. Standard library only, Python 3.8+.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import glob
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TICK = 0.1  # seconds between two looks at ranks and logs
+BEAT = 3.0  # seconds between two signs of life
+PATIENCE = 2.0  # seconds between TERM and KILL after a failure
+LINE_LIMIT = 16384  # characters of a printed line that are passed on
+TAIL_BLOCK = 1 << 16
+
+
+def say(**fields: object) -> None:
+    """Print one event."""
+    try:
+        sys.stdout.write(json.dumps(fields) + "\n")
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        pass  # the master has gone; the silence on the input tells the same
+
+
+def read_line() -> bytes:
+    """Return the first line of standard input, and take not one byte more, so that select() sees the rest."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            break
+        line += byte
+    return line
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def processes(job: str) -> dict[int, str]:
+    """Return {pid: state} of this user's processes that carry the job's name."""
+    found = {}
+    mark = b"LANSPEED_JOB=" + job.encode() + b"\0"
+    for path in glob.glob("/proc/[0-9]*"):
+        try:
+            with open(path + "/environ", "rb") as file:
+                if mark not in file.read() + b"\0":
+                    continue
+            with open(path + "/stat") as file:
+                words = file.read().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended, or somebody else's
+        found[int(path.rpartition("/")[2])] = words[0]
+    return found
+
+
+def exit_status(pid: int) -> int | None:
+    """Return the exit code of a process that nobody has waited for yet (negative: a signal); None if it runs on."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            words = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    if words[0] not in "ZX":
+        return None
+    status = int(words[49])  # proc(5): field 52, as waitpid has it
+    return -(status & 0x7F) if status & 0x7F else status >> 8
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process, zombies among them."""
+    found = []
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        try:
+            with open(path) as file:
+                found += [int(word) for word in file.read().split()]
+        except OSError:
+            continue
+    return found
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+def end_all(job: str, own: set[int]) -> None:
+    """Kill what is left of the job, and wait until nothing is."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        left = [pid for pid, state in processes(job).items() if pid not in own and state not in "ZX"]
+        if not left:
+            return
+        for pid in left:
+            send(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def stand_guard(job: str) -> tuple[int, int]:
+    """Fork a process that kills what is left of the job should this one be killed; return its pid and the pipe."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(reading)
+        return pid, writing
+    os.setsid()
+    os.close(writing)
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.read(reading, 1)  # ends when the other end is closed, however that came about
+    end_all(job, {os.getpid()})
+    os._exit(0)
+
+
+# -- the node ----------------------------------------------------------------------------------------------------------
+
+
+def interface_towards(address: str) -> str | None:
+    """Return the network interface that leads to an address, None if that can't be told.
+
+    gloo and NCCL otherwise guess by the host's name, which Debian maps to the loopback address.
+    """
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: it asks for the route
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    try:
+        listed = subprocess.run(["ip", "-o", "addr"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None  # the ranks find it themselves
+    for line in listed.stdout.splitlines():
+        words = line.split()
+        if len(words) > 3 and words[3].split("/")[0] == own:
+            return words[1]
+    return None
+
+
+def environment(job: dict[str, Any]) -> tuple[dict[str, str], str | None]:
+    """Return the ranks' environment: this login's, the job's, the interpreter's own folder first on PATH."""
+    found = dict(os.environ)
+    found.update(job["environment"])
+    found["LANSPEED_JOB"] = job["job"]
+    found["PYTHONUNBUFFERED"] = "1"
+    found["PATH"] = os.path.dirname(job["python"]) + os.pathsep + found.get("PATH", "/usr/bin:/bin")
+    interface = interface_towards(job["master_addr"])
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
+        found.setdefault(name, interface or "")
+    return found, interface
+
+
+def launcher_words(job: dict[str, Any], logs: str) -> list[str]:
+    """Return the command that `deepspeed` itself runs on a node."""
+    world = base64.urlsafe_b64encode(json.dumps(job["world"]).encode()).decode()
+    return [job["python"], "-u", "-m", "deepspeed.launcher.launch", "--world_info=" + world,
+            f"--node_rank={job['node_rank']}", f"--master_addr={job['master_addr']}",
+            f"--master_port={job['master_port']}", "--log_level=critical", f"--enable_each_rank_log={logs}",
+            job["script"]] + job["arguments"]
+
+
+class Tail:
+    """A rank's log file, handed on line by line; a carriage return ends a line too (progress bars)."""
+
+    def __init__(self, path: str, rank: int) -> None:
+        self.path, self.rank, self.at, self.rest = path, rank, 0, ""
+
+    def read(self, last: bool = False) -> bool:
+        """Pass on what was written since; with `last` an unfinished line too."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.at)
+                data = file.read(TAIL_BLOCK)
+        except OSError:
+            return False
+        self.at += len(data)
+        lines = re.split(r"[\r\n]", self.rest + data.decode("utf-8", "replace"))
+        self.rest = lines.pop()[:LINE_LIMIT]
+        if last and not data:
+            lines, self.rest = [*lines, self.rest], ""
+        for line in lines:
+            if line.strip():
+                say(event="line", rank=self.rank, text=line[:LINE_LIMIT])
+        return bool(data)
+
+
+class Node:
+    """The job on this node, from start to end."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.patience = job.get("patience", 12.0)
+        self.logs = tempfile.mkdtemp(prefix=f"lanspeed-{job['job']}-")
+        self.tails: dict[int, Tail] = {}
+        self.ranks: dict[int, int] = {}  # pid -> rank
+        self.ended: dict[int, int | None] = {}  # rank -> exit code
+        self.reason = ""  # why the job is ended early
+        self.deadline = 0.0  # when what is left is killed
+        self.heard = self.said = time.monotonic()
+        self.buffer = b""
+        self.guard = 0
+        self.deaf = False  # the master is gone, and the job goes on
+
+    def start(self) -> None:
+        """Start the launcher in a session of its own."""
+        job = self.job
+        variables, interface = environment(job)
+        command = launcher_words(job, self.logs)
+
+        def die_with_parent() -> None:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+        self.launcher = subprocess.Popen(command, cwd=job["folder"], env=variables, start_new_session=True,
+                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                         preexec_fn=die_with_parent)
+        assert self.launcher.stdout
+        os.set_blocking(self.launcher.stdout.fileno(), False)
+        say(event="started", pid=self.launcher.pid, interface=interface, host=socket.gethostname())
+
+    def find_ranks(self) -> None:
+        """Note the launcher's children that are ranks, and the logs that they write."""
+        for path in glob.glob(self.logs + "/*_rank*.log"):
+            rank = int(path.rpartition("_rank")[2][:-4])
+            self.tails.setdefault(rank, Tail(path, rank))
+        for pid in children(self.launcher.pid):
+            if pid in self.ranks:
+                continue
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    named = re.search(rb"\0RANK=(\d+)\0", b"\0" + file.read() + b"\0")
+            except OSError:
+                continue
+            if named:
+                self.ranks[pid] = int(named.group(1))
+
+    def watch_ranks(self) -> None:
+        """Tell how ranks ended, as soon as they do; one that failed ends the job here."""
+        for pid, rank in self.ranks.items():
+            if rank not in self.ended:
+                code = exit_status(pid)
+                if code is None and not os.path.exists(f"/proc/{pid}"):
+                    code = self.launcher.poll() or 0  # its launcher was quicker to wait for it
+                if code is not None:
+                    self.ended[rank] = code
+                    for _ in range(100):
+                        if rank not in self.tails or not self.tails[rank].read():
+                            break
+                    say(event="rank", rank=rank, code=code)
+                    if code and not self.reason:
+                        self.end("a rank failed", PATIENCE)
+
+    def end(self, reason: str, grace: float, orderly: bool = False) -> None:
+        """Ask the ranks to end, and set the time after which they are killed."""
+        if self.reason and time.monotonic() + grace >= self.deadline:
+            return
+        self.reason = self.reason or reason
+        self.deadline = time.monotonic() + grace
+        for pid in list(self.ranks) if orderly else [*self.ranks, self.launcher.pid]:
+            send(pid, signal.SIGTERM)
+
+    def listen(self) -> None:
+        """Read what the master says."""
+        ready = select.select([0], [], [], TICK)[0]
+        if ready:
+            data = os.read(0, 65536)
+            if not data:
+                self.lose_master("the connection to the master has ended")
+                return
+            self.heard = time.monotonic()
+            self.buffer += data
+            while b"\n" in self.buffer:
+                line, self.buffer = self.buffer.split(b"\n", 1)
+                try:
+                    order = json.loads(line.decode("utf-8"))
+                except ValueError:
+                    continue
+                if order.get("kill"):
+                    self.end(order.get("reason") or "killed", 0)
+                elif "stop" in order:
+                    self.end(order.get("reason") or "stopped", float(order["stop"]), orderly=True)
+                elif "fail" in order:
+                    self.end(order["fail"], PATIENCE)
+        elif time.monotonic() - self.heard > self.patience:
+            self.lose_master(f"the master is silent for {self.patience:.0f} s")
+
+    def lose_master(self, why: str) -> None:
+        """End the job, or let it go on if that was asked for."""
+        self.deaf = True
+        if not self.job.get("continue_without_master"):
+            self.end(why, PATIENCE)
+
+    def run(self) -> None:
+        """Run to the end, or until the time to end is over."""
+        while self.launcher.poll() is None and not (self.deadline and time.monotonic() > self.deadline):
+            if self.deaf:
+                time.sleep(TICK)
+            else:
+                self.listen()
+            self.find_ranks()
+            self.watch_ranks()
+            self.pass_on()
+            if time.monotonic() - self.said > BEAT:
+                self.said = time.monotonic()
+                say(event="beat")
+        self.watch_ranks()
+        if self.launcher.poll() is not None and not self.reason:
+            self.wait_for_ranks()
+
+    def wait_for_ranks(self) -> None:
+        """Ranks whose launcher was killed under them end too."""
+        if self.launcher.returncode and any(rank not in self.ended for rank in self.ranks.values()):
+            self.end("DeepSpeed's launcher was killed", PATIENCE)
+            while time.monotonic() < self.deadline and any(os.path.exists(f"/proc/{pid}") for pid in self.ranks):
+                time.sleep(TICK)
+
+    def pass_on(self, last: bool = False) -> None:
+        """Hand on what ranks and launcher have printed."""
+        for tail in self.tails.values():
+            while tail.read(last):
+                pass
+        assert self.launcher.stdout
+        text = self.launcher.stdout.read()  # None while there is nothing
+        for line in (text or b"").decode("utf-8", "replace").splitlines():
+            if line.strip():
+                say(event="line", rank=None, text=line[:LINE_LIMIT])
+
+    def finish(self) -> None:
+        """Leave nothing: processes, then the logs' temporary folder."""
+        end_all(self.job["job"], {os.getpid(), self.guard})
+        code = self.launcher.wait()
+        for rank in self.ranks.values():
+            self.ended.setdefault(rank, None)  # it was killed with the rest
+        self.pass_on()
+        self.pass_on(last=True)
+        for path in glob.glob(self.logs + "/*"):
+            os.unlink(path)
+        os.rmdir(self.logs)
+        say(event="ended", code=code, reason=self.reason, ranks=self.ended)
+
+
+def main() -> int:
+    """Read the job, run it, say how it ended."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    node = Node(json.loads(read_line().decode("utf-8")))
+    signal.signal(signal.SIGTERM, lambda number, frame: node.end("terminated", PATIENCE))
+    node.guard, pipe = stand_guard(node.job["job"])
+    try:
+        node.start()
+        node.run()
+    except OSError as error:
+        say(event="failed", text=str(error))
+        return 1
+    node.finish()
+    os.close(pipe)
+    os.waitpid(node.guard, 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
