@@ -1,11 +1,11 @@
-"""Train on this machine: one process a GPU, or CPU ranks, through DeepSpeed's own per-node launcher, supervised.
+"""Train on this machine or on many: a process a GPU, or CPU ranks, by DeepSpeed's own per-node launcher, supervised.
 
     invoke train --model tiny
     python master/launch_training.py --model tiny --dataset notes/ -- --max_steps 200
     python master/launch_training.py --model tiny --hostfile hostfile.txt
 
 What follows -- goes to trainer/train.py. Ctrl-C once lets the ranks save, twice ends at once; nothing runs on after.
-With a hostfile of other machines, the plain `deepspeed` command for them is run (it needs pdsh), and is on its own.
+With a hostfile, all its hosts are looked at first; if one fails or vanishes, the others end within seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import base64
 import json
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from master.access import AccessError, add_access_flags
 from master.cluster import ClusterError
 from master.console import say
 from master.hostfile import HostfileError, Slots, read_hostfile
@@ -45,11 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dataset", metavar="D", help="file, folder or Hugging Face name (default: Python's own documentation)")
     flag("--config", metavar="C", type=Path,
          help="DeepSpeed config (default: trainer/ds_config.json; without a GPU trainer/configs/cpu.json)")
-    flag("--hostfile", type=Path, metavar="H",
-         help="train on these hosts by the plain `deepspeed` command (default: on this machine)")
+    flag("--hostfile", type=Path, metavar="H", help="train on these hosts (default: on this machine)")
     flag("--slots", type=int, metavar="N", help="ranks on this machine (default: all GPUs; 1 without any)")
     flag("--grace", type=float, default=60, metavar="S", help="seconds to save in after Ctrl-C (60)")
+    flag("--script", metavar="F", help="your own training script instead of trainer/train.py (with --hostfile)")
+    flag("--env", action="append", default=[], metavar="K=V", help="a variable for all ranks; K alone: as it is here")
+    flag("--master-port", type=int, metavar="P", help="port of rank 0 (default: one that is free there)")
     flag("--dry-run", action="store_true", help="print what would run")
+    add_access_flags(parser)
     flag("trainer_flags", nargs="*", metavar="-- FLAGS", help="flags of trainer/train.py")
     return parser
 
@@ -166,22 +169,23 @@ def check_config(config: Path, ranks: int) -> None:
                          f"invoke validate --config {shlex.quote(shown(config))} --fix")
 
 
-def launch_by_deepspeed(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
-    """Become the plain `deepspeed` command for the hosts of a hostfile. Raises ValueError for what can't be."""
+def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
+    """Train on a hostfile's hosts; return the exit code. Raises what `main` catches."""
+    from master.cluster_training import train_on_hosts
+
     config = existing(options.config or HOME / default_config(hosts))
     check_config(config, sum(len(host.use) for host in hosts))
-    _, arguments = trainer_arguments(options, config.absolute())
-    words = launcher_words(options.hostfile, hosts, first_address(hosts, options.hostfile))
-    command = [*words, str(TRAINER), *arguments]
-    cpu = hosts[0].vendor == "CPU"
-    say(f"training on {len(hosts)} hosts, {sum(len(host.use) for host in hosts)} slots, by plain DeepSpeed over pdsh: "
-        "the run folder will be on the first, and if one dies the others wait")
+    words = options.trainer_flags if options.script else [
+        "--model_name_or_path", options.model, "--deepspeed", "--deepspeed_config", str(config.absolute()),
+        *(["--dataset_path", options.dataset] if options.dataset else []), *options.trainer_flags]
     if options.dry_run:
-        print(f"would run:\n  {'DS_ACCELERATOR=cpu ' if cpu else ''}{shlex.join(command)}")
+        plain = [*launcher_words(options.hostfile, hosts, first_address(hosts, options.hostfile)), str(TRAINER), *words]
+        where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in hosts)
+        print(f"would run on {where}:\n  {shlex.join([options.script or str(TRAINER), *words])}")
+        prefix = "DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else ""
+        print(f"the same with plain DeepSpeed, over pdsh:\n  {prefix}{shlex.join(plain)}")
         return 0
-    if not shutil.which("pdsh"):
-        raise ValueError("DeepSpeed reaches other machines by pdsh: sudo apt install pdsh")
-    os.execvpe(command[0], command, environment(0 if cpu else 1))  # noqa: S606, no shell: as it should be
+    return train_on_hosts(options, hosts, config, words)
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -190,7 +194,7 @@ def launch(options: argparse.Namespace) -> int:
     if hosts and options.slots:
         raise ValueError("--slots is for this machine alone; the hostfile has slots of its own")
     if hosts and not is_only_here(hosts):
-        return launch_by_deepspeed(options, hosts)
+        return launch_on_hosts(options, hosts)
     gpus = count_gpus() if not hosts or hosts[0].vendor != "CPU" else 0
     slots = list(hosts[0].use) if hosts else choose_slots(options.slots, gpus)
     config = existing(options.config or (HOME / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json"))
@@ -229,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ClusterError, HostfileError, ConfigError) as error:
         say(f"error: {error}")
         return 1
-    except ValueError as error:
+    except (AccessError, ValueError) as error:
         say(f"error: {error}")
         return 2
 

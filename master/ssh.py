@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from master.channels import Channel, ProcessChannel
 from master.nodes import Node
 from master.ssh_config import Access, Route, SshError, ssh_words
 
@@ -49,6 +50,10 @@ class Session(Protocol):
         """Run a command in the login shell there; raise SshError if it can't be run or doesn't end in time."""
         ...
 
+    def open(self, command: str) -> Channel:
+        """Start a command and return the channel to it; raise SshError if that can't be."""
+        ...
+
     def close(self) -> None:
         """Let go of the connection."""
         ...
@@ -66,6 +71,10 @@ class LocalSession:
     def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> Result:
         """Run a command by sh."""
         return run_process(["sh", "-c", command], stdin, timeout or self._access.timeout, str(self.node))
+
+    def open(self, command: str) -> Channel:
+        """Start a command by sh."""
+        return ProcessChannel(["sh", "-c", command], str(self.node))
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -96,6 +105,10 @@ class OpenSshSession:
         if done.code == 255:
             raise openssh_error(host, done.err)
         return done
+
+    def open(self, command: str) -> Channel:
+        """Start a command over a connection of its own."""
+        return ProcessChannel([*self._words, "--", self.node.host, command], str(self.node))
 
     def close(self) -> None:
         """Each command had a connection of its own."""

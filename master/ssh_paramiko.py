@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import paramiko
 
+from master.channels import Channel, SshChannel
 from master.host_keys import CHANGED, REVOKED, Entry, HostKey, judge, kinds_first
 from master.nodes import Node
 from master.ssh import OUTPUT_LIMIT, Result
@@ -46,6 +47,14 @@ class ParamikoSession:
                 return converse(channel, stdin, seconds, host)
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise SshError(host, "command", f"the connection broke: {words_of(error)}") from None
+
+    def open(self, command: str) -> Channel:
+        """Start a command in a channel of its own."""
+        try:
+            channel = self._transport.open_session(timeout=self._access.connect_timeout)
+            return SshChannel(channel, command, str(self.node))
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise SshError(str(self.node), "command", f"the connection broke: {words_of(error)}") from None
 
     def close(self) -> None:
         """Close the connection."""

@@ -1,0 +1,177 @@
+"""A training on a hostfile's hosts, from the look at each node to the run folder on this machine.
+
+`launch_training.py` calls `train_on_hosts`; cluster_job.py runs the job, node_facts.py looks, failures.py explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shlex
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from master.access import access_of, question
+from master.cluster import read_cluster
+from master.cluster_job import ClusterJob, Part, Story
+from master.console import one_line, say
+from master.failures import first_cause
+from master.hostfile import Slots
+from master.node_facts import Place, faults, here, own_python
+from master.nodes import Node, parse_node
+from master.plain_deepspeed import HOME
+from master.run_fetch import fetch_run
+from master.runs import mark_failed, new_run_path
+from master.ssh_config import SshError
+
+# What goes along to the nodes: settings of the libraries, never the whole shell.
+SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
+SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "LANSPEED_CACHE", "TORCH_EXTENSIONS_DIR")
+ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
+
+
+def environment(vendor: str, wanted: Sequence[str]) -> dict[str, str]:
+    """Return the variables for all nodes; `wanted` are --env's K=V, or K for this shell's. Raises ValueError."""
+    found = {name: value for name, value in os.environ.items() if name.startswith(SENT) or name in SENT_NAMES}
+    found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if vendor in ACCELERATORS:  # so that a node with a broken driver fails instead of training on its CPU
+        found["DS_ACCELERATOR"] = ACCELERATORS[vendor]
+    for word in wanted:
+        name, equals, value = word.partition("=")
+        if not name.isidentifier() or (not equals and name not in os.environ):
+            raise ValueError(f"--env {word}: NAME=VALUE, or the NAME of a variable that is set here")
+        found[name] = value if equals else os.environ[name]
+    return found
+
+
+class Training:
+    """What is to run where; the hosts' answers settle the rest."""
+
+    def __init__(self, options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> None:
+        self.options, self.hosts, self.words = options, hosts, words
+        self.known = {host["name"]: host for host in read_cluster(options.hostfile.with_name("cluster.json"))["hosts"]}
+        self.variables = environment(hosts[0].vendor, options.env)
+        self.run = new_run_path(options.model)
+        self.name = f"{self.run.name}-{secrets.token_hex(3)}"
+        self.paths = [str(config.absolute()), *(str(Path(word).absolute()) for word in (options.model, options.dataset)
+                                                if word and Path(word).exists())]
+        self.parts = [Part(self._node(host), host.use, self._place(host.host)) for host in hosts]
+        self.local = False  # rank 0's run folder is this machine's
+        self.folders: dict[str, str] = {}  # by host: where its ranks start
+
+    def _node(self, host: Slots) -> Node:
+        return parse_node(host.host, "")
+
+    def _place(self, host: str) -> Place:
+        known = self.known.get(host, {})
+        return Place(known.get("dir") or str(HOME), known.get("python") or own_python())
+
+    def wanted(self) -> dict[str, Any]:
+        """Return what each node is asked: do these paths exist, is the port free, does it see this folder?"""
+        mark = self.run.absolute() / f".{self.name}"
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        return {"paths": self.paths, "port": self.options.master_port, "marks": [str(Path.cwd()), str(mark)]}
+
+    def settle(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
+        """Return the job, or None after telling what stands against it."""
+        mark = self.run.absolute() / f".{self.name}"
+        found = [str(error) for error in unreached.values()]
+        found += [str(fault) for fault in faults(facts, here({"folder": str(HOME)}), self.paths)]
+        mark.unlink(missing_ok=True)
+        if found:
+            for line in found:
+                say(one_line(line))
+            return None
+        first = str(self.parts[0].node)
+        self.local = str(mark) in facts[first]["there"]
+        address = self._address(facts[first])
+        port = self.options.master_port or facts[first]["port"]
+        self._announce(facts, address, port)
+        cwd = str(Path.cwd())
+        self.folders = {str(part.node): cwd if cwd in facts[str(part.node)]["there"] else part.place.folder
+                        for part in self.parts}
+        script = self.options.script and str(Path(self.options.script).absolute())
+        return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
+                "master_port": port, "environment": self.variables, "arguments": self._arguments(),
+                "folders": self.folders, "scripts": {
+                    str(part.node): script or f"{part.place.folder}/trainer/train.py" for part in self.parts}}
+
+    def _arguments(self) -> list[str]:
+        return self.words if self.options.script else [*self.words, "--output_dir", str(self.run)]
+
+    def _address(self, facts: dict[str, Any]) -> str:
+        """Return rank 0's address for the others: from cluster.json, as it was reached, or this machine's."""
+        if len(self.parts) == 1:
+            return "127.0.0.1"
+        known = self.known.get(str(self.parts[0].node), {}).get("address")
+        if known or facts["address"]:
+            return str(known or facts["address"])
+        other = next(str(part.node.host) for part in self.parts if not part.node.is_local)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((self.known.get(other, {}).get("address") or other, 9))  # sends nothing: asks for the route
+            return str(probe.getsockname()[0])
+
+    def _announce(self, facts: dict[str, dict[str, Any]], address: str, port: int) -> None:
+        where = ", ".join(f"{part.node} x {len(part.slots)}" for part in self.parts)
+        ranks = sum(len(part.slots) for part in self.parts)
+        kind = "CPU slots" if self.variables.get("DS_ACCELERATOR") == "cpu" else "slots"
+        say(f"training on {len(self.parts)} host{'s' * (len(self.parts) > 1)}, {ranks} {kind} ({where}), "
+            f"rank 0 at {address}:{port}")
+        for host, each in facts.items():
+            if each["jobs"]:
+                say(f"{host}: also runs {', '.join(each['jobs'])}")
+
+
+def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> int:
+    """Train and return 0, or 1 on a fault. Raises ValueError for flags that can't be followed."""
+    training = Training(options, hosts, config, words)
+    access = access_of(options)
+    logs = training.run / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def show(host: str, rank: int | None, text: str) -> None:
+        with (logs / f"{host}.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} [{'-' if rank is None else rank}] {text}\n")
+        if rank == 0:
+            print(text, flush=True)
+
+    job = ClusterJob(training.parts, access, training.wanted(), training.name, options.grace, training.settle)
+    started = time.monotonic()
+    story = job.run(question(), show, say)
+    if story is None:
+        say("nothing was started")
+        _forget(training.run)
+        return 1
+    return conclude(training, story, time.monotonic() - started, access)
+
+
+def _forget(run: Path) -> None:
+    """Remove the folder of a run that never began."""
+    for folder in (run / "logs", run):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def conclude(training: Training, story: Story, seconds: float, access: Any) -> int:
+    """Say how it ended, bring the run folder here; return the exit code."""
+    cause = first_cause(story.ends, story.lost, story.said)
+    failed = cause is not None or any(story.codes.get(str(part.node)) != 0 for part in training.parts)
+    first = training.parts[0]
+    if not training.local and str(first.node) in story.codes:
+        fetch_run(first.node, training.folders[str(first.node)], training.run, access, say)
+    if not failed:
+        return 0
+    mark_failed(training.run, 1)
+    say(f"training failed after {seconds:.0f} s" + (f": {cause}" if cause else ""))
+    if cause:
+        for line in cause.excerpt:
+            say(one_line(f"  {line}"))
+        if cause.hint:
+            say(f"hint: {cause.hint}")
+    say(f"all that was said: {shlex.quote(str(training.run / 'logs'))}")
+    return 1

@@ -1,0 +1,94 @@
+"""Why a training over several hosts failed: of all that ended, the one that ended first, and what it means."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# What a rank says that lost another one: the cause is elsewhere.
+COLLATERAL = re.compile(
+    r"Connection (closed|reset) by peer|connection was closed|Broken pipe|NCCL.*(remote error|unhandled system error)|"
+    r"Gloo.*(Timed out|Read error|Write error)|DistNetworkError|DistStoreError|rank 0 has gone|"
+    r"Socket closed|connectFullMesh.*closed", re.IGNORECASE)
+HINTS: list[tuple[str, str]] = [
+    (r"CUDA out of memory|OutOfMemoryError|HIP out of memory", "smaller --per_device_train_batch_size or "
+     "--sequence_length, or a preset with offload (trainer/configs/)"),
+    (r"No space left on device", "make room on that host's disk, or --save_total_limit 1"),
+    (r"Address already in use|EADDRINUSE", "another program has the port: --master-port N, or end it"),
+    (r"connectFullMesh|unable to connect to|No route to host|Connection refused|Connection timed out",
+     "can the hosts reach each other (firewall)? --env GLOO_SOCKET_IFNAME=... names the network card"),
+    (r"ModuleNotFoundError|ImportError", "the packages differ there: make install on that host"),
+    (r"CUDA driver version is insufficient|no CUDA GPUs are available|Found no NVIDIA driver",
+     "invoke detect on that host says what its driver lacks"),
+    (r"FileNotFoundError|No such file or directory", "copy the file to the same path on every host"),
+    (r"Permission denied", "the account there may not read or write that"),
+]
+KILLED = "nobody asked for it: if you didn't, the kernel ran out of memory: sudo dmesg | tail on that host"
+TAIL = 12  # lines of a failing rank that are shown
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank ended before its time: exit code (negative: a signal), seconds since the start."""
+
+    host: str
+    rank: int
+    code: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The first cause: where (rank None: the host itself), what, the last lines it said, a hint ('' if none)."""
+
+    host: str
+    rank: int | None
+    what: str
+    excerpt: tuple[str, ...]
+    hint: str
+
+    def __str__(self) -> str:
+        where = f"{self.host}, rank {self.rank}" if self.rank is not None else self.host
+        return f"{where}: {self.what}"
+
+
+def in_words(code: int) -> str:
+    """Return what an exit code says."""
+    if code < 0:
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
+    return f"ended with exit code {code}"
+
+
+def excerpt(lines: Sequence[str]) -> tuple[str, ...]:
+    """Return the end of what a rank said, from its last traceback on if there is one; the middle of a long one goes."""
+    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
+    part = list(lines[starts[-1] :] if starts else lines[-TAIL:])
+    return tuple(part if len(part) <= TAIL else [part[0], "  ...", *part[2 - TAIL :]])
+
+
+def first_cause(ends: Sequence[End], lost: Mapping[str, str], said: Mapping[tuple[str, int | None], Sequence[str]],
+                ) -> Cause | None:
+    """Return why it failed, None if nothing did.
+
+    `lost`: hosts whose connection ended, with why; `said`: the last lines by host and rank (None: the launcher). A rank
+    that only lost its peers is no cause where another one is.
+    """
+    failed = sorted((end for end in ends if end.code), key=lambda end: end.at)
+    causes = [end for end in failed if not COLLATERAL.search("\n".join(said.get((end.host, end.rank), [])[-40:]))
+              or end.code < 0]
+    if causes or (failed and not lost):
+        end = (causes or failed)[0]
+        lines = [line for line in said.get((end.host, end.rank), []) if line.strip()]
+        text = "\n".join(lines[-40:])
+        hint = KILLED if end.code == -signal.SIGKILL else next(
+            (hint for pattern, hint in HINTS if re.search(pattern, text)), "")
+        return Cause(end.host, end.rank, in_words(end.code), excerpt(lines), hint)
+    for host, why in lost.items():
+        lines = [line for line in said.get((host, None), []) if line.strip()]
+        return Cause(host, None, why, excerpt(lines) if lines else (), "")
+    return None

@@ -1,0 +1,110 @@
+"""What each node has for a training, asked of the Python that will train there, and what stands against a start.
+
+`worker/describe_node.py` answers; `faults` compares the answers with this machine's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from master.ssh import Session
+from master.ssh_config import SshError
+
+WORKER = Path(__file__).resolve().parent.parent / "worker"
+MARK = "@@NODE_FACTS "
+NOT_FOUND = (126, 127)  # what a shell says of a program that isn't there, or isn't one
+LITTLE_ROOM = 2 << 30  # bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where lanspeed lives on a node: the folder of the checkout and the Python that trains."""
+
+    folder: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What stops a start, on one host, with the mend."""
+
+    host: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.text}"
+
+
+def streamed(script: Path) -> str:
+    """Return the words after PYTHON that run a script sent over standard input and leave the rest of the input to it.
+
+    Not `python3 -`, which reads to the end of the input.
+    """
+    size = len(script.read_bytes())
+    program = f'import os;d=b"";exec("while len(d)<{size}:d+=os.read(0,{size}-len(d))");exec(d)'
+    return f"-u -c {shlex.quote(program)}"
+
+
+def ask(session: Session, place: Place, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a node's facts; raise SshError with the mend where they can't be had."""
+    words = json.dumps({"folder": place.folder, **wanted})
+    command = f"exec {shlex.quote(place.python)} {streamed(WORKER / 'describe_node.py')} {shlex.quote(words)}"
+    done = session.run(command, (WORKER / "describe_node.py").read_bytes())
+    host = str(session.node)
+    for line in done.out.splitlines():
+        if line.startswith(MARK):
+            facts: dict[str, Any] = json.loads(line[len(MARK) :])
+            return facts
+    if done.code in NOT_FOUND:
+        raise SshError(host, "Python", f"no {place.python} there",
+                       "put lanspeed and its .venv at the same path as here (make install there)")
+    said = (done.err.strip().splitlines() or ["it printed nothing"])[-1]
+    raise SshError(host, "Python", f"{place.python} does not answer: {said[:200]}")
+
+
+def here(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return this machine's facts, by the same file."""
+    spec = importlib.util.spec_from_file_location("describe_node", WORKER / "describe_node.py")
+    assert spec and spec.loader
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: dict[str, Any] = module.describe(dict(wanted))
+    return found
+
+
+def faults(answers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any], paths: Sequence[str]) -> list[Fault]:
+    """Return what stops a start, host by host; `own` are this machine's facts, which the others must agree with."""
+    found = []
+    for host, facts in answers.items():
+        if facts["code"] != own["code"]:
+            what = "another state of lanspeed's code" if facts["code"] else "no lanspeed"
+            found.append(Fault(host, f"{what} in the folder it trains in: copy this machine's there"))
+        for name, version in own["packages"].items():
+            theirs = facts["packages"].get(name)
+            if theirs is None:
+                found.append(Fault(host, f"{name} is not installed: make install there"))
+            elif theirs.split("+")[0] != version.split("+")[0]:
+                found.append(Fault(host, f"{name} {theirs}, here {version}: make install there"))
+        if facts["python"].split(".")[:2] != own["python"].split(".")[:2]:
+            found.append(Fault(host, f"Python {facts['python']}, here {own['python']}: take one minor release"))
+        for path in facts["missing"]:
+            what = "is not there" if path in paths else "can't be found"
+            found.append(Fault(host, f"{path} {what}: copy it to the same path"))
+        if facts["free_bytes"] is not None and facts["free_bytes"] < LITTLE_ROOM:
+            found.append(Fault(host, f"{facts['free_bytes'] / 1e9:.1f} GB are free on its disk: make room"))
+        if facts["port"] is None:
+            found.append(Fault(host, "the port is taken: --master-port N names another"))
+    return found
+
+
+def own_python() -> str:
+    """Return this machine's interpreter, whose path the nodes share unless cluster.json says otherwise."""
+    return sys.executable

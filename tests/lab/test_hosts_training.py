@@ -1,0 +1,178 @@
+"""`invoke train --hostfile` over whole machines: one model, and nothing left wherever something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import HOME
+from ssh_server import make_key
+
+from lab.hosts import Host, Lab
+
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
+SMALL = ["--", "--sequence_length", "64", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
+
+
+class Desk:
+    """The folder where a person sits, on the lab's master, with keys to two machines and a hostfile of them."""
+
+    def __init__(self, lab: Lab, texts: Path, cache: Path, slots: dict[str, int]) -> None:
+        self.lab, self.texts, self.folder = lab, texts, lab.folder / "desk"
+        self.folder.mkdir()
+        self.home = lab.master.homes / "root"
+        (self.home / ".ssh").mkdir(mode=0o700)
+        key = make_key(self.home / ".ssh" / "id_ed25519")
+        self.hosts = {name: lab.add(name) for name in slots}
+        for host in self.hosts.values():
+            folder = host.homes / "root" / ".ssh"
+            folder.mkdir(mode=0o700)
+            (folder / "authorized_keys").write_text(key.with_suffix(".pub").read_text())
+            host.serve(LANSPEED_CACHE=str(cache / host.name), HF_HUB_OFFLINE="1")
+        lab.master.resolve(*self.hosts.values())
+        (self.folder / "hostfile.txt").write_text(
+            "".join(f"{name} slots={count} type=CPU\n" for name, count in slots.items()))
+
+    def words(self, *more: str) -> list[str]:
+        where = self.lab.master.words("env", "-C", str(self.folder), "-u", "SSH_AUTH_SOCK", "-u", "LANSPEED_CACHE",
+                                      f"HOME={self.home}", f"PATH={Path(sys.executable).parent}:/usr/bin:/bin")
+        return [*where, sys.executable, str(HOME / "master" / "launch_training.py"), "--model", "tiny",
+                "--hostfile", "hostfile.txt", "--host-keys", "accept-new", "--dataset", str(self.texts), *more]
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.words(*more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                stdin=subprocess.DEVNULL)
+
+    def run(self, *more: str, seconds: float = 240) -> tuple[int, str]:
+        job = self.start(*more)
+        output, _ = job.communicate(timeout=seconds)
+        return job.returncode, output
+
+    @property
+    def run_folder(self) -> Path:
+        (found,) = (self.folder / "runs").iterdir()
+        return found
+
+    def logged(self, host: str) -> str:
+        path = next((self.folder / "runs").glob(f"*/logs/{host}.log"), None)
+        return path.read_text() if path else ""
+
+
+@pytest.fixture
+def desk(lab: Lab, texts: Path, cache: Path) -> Iterator[Desk]:
+    made = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
+    yield made
+    assert not job_processes(), "something of a job runs on"
+
+
+def job_processes() -> list[int]:
+    """All living processes of any job: this machine sees those of the lab's machines too."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"LANSPEED_JOB=" in (path / "environ").read_bytes() and (path / "stat").read_text().rpartition(")")[2][
+                    1] != "Z":
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def ranks_on(host: Host) -> list[int]:
+    """The ranks on a machine, by their variables and its process id namespace."""
+    space = os.readlink(f"/proc/{host.pid}/ns/pid")
+    found = []
+    for pid in job_processes():
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes()
+            if os.readlink(f"/proc/{pid}/ns/pid") == space and b"\0RANK=" in variables:
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+
+
+def wait_for_steps(desk: Desk, job: subprocess.Popen[str]) -> None:
+    def stepping() -> bool:
+        assert job.poll() is None, job.communicate()[0]
+        return any('"loss"' in path.read_text() for path in (desk.folder / "runs").glob("*/metrics.jsonl"))
+
+    wait_for(stepping)
+
+
+def test_two_machines_make_one_model(desk: Desk) -> None:
+    code, output = desk.run(*SMALL, "--max_steps", "3")
+    assert code == 0, output
+    assert "training on 2 hosts, 2 CPU slots (gpu1 x 1, gpu2 x 1), rank 0 at 10.77.0.11:" in output
+    assert "world size  2 (gpu1 x 1, gpu2 x 1)" in output
+    record = json.loads((desk.run_folder / "run.json").read_text())
+    assert (record["status"], record["world_size"]) == ("finished", 2)
+    assert (desk.run_folder / "model" / "model.safetensors").exists()
+    assert "[0]" in desk.logged("gpu1") and "world size" in desk.logged("gpu1")
+
+
+@pytest.mark.parametrize("victim", ["gpu1", "gpu2"])
+def test_a_rank_that_is_killed_ends_the_job_and_is_named(victim: str, desk: Desk) -> None:
+    job = desk.start(*SMALL, "--max_steps", "100000")
+    wait_for_steps(desk, job)
+    os.kill(ranks_on(desk.hosts[victim])[0], signal.SIGKILL)
+    killed = time.monotonic()
+    wait_for(lambda: not job_processes(), 15)
+    assert time.monotonic() - killed < 6
+    output, _ = job.communicate(timeout=30)
+    rank = list(desk.hosts).index(victim)
+    assert job.returncode == 1 and f": {victim}, rank {rank}: killed by SIGKILL" in output
+    assert "ran out of memory" in output
+
+
+def test_a_machine_that_vanishes_ends_the_job(desk: Desk) -> None:
+    job = desk.start(*SMALL, "--max_steps", "100000")
+    wait_for_steps(desk, job)
+    desk.lab.switch.network("ip link set port12 down")
+    cut = time.monotonic()
+    wait_for(lambda: not job_processes(), 40)
+    assert time.monotonic() - cut < 20
+    output, _ = job.communicate(timeout=40)
+    assert job.returncode == 1 and "gpu2" in output.splitlines()[-2] + output.splitlines()[-1] + output, output
+
+
+def test_a_master_that_dies_ends_the_job(desk: Desk) -> None:
+    job = desk.start(*SMALL, "--max_steps", "100000")
+    wait_for_steps(desk, job)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if b"launch_training.py" in path.read_bytes() and str(desk.texts).encode() in path.read_bytes():
+            os.kill(int(path.parent.name), signal.SIGKILL)
+    wait_for(lambda: not job_processes(), 20)
+    job.communicate(timeout=30)
+
+
+def test_ctrl_c_saves_on_all_machines(desk: Desk) -> None:
+    job = desk.start(*SMALL, "--max_steps", "100000")
+    wait_for_steps(desk, job)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if b"launch_training.py" in path.read_bytes() and path.read_bytes().startswith(sys.executable.encode()):
+            os.kill(int(path.parent.name), signal.SIGINT)
+    output, _ = job.communicate(timeout=90)
+    assert job.returncode == 0, output
+    assert list(desk.run_folder.glob("checkpoints/checkpoint-*")) and "stopping" in output
+
+
+def test_what_stands_against_a_start_is_told_by_host(desk: Desk) -> None:
+    desk.lab.switch.network("ip link set port12 down")
+    code, output = desk.run("--connect-timeout", "3", *SMALL, seconds=60)
+    assert code == 1 and "gpu2: TCP" in output and "nothing was started" in output
+    assert not (desk.folder / "runs").exists() or not list((desk.folder / "runs").iterdir())
