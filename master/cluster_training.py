@@ -159,7 +159,7 @@ def _forget(run: Path) -> None:
 
 def conclude(training: Training, story: Story, seconds: float, access: Any) -> int:
     """Say how it ended, bring the run folder here; return the exit code."""
-    cause = first_cause(story.ends, story.lost, story.said)
+    cause = first_cause(story.ends, story.lost, {who: list(lines) for who, lines in story.said.items()})
     failed = cause is not None or any(story.codes.get(str(part.node)) != 0 for part in training.parts)
     first = training.parts[0]
     if not training.local and str(first.node) in story.codes:
