@@ -46,17 +46,23 @@ def flags(**values: object) -> list[str]:
     "model": "a Hugging Face name, a folder, or 'tiny', which needs no download",
     "dataset": "a file, a folder or a Hugging Face name (default: Python's own documentation)",
     "config": "DeepSpeed config (presets: trainer/configs/)",
-    "hostfile": "train on these hosts, by the plain deepspeed command (default: on this machine)",
+    "hostfile": "train on these hosts (default: on this machine)",
     "slots": "ranks on this machine (default: all GPUs; 1 without any)",
+    "script": "your own training script instead of trainer/train.py (with --hostfile)",
+    "env": "a variable for all ranks, K=V, or K as it is here",
+    "ssh-user": "login name on the hosts (default: as your ssh configuration says)",
+    "host-keys": "unknown host keys: ask, accept-new, yes (refuse)",
     "grace": "seconds to save in after Ctrl-C (60)",
     "dry-run": "print what would run",
-})
-def train(c, model="", dataset="", config="", hostfile="", slots="", grace="", dry_run=False):  # type: ignore[no-untyped-def]
-    """Train on this machine, or a hostfile's hosts; flags of trainer/train.py follow --."""
-    if not model:
+}, iterable=["env"])
+def train(c, model="", dataset="", config="", hostfile="", slots="", script="", env=None, ssh_user="",  # type: ignore[no-untyped-def]
+          host_keys="", grace="", dry_run=False):
+    """Train on this machine, or on a hostfile's hosts; flags of trainer/train.py follow --."""
+    if not model and not script:
         raise Exit("which model? invoke train --model tiny (or a Hugging Face name, or a folder)", code=2)
-    words = flags(model=model, dataset=dataset, config=config, hostfile=hostfile, slots=slots, grace=grace,
-                  dry_run=dry_run)
+    words = flags(model=model or "tiny", dataset=dataset, config=config, hostfile=hostfile, slots=slots, script=script,
+                  ssh_user=ssh_user, host_keys=host_keys, grace=grace, dry_run=dry_run)
+    words += [word for each in env or () for word in ("--env", each)]
     run_tool("master.launch_training", *words, "--", *after_dashes())
 
 

@@ -58,16 +58,22 @@ def test_a_hostfile_of_this_machine_says_the_slots(environment: dict[str, str], 
     assert done.returncode == 0 and "training on this machine: 3 CPU ranks" in done.stderr
 
 
-def test_other_machines_are_left_to_plain_deepspeed(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_dry_run_for_other_machines_shows_both_commands(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "h").write_text("gpu1 slots=2 type=NVIDIA\ngpu2 slots=2 type=NVIDIA\n# include: gpu1@gpu2:1\n")
-    words = ("--model", "tiny", "--hostfile", "h")
-    done = launch(*words, "--dry-run", environment=environment, cwd=tmp_path)
-    assert done.returncode == 0 and "2 hosts, 3 slots" in done.stderr
+    done = launch("--model", "tiny", "--hostfile", "h", "--dry-run", "--", "--max_steps", "3", environment=environment,
+                  cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "would run on gpu1: slots 0,1; gpu2: slots 1:" in done.stdout
     assert f"deepspeed --hostfile=h --include=gpu1@gpu2:1 {HOME}/trainer/train.py" in done.stdout
-    assert f"--deepspeed_config {HOME}/trainer/configs/zero1.json" in done.stdout
-    environment["PATH"] = str(tmp_path)
-    done = launch(*words, environment=environment, cwd=tmp_path)
-    assert done.returncode == 2 and "sudo apt install pdsh" in done.stderr
+    assert done.stdout.count(f"--deepspeed_config {HOME}/trainer/configs/zero1.json --max_steps 3") == 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("word", ["1X=2", "NOT_SET_HERE", "=3"])
+def test_a_variable_must_have_a_name_and_a_value(word: str, environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "h").write_text("gpu1 slots=2 type=CPU\n")
+    done = launch("--model", "tiny", "--hostfile", "h", "--env", word, environment=environment, cwd=tmp_path)
+    assert done.returncode == 2 and f"--env {word}: NAME=VALUE" in done.stderr
 
 
 @pytest.mark.parametrize(("hosts", "words"), [("", []), ("gpu1 slots=2 type=CPU\n", ["--hostfile", "h"])])

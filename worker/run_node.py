@@ -220,6 +220,9 @@ class Node:
         self.patience = job.get("patience", 12.0)
         self.logs = tempfile.mkdtemp(prefix=f"lanspeed-{job['job']}-")
         self.tails: dict[int, Tail] = {}
+        names, at = list(job["world"]), job["node_rank"]
+        first = sum(len(job["world"][name]) for name in names[:at])
+        self.expected = set(range(first, first + len(job["world"][names[at]])))
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.ended: dict[int, int | None] = {}  # rank -> exit code
         self.reason = ""  # why the job is ended early
@@ -250,6 +253,7 @@ class Node:
         for path in glob.glob(self.logs + "/*_rank*.log"):
             rank = int(path.rpartition("_rank")[2][:-4])
             self.tails.setdefault(rank, Tail(path, rank))
+        strays = []
         for pid in children(self.launcher.pid):
             if pid in self.ranks:
                 continue
@@ -260,14 +264,19 @@ class Node:
                 continue
             if named:
                 self.ranks[pid] = int(named.group(1))
+            elif exit_status(pid) is not None:
+                strays.append(pid)  # it died before it could be looked at; ranks are started in their order
+        missing = sorted(self.expected - set(self.ranks.values()))
+        if len(strays) == len(missing):
+            self.ranks.update(zip(sorted(strays), missing))
 
     def watch_ranks(self) -> None:
         """Tell how ranks ended, as soon as they do; one that failed ends the job here."""
         for pid, rank in self.ranks.items():
             if rank not in self.ended:
                 code = exit_status(pid)
-                if code is None and not os.path.exists(f"/proc/{pid}"):
-                    code = self.launcher.poll() or 0  # its launcher was quicker to wait for it
+                if code is None and self.launcher.poll() == 0:
+                    code = 0  # its launcher was quicker to wait for it
                 if code is not None:
                     self.ended[rank] = code
                     for _ in range(100):

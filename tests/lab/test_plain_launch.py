@@ -37,8 +37,12 @@ def test_a_hostfile_of_two_machines_trains(lab: Lab, texts: Path, cache: Path) -
 
     asked = invoke("hostfile", "--nodes", "gpu1,gpu2", "--cpu-slots", "1", "--", "--host-keys", "accept-new")
     assert asked.returncode == 0, asked.stderr
-    done = invoke("train", "--model", "tiny", "--dataset", str(texts), "--hostfile", "hostfile.txt", "--",
-                  "--max_steps", "3", "--sequence_length", "64", "--output_dir", str(desk / "run"))
+    shown = invoke("train", "--model", "tiny", "--dataset", str(texts), "--hostfile", "hostfile.txt", "--dry-run",
+                   "--", "--max_steps", "3", "--sequence_length", "64", "--output_dir", str(desk / "run"))
+    command = shown.stdout.strip().splitlines()[-1]
+    assert command.startswith("  DS_ACCELERATOR=cpu deepspeed --hostfile=hostfile.txt --master_addr=10.77.0.11 ")
+    done = subprocess.run([*where[: where.index("invoke")], "sh", "-c", command], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "world size  2 (gpu1 x 1, gpu2 x 1)" in done.stdout + done.stderr
     assert (desk / "run" / "model" / "model.safetensors").exists()
