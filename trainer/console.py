@@ -6,6 +6,7 @@ in the run folder's logs/<host>.log.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ class Console:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._waiting: list[str] = []
+        self._kept_elsewhere = "LANSPEED_JOB" in os.environ
         self._log: Path | None = None
         self._bar: Any = None
         self._task: Any = None
@@ -45,8 +47,10 @@ class Console:
         self._first_step = 0
 
     def keep_log(self, folder: Path) -> None:
-        """Write this host's lines to `folder`/<host>.log from now on."""
+        """Write this host's lines to `folder`/<host>.log from now on, unless the launcher keeps what all ranks say."""
         folder.mkdir(parents=True, exist_ok=True)
+        if self._kept_elsewhere:
+            return
         self._log = folder / f"{self._ranks.host}.log"
         waiting, self._waiting = self._waiting, []
         for line in waiting:
@@ -55,7 +59,8 @@ class Console:
     def keep(self, line: str) -> None:
         """Write a line to the log alone."""
         if self._log is None:
-            self._waiting.append(line)
+            if not self._kept_elsewhere:
+                self._waiting.append(line)
             return
         stamp = f"{time.strftime('%H:%M:%S')} [{self._ranks.rank}] "
         with self._log.open("a", encoding="utf-8") as file:

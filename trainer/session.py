@@ -7,7 +7,6 @@ the model is built; DeepSpeed's config must be known to transformers before a bi
 from __future__ import annotations
 
 import argparse
-import os
 import time
 import warnings
 from pathlib import Path
@@ -119,8 +118,7 @@ class Session:
         self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine)
         self.checkpoint = choose_checkpoint(self.options, self.run, self.ranks, self.layout, self.console)
         self.resume_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else None
-        if "LANSPEED_JOB" not in os.environ:  # the launcher keeps what all ranks say otherwise
-            self.console.keep_log(path / "logs")
+        self.console.keep_log(path / "logs")
         self.shared_disk = self._is_shared(path)
 
     def _is_shared(self, path: Path) -> bool:
