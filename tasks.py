@@ -52,18 +52,30 @@ def flags(**values: object) -> list[str]:
     "env": "a variable for all ranks, K=V, or K as it is here",
     "ssh-user": "login name on the hosts (default: as your ssh configuration says)",
     "host-keys": "unknown host keys: ask, accept-new, yes (refuse)",
+    "include": "these hosts and slots of the hostfile, as in gpu1@gpu2:0,2",
+    "exclude": "all but these",
+    "resume": "go on with this run from its newest good checkpoint",
+    "restarts": "after a failure on the hosts begin again, so many times",
+    "detach": "go on without this terminal",
     "grace": "seconds to save in after Ctrl-C (60)",
     "dry-run": "print what would run",
 }, iterable=["env"])
 def train(c, model="", dataset="", config="", hostfile="", slots="", script="", env=None, ssh_user="",  # type: ignore[no-untyped-def]
-          host_keys="", grace="", dry_run=False):
+          host_keys="", include="", exclude="", resume="", restarts="", detach=False, grace="", dry_run=False):
     """Train on this machine, or on a hostfile's hosts; flags of trainer/train.py follow --."""
-    if not model and not script:
+    if not (model or script or resume):
         raise Exit("which model? invoke train --model tiny (or a Hugging Face name, or a folder)", code=2)
-    words = flags(model=model or "tiny", dataset=dataset, config=config, hostfile=hostfile, slots=slots, script=script,
-                  ssh_user=ssh_user, host_keys=host_keys, grace=grace, dry_run=dry_run)
+    words = flags(model=model, dataset=dataset, config=config, hostfile=hostfile, slots=slots, script=script,
+                  ssh_user=ssh_user, host_keys=host_keys, include=include, exclude=exclude, resume=resume,
+                  restarts=restarts, detach=detach, grace=grace, dry_run=dry_run)
     words += [word for each in env or () for word in ("--env", each)]
     run_tool("master.launch_training", *words, "--", *after_dashes())
+
+
+@task(auto_shortflags=False, help={"run": "a run folder (default: the newest that runs)"})
+def stop(c, run=""):  # type: ignore[no-untyped-def]
+    """Stop a run in order: its ranks save first."""
+    run_tool("master.launch_training", "--stop", *([run] if run else []))
 
 
 @task(auto_shortflags=False, help={

@@ -50,10 +50,12 @@ class Story:
     said: dict[tuple[str, int | None], deque[str]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT)))
     codes: dict[str, int] = field(default_factory=dict)
+    heard: dict[str, float] = field(default_factory=dict)  # host -> seconds since the start of its last line
     asked_to_stop: bool = False
     first_failure_at: float | None = None
 
 
+Settle = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
 Show = Callable[[str, "int | None", str], None]
 
 
@@ -61,9 +63,10 @@ class ClusterJob:
     """`settle` is given every host's facts and returns what run_node.py is told, or None to call it off."""
 
     def __init__(self, parts: Sequence[Part], access: Access, wanted: dict[str, Any], name: str, grace: float,
-                 settle: Callable[[dict[str, dict[str, Any]], dict[str, SshError]], dict[str, Any] | None]) -> None:
+                 stall: float, settle: Settle) -> None:
         self._parts = {str(part.node): part for part in parts}
         self._access, self._wanted, self._name, self._grace, self._settle = access, wanted, name, grace, settle
+        self._stall = stall
         self._events: queue.Queue[tuple[str, str, Any]] = queue.Queue()
         self._orders: dict[str, queue.Queue[dict[str, Any]]] = {host: queue.Queue() for host in self._parts}
         self._decided = threading.Event()
@@ -110,8 +113,14 @@ class ClusterJob:
 
     def _follow(self, started: float, show: Show, say: Callable[[str], None]) -> None:
         """Take in what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
-        running, told = set(self._parts), 0
+        running, told, warned = set(self._parts), 0, 0.0
         while running:
+            since = time.monotonic() - started
+            latest = max(self.story.heard.values(), default=since)
+            if self._stall and since - max(latest, warned) > self._stall:
+                warned = since
+                said = ", ".join(f"{host} {since - at:.0f} s ago" for host, at in sorted(self.story.heard.items()))
+                say(f"NOTHING HAPPENS: no rank has said a word for {since - latest:.0f} s (last: {said}); Ctrl-C stops")
             if self._signals > told:
                 told = self._signals
                 self.story.asked_to_stop = True
@@ -122,7 +131,6 @@ class ClusterJob:
                 host, kind, content = self._events.get(timeout=0.1)
             except queue.Empty:
                 continue
-            since = time.monotonic() - started
             if kind == "over":
                 running.discard(host)
                 if isinstance(content, SshError) and host not in self.story.codes:
@@ -134,8 +142,11 @@ class ClusterJob:
     def _take(self, host: str, event: dict[str, Any], since: float, running: set[str], show: Show) -> None:
         kind = event.get("event")
         if kind == "line":
+            self.story.heard[host] = since
             self.story.said[host, event["rank"]].append(event["text"])
             show(host, event["rank"], event["text"])
+        elif kind == "metrics":
+            show(host, None, "@metrics " + event["text"])
         elif kind == "rank":
             self.story.ends.append(End(host, event["rank"], event["code"], since))
             if event["code"]:

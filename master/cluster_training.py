@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -25,12 +26,13 @@ from master.node_facts import Place, faults, here, own_python
 from master.nodes import Node, parse_node
 from master.plain_deepspeed import HOME
 from master.run_fetch import fetch_run
-from master.runs import mark_failed, new_run_path
-from master.ssh_config import SshError
+from master.runs import LAUNCHER, mark_failed, sign
+from master.ssh_config import Access, SshError
 
 # What goes along to the nodes: settings of the libraries, never the whole shell.
 SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
 SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "LANSPEED_CACHE", "TORCH_EXTENSIONS_DIR")
+RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
 ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 
 
@@ -55,13 +57,19 @@ class Training:
         self.options, self.hosts, self.words = options, hosts, words
         self.known = {host["name"]: host for host in read_cluster(options.hostfile.with_name("cluster.json"))["hosts"]}
         self.variables = environment(hosts[0].vendor, options.env)
-        self.run = new_run_path(options.model)
-        self.name = f"{self.run.name}-{secrets.token_hex(3)}"
-        self.paths = [str(config.absolute()), *(str(Path(word).absolute()) for word in (options.model, options.dataset)
-                                                if word and Path(word).exists())]
+        self.run: Path = options.run
+        self.resume = str(self.run) if options.resume else ""
+        self.name = self.new_name()
+        words_with_paths = (str(config), options.model, options.dataset, options.script)
+        self.paths = [str(Path(word).absolute()) for word in words_with_paths if word and Path(word).exists()]
         self.parts = [Part(self._node(host), host.use, self._place(host.host)) for host in hosts]
         self.local = False  # rank 0's run folder is this machine's
         self.folders: dict[str, str] = {}  # by host: where its ranks start
+
+    def new_name(self) -> str:
+        """Give the job a name that no other has, and return it."""
+        self.name = f"{self.run.name}-{secrets.token_hex(3)}"
+        return self.name
 
     def _node(self, host: Slots) -> Node:
         return parse_node(host.host, "")
@@ -98,11 +106,14 @@ class Training:
         script = self.options.script and str(Path(self.options.script).absolute())
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "environment": self.variables, "arguments": self._arguments(),
-                "folders": self.folders, "scripts": {
+                "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders, "scripts": {
                     str(part.node): script or f"{part.place.folder}/trainer/train.py" for part in self.parts}}
 
     def _arguments(self) -> list[str]:
-        return self.words if self.options.script else [*self.words, "--output_dir", str(self.run)]
+        if self.options.script:
+            return self.words
+        resume = ["--resume_from_checkpoint", self.resume] if self.resume else []
+        return [*self.words, "--output_dir", str(self.run), *resume]
 
     def _address(self, facts: dict[str, Any]) -> str:
         """Return rank 0's address for the others: from cluster.json, as it was reached, or this machine's."""
@@ -127,37 +138,67 @@ class Training:
                 say(f"{host}: also runs {', '.join(each['jobs'])}")
 
 
+class Screen:
+    """What of the ranks' words is shown here, and kept: rank 0's at once, others' warnings once."""
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._warned = run, set[str]()
+        (run / "logs").mkdir(parents=True, exist_ok=True)
+
+    def show(self, host: str, rank: int | None, text: str) -> None:
+        """Take in a line; metrics of a run folder elsewhere go into the one here."""
+        if text.startswith("@metrics "):
+            with (self._run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(text.removeprefix("@metrics ") + "\n")
+            return
+        with (self._run / "logs" / f"{host}.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} [{'-' if rank is None else rank}] {text}\n")
+        if rank == 0:
+            print(text, flush=True)
+        elif "warning" in text.lower() and (kind := re.sub(r"[\d.:]+", "", text)) not in self._warned:
+            self._warned.add(kind)
+            say(one_line(f"{host}, rank {rank}: {text}"))
+
+
 def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> int:
     """Train and return 0, or 1 on a fault. Raises ValueError for flags that can't be followed."""
     training = Training(options, hosts, config, words)
     access = access_of(options)
-    logs = training.run / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    sign(training.run)
+    screen = Screen(training.run)
+    for attempt in range(options.restarts + 1):
+        patience = time.monotonic() + (RESTART_WAIT if attempt else 0)
+        while (story := run_once(training, access, screen)) is None:
+            if time.monotonic() >= patience:
+                say("nothing was started")
+                _forget(training.run)
+                return 1
+            time.sleep(10)
+        code = conclude(training, story, access)
+        if code == 0 or story.asked_to_stop or attempt == options.restarts:
+            return code
+        say(f"restart {attempt + 1} of {options.restarts}: from the newest checkpoint that every host has")
+        training.resume = "auto"
+    return 1
 
-    def show(host: str, rank: int | None, text: str) -> None:
-        with (logs / f"{host}.log").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} [{'-' if rank is None else rank}] {text}\n")
-        if rank == 0:
-            print(text, flush=True)
 
-    job = ClusterJob(training.parts, access, training.wanted(), training.name, options.grace, training.settle)
-    started = time.monotonic()
-    story = job.run(question(), show, say)
-    if story is None:
-        say("nothing was started")
-        _forget(training.run)
-        return 1
-    return conclude(training, story, time.monotonic() - started, access)
+def run_once(training: Training, access: Access, screen: Screen) -> Story | None:
+    """Run the job to its end; None if it couldn't begin."""
+    options, name = training.options, training.new_name()
+    job = ClusterJob(training.parts, access, training.wanted(), name, options.grace, options.stall_timeout,
+                     training.settle)
+    return job.run(question(), screen.show, say)
 
 
 def _forget(run: Path) -> None:
     """Remove the folder of a run that never began."""
+    (run / LAUNCHER).unlink(missing_ok=True)
     for folder in (run / "logs", run):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def conclude(training: Training, story: Story, seconds: float, access: Any) -> int:
+def conclude(training: Training, story: Story, access: Access) -> int:
     """Say how it ended, bring the run folder here; return the exit code."""
     cause = first_cause(story.ends, story.lost, {who: list(lines) for who, lines in story.said.items()})
     failed = cause is not None or any(story.codes.get(str(part.node)) != 0 for part in training.parts)
@@ -167,7 +208,7 @@ def conclude(training: Training, story: Story, seconds: float, access: Any) -> i
     if not failed:
         return 0
     mark_failed(training.run, 1)
-    say(f"training failed after {seconds:.0f} s" + (f": {cause}" if cause else ""))
+    say(f"training failed after {story.first_failure_at or 0:.0f} s" + (f": {cause}" if cause else ""))
     if cause:
         for line in cause.excerpt:
             say(one_line(f"  {line}"))

@@ -75,24 +75,44 @@ def read_hostfile(path: Path) -> list[Slots]:
         hosts[host] = Slots(host, total, tuple(range(total)), kind.group(1).upper() if kind else "")
     if not hosts:
         raise HostfileError(f"{path}: no hosts: write one with invoke hostfile --nodes ...")
-    return filtered(hosts, include, path) if include else list(hosts.values())
+    return filtered(hosts, include, Path(f"{path}: include line")) if include else list(hosts.values())
+
+
+def select(hosts: Sequence[Slots], include: str, exclude: str) -> list[Slots]:
+    """Return the hosts and slots that --include names, or those that --exclude doesn't: DeepSpeed's grammar, as in
+    gpu1@gpu2:0,2. Raises HostfileError for names and slots that aren't there, and where nothing is left."""
+    named = {host.host: host for host in hosts}
+    if include and exclude:
+        raise HostfileError("--include and --exclude: give one of them")
+    if include:
+        return filtered(named, include, Path("--include"))
+    if not exclude:
+        return list(hosts)
+    without = {host.host: host for host in filtered(named, exclude, Path("--exclude"))}
+    kept = [Slots(host.host, host.total, tuple(slot for slot in host.use if slot not in without[host.host].use)
+                  if host.host in without else host.use, host.vendor) for host in hosts]
+    kept = [host for host in kept if host.use]
+    if not kept:
+        raise HostfileError(f"--exclude {exclude}: nothing is left")
+    return kept
 
 
 def filtered(hosts: dict[str, Slots], include: str, path: Path) -> list[Slots]:
     """Return the hosts that an include filter names, with its slots; raise HostfileError for what isn't there."""
-    chosen: dict[str, Slots] = {}
+    chosen: dict[str, set[int]] = {}
     for part in include.split("@"):
         name, _, text = part.partition(":")
         if name not in hosts:
-            raise HostfileError(f"{path}: the include line names {name[:60]!a}, which has no line")
+            raise HostfileError(f"{path}: {name[:60]!a} has no line in the hostfile")
         host = hosts[name]
         if text and not re.fullmatch("[0-9]+(,[0-9]+)*", text):
-            raise HostfileError(f"{path}: the include line has {part[:60]!a}: write HOST or HOST:0,1")
-        use = tuple(sorted({int(slot) for slot in text.split(",")})) if text else host.use
-        if use[-1] >= host.total:
-            raise HostfileError(f"{path}: the include line names slot {use[-1]} of {name}, which has {host.total}")
-        chosen[name] = Slots(name, host.total, use, host.vendor)
-    return [chosen[name] for name in hosts if name in chosen]
+            raise HostfileError(f"{path}: {part[:60]!a}: write HOST or HOST:0,1")
+        slots = {int(slot) for slot in text.split(",")} if text else set()
+        if max(slots, default=0) >= host.total:
+            raise HostfileError(f"{path}: slot {max(slots)} of {name}, which has {host.total}")
+        chosen.setdefault(name, set()).update(slots)
+    return [Slots(name, host.total, tuple(sorted(chosen[name])) or host.use, host.vendor)
+            for name, host in hosts.items() if name in chosen]
 
 
 def render_hostfile(hosts: Sequence[Slots], notes: dict[str, str], now: float | None = None) -> str:

@@ -1,13 +1,22 @@
-"""Run folders, as the master sees them: their names, and what became of a run that couldn't say so itself."""
+"""Run folders, as the master sees them: their names, who runs them now, how to repeat one, and what became of it."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 from master.files import write_whole
+
+LAUNCHER = "launcher.json"
+
+
+class RunError(ValueError):
+    """A run that isn't there, or can't be repeated."""
 
 
 def new_run_path(model: str) -> Path:
@@ -26,3 +35,57 @@ def mark_failed(run: Path, code: int) -> None:
     if record.get("status") == "running":
         record.update(status="failed", exit=code, ended=time.time())
         write_whole(path, json.dumps(record, indent=1) + "\n")
+
+
+def started_at(pid: int) -> str | None:
+    """Return when a process was started, in the kernel's ticks; None if there is none. Tells it from a later one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def sign(run: Path) -> None:
+    """Leave word in a run folder that this process runs it."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / LAUNCHER, json.dumps({"pid": os.getpid(), "started": started_at(os.getpid())}) + "\n")
+
+
+def launcher_of(run: Path) -> int | None:
+    """Return the process that runs a run now, None if nobody does."""
+    try:
+        signed: dict[str, Any] = json.loads((run / LAUNCHER).read_text(encoding="utf-8"))
+        pid = int(signed["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid if started_at(pid) is not None and started_at(pid) == signed.get("started") else None
+
+
+def find_run(name: str | None, running: bool = False) -> Path:
+    """Return the run that a path or name means, without one the newest (that runs now). Raises RunError."""
+    if name:
+        for path in (Path(name), Path("runs") / name):
+            if path.is_dir():
+                return path
+        raise RunError(f"{name}: no such run: ls runs")
+    found = sorted(path for path in Path("runs").glob("*-*-*")
+                   if path.is_dir() and (not running or launcher_of(path) is not None))
+    if not found:
+        raise RunError("nothing runs here" if running else "no runs here")
+    return found[-1]
+
+
+def trainer_words(run: Path) -> list[str]:
+    """Return the trainer's flags that a run was started with, but for those of its place. Raises RunError."""
+    try:
+        command = shlex.split(json.loads((run / "run.json").read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{run}/run.json: {getattr(error, 'strerror', None) or error}: name the model") from None
+    words, skip = [], False
+    for word in command[1:]:
+        drops = word.startswith(("--output_dir", "--output-dir", "--resume_from_checkpoint", "--local_rank",
+                                 "--local-rank"))
+        if not (drops or skip):
+            words.append(word)
+        skip = drops and "=" not in word
+    return words

@@ -16,6 +16,7 @@ from master.hostfile import (
     include_filter,
     read_hostfile,
     render_hostfile,
+    select,
     write_hostfile,
 )
 
@@ -47,8 +48,8 @@ def test_deepspeeds_own_parser_reads_it() -> None:
     ("gpu1 slots=2\n\n# x\ngpu2 4\n", r":4: not 'HOST slots=N': 'gpu2 4'"),
     ("gpu1 slots=0\n", r":1: gpu1 has no slots"),
     ("# nothing\n", r"no hosts"),
-    ("gpu1 slots=2\n# include: gpu2\n", r"names 'gpu2', which has no line"),
-    ("gpu1 slots=2\n# include: gpu1:2\n", r"names slot 2 of gpu1, which has 2"),
+    ("gpu1 slots=2\n# include: gpu2\n", r"'gpu2' has no line"),
+    ("gpu1 slots=2\n# include: gpu1:2\n", r"slot 2 of gpu1, which has 2"),
     ("gpu1 slots=2\n# include: gpu1:x\n", r"write HOST or HOST:0,1"),
 ])
 def test_what_is_wrong_is_told_with_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -99,3 +100,23 @@ def test_what_changed_is_told() -> None:
     assert differences(LAB, [LAB[0], Slots("10.0.0.2", 2, (0,), "NVIDIA")]) == ["10.0.0.2: 1 -> 1 slots (1 -> 0)"]
     assert differences(LAB, LAB) == []
     assert differences(LAB, LAB[::-1]) == ["the order of hosts, and so their ranks"]
+
+
+@pytest.mark.parametrize(("include", "exclude"), [
+    ("gpu1", ""), ("10.0.0.2@gpu1:0,2", ""), ("gpu1:1@gpu1:3", ""), ("", "gpu1"), ("", "gpu1:0,1@10.0.0.2"), ("", ""),
+])
+def test_a_choice_of_hosts_is_deepspeeds(include: str, exclude: str) -> None:
+    from deepspeed.launcher.runner import parse_inclusion_exclusion
+
+    hosts = [Slots("gpu1", 4, (0, 1, 2, 3)), Slots("10.0.0.2", 2, (0, 1))]
+    theirs = parse_inclusion_exclusion({"gpu1": 4, "10.0.0.2": 2}, include, exclude)
+    assert {host.host: list(host.use) for host in select(hosts, include, exclude)} == dict(theirs)
+
+
+@pytest.mark.parametrize(("include", "exclude", "message"), [
+    ("gpu9", "", "--include: 'gpu9' has no line"), ("gpu1:7", "", "--include: slot 7 of gpu1, which has 4"),
+    ("", "gpu1@10.0.0.2", "nothing is left"), ("gpu1", "gpu1", "give one"), ("gpu1:x", "", "write HOST or HOST:0,1"),
+])
+def test_a_choice_that_is_not_there_is_told(include: str, exclude: str, message: str) -> None:
+    with pytest.raises(HostfileError, match=message):
+        select(LAB, include, exclude)

@@ -16,7 +16,7 @@ import pytest
 from conftest import HOME
 from test_train import steps_made, wait_until
 
-from master import launch_training
+from master import local_training
 from master.processes import running_in_session
 from master.runs import mark_failed, new_run_path
 
@@ -67,6 +67,34 @@ def test_a_dry_run_for_other_machines_shows_both_commands(environment: dict[str,
     assert f"deepspeed --hostfile=h --include=gpu1@gpu2:1 {HOME}/trainer/train.py" in done.stdout
     assert done.stdout.count(f"--deepspeed_config {HOME}/trainer/configs/zero1.json --max_steps 3") == 2
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_detached_run_is_stopped_by_its_name_and_gone_on_with(environment: dict[str, str], tmp_path: Path,
+                                                                texts: Path) -> None:
+    done = launch("--model", "tiny", "--dataset", str(texts), "--detach", *SMALL, "--max_steps", "100000",
+                  environment=environment, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.startswith("detached: runs/")
+    (run,) = (tmp_path / "runs").iterdir()
+    wait_until(lambda: steps_made(run) >= 2)
+    stopped = launch("--stop", environment=environment, cwd=tmp_path)
+    assert stopped.returncode == 0 and stopped.stderr.endswith(f"runs/{run.name}: stopped\n"), stopped.stderr
+    assert not ranks_of(run) and list(run.glob("checkpoints/checkpoint-*"))
+    assert "training on this machine" in (run / "launch.log").read_text()
+    assert launch("--stop", environment=environment, cwd=tmp_path).stderr == "error: nothing runs here\n"
+    again = launch("--resume", run.name, "--", "--max_steps", str(steps_made(run) + 2), environment=environment,
+                   cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--resume", "runs/none", "--model", "tiny"], "runs/none: no such run"), (["--stop", "none"], "none: no such run"),
+    ([], "which model?"), (["--model", "tiny", "--include", "gpu1"], "need a --hostfile"),
+])
+def test_runs_and_hosts_that_are_not_there_are_told(words: list[str], message: str, environment: dict[str, str],
+                                                    tmp_path: Path) -> None:
+    done = launch(*words, environment=environment, cwd=tmp_path)
+    assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("word", ["1X=2", "NOT_SET_HERE", "=3"])
@@ -228,16 +256,16 @@ def test_slots_are_devices(wanted: int | None, gpus: int, visible: str | None, e
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launch_training.choose_slots(wanted, gpus) == expected
+    assert local_training.choose_slots(wanted, gpus) == expected
 
 
 def test_slots_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(ValueError, match="--slots 3: 2 GPUs are here"):
-        launch_training.choose_slots(3, 2)
+        local_training.choose_slots(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234")
     with pytest.raises(ValueError, match="takes numbers only"):
-        launch_training.choose_slots(None, 1)
+        local_training.choose_slots(None, 1)
 
 
 def test_a_run_is_named_after_time_and_model() -> None:

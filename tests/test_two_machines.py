@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import HOME, TRAINER
 
-from master.launch_training import free_port
+from master.local_training import free_port
 
 
 def train_on_two(environment: dict[str, str], root: Path, *words: str) -> list[str]:

@@ -190,8 +190,8 @@ def launcher_words(job: dict[str, Any], logs: str) -> list[str]:
 class Tail:
     """A rank's log file, handed on line by line; a carriage return ends a line too (progress bars)."""
 
-    def __init__(self, path: str, rank: int) -> None:
-        self.path, self.rank, self.at, self.rest = path, rank, 0, ""
+    def __init__(self, path: str, rank: int, event: str = "line") -> None:
+        self.path, self.rank, self.event, self.at, self.rest = path, rank, event, 0, ""
 
     def read(self, last: bool = False) -> bool:
         """Pass on what was written since; with `last` an unfinished line too."""
@@ -208,7 +208,7 @@ class Tail:
             lines, self.rest = [*lines, self.rest], ""
         for line in lines:
             if line.strip():
-                say(event="line", rank=self.rank, text=line[:LINE_LIMIT])
+                say(event=self.event, rank=self.rank, text=line[:LINE_LIMIT])
         return bool(data)
 
 
@@ -220,6 +220,8 @@ class Node:
         self.patience = job.get("patience", 12.0)
         self.logs = tempfile.mkdtemp(prefix=f"lanspeed-{job['job']}-")
         self.tails: dict[int, Tail] = {}
+        if job.get("follow") and job["node_rank"] == 0:
+            self.tails[-1] = Tail(os.path.join(job["folder"], job["follow"]), -1, "metrics")
         names, at = list(job["world"]), job["node_rank"]
         first = sum(len(job["world"][name]) for name in names[:at])
         self.expected = set(range(first, first + len(job["world"][names[at]])))

@@ -241,3 +241,26 @@ def test_what_stands_against_a_start_is_told_by_host(desk: Desk) -> None:
     code, output = desk.run("--connect-timeout", "3", *SMALL, seconds=60)
     assert code == 1 and "gpu2: TCP" in output and "nothing was started" in output
     assert not (desk.folder / "runs").exists() or not list((desk.folder / "runs").iterdir())
+
+
+def test_a_restart_goes_on_from_the_newest_checkpoint(desk: Desk) -> None:
+    job = desk.start("--restarts", "1", *SMALL, "--max_steps", "60", "--save_steps", "5")
+    wait_for_steps(desk, job)
+    wait_for(lambda: list((desk.folder / "runs").glob("*/checkpoints/checkpoint-*/sealed*")) or list(
+        (desk.folder / "runs").glob("*/checkpoints/checkpoint-10")))
+    os.kill(ranks_on(desk.hosts["gpu2"])[0], signal.SIGKILL)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    assert "restart 1 of 1" in output and "gpu2, rank 1: killed by SIGKILL" in output
+    record = json.loads((desk.run_folder / "run.json").read_text())
+    assert record["status"] == "finished" and record["resumed_at"] >= 5
+    steps = [row["step"] for row in map(json.loads, (desk.run_folder / "metrics.jsonl").read_text().splitlines())
+             if "loss" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
+
+
+def test_silence_is_told_of(desk: Desk) -> None:
+    script = desk.folder / "mine.py"
+    script.write_text("import time\nprint('up', flush=True)\ntime.sleep(6)\n")
+    code, output = desk.run("--stall-timeout", "2", "--script", str(script))
+    assert code == 0 and "NOTHING HAPPENS: no rank has said a word for" in output, output
