@@ -72,6 +72,12 @@ def train(c, model="", dataset="", config="", hostfile="", slots="", script="", 
     run_tool("master.launch_training", *words, "--", *after_dashes())
 
 
+@task(auto_shortflags=False, help={"run": "a run folder (default: the newest)", "once": "look once"})
+def watch(c, run="", once=False):  # type: ignore[no-untyped-def]
+    """Follow a run: progress, speed, each host's last words."""
+    run_tool("master.watch_training", *([run] if run else []), *flags(once=once), *after_dashes())
+
+
 @task(auto_shortflags=False, help={"run": "a run folder (default: the newest that runs)"})
 def stop(c, run=""):  # type: ignore[no-untyped-def]
     """Stop a run in order: its ranks save first."""
