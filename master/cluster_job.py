@@ -22,7 +22,7 @@ from typing import Any
 from master.channels import Channel
 from master.failures import End
 from master.fleet import Ask, on_all
-from master.node_facts import WORKER, Place, ask, streamed
+from master.node_facts import WORKER, Place, ask, ask_gpus, streamed
 from master.nodes import Node
 from master.ssh import Session
 from master.ssh_config import Access, SshError
@@ -180,7 +180,9 @@ class ClusterJob:
     def _work(self, session: Session) -> None:
         host = str(session.node)
         part = self._parts[host]
-        self._events.put((host, "facts", {**ask(session, part.place, self._wanted), "way": session.way}))
+        facts = ask(session, part.place, self._wanted)
+        gpus = ask_gpus(session) if self._wanted.get("gpus") else None
+        self._events.put((host, "facts", {**facts, "gpus": gpus}))
         self._decided.wait()
         if self._job is None:
             return

@@ -22,7 +22,7 @@ from master.cluster_job import ClusterJob, Part, Story
 from master.console import one_line, say
 from master.failures import first_cause
 from master.hostfile import Slots
-from master.node_facts import Place, faults, here, own_python
+from master.node_facts import Place, faults, gpu_faults, here, own_python
 from master.nodes import Node, parse_node
 from master.plain_deepspeed import HOME
 from master.run_fetch import fetch_run
@@ -83,13 +83,16 @@ class Training:
         mark = self.run.absolute() / f".{self.name}"
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-        return {"paths": self.paths, "port": self.options.master_port, "marks": [str(Path.cwd()), str(mark)]}
+        return {"gpus": self.hosts[0].vendor != "CPU", "paths": self.paths, "port": self.options.master_port,
+                "marks": [str(Path.cwd()), str(mark)]}
 
     def settle(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
         """Return the job, or None after telling what stands against it."""
         mark = self.run.absolute() / f".{self.name}"
         found = [str(error) for error in unreached.values()]
         found += [str(fault) for fault in faults(facts, here({"folder": str(HOME)}), self.paths)]
+        found += [str(fault) for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
+                  for fault in gpu_faults(str(part.node), part.slots, gpus)]
         mark.unlink(missing_ok=True)
         if found:
             for line in found:
@@ -136,6 +139,8 @@ class Training:
         for host, each in facts.items():
             if each["jobs"]:
                 say(f"{host}: also runs {', '.join(each['jobs'])}")
+            for slot, mib in (each["gpus"] or {"busy": {}})["busy"].items():
+                say(f"{host}: other programs hold {mib / 1024:.1f} GiB on slot {slot}")
 
 
 class Screen:

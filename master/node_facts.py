@@ -17,11 +17,13 @@ from typing import Any
 
 from master.ssh import Session
 from master.ssh_config import SshError
+from master.survey import survey
 
 WORKER = Path(__file__).resolve().parent.parent / "worker"
 MARK = "@@NODE_FACTS "
 NOT_FOUND = (126, 127)  # what a shell says of a program that isn't there, or isn't one
 LITTLE_ROOM = 2 << 30  # bytes
+BUSY = 1024  # MiB that other programs hold on a GPU from which it is told of: a desktop takes less
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,24 @@ def ask(session: Session, place: Place, wanted: Mapping[str, Any]) -> dict[str, 
                        "put lanspeed and its .venv at the same path as here (make install there)")
     said = (done.err.strip().splitlines() or ["it printed nothing"])[-1]
     raise SshError(host, "Python", f"{place.python} does not answer: {said[:200]}")
+
+
+def ask_gpus(session: Session) -> dict[str, Any]:
+    """Return what a node's GPUs are like now: slots to use, slots that other programs hold (MiB), problems."""
+    report = survey(session).report
+    busy = {str(gpu.index): gpu.busy_mib for gpu in report.usable if (gpu.busy_mib or 0) > BUSY}
+    return {"vendor": report.vendor, "use": list(report.slots_use), "busy": busy,
+            "problems": [problem.code for problem in report.problems if problem.is_fault]}
+
+
+def gpu_faults(host: str, slots: Sequence[int], gpus: Mapping[str, Any]) -> list[Fault]:
+    """Return what is wrong with the slots that are to train on a host."""
+    gone = [str(slot) for slot in slots if slot not in gpus["use"]]
+    if not gone:
+        return []
+    why = f" ({', '.join(gpus['problems'])})" if gpus["problems"] else ""
+    return [Fault(host, f"slot {', '.join(gone)} can't be used now{why}: invoke detect there says more, "
+                        "invoke hostfile writes a new hostfile")]
 
 
 def here(wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from master.failures import KILLED, End, excerpt, first_cause
-from master.node_facts import faults
+from master.node_facts import faults, gpu_faults
 
 LOST_PEER = ["Traceback (most recent call last):", "  File ...", "RuntimeError: [../gloo/transport/tcp/pair.cc:534] "
              "Connection closed by peer [10.0.0.2]:4321"]
@@ -54,6 +54,13 @@ def test_of_a_long_traceback_the_ends_are_shown() -> None:
     lines = ["before", "Traceback (most recent call last):", *(f"  line {number}" for number in range(40)), "Error: x"]
     shown = excerpt(lines)
     assert shown[0].startswith("Traceback") and shown[1] == "  ..." and shown[-1] == "Error: x" and len(shown) == 12
+
+
+def test_gpus_that_are_gone_stop_a_start() -> None:
+    gpus = {"vendor": "NVIDIA", "use": [0, 2], "busy": {}, "problems": ["NV_GPU_LOST"]}
+    assert not gpu_faults("gpu1", (0, 2), gpus)
+    (fault,) = gpu_faults("gpu1", (0, 1, 2, 3), gpus)
+    assert str(fault).startswith("gpu1: slot 1, 3 can't be used now (NV_GPU_LOST): invoke detect there says more")
 
 
 def test_what_differs_between_nodes_stops_a_start() -> None:

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import HOME
+from machines import Machine, nvidia_gpu
 from ssh_server import make_key
 
 from lab.hosts import Host, Lab
@@ -29,16 +31,20 @@ class Desk:
         self.folder.mkdir()
         self.home = lab.master.homes / "root"
         (self.home / ".ssh").mkdir(mode=0o700)
-        key = make_key(self.home / ".ssh" / "id_ed25519")
+        self.key = make_key(self.home / ".ssh" / "id_ed25519").with_suffix(".pub").read_text()
         self.hosts = {name: lab.add(name) for name in slots}
         for host in self.hosts.values():
-            folder = host.homes / "root" / ".ssh"
-            folder.mkdir(mode=0o700)
-            (folder / "authorized_keys").write_text(key.with_suffix(".pub").read_text())
-            host.serve(LANSPEED_CACHE=str(cache / host.name), HF_HUB_OFFLINE="1")
-        lab.master.resolve(*self.hosts.values())
+            self.admit(host, LANSPEED_CACHE=str(cache / host.name), HF_HUB_OFFLINE="1")
         (self.folder / "hostfile.txt").write_text(
             "".join(f"{name} slots={count} type=CPU\n" for name, count in slots.items()))
+
+    def admit(self, host: Host, **variables: str) -> None:
+        """Let the desk's key into a machine that is found by its name."""
+        folder = host.homes / "root" / ".ssh"
+        folder.mkdir(mode=0o700)
+        (folder / "authorized_keys").write_text(self.key)
+        host.serve(**variables)
+        self.lab.master.resolve(host)
 
     def words(self, *more: str) -> list[str]:
         where = self.lab.master.words("env", "-C", str(self.folder), "-u", "SSH_AUTH_SOCK", "-u", "LANSPEED_CACHE",
@@ -73,36 +79,44 @@ def desk(lab: Lab, texts: Path, cache: Path) -> Iterator[Desk]:
 
 
 def assert_nothing_left(desk: Desk) -> None:
-    """No process of any job, no temporary folder, no port that is listened on but sshd's."""
-    assert not job_processes()
-    assert not list(Path("/tmp").glob("lanspeed-*-tiny-*"))
+    """No process of a job, no folder with ranks' logs, no port that is listened on but sshd's."""
+    wait_for(lambda: not job_processes(desk), 5)
+    names = [path.name for path in desk.folder.glob("runs/*")] + ["-script-"]
+    wait_for(lambda: not [path for path in Path(tempfile.gettempdir()).glob("lanspeed-*")
+                          if any(name in path.name for name in names)], 5)
     for host in desk.hosts.values():
         open_ports = subprocess.run(host.words("ss", "-Hltn"), capture_output=True, text=True).stdout.splitlines()
         assert all(":22 " in line for line in open_ports), open_ports
 
 
-def job_processes() -> list[int]:
-    """All living processes of any job: this machine sees those of the lab's machines too."""
+def job_processes(desk: Desk, host: Host | None = None) -> list[int]:
+    """The living processes of jobs on the desk's machines, or on one of them; this machine sees them all."""
+    spaces = {os.readlink(f"/proc/{each.pid}/ns/pid") for each in ([host] if host else desk.lab.hosts)}
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"LANSPEED_JOB=" in (path / "environ").read_bytes() and (path / "stat").read_text().rpartition(")")[2][
-                    1] != "Z":
+            ours = b"LANSPEED_JOB=" in (path / "environ").read_bytes() and os.readlink(path / "ns" / "pid") in spaces
+            if ours and (path / "stat").read_text().rpartition(")")[2][1] != "Z":
                 found.append(int(path.name))
         except OSError:
             continue
     return found
 
 
-def ranks_on(host: Host) -> list[int]:
-    """The ranks on a machine, by their variables and its process id namespace."""
-    space = os.readlink(f"/proc/{host.pid}/ns/pid")
+def ranks_on(desk: Desk, host: str) -> list[int]:
+    """The ranks on a machine, by their variables."""
+    return [pid for pid in job_processes(desk, desk.hosts[host])
+            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+
+
+def launchers(desk: Desk) -> list[int]:
+    """The processes at the desk that run the tool."""
+    space = os.readlink(f"/proc/{desk.lab.master.pid}/ns/pid")
     found = []
-    for pid in job_processes():
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            variables = Path(f"/proc/{pid}/environ").read_bytes()
-            if os.readlink(f"/proc/{pid}/ns/pid") == space and b"\0RANK=" in variables:
-                found.append(pid)
+            if b"launch_training.py" in (path / "cmdline").read_bytes() and os.readlink(path / "ns" / "pid") == space:
+                found.append(int(path.name))
         except OSError:
             continue
     return found
@@ -138,9 +152,9 @@ def test_two_machines_make_one_model(desk: Desk) -> None:
 def test_a_rank_that_is_killed_ends_the_job_and_is_named(victim: str, desk: Desk) -> None:
     job = desk.start(*SMALL, "--max_steps", "100000")
     wait_for_steps(desk, job)
-    os.kill(ranks_on(desk.hosts[victim])[0], signal.SIGKILL)
+    os.kill(ranks_on(desk, victim)[0], signal.SIGKILL)
     killed = time.monotonic()
-    wait_for(lambda: not job_processes(), 15)
+    wait_for(lambda: not job_processes(desk), 15)
     assert time.monotonic() - killed < 6
     output, _ = job.communicate(timeout=30)
     rank = list(desk.hosts).index(victim)
@@ -153,7 +167,7 @@ def test_a_machine_that_vanishes_ends_the_job(desk: Desk) -> None:
     wait_for_steps(desk, job)
     desk.lab.switch.network("ip link set port12 down")
     cut = time.monotonic()
-    wait_for(lambda: not job_processes(), 40)
+    wait_for(lambda: not job_processes(desk), 40)
     assert time.monotonic() - cut < 20
     output, _ = job.communicate(timeout=40)
     assert job.returncode == 1 and ": gpu2: connection: no sign of life for 12 s" in output, output
@@ -177,11 +191,11 @@ def test_of_two_jobs_on_the_same_machines_one_is_stopped(desk: Desk) -> None:
     script.write_text("import os, sys, time\nprint('up', os.environ['RANK'], flush=True)\ntime.sleep(8)\n"
                       "print('done', flush=True)\n")
     stays = desk.start("--script", str(script))
-    wait_for(lambda: len(job_processes()) >= 4)
-    first = set(job_processes())
+    wait_for(lambda: len(job_processes(desk)) >= 4)
+    first = set(job_processes(desk))
     goes = desk.start("--script", str(script))
-    wait_for(lambda: len(set(job_processes()) - first) >= 4)
-    os.kill(next(pid for pid in job_processes() if pid not in first and b"\0RANK=" in Path(
+    wait_for(lambda: len(set(job_processes(desk)) - first) >= 4)
+    os.kill(next(pid for pid in job_processes(desk) if pid not in first and b"\0RANK=" in Path(
         f"/proc/{pid}/environ").read_bytes()), signal.SIGKILL)
     assert goes.wait(timeout=30) == 1
     output, _ = stays.communicate(timeout=60)
@@ -218,19 +232,17 @@ def test_the_run_folder_is_brought_from_another_disk(desk: Desk) -> None:
 def test_a_master_that_dies_ends_the_job(desk: Desk) -> None:
     job = desk.start(*SMALL, "--max_steps", "100000")
     wait_for_steps(desk, job)
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if b"launch_training.py" in path.read_bytes() and str(desk.texts).encode() in path.read_bytes():
-            os.kill(int(path.parent.name), signal.SIGKILL)
-    wait_for(lambda: not job_processes(), 20)
+    for pid in launchers(desk):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not job_processes(desk), 20)
     job.communicate(timeout=30)
 
 
 def test_ctrl_c_saves_on_all_machines(desk: Desk) -> None:
     job = desk.start(*SMALL, "--max_steps", "100000")
     wait_for_steps(desk, job)
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if b"launch_training.py" in path.read_bytes() and path.read_bytes().startswith(sys.executable.encode()):
-            os.kill(int(path.parent.name), signal.SIGINT)
+    for pid in launchers(desk):
+        os.kill(pid, signal.SIGINT)
     output, _ = job.communicate(timeout=90)
     assert job.returncode == 0, output
     assert list(desk.run_folder.glob("checkpoints/checkpoint-*")) and "stopping" in output
@@ -243,12 +255,24 @@ def test_what_stands_against_a_start_is_told_by_host(desk: Desk) -> None:
     assert not (desk.folder / "runs").exists() or not list((desk.folder / "runs").iterdir())
 
 
+def test_gpus_are_looked_at_before_a_start(lab: Lab, texts: Path, cache: Path) -> None:
+    desk = Desk(lab, texts, cache, {})
+    host, machine = lab.add("gpu1"), Machine(lab.folder / "machine")
+    machine.nvidia(nvidia_gpu(0), "Unable to determine the device handle for GPU1: 0000:02:00.0: "
+                   "GPU is lost.  Reboot the system to recover this GPU")
+    desk.admit(host, GPU_DETECT_SYSROOT=str(machine.root), PATH=f"{machine.bin}:/usr/bin:/bin")
+    (desk.folder / "hostfile.txt").write_text("gpu1 slots=2 type=NVIDIA\n")
+    code, output = desk.run("--config", str(HOME / "trainer" / "configs" / "zero1.json"))
+    assert code == 1 and "gpu1: slot 1 can't be used now (NV_GPU_LOST): invoke detect" in output, output
+    assert "nothing was started" in output
+
+
 def test_a_restart_goes_on_from_the_newest_checkpoint(desk: Desk) -> None:
     job = desk.start("--restarts", "1", *SMALL, "--max_steps", "60", "--save_steps", "5")
     wait_for_steps(desk, job)
     wait_for(lambda: list((desk.folder / "runs").glob("*/checkpoints/checkpoint-*/sealed*")) or list(
         (desk.folder / "runs").glob("*/checkpoints/checkpoint-10")))
-    os.kill(ranks_on(desk.hosts["gpu2"])[0], signal.SIGKILL)
+    os.kill(ranks_on(desk, "gpu2")[0], signal.SIGKILL)
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 0, output
     assert "restart 1 of 1" in output and "gpu2, rank 1: killed by SIGKILL" in output
