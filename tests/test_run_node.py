@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,13 @@ class Node:
         self.process = subprocess.Popen(["sh", "-c", f"exec {shlex.quote(sys.executable)} {streamed(script)}"],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.write(script.read_bytes() + json.dumps(job).encode() + b"\n")
+        self.quiet = threading.Event()  # the master's signs of life end
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it has ended
+            while not self.quiet.wait(0.5):
+                self.write(b'{"beat": 1}\n')
 
     def write(self, data: bytes) -> None:
         assert self.process.stdin
@@ -140,6 +149,7 @@ def test_an_order_to_kill_is_followed_at_once(tmp_path: Path) -> None:
 def test_a_master_that_is_gone_ends_the_job(end: str, tmp_path: Path) -> None:
     node = Node(tmp_path, "hang", patience=2.0)
     node.until("hello 1")
+    node.quiet.set()
     if end == "closed" and node.process.stdin:
         node.process.stdin.close()
     if end == "killed":  # and this side of the job too, by whatever

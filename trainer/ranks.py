@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 MEETING_LIMIT_S = 600
+FIRST_SUM_LIMIT_S = 60
 PREPARING_LIMIT_S = 7 * 24 * 3600
 
 
@@ -162,11 +164,38 @@ class Ranks:
         """
         import torch.distributed as dist
 
+        cards = self.exchange("card", os.environ.get("GLOO_SOCKET_IFNAME", "the default"))
         backend = {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", self._store), rank=self.rank, world_size=self.world_size
-        )
+        try:
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", self._store), rank=self.rank, world_size=self.world_size)
+            self._add_up(device_type)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0][:200]
+            missing = sorted({int(rank) for rank in re.findall(r"[Rr]ank (\d+)", reason)} - {self.rank})
+            who = ", ".join(f"rank {rank} on {self.hosts[rank]} (network card {cards[rank]})" for rank in missing
+                            if rank < self.world_size) or "some ranks"
+            raise Fault(f"{self.host} (network card {cards[self.rank]}): {who} did not come to the first sum: {reason}."
+                        " Can the hosts reach each other? GLOO_SOCKET_IFNAME names the network card",
+                        shared=True) from None
         self._side_group = dist.new_group(backend="gloo")
+
+    def _add_up(self, device_type: str) -> None:
+        """Add up a number over all ranks, before anything big is loaded; raise RuntimeError if not all come.
+
+        Ranks that met at the store may still not reach each other: the store is a connection to rank 0 alone.
+        """
+        import torch
+        import torch.distributed as dist
+
+        limit = timedelta(seconds=FIRST_SUM_LIMIT_S)
+        group = dist.new_group(backend="gloo", timeout=limit)
+        dist.monitored_barrier(group, timeout=limit, wait_all_ranks=True)
+        value = torch.ones(1, device=device_type)
+        work = dist.all_reduce(value, async_op=True)
+        if not work.wait(limit) or int(value) != self.world_size:
+            raise RuntimeError(f"the sum over all ranks is {int(value)}")
+        dist.destroy_process_group(group)
 
     def total(self, *values: float) -> list[float]:
         """Return each value summed over all ranks; every rank must call it with as many."""

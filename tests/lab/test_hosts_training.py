@@ -288,3 +288,9 @@ def test_silence_is_told_of(desk: Desk) -> None:
     script.write_text("import time\nprint('up', flush=True)\ntime.sleep(6)\n")
     code, output = desk.run("--stall-timeout", "2", "--script", str(script))
     assert code == 0 and "NOTHING HAPPENS: no rank has said a word for" in output, output
+
+
+def test_hosts_that_do_not_reach_each_other_are_named_before_anything_is_loaded(desk: Desk) -> None:
+    code, output = desk.run("--env", "GLOO_SOCKET_IFNAME=lo", *SMALL, "--max_steps", "2")
+    assert code == 1 and "did not come to the first sum" in output, output
+    assert "GLOO_SOCKET_IFNAME names the network card" in output and "Traceback" not in output
