@@ -31,7 +31,7 @@ from master.ssh_config import Access, SshError
 
 # What goes along to the nodes: settings of the libraries, never the whole shell.
 SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
-SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "LANSPEED_CACHE", "TORCH_EXTENSIONS_DIR")
+SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
 ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 
@@ -126,9 +126,15 @@ class Training:
         if known or facts["address"]:
             return str(known or facts["address"])
         other = next(str(part.node.host) for part in self.parts if not part.node.is_local)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((self.known.get(other, {}).get("address") or other, 9))  # sends nothing: asks for the route
-            return str(probe.getsockname()[0])
+        try:
+            target = (self.known.get(other, {}).get("address") or other, 9)
+            family, kind, *_, address = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing: asks for the route
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            raise ValueError(f"localhost comes first, and its address for {other} can't be told: {error}: let another "
+                             "host come first") from None
 
     def _announce(self, facts: dict[str, dict[str, Any]], address: str, port: int) -> None:
         where = ", ".join(f"{part.node} x {len(part.slots)}" for part in self.parts)

@@ -117,6 +117,9 @@ def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
     config = existing(options.config or HOME / default_config(hosts)).absolute()
     if not options.script:
         check_config(config, sum(len(host.use) for host in hosts))
+    for name in ("model", "dataset"):  # the ranks start elsewhere
+        if (value := getattr(options, name)) and Path(value).exists():
+            setattr(options, name, str(Path(value).absolute()))
     words = trainer_line(options, config)
     if options.dry_run:
         plain = [*launcher_words(options.hostfile, hosts, first_address(hosts, options.hostfile)), str(TRAINER), *words]
