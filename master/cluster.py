@@ -29,7 +29,7 @@ def read_cluster(path: Path) -> dict[str, Any]:
         cluster = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return empty()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ClusterError(f"{path}: {reason}: delete it, it is written anew") from None
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))

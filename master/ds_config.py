@@ -8,6 +8,7 @@ The schema's part is in ds_schema.py, the rules are in ds_rules/.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from master import ds_schema
 from master.ds_problem import INIT, LEVELS, PARSE, Config, Fix, Problem, Rule, Target, shown
@@ -22,6 +23,8 @@ def check(document: Document, target: Target) -> list[Problem]:
     """Return what is wrong with a config, in the order of its lines; of several findings at a key, the gravest."""
     found = list(text_problems(document, target))
     root = document.value
+    if target.trainer is False:
+        root = hjson_numbers(root)
     if isinstance(root, dict):
         config = Config(root, target)
         found += ds_schema.findings(root)
@@ -31,6 +34,15 @@ def check(document: Document, target: Target) -> list[Problem]:
         found.append(Problem("not-a-section", "error", (), f"a config is an object {{...}}, not {shown(root)}",
                              "write an object", PARSE))
     return sorted(_gravest(found), key=lambda problem: (document.place(problem.path), LEVELS.index(problem.level)))
+
+
+def hjson_numbers(value: Any) -> Any:
+    """Return a value as Hjson, DeepSpeed's loader, has it: whole numbers below 1e10 are integers, also 1.0 and 5e8."""
+    if isinstance(value, dict):
+        return {key: hjson_numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [hjson_numbers(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e10 else value
 
 
 def _gravest(problems: list[Problem]) -> list[Problem]:
@@ -65,9 +77,13 @@ def text_problems(document: Document, target: Target) -> Iterator[Problem]:
     message = f"not JSON: {names} (line{'s' * (len(places) > 1)} {lines})" if places else f"not JSON: {names}"
     bare = any(slip.what.startswith("a word") for slip in slips)
     fix = None if bare or not slips else Fix("strict")
-    if target.trainer is False:
+    python = [slip.what for slip in slips if slip.what.startswith("Python's")]
+    if target.trainer is False and python:
+        yield Problem("not-json", "error", (), f"{message}: DeepSpeed takes it for a text up to the end of the line",
+                      "write true, false and null", PARSE, fix)
+    elif target.trainer is False:
         yield Problem("not-json", "info", (), f"{message}; DeepSpeed reads it, the Trainer would not",
-                      "--fix makes it plain JSON" if fix else "put texts in quotes", fix=fix)
+                      "put texts in quotes" if bare else "")
     else:
         yield Problem("not-json", "error", (), f"{message}; DeepSpeed alone reads it, the Trainer refuses it",
                       "put texts in quotes" if bare else "write plain JSON (--fix does)", INIT, fix)

@@ -22,6 +22,8 @@ KNOWN_AS: dict[Path, Path] = {
     ("monitor_config",): ("tensorboard (or wandb, csv_monitor, comet)",),
     ("comms_config",): ("comms_logger",),
     ("zero",): ("zero_optimization",),
+    ("optimizer", "name"): ("optimizer", "type"),
+    ("scheduler", "name"): ("scheduler", "type"),
     ("micro_batch_size",): ("train_micro_batch_size_per_gpu",),
 }
 # What Apex's and older releases' fp16 sections held; DeepSpeed's fp16 has no place for it.

@@ -45,7 +45,8 @@ class Problem:
 
     def line(self, file: str, number: int) -> str:
         """Return the finding as one line of text."""
-        mend = f". {self.mend[:1].upper()}{self.mend[1:]}" if self.mend else ""
+        command = self.mend.startswith(("pip ", "make ", "invoke "))
+        mend = f". {self.mend if command else self.mend[:1].upper() + self.mend[1:]}" if self.mend else ""
         strikes = f" [{self.strikes}]" if self.strikes else ""
         return one_line(f"{file}:{number}: {self.level} {self.json_path}: {self.message}{mend}{strikes}")
 
@@ -107,7 +108,7 @@ class Config:
             return 0 if self.target.trainer is False else 2
         try:
             return int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return 0
 
     def device(self, section: str) -> str:

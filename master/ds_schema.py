@@ -103,7 +103,8 @@ def value_breach(path: Path, value: Any, node: dict[str, Any]) -> Iterator[Probl
         return  # dropped by DeepSpeed, filled or refused by the Trainer: ds_rules/batch.py
     wanted = expected(node)
     if not is_checked(section_of(path)):
-        if value is not None or "default" not in node:
+        any_case = isinstance(value, str) and value.lower() in [str(word).lower() for word in node.get("enum", ())]
+        if not any_case and (value is not None or "default" not in node):
             yield Problem("bad-value", "warning", path, f"expected {wanted}, got {shown(value)}; DeepSpeed does not "
                           "check this section", "correct it")
         return

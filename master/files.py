@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from pathlib import Path
 
 
@@ -15,6 +17,8 @@ def write_whole(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):  # a file that is replaced keeps its mode
+            scratch.chmod(stat.S_IMODE(path.stat().st_mode))
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

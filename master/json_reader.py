@@ -7,6 +7,7 @@ noted as slips, since strict JSON has none of them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ BLANK = re.compile(r"[ \t\r\n]*")
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?[ \t]*$")
 STRING = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)\1""", re.DOTALL)
 BARE_KEY = re.compile(r"[^\s,:\[\]{}]+")
+PYTHON = re.compile(r"(True|False|None)(?=[ \t]*([,}\]\r\n]|//|#|\Z))")
+DIGITS = 300  # fewer than a float can hold
 WORDS = {"true": True, "false": False, "null": None}
 DEPTH = 64  # deeper than any config; Python's own stack is the reason for a bound
 
@@ -82,7 +85,7 @@ class Reader:
                 raise TextError("an object begins with {", node.start)
         self.blank()
         if self.at < len(self.text):
-            raise TextError(f"text after the end: {self.text[self.at : self.at + 20].split()[0]!r}", self.at)
+            raise TextError(f"text after the end: {self.text[self.at : self.at + 20].strip()!a}", self.at)
         return node
 
     def slip(self, what: str, start: int, end: int, instead: str = "") -> None:
@@ -188,12 +191,19 @@ class Reader:
             return Node(self.string(), start, self.at)
         if self.peek() in ",:[]{}":
             raise TextError(f"expected a value, found {self.peek()!r}", start)
+        if python := PYTHON.match(self.text, start):
+            self.at = python.end()
+            literal = {"True": "true", "False": "false", "None": "null"}[python.group()]
+            self.slip(f"Python's {python.group()}", start, self.at, literal)
+            return Node(WORDS[literal], start, self.at)
         for end in self.stops():
             word = self.text[start:end].rstrip(" \t")
             self.at = start + len(word)
             if word in WORDS:
                 return Node(WORDS[word], start, self.at)
             if NUMBER.match(word):
+                if len(word) > DIGITS or math.isinf(float(word)):
+                    raise TextError(f"a number that is out of range: {word[:20]}", start)
                 value: int | float = float(word) if re.search("[.eE]", word) else int(word)
                 return Node(value, start, self.at)
         self.slip("a word without quotes: it is text up to the end of the line", start, self.at, json.dumps(word))

@@ -65,8 +65,9 @@ class Document:
             start, end = slip.at, slip.end
             if slip.what == "a comment":
                 before = text[: start].rstrip(" \t")
-                alone = before.endswith("\n") and text.startswith("\n", end)
-                start, end = len(before), end + alone
+                newline = next((mark for mark in ("\r\n", "\n") if text.startswith(mark, end)), "")
+                alone = before.endswith("\n") and newline
+                start, end = len(before), end + (len(newline) if alone else 0)
             text = text[:start] + slip.instead + text[end:]
         return text
 

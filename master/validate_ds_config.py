@@ -13,16 +13,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from master.cluster import ClusterError, read_cluster
 from master.console import one_line, say
 from master.ds_problem import LEVELS, PARSE, Problem, Target
 from master.files import write_whole
+from master.gpu_report import ReportError, check_report
 from master.hostfile import HostfileError, read_hostfile
 from master.json_text import Document, TextError
 
@@ -70,14 +73,29 @@ def find_target(options: argparse.Namespace) -> Target:
     path = options.cluster or (options.hostfile.with_name("cluster.json") if options.hostfile else None)
     if options.cluster and not options.cluster.is_file():
         raise ClusterError(f"{options.cluster}: no such file: invoke hostfile --nodes ... writes one")
-    hosts = read_cluster(path)["hosts"] if path else []
+    hosts = [checked(host, path) for host in read_cluster(path)["hosts"]] if path else []
     if slots:
-        names = {host.host for host in slots}
-        hosts = [host for host in hosts if host["name"] in names]
+        use = {host.host: host.use for host in slots}
+        hosts = [with_slots(host, use[host["name"]]) for host in hosts if host["name"] in use]
         ranks: int | None = sum(len(host.use) for host in slots)
     else:
         ranks = sum(len(host["report"].get("slots_use", [])) for host in hosts) or None
     return Target(trainer, world_size=options.world_size or ranks, hosts=tuple(hosts))
+
+
+def checked(host: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a host of cluster.json whose report is one. Raises ClusterError."""
+    try:
+        check_report(host["report"])
+    except ReportError as error:
+        raise ClusterError(f"{path}: {host['name']}: {error}: delete it, it is written anew") from None
+    return host
+
+
+def with_slots(host: dict[str, Any], use: Sequence[int]) -> dict[str, Any]:
+    """Return a host with only those GPUs whose slots train."""
+    gpus = [gpu for gpu in host["report"]["gpus"] if gpu["index"] in use]
+    return {**host, "report": {**host["report"], "gpus": gpus}}
 
 
 def look_at(name: str, target: Target) -> Verdict:
@@ -89,8 +107,9 @@ def look_at(name: str, target: Target) -> Verdict:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = data.decode("utf-8")
     except OSError as error:
-        return Verdict(shown, None, [Problem("unreadable", "error", (), error.strerror or str(error),
-                                             "name a file that is there", PARSE)], [(1, 1)])
+        mend = "name a file that is there" if isinstance(error, FileNotFoundError) else "name a file that can be read"
+        return Verdict(shown, None, [Problem("unreadable", "error", (), error.strerror or str(error), mend, PARSE)],
+                       [(1, 1)])
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         return Verdict(shown, None, [Problem("not-json", "error", (), "not UTF-8", "save it as UTF-8", PARSE)],
@@ -129,6 +148,15 @@ def print_json(verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts], indent=1))
 
 
+def mendable(verdict: Verdict, target: Target) -> bool:
+    """Tell whether --fix would change a file."""
+    from master.ds_mends import mend
+
+    if not verdict.text or not any(problem.fix for problem in verdict.problems):
+        return False
+    return bool(mend(verdict.text, target)[1])
+
+
 def offer_mends(verdict: Verdict, target: Target, ask: bool) -> Verdict:
     """Show what --fix would change in a file, ask, write it; return what is left."""
     from master.ds_mends import mend
@@ -142,12 +170,23 @@ def offer_mends(verdict: Verdict, target: Target, ask: bool) -> Verdict:
     change = difflib.unified_diff(verdict.text.splitlines(), text.splitlines(), verdict.name,
                                   f"{verdict.name} (mended)", lineterm="")
     say("\n".join(map(one_line, change)))
+    path = Path(verdict.name)
+    if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o200:
+        say(f"{verdict.name} is read-only: chmod u+w {verdict.name}")
+        return verdict
     if ask:
         print(f"write this to {verdict.name}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             say(f"{verdict.name} is left as it was")
             return verdict
-    write_whole(Path(verdict.name), text)
+    try:
+        if path.read_text(encoding="utf-8") != verdict.text:
+            say(f"{verdict.name} was changed meanwhile, and is left as it is: once more")
+            return verdict
+        write_whole(path, text)
+    except OSError as error:
+        say(f"{verdict.name} can't be written: {error.strerror}")
+        return verdict
     say(f"{verdict.name}: {len(done)} mended")
     return look_at(verdict.name, target)
 
@@ -155,11 +194,29 @@ def offer_mends(verdict: Verdict, target: Target, ask: bool) -> Verdict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv` and check; return 0, 1 with errors, 2 on wrong usage."""
     options = build_parser().parse_args(argv)
+    try:
+        return answer(options)
+    except KeyboardInterrupt:
+        say("\nnothing was written")
+        return 1
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        say(f"validate_ds_config.py: {error.strerror}")
+        return 1
+
+
+def answer(options: argparse.Namespace) -> int:
+    """Do what the flags say; return the exit code."""
     names = options.files or ["-"]
-    if names == ["-"] and sys.stdin.isatty():
+    if names == ["-"] and (sys.stdin is None or sys.stdin.isatty()):
         say("validate_ds_config.py: which config? invoke validate --config ds_config.json")
         return 2
-    if options.fix and ("-" in names or (not options.yes and not sys.stdin.isatty())):
+    if options.fix and "-" in names:
+        say("validate_ds_config.py: --fix writes files: name them")
+        return 2
+    if options.fix and ( not options.yes and not sys.stdin.isatty()):
         say("validate_ds_config.py: --fix asks on the terminal before it writes a file; --yes goes without")
         return 2
     try:
@@ -171,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.fix:
         verdicts = [offer_mends(verdict, target, not options.yes) for verdict in verdicts]
     (print_json if options.json else print_text)(verdicts)
-    if not (options.fix or options.json) and any(each.fix for verdict in verdicts for each in verdict.problems):
+    sys.stdout.flush()
+    if not (options.fix or options.json) and any(mendable(verdict, target) for verdict in verdicts):
         say("--fix mends some of it")
     levels = ("error", "warning") if options.strict else ("error",)
     return int(any(verdict.count(level) for verdict in verdicts for level in levels))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -76,11 +75,12 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 def refusal(config: dict[str, Any]) -> str:
     """Return why DeepSpeedConfig refuses a config, '' if it takes it."""
+    import hjson
     from deepspeed.runtime.config import DeepSpeedConfig
 
     logging.disable(logging.CRITICAL)
     try:
-        DeepSpeedConfig(copy.deepcopy(config))
+        DeepSpeedConfig(hjson.loads(json.dumps(config)))  # as from a file: Hjson makes integers of 1.0 and 5e8
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -91,6 +91,7 @@ def refusal(config: dict[str, Any]) -> str:
 def how_far(config: dict[str, Any]) -> tuple[str, str]:
     """Return where a config ends on one CPU rank, and why."""
     import deepspeed
+    import hjson
     import torch
 
     if refused := refusal(config):
@@ -99,7 +100,7 @@ def how_far(config: dict[str, Any]) -> tuple[str, str]:
     try:
         model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
-                                          config=copy.deepcopy(config))
+                                          config=hjson.loads(json.dumps(config)))
         stage = "step"
         for _ in range(4):
             rows = torch.randn(4, 8)

@@ -109,6 +109,18 @@ def root(**more: Any) -> dict[str, Any]:
     (AUTO | {"steps_per_print": 5, "zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}},
      "error auto-unfilled $.zero_optimization.stage3_max_live_parameters"),
     ({"train_micro_batch_size_per_gpu": "auto"}, "error trainer-needs-zero $.zero_optimization"),
+    (zero(2) | {"optimizer": ADAM, "scheduler": {"type": "StepLR", "params": {"step_size": 1}}},
+     "error bad-combination $.scheduler.type"),
+    (zero(3) | {"optimizer": {"type": "Muon"}}, "error bad-combination $.optimizer.type"),
+    (root(optimizer={"type": "Muon", "params": {"momentm": 1}}), "warning unknown-argument $.optimizer.params.momentm"),
+    (AUTO | {"zero_optimization": {"stage": 3, "prefetch_bucket_size": "auto"}},
+     "error auto-unfilled $.zero_optimization.prefetch_bucket_size"),
+    (AUTO | {"bf16": None}, "error bad-value $.bf16"),
+    (root(optimizer={"type": "SGD", "params": {"lr": -1}}), "error bad-value $.optimizer.params.lr"),
+    (root(optimizer={"type": "AdamW", "params": {"betas": [0, 0.9], "torch_adam": True}}),
+     "error bad-value $.optimizer.params.betas"),
+    (root(scheduler={"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1, "decay_lr_rate": None}}),
+     "error bad-value $.scheduler.params.decay_lr_rate"),
     (root(data_types={"keep_in_fp32_modules": "norm"}), "error bad-value $.data_types.keep_in_fp32_modules"),
     (root(tensor_parallel={"dtype": "bf16"}), "error not-in-json $.tensor_parallel.dtype"),
 ])
@@ -123,6 +135,8 @@ def test_each_rule_finds_its_fault(config: Any, finding: str) -> None:
     AUTO | {"data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"enabled": "auto"}, "steps_per_print": "auto"},
     root(optimizer={"type": "SGD", "params": {"momentum": 0.9}}, zero_optimization={"stage": 0}),
     root(scheduler={"type": "WarmupCosineLR", "params": {"total_num_steps": 9}}, optimizer=ADAM),
+    root(log_level="WARNING", comment={"a": "auto"}),
+    zero(2, gather_16bit_weights_on_model_save=True) | {"tensor_parallel": {"autotp_size": 2}},
 ])
 def test_nothing_loud_is_said_of_good_configs(config: Any) -> None:
     assert not [problem for problem in said(config) if problem.level != "info"]
@@ -135,6 +149,13 @@ def test_ranks_decide_about_batches() -> None:
     assert "error batch-arithmetic $.train_batch_size" in found({"train_batch_size": 8}, Target(world_size=3))
     shared = config | {"sequence_parallel_size": 2}
     assert not [each for each in found(shared, Target(world_size=8)) if "batch" in each]
+
+
+def test_plain_deepspeed_reads_whole_numbers_as_integers() -> None:
+    config = root(optimizer=ADAM, wall_clock_breakdown=0.0, scheduler={"type": "WarmupLR", "params": {
+        "warmup_num_steps": 1e3}})
+    assert not [each for each in found(config, PLAIN) if each.startswith("error")]
+    assert "error bad-value $.scheduler.params.warmup_num_steps" in found(config, TRAINER)
 
 
 def test_auto_is_for_the_trainer() -> None:

@@ -36,7 +36,7 @@ def test_all_json_is_read_as_json(value: Any, indent: int | None) -> None:
 @pytest.mark.parametrize("text", [
     '{"a": 1,}', '{"a": [1, 2,],}', "{'a': 'it\\'s \"b\"'}", "{a: 1}", "{a: word\n}", "{a: two words\n b: 1}",
     '{"a": 1 // one\n}', '{"a": 1 # one\n}', '{/* x */"a": /* y */ 1}', '{"a": 1\n"b": 2}', '{"a": "x" "b": 2}',
-    '{"a": True,\n"b": 1}', '{"a": -1.5e-3, b: 1e, c: 01\n}', '{"a": null # x\n}', "{a: ${x},\n b: [y\n]}",
+    '{"a": -1.5e-3, b: 1e, c: 01\n}', '{"a": null # x\n}', "{a: ${x},\n b: [y\n]}",
     '{"a": {"b": {}}, "c": []} // end', "# first\n{}", '{"a" : tru}\n}', "{a: 1 b: 2\n}",
 ])
 def test_what_hjson_reads_is_read_alike_and_can_be_made_strict(text: str) -> None:
@@ -51,7 +51,9 @@ def test_what_hjson_reads_is_read_alike_and_can_be_made_strict(text: str) -> Non
     ('{"a" 1}', "expected :"), ('{"a": }', "expected a value"), ('{"a": "x}', "closing quote"),
     ('{"a": 1} }', "after the end"), ('{"a": "x\ny"}', "control character"), ('{"a": "\\q"}', "backslash"),
     ("{/* x", "never ends"), ("a: 1", "begins with {"), ("{a: '''x'''}", "not for configs"),
-    ("[" * 100, "nested deeper"), ('{,"a": 1}', "expected a key"), ('{"a": 1,, "b": 2}', "expected a key"),
+    ("[" * 100, "nested deeper"), ('{"a": 1e999}', "out of range"), ('{"a": ' + "9" * 5000 + "}", "out of range"),
+    ("{}\u00a0", "after the end"), ("{}\x0c", "after the end"),
+    ('{,"a": 1}', "expected a key"), ('{"a": 1,, "b": 2}', "expected a key"),
 ])
 def test_what_nobody_reads_is_told_with_its_place(text: str, words: str) -> None:
     with pytest.raises(TextError, match=words.replace("{", r"\{").replace("}", r"\}")) as caught:
@@ -71,6 +73,19 @@ def test_places_and_slips_of_a_loose_text() -> None:
     assert document.strict() == ('{\n  "a": 1,\n  "b": "x",\n  "c": [1, 2.5e8, true, null],\n'
                                  '  "d": {"e": "off, f"\n  }}\n')
     assert strict_error(LOOSE) and strict_error(document.strict()) is None
+
+
+def test_python_words_are_told_as_such() -> None:
+    document = Document('{"a": True, "b": [None, False], "c": {"d": True}}')
+    assert document.value == {"a": True, "b": [None, False], "c": {"d": True}}
+    assert [slip.what.split()[1] for slip in document.slips] == ["True", "None", "False", "True"]
+    assert json.loads(document.strict()) == document.value
+    assert Document('{"a": Truest\n}').value == {"a": "Truest"}
+
+
+def test_windows_lines_stay_whole() -> None:
+    text = '{\r\n  // one\r\n  "a": 1, // two\r\n  "b": 2\r\n}\r\n'
+    assert Document(text).strict() == '{\r\n  "a": 1,\r\n  "b": 2\r\n}\r\n'
 
 
 def test_duplicate_keys_have_their_places() -> None:

@@ -108,8 +108,12 @@ def test_a_hostile_config_does_nothing_to_the_terminal(tmp_path: Path) -> None:
 
 def cluster(*hosts: tuple[str, str, int]) -> dict[str, Any]:
     def report(gpus: int, capability: str) -> dict[str, Any]:
-        return {"slots_use": list(range(gpus)), "gpus": [
-            {"name": "A card", "usable": True, "compute_capability": capability} for _ in range(gpus)]}
+        return {"schema": "gpu-report/1", "detector": "detect_gpus.sh", "hostname": "x", "vendor": "NVIDIA",
+                "status": "ok", "slots_total": gpus, "slots_use": list(range(gpus)), "driver_version": "560.35.03",
+                "problems": [], "gpus": [
+                    {"index": number, "name": "A card", "uuid": f"GPU-{number}", "memory_total_mib": 24576,
+                     "memory_free_mib": 24000, "compute_capability": capability, "arch": None, "mig": False,
+                     "integrated": False, "usable": True, "busy_mib": 0} for number in range(gpus)]}
 
     return {"schema": "cluster/1", "pairs": [], "hosts": [
         {"name": name, "reached": None, "address": None, "host_key": None, "macs": [], "facts": {}, "dir": None,
@@ -126,6 +130,16 @@ def test_hosts_give_ranks_and_gpus(tmp_path: Path) -> None:
     by_cluster = validate("--cluster", tmp_path / "cluster.json", text=text)
     assert "by 11 ranks" in by_cluster.stdout and "gpu2 (A card), x (A card)" in by_cluster.stdout
     assert validate("--world-size", "4", text=text).returncode == 0
+    (tmp_path / "hostfile.txt").write_text("gpu2 slots=1 type=NVIDIA\n")
+    assert "by 11 ranks" not in validate("--hostfile", tmp_path / "hostfile.txt", text=text).stdout
+    good = cluster(("gpu1", "8.6", 2))
+    for report in ({"slots_use": 3}, {**good["hosts"][0]["report"], "gpus": ["x"]}, {"gpus": None}):
+        bad = {**good, "hosts": [{**good["hosts"][0], "report": report}]}
+        (tmp_path / "bad.json").write_text(json.dumps(bad))
+        done = validate("--cluster", tmp_path / "bad.json", text=text)
+        assert done.returncode == 1 and "delete it, it is written anew" in done.stderr and not done.stdout
+    (tmp_path / "bad.json").write_text("[" * 100_000)
+    assert "delete it" in validate("--cluster", tmp_path / "bad.json", text=text).stderr
     for words in (["--hostfile", tmp_path / "no"], ["--cluster", tmp_path / "no"]):
         done = validate(*words, text=text)
         assert done.returncode == 1 and str(tmp_path / "no") in done.stderr and not done.stdout
@@ -149,6 +163,30 @@ def test_fix_asks_first(answer: str, written: bool, tmp_path: Path) -> None:
     code, screen = type_into([sys.executable, str(TOOL), "--fix", str(path)], {"[y/N] ": answer})
     assert path.read_text() == (MENDED if written else OLD)
     assert code == (0 if written else 1) and ("mended" in screen if written else "left as it was" in screen)
+
+
+def test_fix_takes_care_of_the_file(tmp_path: Path) -> None:
+    path, link = tmp_path / "old.json", tmp_path / "link.json"
+    path.write_text(OLD)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    assert validate("--fix", "--yes", link).returncode == 0
+    assert path.read_text() == MENDED and path.stat().st_mode & 0o777 == 0o600 and link.is_symlink()
+    path.write_text(OLD)
+    path.chmod(0o400)
+    done = validate("--fix", "--yes", path)
+    assert path.read_text() == OLD and "is read-only: chmod u+w" in done.stderr
+
+
+def test_what_the_system_does_is_no_traceback(tmp_path: Path) -> None:
+    text = '{"train_batch_size": 1}'
+    (tmp_path / "a.json").write_text(text)
+    for command in (f"{sys.executable} {TOOL} <&-", f"{sys.executable} {TOOL} {tmp_path}/a.json > /dev/full",
+                    f"{sys.executable} {TOOL} --json {tmp_path}/a.json | true", f"{sys.executable} {TOOL} {tmp_path}"):
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+    done = subprocess.run([sys.executable, TOOL, tmp_path], capture_output=True, text=True)
+    assert done.stdout.splitlines()[0].endswith(": error $: Is a directory. Name a file that can be read [parse]")
 
 
 @pytest.mark.parametrize("text", [

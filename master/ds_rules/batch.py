@@ -7,7 +7,7 @@ from typing import Any
 
 from master.ds_problem import INIT, PARSE, STEP, Config, Fix, Problem, Rules, leaves, shown
 from master.ds_rules.optimizer import checked_when
-from master.ds_schema import fills_auto, is_checked, node_of
+from master.ds_schema import COMMENT, fills_auto, is_checked, node_of
 
 RULES = Rules()
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -76,7 +76,8 @@ def with_ranks(given: dict[str, Any], at: tuple[str, ...], ranks: int) -> Iterat
     batch, micro, steps = (given[key] for key in BATCH)
     factors = (("micro batch", micro), ("accumulation", steps))
     named = " x ".join(f"{name} {value:g}" for name, value in factors if value)
-    what = f"is not {named} x {ranks} ranks" if micro else f"can't be shared by {ranks} ranks"
+    what = f"is not {named} x {ranks} ranks" if micro else f"is no multiple of {named} x {ranks} ranks" if steps \
+        else f"can't be shared by {ranks} ranks"
     yield Problem("batch-arithmetic", "error", at, f"a batch of {batch:g} {what}",
                   f"leave {BATCH[0]} out" if micro else f"make it a multiple of {ranks * (steps or 1):g}", PARSE)
 
@@ -105,7 +106,7 @@ def without_ranks(given: dict[str, Any]) -> Iterator[Problem]:
 def auto_nobody_fills(config: Config) -> Iterator[Problem]:
     """ "auto" for plain DeepSpeed, which knows no such word; and where the Trainer doesn't fill it."""
     for path, value in leaves(config.root):
-        if value != "auto" or (path == ("steps_per_print",) and config.for_trainer):
+        if value != "auto" or COMMENT.match(str(path[0])) or (path == ("steps_per_print",) and config.for_trainer):
             continue
         node = node_of(path) or {}
         own = not fills_auto(path) and ("auto" in node.get("enum", []) or node.get("pattern") == "^auto$")
@@ -141,11 +142,20 @@ def _instead(node: dict[str, Any]) -> str:
 @RULES.add
 def trainer_wants(config: Config) -> Iterator[Problem]:
     """What the Trainer asks for and DeepSpeed doesn't."""
-    if config.has("zero_optimization") or config.target.completed:
+    if config.has("zero_optimization") or config.target.completed or config.target.trainer is False:
         return
     level, strikes = ("error", INIT) if config.for_trainer else ("info", "")
     yield Problem("trainer-needs-zero", level, ("zero_optimization",), "the Trainer refuses a config without it",
                   'add "zero_optimization": {"stage": 0}', strikes)
+
+
+@RULES.add
+def null_for_the_trainer(config: Config) -> Iterator[Problem]:
+    """null where DeepSpeed takes it for absent, and the Trainer or Accelerate looks into it."""
+    for path in (("bf16",), *((key,) for key in BATCH)):
+        if config.for_trainer and config.get(*path, default=1) is None:
+            yield Problem("bad-value", "error", path, "the Trainer can't read null here", "take it out", INIT,
+                          Fix("remove"))
 
 
 @RULES.add

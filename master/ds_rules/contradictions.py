@@ -42,7 +42,7 @@ def loss_scale(config: Config) -> Iterator[Problem]:
 def _as_number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 1.0
 
 

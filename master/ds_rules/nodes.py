@@ -78,20 +78,24 @@ def memory_and_drives(config: Config) -> Iterator[Problem]:
     """Buffers against each node's RAM, NVMe folders against its drives, as far as cluster.json knows them."""
     need = sum(buffer_bytes(config, section) for section in ("offload_param", "offload_optimizer"))
     small = [host["name"] for host in config.target.hosts
-             if 0 < int(host["facts"].get("ram_bytes") or 0) < need]
+             if isinstance(ram := host["facts"].get("ram_bytes"), int) and 0 < ram < need]
     if small:
         yield Problem("ram", "error", (ZERO, "offload_param"), f"the buffers alone take {need / 1e9:.0f} GB of RAM, "
-                      f"more than {listed(small)} has", "lower buffer_count, buffer_size or max_in_cpu", INIT)
+                      f"more than {listed(small)} has", "lower buffer_count or buffer_size", INIT)
     for section in ("offload_param", "offload_optimizer"):
         path = config.get(ZERO, section, "nvme_path")
         if config.device(section) != "nvme" or not isinstance(path, str):
             continue
         without = [host["name"] for host in config.target.hosts if host["facts"].get("disks")
-                   and not any(path.startswith(str(disk.get("mount"))) and not disk.get("rotational")
-                               for disk in host["facts"]["disks"])]
+                   and not any(_holds(disk, path) and not disk.get("rotational") for disk in host["facts"]["disks"])]
         if without:
             yield Problem("nvme", "warning", (ZERO, section, "nvme_path"), f"no fast drive holds {path} on "
                           f"{listed(without)}", "name a folder on an NVMe drive of every node")
+
+
+def _holds(disk: dict[str, Any], path: str) -> bool:
+    mount = str(disk.get("mount")).rstrip("/")
+    return path == mount or path.startswith(mount + "/")
 
 
 def buffer_bytes(config: Config, section: str) -> int:
@@ -100,7 +104,6 @@ def buffer_bytes(config: Config, section: str) -> int:
         return 0
     count, size = (config.get(ZERO, section, key, default=default)
                    for key, default in (("buffer_count", 5), ("buffer_size", 100_000_000)))
-    kept = config.get(ZERO, section, "max_in_cpu", default=1_000_000_000)
-    if section == "offload_optimizer" or not all(isinstance(part, (int, float)) for part in (count, size, kept)):
+    if section == "offload_optimizer" or not all(isinstance(part, (int, float)) for part in (count, size)):
         return 0
-    return int(2 * (count * size + kept))
+    return int(2 * count * size)

@@ -12,6 +12,7 @@ from master.ds_rules.classes import (
     DEEPSPEED_OPTIMIZERS,
     DEEPSPEED_SCHEDULERS,
     GONE_OPTIMIZERS,
+    MUON,
     TORCH_ADAM,
     TORCH_OPTIMIZERS,
     TORCH_SCHEDULERS,
@@ -87,7 +88,7 @@ def optimizer_arguments(config: Config) -> Iterator[Problem]:
     takes = arguments_of(name, config)
     for key in params if takes is not None else ():
         if key not in takes and key != "max_grad_norm":  # type: ignore[operator]
-            near = difflib.get_close_matches(key, takes or (), 1)
+            near = ["lr"] if key == "learning_rate" else difflib.get_close_matches(key, takes or (), 1)
             yield fails("unknown-argument", (*OPTIMIZER, key), f"{config.get('optimizer', 'type')} takes no {key}",
                         f"did you mean {near[0]}?" if near else "take it out")
     offloaded = config.device("offload_optimizer") != "none"
@@ -117,14 +118,35 @@ def optimizer_values(config: Config) -> Iterator[Problem]:
     params, strikes = config.section(*OPTIMIZER), checked_when(config)
     for key in ("lr", "eps", "weight_decay"):
         value = params.get(key, 0)
-        if value != "auto" and not isinstance(value, (int, float)):
-            yield Problem("bad-value", "error", (*OPTIMIZER, key), f"expected a number, got {shown(value)}",
+        if value != "auto" and (not isinstance(value, (int, float)) or value < 0):
+            yield Problem("bad-value", "error", (*OPTIMIZER, key), f"expected a number >= 0, got {shown(value)}",
                           "write a number", strikes, _number_fix(value))
+    if optimizer_name(config) == "LBFGS":
+        yield Problem("bad-value", "error", ("optimizer", "type"), "LBFGS steps with a function that no engine "
+                      "gives it", "choose another", STEP)
+    if optimizer_name(config) == "muon":
+        yield from muon(config)
     betas = params.get("betas", [0.9, 0.999])
     if betas != "auto" and not (isinstance(betas, list) and len(betas) == 2
                                 and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)):
         yield Problem("bad-value", "error", (*OPTIMIZER, "betas"), f"expected two numbers from 0 to below 1, got "
                       f"{shown(betas)}", "write [0.9, 0.999]", strikes)
+    elif betas != "auto" and strikes == INIT and any(isinstance(beta, int) for beta in betas):
+        hjson = " (1e-9: 0.0 is read as 0)" if config.target.trainer is False else ""
+        yield Problem("bad-value", "error", (*OPTIMIZER, "betas"), "torch's Adam takes fractions only, not 0",
+                      f"write 0.0{hjson}", INIT)
+
+
+def muon(config: Config) -> Iterator[Problem]:
+    """Muon at stage 3 (stage3.py:361), and arguments that it passes over."""
+    if config.stage == 3 and config.get("zero_optimization", "reduce_scatter", default=True) in (True, 1, "auto"):
+        yield fails("bad-combination", ("optimizer", "type"), "at stage 3 Muon does not go with reduce_scatter",
+                    "set zero_optimization.reduce_scatter to false")
+    for key in config.section(*OPTIMIZER):
+        if key not in MUON and key != "max_grad_norm":
+            near = difflib.get_close_matches(key, MUON, 1)
+            yield Problem("unknown-argument", "warning", (*OPTIMIZER, key), f"Muon passes over {key}",
+                          f"did you mean {near[0]}?" if near else "take it out")
 
 
 def checked_when(config: Config) -> str:
@@ -167,6 +189,10 @@ def scheduler_type(config: Config) -> Iterator[Problem]:
                     'write "params": {}' if not found[0] else f"give {', '.join(sorted(found[0]))}",
                     Fix("put", {}) if params is None and "params" in section and not found[0] else None)
         return
+    sixteen = config.on("bf16", "enabled") or config.on("fp16", "enabled")
+    if name in TORCH_SCHEDULERS and (config.stage or sixteen) and (config.has("optimizer") or config.for_trainer):
+        yield fails("bad-combination", ("scheduler", "type"), f"torch's {name} can't drive ZeRO's optimizer, nor a "
+                    "16-bit one", f"choose one of {', '.join(DEEPSPEED_SCHEDULERS)}")
     for key in sorted(found[0] - set(params)):
         yield fails("missing", (*SCHEDULER, key), f"{name} needs {key}", "give it" +
                     (' ("auto": the Trainer fills it)' if key == "total_num_steps" and config.for_trainer else ""))
@@ -210,7 +236,10 @@ def scheduler_steps(config: Config) -> Iterator[Problem]:
                         "correct it", Fix("put", int(value)) if whole else None)
     for key, value in params.items():
         node = node_of((*SCHEDULER, key)) or {}
-        if isinstance(value, str) and value != "auto" and {"number", "integer"} & set(node.get("type", ())):
+        types = node.get("type", ())
+        types = {types} if isinstance(types, str) else set(types)
+        wrong = (isinstance(value, str) and value != "auto") or (value is None and "null" not in types)
+        if wrong and types & {"number", "integer"}:
             yield fails("bad-value", (*SCHEDULER, key), f"expected a number, got {shown(value)}", "write a number",
                         _number_fix(value) if "steps" not in key else None)
     warmup, total = params.get("warmup_num_steps"), params.get("total_num_steps")

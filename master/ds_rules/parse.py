@@ -47,6 +47,12 @@ SECTIONS: dict[tuple[str, ...], Callable[[Any], bool]] = {
 }
 
 
+def _section_fix(path: tuple[str, ...], value: Any) -> Fix | None:
+    if path == ("zero_optimization",) and value is None:
+        return Fix("put", {"stage": 0})  # the Trainer asks for the section
+    return Fix("remove") if value in (None, False) else None
+
+
 @RULES.add
 def sections_are_objects(config: Config) -> Iterator[Problem]:
     """A section that is null, true or a text."""
@@ -54,8 +60,7 @@ def sections_are_objects(config: Config) -> Iterator[Problem]:
         value = config.get(*path, default={})
         if not isinstance(value, dict) and not takes(value):
             yield refused("not-a-section", path, f"expected an object {{...}}, got {shown(value)}",
-                          "take it out" if value in (None, False) else "write an object",
-                          Fix("remove") if value in (None, False) else None)
+                          "take it out" if value in (None, False) else "write an object", _section_fix(path, value))
     value = config.get("bfloat16", default={})
     if config.get("bf16") is None and not isinstance(value, dict):
         yield refused("not-a-section", ("bfloat16",), f"expected an object {{...}}, got {shown(value)}", "write bf16")

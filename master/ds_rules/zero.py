@@ -103,6 +103,8 @@ def settings_of_other_stages(config: Config) -> Iterator[Problem]:
         name = (node_of((ZERO, key)) or {}).get("x-same-as", key)
         if (node_of((ZERO, key)) or {}).get("x-inert"):
             yield Problem("no-effect", "info", (ZERO, key), "nothing reads it in DeepSpeed 0.19", "take it out")
+        elif "gather_16bit" in name and _whole_number(config.get("tensor_parallel", "autotp_size")) > 1:
+            continue  # AutoTP gathers by the same switch at any stage (accelerate, get_state_dict)
         elif (name.startswith("stage3_") or name in STAGE_3) and config.stage != 3:
             yield Problem("wrong-stage", "info", (ZERO, key), f"used only at stage 3 (the stage is {config.stage})",
                           "take it out")
@@ -118,6 +120,10 @@ def settings_of_other_stages(config: Config) -> Iterator[Problem]:
     if config.has("allgather_size") and not isinstance(config.get(ZERO), bool):
         yield Problem("no-effect", "warning", ("allgather_size",), "read only where zero_optimization is true or "
                       "false", "write zero_optimization.allgather_bucket_size")
+
+
+def _whole_number(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 @RULES.add
@@ -172,7 +178,14 @@ def what_needs_cpu_offload(config: Config) -> Iterator[Problem]:
     if config.on(ZERO, "offload_optimizer", "super_offload") and (config.stage != 3 or offloaded != "cpu"):
         yield Problem("no-effect", "warning", (ZERO, "offload_optimizer", "super_offload"),
                       "works at stage 3 with device cpu only", "set both, or take it out")
+    torchs = config.get("optimizer", "params", "torch_adam") is True
+    ratio = config.get(ZERO, "offload_optimizer", "ratio", default=1.0)
+    if torchs and config.stage == 3 and isinstance(ratio, (int, float)) and ratio < 1 and offloaded != "none":
+        yield needs("needs-cpu-adam", (ZERO, "offload_optimizer", "ratio"), "below 1 needs DeepSpeed's CPU Adam",
+                    "set torch_adam to false")
     for path in (("fp16", "fp16_master_weights_and_grads"), ("bf16", "bf16_master_weights_and_grads")):
+        if config.on(*path) and config.stage and offloaded != "none" and torchs:
+            yield needs("needs-cpu-adam", path, "needs DeepSpeed's CPU Adam", "set torch_adam to false")
         if config.on(*path) and config.stage and offloaded == "none":
             yield needs("needs-offload", path, "needs offload_optimizer and DeepSpeed's CPU Adam",
                         'add "offload_optimizer": {"device": "cpu"}')
@@ -180,7 +193,10 @@ def what_needs_cpu_offload(config: Config) -> Iterator[Problem]:
 
 @RULES.add
 def accumulation_by_hand(config: Config) -> Iterator[Problem]:
-    """managed_gradient_accumulation: false with overlap_comm below stage 2 (engine.py, _do_sanity_check)."""
+    """managed_gradient_accumulation: false with overlap_comm below stage 2, or DeepCompile (engine.py)."""
+    if config.get("managed_gradient_accumulation", default=True) is False and config.on("compile", "deepcompile"):
+        yield needs("bad-combination", ("managed_gradient_accumulation",), "false does not go with DeepCompile",
+                    "switch one off")
     if config.get("managed_gradient_accumulation", default=True) is False and config.stage < 2 \
             and config.on(ZERO, "overlap_comm"):
         yield needs("bad-combination", ("managed_gradient_accumulation",), "false with overlap_comm needs ZeRO stage 2",
