@@ -12,10 +12,10 @@ from typing import Any
 
 from master import ds_schema
 from master.ds_problem import INIT, LEVELS, PARSE, Config, Fix, Problem, Rule, Target, shown
-from master.ds_rules import batch, contradictions, nodes, optimizer, parse, precision, zero
+from master.ds_rules import batch, contradictions, nodes, optimizer, parse, precision, scheduler, zero
 from master.json_text import Document, Path, strict_error
 
-RULES: list[Rule] = [rule for table in (parse, contradictions, batch, zero, optimizer, precision, nodes)
+RULES: list[Rule] = [rule for table in (parse, contradictions, batch, zero, optimizer, scheduler, precision, nodes)
                      for rule in table.RULES]
 
 

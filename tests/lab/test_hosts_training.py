@@ -6,69 +6,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import HOME
 from machines import Machine, nvidia_gpu
-from ssh_server import make_key
 
-from lab.hosts import Host, Lab
+from lab.desk import SMALL, Desk, assert_nothing_left, job_processes, launchers, ranks_on, wait_for, wait_for_steps
+from lab.hosts import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
-SMALL = ["--", "--sequence_length", "64", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
-
-
-class Desk:
-    """The folder where a person sits, on the lab's master, with keys to two machines and a hostfile of them."""
-
-    def __init__(self, lab: Lab, texts: Path, cache: Path, slots: dict[str, int]) -> None:
-        self.lab, self.texts, self.folder = lab, texts, lab.folder / "desk"
-        self.folder.mkdir()
-        self.home = lab.master.homes / "root"
-        (self.home / ".ssh").mkdir(mode=0o700)
-        self.key = make_key(self.home / ".ssh" / "id_ed25519").with_suffix(".pub").read_text()
-        self.hosts = {name: lab.add(name) for name in slots}
-        for host in self.hosts.values():
-            self.admit(host, LANSPEED_CACHE=str(cache / host.name), HF_HUB_OFFLINE="1")
-        (self.folder / "hostfile.txt").write_text(
-            "".join(f"{name} slots={count} type=CPU\n" for name, count in slots.items()))
-
-    def admit(self, host: Host, **variables: str) -> None:
-        """Let the desk's key into a machine that is found by its name."""
-        folder = host.homes / "root" / ".ssh"
-        folder.mkdir(mode=0o700)
-        (folder / "authorized_keys").write_text(self.key)
-        host.serve(**variables)
-        self.lab.master.resolve(host)
-
-    def words(self, *more: str) -> list[str]:
-        where = self.lab.master.words("env", "-C", str(self.folder), "-u", "SSH_AUTH_SOCK", "-u", "LANSPEED_CACHE",
-                                      f"HOME={self.home}", f"PATH={Path(sys.executable).parent}:/usr/bin:/bin")
-        return [*where, sys.executable, str(HOME / "master" / "launch_training.py"), "--model", "tiny",
-                "--hostfile", "hostfile.txt", "--host-keys", "accept-new", "--dataset", str(self.texts), *more]
-
-    def start(self, *more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.words(*more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                stdin=subprocess.DEVNULL)
-
-    def run(self, *more: str, seconds: float = 240) -> tuple[int, str]:
-        job = self.start(*more)
-        output, _ = job.communicate(timeout=seconds)
-        return job.returncode, output
-
-    @property
-    def run_folder(self) -> Path:
-        (found,) = (self.folder / "runs").iterdir()
-        return found
-
-    def logged(self, host: str) -> str:
-        path = next((self.folder / "runs").glob(f"*/logs/{host}.log"), None)
-        return path.read_text() if path else ""
 
 
 @pytest.fixture
@@ -76,65 +25,6 @@ def desk(lab: Lab, texts: Path, cache: Path) -> Iterator[Desk]:
     made = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
     yield made
     assert_nothing_left(made)
-
-
-def assert_nothing_left(desk: Desk) -> None:
-    """No process of a job, no folder with ranks' logs, no port that is listened on but sshd's."""
-    wait_for(lambda: not job_processes(desk), 5)
-    names = [path.name for path in desk.folder.glob("runs/*")] + ["-script-"]
-    wait_for(lambda: not [path for path in Path(tempfile.gettempdir()).glob("lanspeed-*")
-                          if any(name in path.name for name in names)], 5)
-    for host in desk.hosts.values():
-        open_ports = subprocess.run(host.words("ss", "-Hltn"), capture_output=True, text=True).stdout.splitlines()
-        assert all(":22 " in line for line in open_ports), open_ports
-
-
-def job_processes(desk: Desk, host: Host | None = None) -> list[int]:
-    """The living processes of jobs on the desk's machines, or on one of them; this machine sees them all."""
-    spaces = {os.readlink(f"/proc/{each.pid}/ns/pid") for each in ([host] if host else desk.lab.hosts)}
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = b"LANSPEED_JOB=" in (path / "environ").read_bytes() and os.readlink(path / "ns" / "pid") in spaces
-            if ours and (path / "stat").read_text().rpartition(")")[2][1] != "Z":
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
-
-
-def ranks_on(desk: Desk, host: str) -> list[int]:
-    """The ranks on a machine, by their variables."""
-    return [pid for pid in job_processes(desk, desk.hosts[host])
-            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
-
-
-def launchers(desk: Desk) -> list[int]:
-    """The processes at the desk that run the tool."""
-    space = os.readlink(f"/proc/{desk.lab.master.pid}/ns/pid")
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"launch_training.py" in (path / "cmdline").read_bytes() and os.readlink(path / "ns" / "pid") == space:
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.1)
-
-
-def wait_for_steps(desk: Desk, job: subprocess.Popen[str]) -> None:
-    def stepping() -> bool:
-        assert job.poll() is None, job.communicate()[0]
-        return any('"loss"' in path.read_text() for path in (desk.folder / "runs").glob("*/metrics.jsonl"))
-
-    wait_for(stepping)
 
 
 def test_two_machines_make_one_model(desk: Desk) -> None:
