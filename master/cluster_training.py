@@ -58,7 +58,7 @@ class Training:
         self.known = {host["name"]: host for host in read_cluster(options.hostfile.with_name("cluster.json"))["hosts"]}
         self.variables = environment(hosts[0].vendor, options.env)
         self.run: Path = options.run
-        self.resume = str(self.run) if options.resume else ""
+        self.again = False  # a restart: from the newest checkpoint that every host has
         self.name = self.new_name()
         words_with_paths = (str(config), options.model, options.dataset, options.script)
         self.paths = [str(Path(word).absolute()) for word in words_with_paths if word and Path(word).exists()]
@@ -113,10 +113,7 @@ class Training:
                     str(part.node): script or f"{part.place.folder}/trainer/train.py" for part in self.parts}}
 
     def _arguments(self) -> list[str]:
-        if self.options.script:
-            return self.words
-        resume = ["--resume_from_checkpoint", self.resume] if self.resume else []
-        return [*self.words, "--output_dir", str(self.run), *resume]
+        return [*self.words, *(["--resume_from_checkpoint", "auto"] if self.again and not self.options.script else [])]
 
     def _address(self, facts: dict[str, Any]) -> str:
         """Return rank 0's address for the others: from cluster.json, as it was reached, or this machine's."""
@@ -189,7 +186,7 @@ def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: 
         if code == 0 or story.asked_to_stop or attempt == options.restarts:
             return code
         say(f"restart {attempt + 1} of {options.restarts}: from the newest checkpoint that every host has")
-        training.resume = "auto"
+        training.again = True
     return 1
 
 

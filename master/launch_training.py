@@ -105,8 +105,12 @@ def place_of_run(options: argparse.Namespace) -> tuple[Path | None, list[str]]:
     found, _ = named.parse_known_args(options.trainer_flags)
     if options.resume:
         return options.run, ["--output_dir", str(options.run), "--resume_from_checkpoint", str(options.run)]
-    if found.output_dir or found.resume_from_checkpoint:
+    if found.output_dir or found.resume_from_checkpoint == "auto":
         return found.output_dir, []
+    if found.resume_from_checkpoint:
+        path = Path(found.resume_from_checkpoint)
+        path = path.parent.parent if path.name.startswith("checkpoint-") else path
+        return path if path.is_dir() else None, []
     return options.run, ["--output_dir", str(options.run)]
 
 
@@ -118,9 +122,12 @@ def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
     if not options.script:
         check_config(config, sum(len(host.use) for host in hosts))
     for name in ("model", "dataset"):  # the ranks start elsewhere
-        if (value := getattr(options, name)) and Path(value).exists():
+        if (value := getattr(options, name)) and value != "tiny" and Path(value).exists():
             setattr(options, name, str(Path(value).absolute()))
     words = trainer_line(options, config)
+    run, place = place_of_run(options)
+    if not options.script:
+        options.run, words = run or options.run, words + place
     if options.dry_run:
         plain = [*launcher_words(options.hostfile, hosts, first_address(hosts, options.hostfile)), str(TRAINER), *words]
         where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in hosts)

@@ -87,6 +87,21 @@ def test_a_detached_run_is_stopped_by_its_name_and_gone_on_with(environment: dic
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize(("flags", "place"), [
+    ([], "--output_dir runs/"), (["--output_dir", "mine"], "--output_dir mine"),
+    (["--resume_from_checkpoint", "runs/old"], "--resume_from_checkpoint runs/old"),
+])
+def test_the_place_of_a_run_is_told_once(flags: list[str], place: str, environment: dict[str, str],
+                                         tmp_path: Path) -> None:
+    (tmp_path / "h").write_text("gpu1 slots=2 type=CPU\ngpu2 slots=2 type=CPU\n")
+    (tmp_path / "tiny").mkdir()  # a folder of that name is not what is meant
+    done = launch("--model", "tiny", "--hostfile", "h", "--dry-run", "--", *flags, environment=environment,
+                  cwd=tmp_path)
+    ours = done.stdout.splitlines()[1]
+    assert done.returncode == 0 and place in ours and "--model_name_or_path tiny " in ours
+    assert ours.count("--output_dir") + ours.count("--resume_from") == 1
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--resume", "runs/none", "--model", "tiny"], "runs/none: no such run"), (["--stop", "none"], "none: no such run"),
     ([], "which model?"), (["--model", "tiny", "--include", "gpu1"], "need a --hostfile"),
