@@ -23,7 +23,7 @@ def two_precisions(config: Config) -> Iterator[Problem]:
 @RULES.add
 def loss_scale(config: Config) -> Iterator[Problem]:
     """What the fp16 section checks beyond types."""
-    fp16 = config.section("fp16")
+    fp16 = {key: value for key, value in config.section("fp16").items() if value != "auto"}  # which is dropped
     for key in ("loss_scale", "loss_scale_window", "min_loss_scale"):
         value = fp16.get(key, 1)
         if isinstance(value, bool):
@@ -31,7 +31,7 @@ def loss_scale(config: Config) -> Iterator[Problem]:
         elif value in (float("inf"), float("-inf")) or (isinstance(value, float) and value != value):
             yield refused("bad-value", ("fp16", key), "expected a finite number", "write one")
     for key in ("loss_scale_window", "min_loss_scale"):
-        if not is_whole(fp16.get(key, 1)) and fp16[key] != "auto":
+        if not is_whole(fp16.get(key, 1)):
             yield refused("bad-value", ("fp16", key), f"expected an integer, got {shown(fp16[key])}", "correct it")
     if config.on("fp16", "enabled") and _as_number(fp16.get("loss_scale", 0)) == 0:
         for key in ("loss_scale_window", "min_loss_scale"):
