@@ -176,8 +176,7 @@ class Ranks:
             who = ", ".join(f"rank {rank} on {self.hosts[rank]} (network card {cards[rank]})" for rank in missing
                             if rank < self.world_size) or "some ranks"
             raise Fault(f"{self.host} (network card {cards[self.rank]}): {who} did not come to the first sum: {reason}."
-                        " Can the hosts reach each other? GLOO_SOCKET_IFNAME names the network card",
-                        shared=True) from None
+                        " Can the hosts reach each other? GLOO_SOCKET_IFNAME names the network card") from None
         self._side_group = dist.new_group(backend="gloo")
 
     def _add_up(self, device_type: str) -> None:

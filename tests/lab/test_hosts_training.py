@@ -58,7 +58,7 @@ def test_a_machine_that_vanishes_ends_the_job(desk: Desk) -> None:
     desk.lab.switch.network("ip link set port12 down")
     cut = time.monotonic()
     wait_for(lambda: not job_processes(desk), 40)
-    assert time.monotonic() - cut < 20
+    assert time.monotonic() - cut < 25
     output, _ = job.communicate(timeout=40)
     assert job.returncode == 1 and ": gpu2: connection: no sign of life for 12 s" in output, output
 
@@ -158,7 +158,7 @@ def test_gpus_are_looked_at_before_a_start(lab: Lab, texts: Path, cache: Path) -
 
 
 def test_a_restart_goes_on_from_the_newest_checkpoint(desk: Desk) -> None:
-    job = desk.start("--restarts", "1", *SMALL, "--max_steps", "60", "--save_steps", "5")
+    job = desk.start("--restarts", "1", *SMALL, "--max_steps", "120", "--save_steps", "5")
     wait_for_steps(desk, job)
     wait_for(lambda: list((desk.folder / "runs").glob("*/checkpoints/checkpoint-*/sealed*")) or list(
         (desk.folder / "runs").glob("*/checkpoints/checkpoint-10")))
@@ -170,7 +170,7 @@ def test_a_restart_goes_on_from_the_newest_checkpoint(desk: Desk) -> None:
     assert record["status"] == "finished" and record["resumed_at"] >= 5
     steps = [row["step"] for row in map(json.loads, (desk.run_folder / "metrics.jsonl").read_text().splitlines())
              if "loss" in row]
-    assert steps == sorted(set(steps)) and steps[-1] == 60
+    assert steps == sorted(set(steps)) and steps[-1] == 120
 
 
 def test_silence_is_told_of(desk: Desk) -> None:
