@@ -36,6 +36,7 @@ if rank == "1" and mode in ("raise", "child", "stubborn"):
     time.sleep(0.5)
     raise ValueError("boom")
 if rank == "1" and mode == "kill":
+    time.sleep(0.5)  # a rank that dies as it is born may be waited for by its launcher before anybody sees it
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0.5 if mode == "ok" else 300)
 """
