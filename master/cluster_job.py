@@ -17,7 +17,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from master.channels import Channel
 from master.failures import End
@@ -56,7 +56,18 @@ class Story:
 
 
 Settle = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
-Show = Callable[[str, "int | None", str], None]
+
+
+class Screen(Protocol):
+    """Where the ranks' words go (rank None: the launcher's), and the metrics of a run folder elsewhere."""
+
+    def show(self, host: str, rank: int | None, text: str) -> None:
+        """Take in a printed line."""
+        ...
+
+    def add_metrics(self, line: str) -> None:
+        """Take in a line of metrics.jsonl."""
+        ...
 
 
 class ClusterJob:
@@ -74,7 +85,7 @@ class ClusterJob:
         self._signals = 0
         self.story = Story()
 
-    def run(self, question: Ask | None, show: Show, say: Callable[[str], None]) -> Story | None:
+    def run(self, question: Ask | None, screen: Screen, say: Callable[[str], None]) -> Story | None:
         """Run to the end and return what happened; None if it was called off before it began."""
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
         started = time.monotonic()
@@ -83,7 +94,7 @@ class ClusterJob:
         try:
             if not self._gather():
                 return None
-            self._follow(started, show, say)
+            self._follow(started, screen, say)
             return self.story
         finally:
             self._decided.set()
@@ -111,7 +122,7 @@ class ClusterJob:
         self._decided.set()
         return self._job is not None
 
-    def _follow(self, started: float, show: Show, say: Callable[[str], None]) -> None:
+    def _follow(self, started: float, screen: Screen, say: Callable[[str], None]) -> None:
         """Take in what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
         running, told, warned = set(self._parts), 0, 0.0
         while running:
@@ -137,16 +148,16 @@ class ClusterJob:
                     self.story.lost[host] = f"{content.stage}: {content.fault}"
                     self._fail(host, since, running, f"{host} was lost")
             elif kind == "event":
-                self._take(host, content, since, running, show)
+                self._take(host, content, since, running, screen)
 
-    def _take(self, host: str, event: dict[str, Any], since: float, running: set[str], show: Show) -> None:
+    def _take(self, host: str, event: dict[str, Any], since: float, running: set[str], screen: Screen) -> None:
         kind = event.get("event")
         if kind == "line":
             self.story.heard[host] = since
             self.story.said[host, event["rank"]].append(event["text"])
-            show(host, event["rank"], event["text"])
+            screen.show(host, event["rank"], event["text"])
         elif kind == "metrics":
-            show(host, None, "@metrics " + event["text"])
+            screen.add_metrics(event["text"])
         elif kind == "rank":
             self.story.ends.append(End(host, event["rank"], event["code"], since))
             if event["code"]:

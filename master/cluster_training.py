@@ -11,6 +11,7 @@ import re
 import secrets
 import shlex
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ from master.cluster_job import ClusterJob, Part, Story
 from master.console import one_line, say
 from master.failures import first_cause
 from master.hostfile import Slots
-from master.node_facts import Place, faults, gpu_faults, here, own_python
-from master.nodes import Node, parse_node
+from master.node_facts import Place, faults, gpu_faults, here
+from master.nodes import parse_node
 from master.plain_deepspeed import HOME
 from master.run_fetch import fetch_run
 from master.runs import LAUNCHER, mark_failed, sign
@@ -62,7 +63,7 @@ class Training:
         self.name = self.new_name()
         words_with_paths = (str(config), options.model, options.dataset, options.script)
         self.paths = [str(Path(word).absolute()) for word in words_with_paths if word and Path(word).exists()]
-        self.parts = [Part(self._node(host), host.use, self._place(host.host)) for host in hosts]
+        self.parts = [Part(parse_node(host.host), host.use, self._place(host.host)) for host in hosts]
         self.local = False  # rank 0's run folder is this machine's
         self.folders: dict[str, str] = {}  # by host: where its ranks start
 
@@ -71,12 +72,9 @@ class Training:
         self.name = f"{self.run.name}-{secrets.token_hex(3)}"
         return self.name
 
-    def _node(self, host: Slots) -> Node:
-        return parse_node(host.host, "")
-
     def _place(self, host: str) -> Place:
         known = self.known.get(host, {})
-        return Place(known.get("dir") or str(HOME), known.get("python") or own_python())
+        return Place(known.get("dir") or str(HOME), known.get("python") or sys.executable)
 
     def wanted(self) -> dict[str, Any]:
         """Return what each node is asked: do these paths exist, is the port free, does it see this folder?"""
@@ -154,11 +152,7 @@ class Screen:
         (run / "logs").mkdir(parents=True, exist_ok=True)
 
     def show(self, host: str, rank: int | None, text: str) -> None:
-        """Take in a line; metrics of a run folder elsewhere go into the one here."""
-        if text.startswith("@metrics "):
-            with (self._run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(text.removeprefix("@metrics ") + "\n")
-            return
+        """Take in a line that a rank, or the launcher (None), has printed."""
         with (self._run / "logs" / f"{host}.log").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%H:%M:%S')} [{'-' if rank is None else rank}] {text}\n")
         if rank == 0:
@@ -166,6 +160,11 @@ class Screen:
         elif "warning" in text.lower() and (kind := re.sub(r"[\d.:]+", "", text)) not in self._warned:
             self._warned.add(kind)
             say(one_line(f"{host}, rank {rank}: {text}"))
+
+    def add_metrics(self, line: str) -> None:
+        """Take in a line of the metrics.jsonl of a run folder elsewhere."""
+        with (self._run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> int:
@@ -195,7 +194,7 @@ def run_once(training: Training, access: Access, screen: Screen) -> Story | None
     options, name = training.options, training.new_name()
     job = ClusterJob(training.parts, access, training.wanted(), name, options.grace, options.stall_timeout,
                      training.settle)
-    return job.run(question(), screen.show, say)
+    return job.run(question(), screen, say)
 
 
 def _forget(run: Path) -> None:

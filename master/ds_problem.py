@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,16 +121,13 @@ class Config:
         value = self.get("zero_optimization", section, "device")
         return value if value in ("cpu", "nvme") else "none"
 
-    @property
+    @functools.cached_property
     def for_trainer(self) -> bool:
         """True if the Trainer will read it: it was said, or a value that only the Trainer fills is "auto"."""
-        return self.target.trainer if self.target.trainer is not None else self.filled_by_trainer
-
-    @property
-    def filled_by_trainer(self) -> bool:
-        """True if some value is "auto" where the Trainer fills it in."""
         from master.ds_schema import fills_auto
 
+        if self.target.trainer is not None:
+            return self.target.trainer
         return any(value == "auto" and fills_auto(path) for path, value in leaves(self.root))
 
 
@@ -158,7 +157,5 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def shown(value: Any) -> str:
     """Return a value as it stands in the file, shortened."""
-    import json
-
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "..."

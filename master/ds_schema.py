@@ -23,6 +23,8 @@ COMMENT = re.compile(r"^(_|//|\$comment|comment)")
 TRUE, FALSE = {"1", "on", "t", "true", "y", "yes"}, {"0", "off", "f", "false", "n", "no"}
 NOUNS = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false",
          "array": "a list", "object": "an object {...}", "null": "null"}
+
+
 @functools.cache
 def schema() -> dict[str, Any]:
     """Return the schema."""

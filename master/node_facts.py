@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +122,3 @@ def faults(answers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any], pat
         if facts["port"] is None:
             found.append(Fault(host, "the port is taken: --master-port N names another"))
     return found
-
-
-def own_python() -> str:
-    """Return this machine's interpreter, whose path the nodes share unless cluster.json says otherwise."""
-    return sys.executable
