@@ -47,7 +47,8 @@ def flags(**values: object) -> list[str]:
     "dataset": "a file, a folder or a Hugging Face name (default: Python's own documentation)",
     "config": "DeepSpeed config (presets: trainer/configs/)",
     "hostfile": "train on these hosts (default: on this machine)",
-    "slots": "ranks on this machine (default: all GPUs; 1 without any)",
+    "nodes": "find these hosts' GPUs first, and train on them: names, user@host:port, ranges gpu[1-4], @file",
+    "slots": "ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes",
     "script": "your own training script instead of trainer/train.py (with --hostfile)",
     "env": "a variable for all ranks, K=V, or K as it is here",
     "ssh-user": "login name on the hosts (default: as your ssh configuration says)",
@@ -56,26 +57,32 @@ def flags(**values: object) -> list[str]:
     "exclude": "all but these",
     "resume": "go on with this run from its newest good checkpoint",
     "restarts": "after a failure on the hosts begin again, so many times",
+    "stall-timeout": "seconds without a sign of life that are told of (300, or 10 steps)",
+    "on-lost-master": "what the hosts do when this machine is gone: end, continue",
     "detach": "go on without this terminal",
     "grace": "seconds to save in after Ctrl-C (60)",
     "dry-run": "print what would run",
 }, iterable=["env"])
-def train(c, model="", dataset="", config="", hostfile="", slots="", script="", env=None, ssh_user="",  # type: ignore[no-untyped-def]
-          host_keys="", include="", exclude="", resume="", restarts="", detach=False, grace="", dry_run=False):
+def train(c, model="", dataset="", config="", hostfile="", nodes="", slots="", script="", env=None, ssh_user="",  # type: ignore[no-untyped-def]
+          host_keys="", include="", exclude="", resume="", restarts="", stall_timeout="", on_lost_master="",
+          detach=False, grace="", dry_run=False):
     """Train on this machine, or on a hostfile's hosts; flags of trainer/train.py follow --."""
     if not (model or script or resume):
         raise Exit("which model? invoke train --model tiny (or a Hugging Face name, or a folder)", code=2)
     words = flags(model=model, dataset=dataset, config=config, hostfile=hostfile, slots=slots, script=script,
                   ssh_user=ssh_user, host_keys=host_keys, include=include, exclude=exclude, resume=resume,
-                  restarts=restarts, detach=detach, grace=grace, dry_run=dry_run)
+                  restarts=restarts, stall_timeout=stall_timeout, on_lost_master=on_lost_master, detach=detach,
+                  grace=grace, dry_run=dry_run)
+    words += ["--nodes", nodes] if nodes else []
     words += [word for each in env or () for word in ("--env", each)]
     run_tool("master.launch_training", *words, "--", *after_dashes())
 
 
-@task(auto_shortflags=False, help={"run": "a run folder (default: the newest)", "once": "look once"})
-def watch(c, run="", once=False):  # type: ignore[no-untyped-def]
-    """Follow a run: progress, speed, each host's last words."""
-    run_tool("master.watch_training", *([run] if run else []), *flags(once=once), *after_dashes())
+@task(auto_shortflags=False, help={
+    "run": "a run folder (default: the newest)", "once": "look once", "json": "look once, and print JSON"})
+def watch(c, run="", once=False, json=False):  # type: ignore[no-untyped-def]
+    """Follow a run: progress, speed, and each host's GPUs, memory, temperature, network, last words."""
+    run_tool("master.watch_training", *([run] if run else []), *flags(once=once, json=json), *after_dashes())
 
 
 @task(auto_shortflags=False, help={"run": "a run folder (default: the newest that runs)"})

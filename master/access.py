@@ -63,6 +63,14 @@ def access_of(options: argparse.Namespace) -> Access:
         more_keys=(own,) if own.exists() else ())
 
 
+def access_words(options: argparse.Namespace) -> list[str]:
+    """Return the flags again, for another tool; not a password, which goes by LANSPEED_SSH_PASSWORD."""
+    names = ("ssh_user", "ssh_port", "ssh_key", "ssh_password_file", "ssh_config", "host_keys", "connect_timeout",
+             "timeout")
+    return [word for name in names if getattr(options, name) is not None
+            for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+
+
 def password_of(options: argparse.Namespace) -> str | None:
     """Return the password from flag, file, variable or prompt; None if there is to be none."""
     if options.ssh_password_file:

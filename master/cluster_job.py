@@ -26,6 +26,7 @@ from master.node_facts import WORKER, Place, ask, ask_gpus, streamed
 from master.nodes import Node
 from master.ssh import Session
 from master.ssh_config import Access, SshError
+from master.stalls import StallWatch
 
 BEAT = 3.0  # seconds between two signs of life, both ways
 SILENCE = 12.0  # seconds without one after which the other side counts as gone
@@ -50,7 +51,6 @@ class Story:
     said: dict[tuple[str, int | None], deque[str]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT)))
     codes: dict[str, int] = field(default_factory=dict)
-    heard: dict[str, float] = field(default_factory=dict)  # host -> seconds since the start of its last line
     asked_to_stop: bool = False
     first_failure_at: float | None = None
 
@@ -61,23 +61,25 @@ Settle = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, A
 class Screen(Protocol):
     """Where the ranks' words go (rank None: the launcher's), and the metrics of a run folder elsewhere."""
 
-    def show(self, host: str, rank: int | None, text: str) -> None:
-        """Take in a printed line."""
-        ...
+    def show(self, host: str, rank: int | None, text: str) -> None: ...
 
-    def add_metrics(self, line: str) -> None:
-        """Take in a line of metrics.jsonl."""
-        ...
+    def add_metrics(self, line: str) -> None: ...
+
+    def show_progress(self, rank: int, text: str) -> None: ...
+
+    def pass_time(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ClusterJob:
     """`settle` is given every host's facts and returns what run_node.py is told, or None to call it off."""
 
     def __init__(self, parts: Sequence[Part], access: Access, wanted: dict[str, Any], name: str, grace: float,
-                 stall: float, settle: Settle) -> None:
+                 stalls: StallWatch, settle: Settle) -> None:
         self._parts = {str(part.node): part for part in parts}
         self._access, self._wanted, self._name, self._grace, self._settle = access, wanted, name, grace, settle
-        self._stall = stall
+        self._stalls = stalls
         self._events: queue.Queue[tuple[str, str, Any]] = queue.Queue()
         self._orders: dict[str, queue.Queue[dict[str, Any]]] = {host: queue.Queue() for host in self._parts}
         self._decided = threading.Event()
@@ -97,6 +99,7 @@ class ClusterJob:
             self._follow(started, screen, say)
             return self.story
         finally:
+            screen.close()
             self._decided.set()
             fleet.join(timeout=SILENCE + 10)
             for number, handler in before.items():
@@ -124,14 +127,12 @@ class ClusterJob:
 
     def _follow(self, started: float, screen: Screen, say: Callable[[str], None]) -> None:
         """Take in what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
-        running, told, warned = set(self._parts), 0, 0.0
+        running, told = set(self._parts), 0
         while running:
             since = time.monotonic() - started
-            latest = max(self.story.heard.values(), default=since)
-            if self._stall and since - max(latest, warned) > self._stall:
-                warned = since
-                said = ", ".join(f"{host} {since - at:.0f} s ago" for host, at in sorted(self.story.heard.items()))
-                say(f"NOTHING HAPPENS: no rank has said a word for {since - latest:.0f} s (last: {said}); Ctrl-C stops")
+            screen.pass_time()
+            if stalled := self._stalls.overdue(since):
+                say(stalled)
             if self._signals > told:
                 told = self._signals
                 self.story.asked_to_stop = True
@@ -153,9 +154,12 @@ class ClusterJob:
     def _take(self, host: str, event: dict[str, Any], since: float, running: set[str], screen: Screen) -> None:
         kind = event.get("event")
         if kind == "line":
-            self.story.heard[host] = since
+            self._stalls.line(host, since)
             self.story.said[host, event["rank"]].append(event["text"])
             screen.show(host, event["rank"], event["text"])
+        elif kind == "progress":
+            self._stalls.progress(host, event["rank"], since, event["text"])
+            screen.show_progress(event["rank"], event["text"])
         elif kind == "metrics":
             screen.add_metrics(event["text"])
         elif kind == "rank":
@@ -201,7 +205,7 @@ class ClusterJob:
         with contextlib.closing(session.open(command)) as channel:
             job = {**self._job, "job": self._name, "python": part.place.python, "patience": SILENCE,
                    "node_rank": list(self._parts).index(host), "folder": self._job["folders"][host],
-                   "script": self._job["scripts"][host]}
+                   "script": self._job["scripts"][host], "log": self._job["logs"][host]}
             channel.send((WORKER / "run_node.py").read_bytes() + json.dumps(job).encode() + b"\n")
             self._converse(host, channel)
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import secrets
 import shlex
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +21,14 @@ from master.cluster_job import ClusterJob, Part, Story
 from master.console import one_line, say
 from master.failures import first_cause
 from master.hostfile import Slots
-from master.node_facts import Place, faults, gpu_faults, here
+from master.node_facts import faults, gpu_faults, here, place_of, torch_faults
 from master.nodes import parse_node
 from master.plain_deepspeed import HOME
 from master.run_fetch import fetch_run
-from master.runs import LAUNCHER, mark_failed, sign
+from master.runs import LAUNCHER, keep_hosts, mark_failed, sign
+from master.screen import Screen
 from master.ssh_config import Access, SshError
+from master.stalls import StallWatch
 
 # What goes along to the nodes: settings of the libraries, never the whole shell.
 SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
@@ -57,13 +57,14 @@ class Training:
     def __init__(self, options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> None:
         self.options, self.hosts, self.words = options, hosts, words
         self.known = {host["name"]: host for host in read_cluster(options.hostfile.with_name("cluster.json"))["hosts"]}
-        self.variables = environment(hosts[0].vendor, options.env)
+        self.variables = {**environment(hosts[0].vendor, options.env), "LANSPEED_PLAIN": options.plain}
         self.run: Path = options.run
+        self.goes_on_alone = options.on_lost_master == "continue"
         self.again = False  # a restart: from the newest checkpoint that every host has
         self.name = self.new_name()
         words_with_paths = (str(config), options.model, options.dataset, options.script)
         self.paths = [str(Path(word).absolute()) for word in words_with_paths if word and Path(word).exists()]
-        self.parts = [Part(parse_node(host.host), host.use, self._place(host.host)) for host in hosts]
+        self.parts = [Part(parse_node(host.host), host.use, place_of(self.known.get(host.host, {}))) for host in hosts]
         self.local = False  # rank 0's run folder is this machine's
         self.folders: dict[str, str] = {}  # by host: where its ranks start
 
@@ -72,16 +73,13 @@ class Training:
         self.name = f"{self.run.name}-{secrets.token_hex(3)}"
         return self.name
 
-    def _place(self, host: str) -> Place:
-        known = self.known.get(host, {})
-        return Place(known.get("dir") or str(HOME), known.get("python") or sys.executable)
-
     def wanted(self) -> dict[str, Any]:
         """Return what each node is asked: do these paths exist, is the port free, does it see this folder?"""
         mark = self.run.absolute() / f".{self.name}"
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-        return {"gpus": self.hosts[0].vendor != "CPU", "paths": self.paths, "port": self.options.master_port,
+        gpus = self.hosts[0].vendor != "CPU"
+        return {"gpus": gpus, "torch": gpus, "paths": self.paths, "port": self.options.master_port,
                 "marks": [str(Path.cwd()), str(mark)]}
 
     def settle(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
@@ -91,6 +89,8 @@ class Training:
         found += [str(fault) for fault in faults(facts, here({"folder": str(HOME)}), self.paths)]
         found += [str(fault) for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
                   for fault in gpu_faults(str(part.node), part.slots, gpus)]
+        found += [str(fault) for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
+                  for fault in torch_faults(str(part.node), part.slots, torch)]
         mark.unlink(missing_ok=True)
         if found:
             for line in found:
@@ -107,8 +107,10 @@ class Training:
         script = self.options.script and str(Path(self.options.script).absolute())
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "environment": self.variables, "arguments": self._arguments(),
-                "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders, "scripts": {
-                    str(part.node): script or f"{part.place.folder}/trainer/train.py" for part in self.parts}}
+                "continue_without_master": self.goes_on_alone,
+                "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders,
+                "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
+                "scripts": {str(part.node): script or f"{part.place.folder}/trainer/train.py" for part in self.parts}}
 
     def _arguments(self) -> list[str]:
         return [*self.words, *(["--resume_from_checkpoint", "auto"] if self.again and not self.options.script else [])]
@@ -144,38 +146,14 @@ class Training:
                 say(f"{host}: other programs hold {mib / 1024:.1f} GiB on slot {slot}")
 
 
-class Screen:
-    """What of the ranks' words is shown here, and kept: rank 0's at once, others' warnings once."""
-
-    def __init__(self, run: Path) -> None:
-        self._run, self._warned = run, set[str]()
-        (run / "logs").mkdir(parents=True, exist_ok=True)
-
-    def show(self, host: str, rank: int | None, text: str) -> None:
-        """Take in a line that a rank, or the launcher (None), has printed."""
-        with (self._run / "logs" / f"{host}.log").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} [{'-' if rank is None else rank}] {text}\n")
-        if rank == 0:
-            print(text, flush=True)
-        elif "warning" in text.lower() and (kind := re.sub(r"[\d.:]+", "", text)) not in self._warned:
-            self._warned.add(kind)
-            say(one_line(f"{host}, rank {rank}: {text}"))
-
-    def add_metrics(self, line: str) -> None:
-        """Take in a line of the metrics.jsonl of a run folder elsewhere."""
-        with (self._run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
 def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> int:
     """Train and return 0, or 1 on a fault. Raises ValueError for flags that can't be followed."""
     training = Training(options, hosts, config, words)
     access = access_of(options)
-    sign(training.run)
-    screen = Screen(training.run)
+    keep_hosts(training.run, hosts, read_cluster(options.hostfile.with_name("cluster.json")))
     for attempt in range(options.restarts + 1):
         patience = time.monotonic() + (RESTART_WAIT if attempt else 0)
-        while (story := run_once(training, access, screen)) is None:
+        while (story := run_once(training, access)) is None:
             if time.monotonic() >= patience:
                 say("nothing was started")
                 _forget(training.run)
@@ -189,17 +167,20 @@ def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: 
     return 1
 
 
-def run_once(training: Training, access: Access, screen: Screen) -> Story | None:
+def run_once(training: Training, access: Access) -> Story | None:
     """Run the job to its end; None if it couldn't begin."""
     options, name = training.options, training.new_name()
-    job = ClusterJob(training.parts, access, training.wanted(), name, options.grace, options.stall_timeout,
+    sign(training.run, name)
+    job = ClusterJob(training.parts, access, training.wanted(), name, options.grace, StallWatch(options.stall_timeout),
                      training.settle)
-    return job.run(question(), screen, say)
+    return job.run(question(), Screen(training.run), say)
 
 
 def _forget(run: Path) -> None:
-    """Remove the folder of a run that never began."""
-    (run / LAUNCHER).unlink(missing_ok=True)
+    """Remove the folder of a run that never began; of one that had begun before, what this start left."""
+    begun = (run / "run.json").exists()
+    for name in (LAUNCHER, *(() if begun else ("hostfile.txt", "cluster.json"))):
+        (run / name).unlink(missing_ok=True)
     for folder in (run / "logs", run):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

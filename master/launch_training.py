@@ -13,19 +13,19 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
+import shutil
+import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from master.access import AccessError, add_access_flags
+from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags
 from master.cluster import ClusterError
 from master.console import say
 from master.hostfile import HostfileError, Slots, read_hostfile, select
 from master.local_training import TRAINER, choose_slots, count_gpus, shown, train_here
 from master.plain_deepspeed import HOME, default_config, first_address, is_only_here, launcher_words
-from master.runs import RunError, find_run, launcher_of, new_run_path, trainer_words
+from master.runs import RunError, find_run, new_run_path, trainer_words
 
 PRESETS = HOME / "trainer" / "configs"
 
@@ -40,13 +40,18 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--config", metavar="C", type=Path,
          help="DeepSpeed config (default: trainer/ds_config.json; without a GPU trainer/configs/cpu.json)")
     flag("--hostfile", type=Path, metavar="H", help="train on these hosts (default: on this machine)")
-    flag("--slots", type=int, metavar="N", help="ranks on this machine (default: all GPUs; 1 without any)")
+    flag("--nodes", nargs="+", metavar="N", default=[], help="find these hosts' GPUs first, and train on them")
+    flag("--slots", type=int, metavar="N", 
+         help="ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes")
     flag("--grace", type=float, default=60, metavar="S", help="seconds to save in after Ctrl-C (60)")
     flag("--include", default="", metavar="I", help="these hosts and slots of the hostfile: gpu1@gpu2:0,2")
     flag("--exclude", default="", metavar="E", help="all but these")
     flag("--resume", metavar="RUN", help="go on with a run from its newest good checkpoint, as it was started")
     flag("--restarts", type=int, default=0, metavar="N", help="after a failure begin again, so many times (0)")
-    flag("--stall-timeout", type=float, default=300, metavar="S", help="seconds without a word that are told of (300)")
+    flag("--stall-timeout", type=float, metavar="S",
+         help="seconds without a sign of life that are told of (default: 300, or 10 steps if that is more; 0: none)")
+    flag("--on-lost-master", choices=["end", "continue"], default="end",
+         help="what the hosts do when this machine is gone (end)")
     flag("--detach", action="store_true", help="go on without this terminal")
     flag("--stop", nargs="?", const="", metavar="RUN", help="stop a run in order (default: the newest that runs)")
     flag("--script", metavar="F", help="your own training script instead of trainer/train.py (with --hostfile)")
@@ -128,12 +133,14 @@ def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
     run, place = place_of_run(options)
     if not options.script:
         options.run, words = run or options.run, words + place
+    named = Path("hostfile.txt") if options.nodes else options.hostfile  # invoke hostfile --nodes ... writes that
+    plain = [*launcher_words(named, hosts, first_address(hosts, options.hostfile)),
+             options.script or str(TRAINER), *words]
+    options.plain = ("DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else "") + shlex.join(plain)
     if options.dry_run:
-        plain = [*launcher_words(options.hostfile, hosts, first_address(hosts, options.hostfile)), str(TRAINER), *words]
         where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in hosts)
         print(f"would run on {where}:\n  {shlex.join([options.script or str(TRAINER), *words])}")
-        prefix = "DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else ""
-        print(f"the same with plain DeepSpeed, over pdsh:\n  {prefix}{shlex.join(plain)}")
+        print(f"the same with plain DeepSpeed, over pdsh:\n  {options.plain}")
         return 0
     if options.detach and not detach(options.run):
         return 0
@@ -142,14 +149,16 @@ def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
 
 def launch(options: argparse.Namespace) -> int:
     """Run the training that `options` name and return its exit code. Raises what `main` catches."""
+    before = options.run / "hostfile.txt"
+    if options.resume and not (options.hostfile or options.slots) and before.exists():
+        options.hostfile = before
     hosts = read_hostfile(options.hostfile) if options.hostfile else []
     if hosts:
         hosts = select(hosts, options.include, options.exclude)
     elif options.include or options.exclude or options.script or options.restarts:
-        raise ValueError("--include, --exclude, --script and --restarts need a --hostfile")
+        raise ValueError("--include, --exclude, --script and --restarts need --hostfile or --nodes")
     if hosts and options.slots:
         raise ValueError("--slots is for this machine alone; the hostfile has slots of its own")
-    options.run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
     if hosts and (not is_only_here(hosts) or options.script):
         return launch_on_hosts(options, hosts)
     gpus = count_gpus() if not hosts or hosts[0].vendor != "CPU" else 0
@@ -178,23 +187,35 @@ def detach(run: Path) -> bool:
     return True
 
 
-def stop(name: str | None, grace: float) -> int:
-    """Ask whoever runs a run (without a name: the newest that runs) to stop in order; wait; return the exit code."""
-    run = find_run(name, running=not name)
-    pid = launcher_of(run)
-    if pid is None:
-        say(f"{run}: nobody runs it")
+def stop(options: argparse.Namespace) -> int:
+    """End a run in order; return the exit code."""
+    from master.stopping import stop as stop_run
+
+    return stop_run(options.stop or None, options)
+
+
+def launch_on_nodes(options: argparse.Namespace) -> int:
+    """Write the hostfile of --nodes into the run folder by generate_hostfile.py; train if no host failed."""
+    password = access_of(options).password
+    if password:  # asked for once, and never in an argument
+        os.environ[PASSWORD_VARIABLE], options.ssh_password = password, None
+    options.hostfile = options.run / "hostfile.txt"
+    new = not options.run.exists()
+    command = [sys.executable, str(HOME / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
+               "--output", str(options.hostfile), *access_words(options)]
+    if options.slots:
+        command += ["--cpu-slots", str(options.slots)]
+        options.slots = None
+    options.run.mkdir(parents=True, exist_ok=True)
+    found = subprocess.run(command, stdout=sys.stderr).returncode == 0
+    try:
+        if found:
+            return launch(options)
+        say("nothing was started: leave out of --nodes what failed, or mend it (--slots N trains on CPUs)")
         return 1
-    os.kill(pid, signal.SIGINT)
-    say(f"{run}: stopping; the ranks may take {grace:.0f} s to save")
-    end = time.monotonic() + grace + 30
-    while launcher_of(run) == pid and time.monotonic() < end:
-        time.sleep(0.2)
-    if launcher_of(run) == pid:
-        say(f"{run}: process {pid} does not end; once more kills its ranks")
-        return 1
-    say(f"{run}: stopped")
-    return 0
+    finally:
+        if new and (options.dry_run or not found):
+            shutil.rmtree(options.run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,7 +231,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: --slots {options.slots}: at least 1")
         return 2
     try:
-        return launch(options) if options.stop is None else stop(options.stop or None, options.grace)
+        if options.stop is not None:
+            return stop(options)
+        options.run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
+        if not options.nodes:
+            return launch(options)
+        if options.hostfile:
+            raise ValueError("--nodes makes a hostfile of its own: give no --hostfile")
+        return launch_on_nodes(options)
     except (ClusterError, HostfileError, ConfigError, RunError) as error:
         say(f"error: {error}")
         return 1

@@ -14,10 +14,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from master.cluster import empty
 from master.console import say
+from master.hostfile import Slots
 from master.plain_deepspeed import HOME
 from master.processes import Job
-from master.runs import mark_failed, sign
+from master.runs import keep_hosts, mark_failed, sign
 
 TRAINER = HOME / "trainer" / "train.py"
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
@@ -101,14 +103,17 @@ def train_here(options: argparse.Namespace, slots: Sequence[int], gpus: int, arg
     if not options.hostfile and Path("hostfile.txt").exists():
         say("hostfile.txt is left alone: --hostfile hostfile.txt trains on its hosts")
     prefix = [] if gpus else ["DS_ACCELERATOR=cpu"]
+    plain = shlex.join([*prefix, *plain_command(list(slots), arguments)])
     if options.dry_run:
         print(f"would run:\n  {shlex.join([*prefix, *command])}")
-        print(f"the same with plain DeepSpeed:\n  {shlex.join([*prefix, *plain_command(list(slots), arguments)])}")
+        print(f"the same with plain DeepSpeed:\n  {plain}")
         return 0
     if run:
         sign(run)
+        keep_hosts(run, [Slots("localhost", max(slots) + 1, tuple(slots), "" if gpus else "CPU")], empty())
     started = time.monotonic()
-    code = Job(command, environment(gpus), options.grace).run(say)
+    variables = {**environment(gpus), "LANSPEED_PLAIN": plain}
+    code = Job(command, variables, options.grace).run(say)
     if code:
         if run:
             mark_failed(run, code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ class Place:
 
     folder: str
     python: str
+
+
+def place_of(known: Mapping[str, Any]) -> Place:
+    """Return a host's place by what cluster.json says of it; this machine's path where it says nothing."""
+    return Place(known.get("dir") or str(WORKER.parent), known.get("python") or sys.executable)
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,47 @@ def gpu_faults(host: str, slots: Sequence[int], gpus: Mapping[str, Any]) -> list
     why = f" ({', '.join(gpus['problems'])})" if gpus["problems"] else ""
     return [Fault(host, f"slot {', '.join(gone)} can't be used now{why}: invoke detect there says more, "
                         "invoke hostfile writes a new hostfile")]
+
+
+def torch_faults(host: str, slots: Sequence[int], torch: Mapping[str, Any]) -> list[Fault]:
+    """Return why the PyTorch of a host can't use these slots of its, by what it said itself (describe_node.py)."""
+    version = f"torch {torch.get('version', '')}".strip()
+    if not torch.get("built_for"):
+        if "version" not in torch:
+            return [Fault(host, f"{torch['error']}: make install there")]
+        return [Fault(host, f"{version} there is built without GPUs: make install there, without the CPU index")]
+    if torch["error"] and not torch["devices"]:
+        why = torch["error"].splitlines()[0]
+        return [Fault(host, f"{version} (for {torch['built_for']}) can't use the GPUs: {why}")]
+    found = []
+    for slot in slots:
+        if slot >= len(torch["devices"]):
+            found.append(Fault(host, f"{version} finds {len(torch['devices'])} devices, not slot {slot}: is "
+                                     "CUDA_VISIBLE_DEVICES set there?"))
+        elif not runs_on(torch["archs"], torch["devices"][slot]["arch"]):
+            device = torch["devices"][slot]
+            found.append(Fault(host, f"slot {slot} ({device['name']}, {device['arch']}) is nothing that {version} was "
+                                     f"built for ({' '.join(torch['archs'])}): --exclude {host}:{slot}"))
+    return found
+
+
+def runs_on(archs: Sequence[str], device: str | None) -> bool:
+    """Tell whether code built for these architectures runs on a device; an unknown one is believed to.
+
+    NVIDIA: binary code (sm_MN) runs on the same major version from that minor one on, PTX (compute_MN) on all later
+    ones (CUDA C++ programming guide, "binary compatibility" and "PTX compatibility"). AMD: on the same name.
+    """
+    if not archs or not device:
+        return True
+    if not device.startswith("sm_"):
+        return device in archs
+    number = int(device[3:])
+    for arch in archs:
+        kind, _, digits = arch.partition("_")
+        built = int("".join(filter(str.isdigit, digits)) or 0)
+        if (kind == "compute" and built <= number) or (built // 10 == number // 10 and built <= number):
+            return True
+    return False
 
 
 def here(wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,13 @@ import os
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from master.cluster import merge, write_cluster
 from master.files import write_whole
+from master.hostfile import Slots, render_hostfile
 
 LAUNCHER = "launcher.json"
 
@@ -45,20 +48,35 @@ def started_at(pid: int) -> str | None:
         return None
 
 
-def sign(run: Path) -> None:
-    """Leave word in a run folder that this process runs it."""
+def sign(run: Path, job: str | None = None) -> None:
+    """Leave word in a run folder that this process runs it, and as which job on its hosts."""
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / LAUNCHER, json.dumps({"pid": os.getpid(), "started": started_at(os.getpid())}) + "\n")
+    write_whole(run / LAUNCHER, json.dumps({"pid": os.getpid(), "started": started_at(os.getpid()), "job": job}) + "\n")
+
+
+def keep_hosts(run: Path, hosts: Sequence[Slots], cluster: dict[str, Any]) -> None:
+    """Write hostfile.txt and cluster.json as used into a run folder, by which it is watched, stopped and resumed."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / "hostfile.txt", render_hostfile(hosts, {}))
+    names = {host.host for host in hosts}
+    write_cluster(run / "cluster.json", merge(cluster, [each for each in cluster["hosts"] if each["name"] in names]))
+
+
+def signed(run: Path) -> dict[str, Any]:
+    """Return what was left by whoever ran it last, {} if nothing."""
+    try:
+        found = json.loads((run / LAUNCHER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def launcher_of(run: Path) -> int | None:
     """Return the process that runs a run now, None if nobody does."""
-    try:
-        signed: dict[str, Any] = json.loads((run / LAUNCHER).read_text(encoding="utf-8"))
-        pid = int(signed["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return pid if started_at(pid) is not None and started_at(pid) == signed.get("started") else None
+    word = signed(run)
+    pid = word.get("pid")
+    alive = isinstance(pid, int) and started_at(pid) is not None and started_at(pid) == word.get("started")
+    return pid if alive else None
 
 
 def find_run(name: str | None, running: bool = False) -> Path:

@@ -1,23 +1,38 @@
-"""Follow a run: its progress, how fast, what each host said last. It only reads the run folder.
+"""Follow a run: its progress and speed, and how busy each of its hosts is: GPUs, memory, temperature, network.
 
     invoke watch
     python master/watch_training.py runs/20261124-020457-tiny --once
     python master/watch_training.py --json
+
+It reads the run folder, and asks the hosts over SSH while somebody watches; nothing stays behind there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from master.console import one_line, say
+from master.access import AccessError, access_of, add_access_flags, question
+from master.cluster import ClusterError, read_cluster
+from master.console import is_terminal, one_line, say
+from master.hostfile import HostfileError, read_hostfile
+from master.node_facts import place_of
+from master.nodes import parse_node
 from master.runs import RunError, find_run, launcher_of
+from master.vitals import Vitals
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EVERY = 2.0  # seconds between two looks
+PATIENCE = 15.0  # seconds that one look waits for the hosts
+GOES_ON = ("running", "starting")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,6 +42,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a log that may be long."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return next(iter(deque(file, maxlen=1)), "").rstrip("\n")
 
 
 def look(run: Path) -> dict[str, Any]:
@@ -40,13 +61,12 @@ def look(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     status = record.get("status", "starting")
-    if status in ("running", "starting") and launcher_of(run) is None:
+    if status in GOES_ON and launcher_of(run) is None:
         status = "not running any more"
     hosts = {}
     for path in sorted((run / "logs").glob("*.log")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         age = round(time.time() - path.stat().st_mtime)
-        hosts[path.stem] = {"last": lines[-1] if lines else "", "seconds_ago": age}
+        hosts[path.stem] = {"last": last_line(path), "seconds_ago": age}
     figures = {key: newest.get(key) for key in ("step", "loss", "eval_loss", "tokens_per_second", "learning_rate")}
     return {"run": str(run), "status": status, "steps": record.get("steps"), "world_size": record.get("world_size"),
             **figures, "hosts": hosts}
@@ -64,6 +84,108 @@ def in_words(state: dict[str, Any]) -> str:
     return one_line(", ".join(parts))
 
 
+def cells(measured: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what a host's row shows of its processors, its memory and its network."""
+    if "fault" in measured or not measured:
+        return measured.get("fault", "asked"), "", ""
+    gpus = measured["gpus"]
+    busy = [f"GPU {gpu['slot']}: {share(gpu['use_percent'])}" + (
+        f" {gpu['temperature_c']:.0f} °C" if gpu["temperature_c"] is not None else "") for gpu in gpus]
+    held = [f"{gpu['memory_used_mib'] / 1024:.1f}/{gpu['memory_total_mib'] / 1024:.0f} GiB" for gpu in gpus
+            if gpu["memory_used_mib"] is not None and gpu["memory_total_mib"]]
+    if measured["problem"]:
+        busy.append(measured["problem"])
+    if not busy:
+        busy.append(f"CPU: {share(measured['cpu_percent'])}")
+        if measured["ram_mib"] and measured["ram_available_mib"] is not None:
+            used = measured["ram_mib"] - measured["ram_available_mib"]
+            held.append(f"{used / 1024:.1f}/{measured['ram_mib'] / 1024:.0f} GiB")
+    return "\n".join(busy), "\n".join(held), network(measured["nics"])
+
+
+def share(percent: float | None) -> str:
+    """Return a percentage, or ? for an unknown one."""
+    return "?" if percent is None else f"{percent:.0f} %"
+
+
+def network(nics: list[dict[str, Any]]) -> str:
+    """Return what the busiest network card moves: into and out of the host."""
+    if not nics:
+        return "-"
+    nic = nics[0]
+    speed = f" of {nic['mbit'] / 8:.0f}" if nic["mbit"] else ""
+    return f"{nic['name']} in {nic['in'] / 1e6:.1f}, out {nic['out'] / 1e6:.1f}{speed} MB/s"
+
+
+def host_lines(state: dict[str, Any]) -> list[str]:
+    """Return a line for each host: how busy it is, where that is known, and what it said last."""
+    lines = []
+    nodes: dict[str, dict[str, Any]] = state["nodes"]
+    for host in dict.fromkeys([*nodes, *state["hosts"]]):
+        parts = [part.replace("\n", "; ") for part in cells(nodes[host]) if part] if host in nodes else []
+        last = state["hosts"].get(host)
+        if last:
+            parts.append(f"{last['seconds_ago']} s ago: {last['last']}")
+        lines.append(one_line(f"  {host}: {', '.join(parts)}"))
+    return lines
+
+
+def table(state: dict[str, Any]) -> Table:
+    """Return what a terminal shows."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(in_words(state)), title_justify="left", box=None, pad_edge=False)
+    for name in ("host", "busy", "memory", "network", "last words"):
+        shown.add_column(name, overflow="ellipsis", no_wrap=name in ("host", "last words"))
+    nodes: dict[str, dict[str, Any]] = state["nodes"]
+    for host in dict.fromkeys([*nodes, *state["hosts"]]):
+        measured, last = nodes.get(host, {}), state["hosts"].get(host, {"last": ""})
+        words = [Text("\n".join(map(one_line, text.split("\n")))) for text in (host, *cells(measured), last["last"])]
+        shown.add_row(*words, style="red" if "fault" in measured or measured.get("problem") else None)
+    return shown
+
+
+def measured(vitals: Vitals | None, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the hosts' measurements; this machine alone goes by the name that its log has."""
+    nodes = vitals.latest() if vitals else {}
+    if list(nodes) == ["localhost"] and len(state["hosts"]) == 1:
+        nodes = {next(iter(state["hosts"])): nodes["localhost"]}
+    return {**state, "nodes": nodes}
+
+
+def vitals_of(run: Path, options: argparse.Namespace) -> Vitals | None:
+    """Return the way to ask a run's hosts, None if they aren't known."""
+    if not (run / "hostfile.txt").exists():
+        return None
+    known = {host["name"]: host for host in read_cluster(run / "cluster.json")["hosts"]}
+    places = {parse_node(host.host): place_of(known.get(host.host, {})) for host in read_hostfile(run / "hostfile.txt")}
+    return Vitals(places, access_of(options), 1.0 if options.once or options.json else EVERY)
+
+
+def follow(run: Path, vitals: Vitals | None, options: argparse.Namespace) -> str:
+    """Show a run until it has ended; return its status."""
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live(console=Console(), auto_refresh=False) if is_terminal() and not options.once else None
+    shown = ""
+    with live or contextlib.nullcontext():
+        while True:
+            state = measured(vitals, look(run))
+            if live:
+                live.update(table(state), refresh=True)
+            elif (line := in_words(state)) != shown:
+                print(shown := line, flush=True)
+            if options.once or state["status"] not in GOES_ON:
+                break
+            time.sleep(EVERY)
+    if not live:
+        for line in host_lines(state):
+            print(line)
+    return str(state["status"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Show a run until it has ended; return 0, 1 if it failed or isn't there."""
     parser = argparse.ArgumentParser(
@@ -71,29 +193,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
     parser.add_argument("--once", action="store_true", help="look once")
     parser.add_argument("--json", action="store_true", help="print what is known as JSON, and look once")
+    add_access_flags(parser)
     options = parser.parse_args(argv)
+    vitals = None
     try:
         run = find_run(options.run)
-    except RunError as error:
+        status = look(run)["status"]
+        if status in GOES_ON and (vitals := vitals_of(run, options)):
+            vitals.start(question())
+            if options.once or options.json:
+                vitals.wait(PATIENCE)
+        if options.json:
+            print(json.dumps(measured(vitals, look(run)), indent=1))
+        else:
+            status = follow(run, vitals, options)
+    except (RunError, ClusterError, HostfileError, AccessError) as error:
         say(f"error: {error}")
-        return 1
-    shown = ""
-    try:
-        while True:
-            state = look(run)
-            if options.json:
-                print(json.dumps(state, indent=1))
-            elif (line := in_words(state)) != shown:
-                print(shown := line, flush=True)
-            if options.once or options.json or state["status"] not in ("running", "starting"):
-                break
-            time.sleep(EVERY)
+        return 2 if isinstance(error, AccessError) else 1
     except KeyboardInterrupt:
         return 0
-    if not options.json:
-        for host, last in state["hosts"].items():
-            print(one_line(f"  {host}, {last['seconds_ago']} s ago: {last['last']}"))
-    return int(state["status"] in ("failed", "not running any more"))
+    finally:
+        if vitals:
+            vitals.close()
+    return int(status in ("failed", "not running any more"))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_a_run_that_has_ended_is_summed_up(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == "runs/20260101-000000-tiny: finished, step 3/10, loss 2.5000, 4,321 tokens/s"
-    assert second.startswith("  gpu1, ") and second.endswith(" s ago: 10:00:00 [0] step 3?[31m")
+    assert second.startswith("  gpu1: ") and second.endswith(" s ago: 10:00:00 [0] step 3?[31m")
     state = json.loads(watch("--json", "20260101-000000-tiny", cwd=tmp_path).stdout)
     assert (state["status"], state["step"], state["eval_loss"], state["world_size"]) == ("finished", 3, None, 2)
 

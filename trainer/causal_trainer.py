@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer import checkpoints
+from trainer import checkpoints, progress
 from trainer.checkpoints import Layout
 from trainer.console import Console
 from trainer.fault import Fault
@@ -68,6 +68,7 @@ class CausalTrainer(Trainer):
         batches = -(-len(rows) // (size * world))
         nats, tokens = 0.0, 0
         for batch in range(batches):
+            progress.tell(f"evaluation, batch {batch + 1}/{batches}", often=True)
             first = (batch * world + rank) * size
             chosen = [rows[number] if number < len(rows) else FILLER for number in range(first, first + size)]
             inputs = self._collate(chosen)
@@ -100,6 +101,7 @@ class CausalTrainer(Trainer):
         writes = self.args.should_save
         if writes:
             shutil.rmtree(folder, ignore_errors=True)  # left half-written by an earlier run
+        progress.tell(f"saving {folder.name}")
         self._check_room(folder, writes)
         try:
             super()._save_checkpoint(model, trial)
@@ -187,6 +189,7 @@ class Report(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Move the bar."""
+        progress.tell(f"step {state.global_step}/{state.max_steps}", often=True)
         self._console.show_step(state.global_step, state.max_steps)
 
     def on_log(

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import corpus
+from trainer import corpus, progress
 from trainer.fault import Fault
 from trainer.sources import Source, hashed, open_source
 
@@ -203,10 +203,11 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int) -> tuple[Any, int
     features = Features({"input_ids": List(Value("int32")), "length": Value("int32"), "bytes": Value("int64")})
     if not len(texts):  # datasets leaves the columns of an empty table as they were
         return Dataset.from_dict({name: [] for name in features}, features=features), 0
-    cut = 0
+    cut = done = 0
 
     def batch(columns: dict[str, list[str]]) -> dict[str, list[Any]]:
-        nonlocal cut
+        nonlocal cut, done
+        progress.tell(f"tokenizing, {(done := done + len(columns['text'])):,} of {len(texts):,} documents", often=True)
         made: dict[str, list[Any]] = {"input_ids": [], "length": [], "bytes": []}
         encoded = tokenizer(columns["text"], return_offsets_mapping=tokenizer.is_fast,
                             return_attention_mask=False, verbose=False)

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer import models
+from trainer import models, progress
 from trainer.checkpoints import write_whole
 from trainer.console import duration, short
+from trainer.waiting import shares
 
 if TYPE_CHECKING:
     from trainer.session import Session
 
 PROMPT_TOKENS = 16
+TOLD_OF = 0.02  # share of the time that goes by in waiting for the slowest rank
 
 
 def flops_per_token(session: Session, model: Any) -> float:
@@ -80,9 +82,11 @@ def finish(session: Session) -> int:
     """Finish the run folder; return 0."""
     run, console, trainer, ranks = session.run, session.console, session.trainer, session.ranks
     step = trainer.state.global_step
+    times = ranks.exchange("waiting", [session.waiting.waited_s, session.waiting.steps_s])
+    waited = shares([time[0] for time in times], [time[1] for time in times], ranks.hosts)
     if session.stop.stopped:
         if ranks.is_first:
-            run.finish("stopped", 0, step=step)
+            run.finish("stopped", 0, step=step, waiting=waited)
             run.draw_curve()
         console.result(f"stopped at step {step} of {session.steps}; saved {run.checkpoints}/checkpoint-{step}\n"
                        f"continue: the same command with --resume_from_checkpoint {run.path}")
@@ -90,12 +94,14 @@ def finish(session: Session) -> int:
         return 0
     if len(session.data.evaluation) and last_evaluation(session)["step"] != step:
         trainer.evaluate()
+    progress.tell("saving the model")
     save_model(session)
+    progress.tell("writing samples")
     write_samples(session)
     if ranks.is_first:
         run.draw_curve()
-        run.finish("finished", 0, step=step, summary=summary(session))
-        print_summary(session)
+        run.finish("finished", 0, step=step, waiting=waited, summary=summary(session))
+        print_summary(session, waited)
     leave(session)
     return 0
 
@@ -167,8 +173,8 @@ def summary(session: Session) -> dict[str, Any]:
     return found
 
 
-def print_summary(session: Session) -> None:
-    """Print the result and the paths that a person opens next."""
+def print_summary(session: Session, waited: dict[str, Any] | None) -> None:
+    """Print the result, what of the steps' time went by in waiting, and the paths that a person opens next."""
     found, say, run = summary(session), session.console.result, session.run
     say("")
     say(f"trained {session.trainer.state.global_step:,} steps, {short(found['tokens'])} tokens "
@@ -182,6 +188,12 @@ def print_summary(session: Session) -> None:
         beside = f" (gzip -9 of the same text: {gzip:.2f})" if gzip else ""
         say(f"  bits per byte    {found['bits_per_byte_first']:.2f} -> {found['bits_per_byte_last']:.2f} "
             f"on text that was held out{beside}")
+    if waited:
+        ranks_here = session.ranks.on_one_machine
+        slow = f", {waited['slowest']:.0%} for rank {waited['slowest_rank']} on {waited['slowest_host']}"
+        what = "for the ranks' exchange" if ranks_here else "for the network"
+        say(f"  waiting          {waited['network']:.0%} of the steps' time {what}"
+            + (slow if waited["slowest"] >= TOLD_OF else ""))
     if run.sample.exists():
         say("\nhow it goes on after >>>, in text that was held out:\n")
         say(textwrap.indent(run.sample.read_text(encoding="utf-8").rstrip(), "  "))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -85,9 +86,9 @@ class RunFolder:
     def start(self, facts: dict[str, Any], resumed_at: int | None) -> None:
         """Write run.json as 'running'; on resume, drop the metrics of steps that will be made again."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._record = {"command": shlex.join(sys.argv), "started": time.time(), "status": "running",
-                        "resumed_at": resumed_at, **facts, "versions": package_versions(),
-                        "git_commit": git_commit()}
+        self._record = {"command": shlex.join(sys.argv), "plain_command": os.environ.get("LANSPEED_PLAIN"),
+                        "started": time.time(), "status": "running", "resumed_at": resumed_at, **facts,
+                        "versions": package_versions(), "git_commit": git_commit()}
         self._write_record()
         kept = [row for row in self.read_metrics() if row["step"] <= (resumed_at or 0)] if resumed_at else []
         write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))

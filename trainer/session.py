@@ -15,18 +15,20 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
-from trainer import checkpoints, corpus, data, devices, ds_setup, models, outcome
+from trainer import checkpoints, corpus, data, devices, ds_setup, models, outcome, progress
 from trainer.causal_trainer import CausalTrainer, Report, Stop
 from trainer.checkpoints import Layout
 from trainer.console import Console
 from trainer.fault import Fault
+from trainer.first_look import FirstLook, check_world_sizes
 from trainer.options import fill_defaults
 from trainer.packing import Collator, Rows
 from trainer.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.resume import choose_checkpoint
 from trainer.run_folder import RunFolder, find_run
+from trainer.waiting import Waiting
 
 NEVER = 10**9
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -58,6 +60,7 @@ class Session:
     def _meet(self) -> None:
         """Meet the other ranks; settle device, precision and batch sizes with them."""
         quieten()
+        progress.tell("meeting the other ranks")
         self.ranks.meet()
         facts = self.ranks.exchange("device", devices.device_facts())
         self.device = devices.common_device(facts, self.ranks.hosts)
@@ -108,7 +111,11 @@ class Session:
                 self.console.warn(warning)
             if self.device == "cpu":
                 ds_setup.skip_shared_memory_operator()
+        progress.tell("the first sum over all ranks")
         self.ranks.start_process_group(self.device)
+        self.waiting = Waiting(self.device)
+        if self.ranks.world_size > 1:
+            self.waiting.install()
 
     def _open_run(self) -> None:
         """Agree on the run folder and on the checkpoint to continue from."""
@@ -135,6 +142,7 @@ class Session:
     def _build_trainer(self) -> None:
         """Make rows, arguments, model and Trainer; stop if the Trainer and DeepSpeed count different ranks."""
         options, ranks = self.options, self.ranks
+        progress.tell("loading the model")
         tiny = options.model_name_or_path == models.TINY
         # A tiny model is built before transformers knows of ZeRO-3, so that its weights hang on the seed alone.
         model = models.build_tiny(self.tokenizer, options.seed) if tiny else None
@@ -154,7 +162,7 @@ class Session:
             ranks=ranks, eval_rows=eval_rows, eval_bytes=self.data.facts.eval_bytes, layout=self.layout,
             keep=options.save_total_limit, collate=Collator(self.tokenizer.pad_token_id, capacity),
             model=model, args=arguments, train_dataset=self.rows,
-            processing_class=self.tokenizer, callbacks=[self.stop, self.report, FirstLook(self)])
+            processing_class=self.tokenizer, callbacks=[self.stop, self.report, self.waiting, FirstLook(self)])
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
         micro_steps = len(self.rows) // (options.per_device_train_batch_size * ranks.world_size)
@@ -216,35 +224,6 @@ class Session:
         """Say in run.json that the training failed."""
         if self.ranks.is_first:
             self.run.finish("failed", 1)
-
-
-class FirstLook(TrainerCallback):
-    """Before the first step, with the engine built: do ranks agree on their number, and documents stay apart?"""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Raise a Fault if not; keep the config as DeepSpeed got it."""
-        session = self._session
-        outcome.keep_ds_config(session)
-        check_world_sizes(
-            launcher=session.ranks.world_size, transformers=session.trainer.args.world_size,
-            engine=getattr(session.trainer.model_wrapped, "dp_world_size", session.ranks.world_size))
-        if not session.options.no_packing:
-            device = session.trainer.args.device
-            models.check_isolation(session.trainer.logits, len(session.tokenizer), device)
-
-
-def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:
-    """Raise a Fault unless launcher, transformers and DeepSpeed count the same ranks.
-
-    Otherwise batches are split by one number and gradients averaged by another, without a word.
-    """
-    if not launcher == transformers == engine:
-        raise Fault(f"the launcher started {launcher} ranks, transformers counts {transformers}, DeepSpeed {engine}: "
-                    "ranks would train on the wrong part of the data. Start with `invoke train` or `deepspeed`",
-                    shared=True)
 
 
 def quieten() -> None:

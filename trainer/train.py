@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from trainer import progress
 from trainer.console import Console
 from trainer.fault import Fault
 from trainer.options import parse_options
@@ -78,6 +79,7 @@ def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: 
     config = ds_setup.read_config(options.deepspeed) if options.deepspeed else None
     stay_offline(options)
     console.say("lanspeed: loading torch, transformers and deepspeed")
+    progress.tell("loading torch, transformers and deepspeed")
     # Only now: these imports take seconds, and a wrong flag should be told before.
     from trainer.session import Session
 

@@ -17,9 +17,34 @@ import platform
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from typing import Any
+
+# What PyTorch makes of the GPUs here; asked of a process of its own, since importing it takes seconds.
+TORCH = """
+import json, torch
+found = {"version": torch.__version__, "built_for": None, "archs": [], "devices": [], "error": None}
+try:
+    if torch.version.cuda or torch.version.hip:
+        found["built_for"] = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        found["archs"] = (torch._C._cuda_getArchFlags() or "").split()
+        torch.cuda.init()
+        for number in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(number)
+            arch = device.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{device.major}{device.minor}"
+            found["devices"].append({"name": device.name, "arch": arch})
+    elif torch.xpu._is_compiled():
+        found["built_for"] = "XPU"
+        torch.xpu.init()
+        for number in range(torch.xpu.device_count()):
+            found["devices"].append({"name": torch.xpu.get_device_name(number), "arch": None})
+except Exception as error:
+    found["error"] = str(error)
+print("@@TORCH " + json.dumps(found))
+"""
+TORCH_LIMIT = 75  # seconds
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -83,6 +108,22 @@ def jobs() -> list[str]:
     return sorted(found)
 
 
+def ask_torch() -> dict[str, Any]:
+    """Return what PyTorch was built for, the devices it finds, and the error if it can't use them."""
+    environment = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    try:
+        done = subprocess.run([sys.executable, "-c", TORCH], env=environment, stdin=subprocess.DEVNULL,
+                              capture_output=True, timeout=TORCH_LIMIT)
+    except (OSError, subprocess.TimeoutExpired):
+        return {"error": "PyTorch gives no answer"}
+    for line in done.stdout.decode("utf-8", "replace").splitlines():
+        if line.startswith("@@TORCH "):
+            found: dict[str, Any] = json.loads(line[len("@@TORCH ") :])
+            return found
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
+    return {"error": said[-1][:300]}
+
+
 def describe(wanted: dict[str, Any]) -> dict[str, Any]:
     """Return the facts; `wanted` names the folder, paths to look for, the port, others that may be there."""
     folder = wanted.get("folder") or os.getcwd()
@@ -94,7 +135,7 @@ def describe(wanted: dict[str, Any]) -> dict[str, Any]:
         "there": [path for path in wanted.get("marks", []) if os.path.exists(path)],
         "port": free_port(wanted.get("port")), "cores": len(os.sched_getaffinity(0)), "jobs": jobs(),
         "address": (os.environ.get("SSH_CONNECTION", "").split() + [None] * 3)[2], "time": time.time(),
-        **memory_bytes()}
+        "torch": ask_torch() if wanted.get("torch") else None, **memory_bytes()}
 
 
 def main() -> int:

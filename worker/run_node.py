@@ -7,8 +7,9 @@ The master streams this file to each node over SSH and stays connected:
 
 Standard input is the control channel: a first line with the job as JSON, then {"beat": n} every few seconds,
 {"stop": seconds} for an orderly end, {"fail": why} after a failure elsewhere, {"kill": true} for an end at once.
-Standard output has one JSON object a line, each with "event": beat, started, line (what a rank printed), rank (how one
-ended), ended. Silence or the end of the input means that the master is gone. Standard library only, Python 3.8+.
+Standard output has one JSON object a line, each with "event": beat, started, line (what a rank printed), progress (what
+it does), metrics, rank (how one ended), ended. Silence or the end of the input means that the master is gone. A first
+line {"end": job, "grace": seconds} ends a job whose master has gone. Standard library only, Python 3.8+.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,14 +33,33 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TICK = 0.1  # seconds between two looks at ranks and logs
+FIRST_TICK = 0.02  # the same until every rank has been seen
+LOOK = 1.0  # seconds between two looks at what the ranks say that they do
 BEAT = 3.0  # seconds between two signs of life
 PATIENCE = 2.0  # seconds between TERM and KILL after a failure
 LINE_LIMIT = 16384  # characters of a printed line that are passed on
 TAIL_BLOCK = 1 << 16
 
 
+kept_in: list[str] = []  # the log that lines go to once the master is gone and the job goes on
+
+
+def keep_in(path: str, why: str) -> None:
+    """Write what ranks print to a log here from now on, beginning with the reason."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        kept_in[:] = [path]
+        say(event="line", rank=None, text=f"{why}: the job goes on without it")
+
+
 def say(**fields: object) -> None:
     """Print one event."""
+    if kept_in:
+        if fields["event"] == "line":
+            with contextlib.suppress(OSError), open(kept_in[0], "a", encoding="utf-8") as file:
+                rank = "-" if fields["rank"] is None else fields["rank"]
+                file.write(f"{time.strftime('%H:%M:%S')} [{rank}] {fields['text']}\n")
+        return
     try:
         sys.stdout.write(json.dumps(fields) + "\n")
         sys.stdout.flush()
@@ -118,6 +139,21 @@ def end_all(job: str, own: set[int]) -> None:
         for pid in left:
             send(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def end_abandoned(job: str, grace: float) -> None:
+    """End a job whose master has gone: ask its ranks to save, kill what is left after `grace` seconds, tell of it."""
+    pids = [pid for pid, state in processes(job).items() if state not in "ZX"]
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            if b"\0RANK=" in b"\0" + file.read():
+                send(pid, signal.SIGTERM)
+    end = time.monotonic() + grace
+    while time.monotonic() < end and any(state not in "ZX" for state in processes(job).values()):
+        say(event="beat")
+        time.sleep(0.3)
+    end_all(job, {os.getpid()})
+    say(event="ended", processes=len(pids))
 
 
 def stand_guard(job: str) -> tuple[int, int]:
@@ -233,11 +269,18 @@ class Node:
         self.buffer = b""
         self.guard = 0
         self.deaf = False  # the master is gone, and the job goes on
+        self.gone: list[int] = []  # ranks that somebody else has waited for, in the order in which they ended
+        self.files: dict[int, int] = {}  # pid -> a file descriptor that turns readable as the process ends
+        self.progress = os.path.join(self.logs, "progress")
+        os.mkdir(self.progress)
+        self.seen: dict[str, int] = {}  # rank -> when its progress was last written
+        self.looked = 0.0
 
     def start(self) -> None:
         """Start the launcher in a session of its own."""
         job = self.job
         variables, interface = environment(job)
+        variables["LANSPEED_PROGRESS"] = self.progress
         command = launcher_words(job, self.logs)
 
         def die_with_parent() -> None:
@@ -266,6 +309,8 @@ class Node:
                 continue
             if named:
                 self.ranks[pid] = int(named.group(1))
+                with contextlib.suppress(OSError, AttributeError):  # Python 3.9, Linux 5.3
+                    self.files[pid] = os.pidfd_open(pid)
             elif exit_status(pid) is not None:
                 strays.append(pid)  # it died before it could be looked at; ranks are started in their order
         missing = sorted(self.expected - set(self.ranks.values()))
@@ -277,16 +322,27 @@ class Node:
         for pid, rank in self.ranks.items():
             if rank not in self.ended:
                 code = exit_status(pid)
-                if code is None and self.launcher.poll() == 0:
-                    code = 0  # its launcher was quicker to wait for it
+                if code is None and not os.path.exists(f"/proc/{pid}"):
+                    code = self.code_of_gone(pid)
                 if code is not None:
                     self.ended[rank] = code
+                    if pid in self.files:
+                        os.close(self.files.pop(pid))
                     for _ in range(100):
                         if rank not in self.tails or not self.tails[rank].read():
                             break
                     say(event="rank", rank=rank, code=code)
                     if code and not self.reason:
                         self.end("a rank failed", PATIENCE)
+
+    def code_of_gone(self, pid: int) -> int | None:
+        """Return how a rank ended that its launcher waited for before us: the launcher ends as the first such did."""
+        if pid not in self.gone:
+            self.gone.append(pid)
+        code = self.launcher.poll()
+        if code is None or (code and pid != self.gone[0]):
+            return None
+        return code if code < 128 else code - 256
 
     def end(self, reason: str, grace: float, orderly: bool = False) -> None:
         """Ask the ranks to end, and set the time after which they are killed."""
@@ -298,9 +354,12 @@ class Node:
             send(pid, signal.SIGTERM)
 
     def listen(self) -> None:
-        """Read what the master says."""
-        ready = select.select([0], [], [], TICK)[0]
-        if ready:
+        """Read what the master says; wait for it no longer than a rank lives."""
+        tick = TICK if len(self.ranks) >= len(self.expected) else FIRST_TICK
+        ready = select.select([*([] if self.deaf else [0]), *self.files.values()], [], [], tick)[0]
+        if self.deaf:
+            return
+        if 0 in ready:
             data = os.read(0, 65536)
             if not data:
                 self.lose_master("the connection to the master has ended")
@@ -327,17 +386,17 @@ class Node:
         self.deaf = True
         if not self.job.get("continue_without_master"):
             self.end(why, PATIENCE)
+        elif self.job.get("log"):
+            keep_in(os.path.join(self.job["folder"], self.job["log"]), why)
 
     def run(self) -> None:
         """Run to the end, or until the time to end is over."""
         while self.launcher.poll() is None and not (self.deadline and time.monotonic() > self.deadline):
-            if self.deaf:
-                time.sleep(TICK)
-            else:
-                self.listen()
+            self.listen()
             self.find_ranks()
             self.watch_ranks()
             self.pass_on()
+            self.look_at_progress()
             if time.monotonic() - self.said > BEAT:
                 self.said = time.monotonic()
                 say(event="beat")
@@ -351,6 +410,21 @@ class Node:
             self.end("DeepSpeed's launcher was killed", PATIENCE)
             while time.monotonic() < self.deadline and any(os.path.exists(f"/proc/{pid}") for pid in self.ranks):
                 time.sleep(TICK)
+
+    def look_at_progress(self) -> None:
+        """Hand on what the ranks say that they do, where it has changed."""
+        if time.monotonic() - self.looked < LOOK:
+            return
+        self.looked = time.monotonic()
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.progress):
+                written = entry.stat().st_mtime_ns
+                if entry.name.isdigit() and self.seen.get(entry.name) != written:
+                    with open(entry.path, encoding="utf-8", errors="replace") as file:
+                        text = file.read(200)
+                    if text:
+                        self.seen[entry.name] = written
+                        say(event="progress", rank=int(entry.name), text=text)
 
     def pass_on(self, last: bool = False) -> None:
         """Hand on what ranks and launcher have printed."""
@@ -371,9 +445,7 @@ class Node:
             self.ended.setdefault(rank, None)  # it was killed with the rest
         self.pass_on()
         self.pass_on(last=True)
-        for path in glob.glob(self.logs + "/*"):
-            os.unlink(path)
-        os.rmdir(self.logs)
+        shutil.rmtree(self.logs, ignore_errors=True)
         say(event="ended", code=code, reason=self.reason, ranks=self.ended)
 
 
@@ -381,7 +453,11 @@ def main() -> int:
     """Read the job, run it, say how it ended."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    node = Node(json.loads(read_line().decode("utf-8")))
+    job = json.loads(read_line().decode("utf-8"))
+    if "end" in job:
+        end_abandoned(job["end"], job["grace"])
+        return 0
+    node = Node(job)
     signal.signal(signal.SIGTERM, lambda number, frame: node.end("terminated", PATIENCE))
     node.guard, pipe = stand_guard(node.job["job"])
     try:

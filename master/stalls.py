@@ -1,0 +1,60 @@
+"""When does a training hang? Nobody has made a step, evaluated, saved, tokenized or said a word for too long."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from statistics import median
+
+LEAST = 300.0  # seconds
+STEPS = 10  # median steps without a sign, where those take longer
+KEPT = 20  # steps whose time is remembered
+STEP = re.compile(r"^step (\d+)/")
+
+
+class StallWatch:
+    """Notes every host's signs of life. `limit` in seconds, 0 never tells, None is the larger of LEAST and STEPS steps.
+
+    Ranks that tell what they do count by that: a line alone, then, is no sign of life.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+        self._signs: dict[str, tuple[float, str]] = {}  # host -> when, what
+        self._telling = False
+        self._step: tuple[float, int] | None = None
+        self._seconds: deque[float] = deque(maxlen=KEPT)
+        self._warned = 0.0
+
+    def line(self, host: str, at: float) -> None:
+        """Note that a rank of a host has printed a line, `at` seconds after the start."""
+        if not self._telling:
+            self._signs[host] = at, "a line"
+
+    def progress(self, host: str, rank: int, at: float, what: str) -> None:
+        """Note what a rank says that it does."""
+        self._telling = True
+        self._signs[host] = at, what
+        found = STEP.match(what)
+        if rank == 0 and found:
+            step = int(found[1])
+            if self._step and step > self._step[1]:
+                self._seconds.append((at - self._step[0]) / (step - self._step[1]))
+            self._step = at, step
+
+    @property
+    def limit(self) -> float:
+        """The seconds without a sign of life that are too many."""
+        if self._limit is not None:
+            return self._limit
+        return max(LEAST, STEPS * median(self._seconds)) if self._seconds else LEAST
+
+    def overdue(self, now: float) -> str | None:
+        """Return what to say if nothing has happened for too long, once for each such time."""
+        latest = max((at for at, _ in self._signs.values()), default=0.0)
+        if not self.limit or now - max(latest, self._warned) <= self.limit:
+            return None
+        self._warned = now
+        last = "; ".join(f"{host}: {what}, {now - at:.0f} s ago" for host, (at, what) in sorted(self._signs.items()))
+        return (f"NOTHING HAPPENS for {now - latest:.0f} s: no step, evaluation, save or word. Last signs of life: "
+                f"{last or 'none'}. Ctrl-C stops")
