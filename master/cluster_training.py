@@ -191,10 +191,11 @@ def conclude(training: Training, story: Story, access: Access) -> int:
     cause = first_cause(story.ends, story.lost, {who: list(lines) for who, lines in story.said.items()})
     failed = cause is not None or any(story.codes.get(str(part.node)) != 0 for part in training.parts)
     first = training.parts[0]
-    if not training.local and str(first.node) in story.codes:
-        fetch_run(first.node, training.folders[str(first.node)], training.run, access, say)
+    here = training.local
+    if not here and str(first.node) in story.codes:
+        here = fetch_run(first.node, training.folders[str(first.node)], training.run, access)
     if not failed:
-        return 0
+        return 0 if here else 1
     mark_failed(training.run, 1)
     say(f"training failed after {story.first_failure_at or 0:.0f} s" + (f": {cause}" if cause else ""))
     if cause:

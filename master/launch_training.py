@@ -245,6 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AccessError, ValueError) as error:
         say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        say("stopped")
+        return 1
 
 
 if __name__ == "__main__":

@@ -4,55 +4,127 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, cast
 
 from master.channels import Channel
+from master.console import is_terminal, say
 from master.fleet import on_all
 from master.nodes import Node
 from master.ssh import Session
 from master.ssh_config import Access, SshError
 
+PATIENCE = 60.0  # seconds without a byte
+TOLD_EVERY = 10.0  # seconds between two lines of progress, where no bar can be shown
+SCRATCH = ".fetched"  # in the run folder
+
 
 class _Stream:
-    """A channel as the file that tarfile reads."""
+    """A channel as the file that tarfile reads; `on_bytes` is told how many have come."""
 
-    def __init__(self, channel: Channel, host: str, patience: float) -> None:
-        self._channel, self._host, self._patience, self._rest = channel, host, patience, b""
+    def __init__(self, channel: Channel, host: str, on_bytes: Callable[[int], None]) -> None:
+        self._channel, self._host, self._on_bytes, self._rest = channel, host, on_bytes, b""
         self.bytes = 0
+
+    def line(self) -> str:
+        """Return the first line."""
+        line = b""
+        while not line.endswith(b"\n") and (byte := self.read(1)):
+            line += byte
+        return line.decode("ascii", "replace").strip()
 
     def read(self, size: int) -> bytes:
         """Return `size` bytes, fewer at the end."""
         while len(self._rest) < size:
-            block = self._channel.receive(self._patience)
+            block = self._channel.receive(PATIENCE)
             if block is None:
-                raise SshError(self._host, "fetch", f"nothing came for {self._patience:.0f} s")
+                raise SshError(self._host, "fetch", f"nothing came for {PATIENCE:.0f} s")
             if not block:
                 break
             self._rest += block
         data, self._rest = self._rest[:size], self._rest[size:]
         self.bytes += len(data)
+        self._on_bytes(self.bytes)
         return data
 
 
-def fetch_run(node: Node, folder: str, run: Path, access: Access, say: Callable[[str], None]) -> None:
-    """Copy a run folder, relative to `folder` there, from a host; its logs are kept here anyway. Say so, or why not."""
-    host = str(node)
+class Progress:
+    """How much of `total` bytes (0 unknown) has come: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, host: str) -> None:
+        self._host, self.total, self._told = host, 0, time.monotonic()
+        self._bar = None
+        if is_terminal():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(),
+                                 TransferSpeedColumn(), console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(f"fetching from {host}", total=None)
+            self._bar.start()
+
+    def update(self, done: int) -> None:
+        """Show it."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=self.total or None)
+        elif time.monotonic() - self._told > TOLD_EVERY:
+            self._told = time.monotonic()
+            say(f"fetching from {self._host}: {done / 1e6:.0f} of {self.total / 1e6:.0f} MB")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+
+
+def fetch_run(node: Node, folder: str, run: Path, access: Access) -> bool:
+    """Copy a run folder, relative to `folder` there, from a host; logs are kept here anyway. Say so, or why not.
+
+    What has come is put in its place when all has come: a model is here whole or not at all.
+    """
+    host, scratch = str(node), run / SCRATCH
+    shown = Progress(host)
 
     def work(session: Session) -> int:
-        command = (f"cd {shlex.quote(folder)} && exec tar -cf - --exclude=checkpoints --exclude=logs "
-                   f"{shlex.quote(str(run))}")
+        left_out = "--exclude=checkpoints --exclude=logs --exclude=launcher.json"
+        command = (f"cd {shlex.quote(f'{folder}/{run}')} && (du -sb {left_out} . 2>/dev/null || echo 0) && "
+                   f"exec tar -cf - {left_out} .")
         with contextlib.closing(session.open(command)) as channel:
-            stream = _Stream(channel, host, 60)
+            stream = _Stream(channel, host, shown.update)
+            size = stream.line().split("\t")[0]
+            if not size.isdigit():
+                raise SshError(host, "fetch", channel.complaints()[-200:] or "nothing came")
+            shown.total = int(size)
             with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
                 for member in archive:
-                    archive.extract(member, Path.cwd(), filter="data")
+                    archive.extract(member, scratch, filter="data")
         return stream.bytes
 
-    result = on_all([node], access, work)[node]
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        result = on_all([node], access, work)[node]
+        if not isinstance(result, SshError):
+            put_in_place(scratch, run)
+    except (OSError, tarfile.TarError) as error:  # no room here, or the stream was cut off
+        result = SshError(host, "fetch", str(error))
+    finally:
+        shown.close()
+        shutil.rmtree(scratch, ignore_errors=True)
     if isinstance(result, SshError):
         say(f"the run folder stays on {host}, in {folder}/{run}: {result}")
-    else:
-        say(f"fetched {result / 1e6:.0f} MB from {host}: {run}")
+        return False
+    say(f"fetched {result / 1e6:.0f} MB from {host}: {run}")
+    return True
+
+
+def put_in_place(scratch: Path, run: Path) -> None:
+    """Move what has come into the run folder, over what was there."""
+    for path in scratch.iterdir():
+        target = run / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)

