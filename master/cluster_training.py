@@ -59,7 +59,6 @@ class Training:
         self.known = {host["name"]: host for host in read_cluster(options.hostfile.with_name("cluster.json"))["hosts"]}
         self.variables = {**environment(hosts[0].vendor, options.env), "LANSPEED_PLAIN": options.plain}
         self.run: Path = options.run
-        self.goes_on_alone = options.on_lost_master == "continue"
         self.again = False  # a restart: from the newest checkpoint that every host has
         self.name = self.new_name()
         words_with_paths = (str(config), options.model, options.dataset, options.script)
@@ -107,7 +106,8 @@ class Training:
         script = self.options.script and str(Path(self.options.script).absolute())
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "environment": self.variables, "arguments": self._arguments(),
-                "continue_without_master": self.goes_on_alone,
+                "continue_without_master": self.options.on_lost_master == "continue",
+                "no_local_rank": self.options.no_local_rank,
                 "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders,
                 "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
                 "scripts": {str(part.node): script or f"{part.place.folder}/trainer/train.py" for part in self.parts}}

@@ -19,6 +19,7 @@ HINTS: list[tuple[str, str]] = [
     (r"Address already in use|EADDRINUSE", "another program has the port: --master-port N, or end it"),
     (r"connectFullMesh|unable to connect to|No route to host|Connection refused|Connection timed out",
      "can the hosts reach each other (firewall)? --env GLOO_SOCKET_IFNAME=... names the network card"),
+    (r"unrecognized arguments:.*--local_rank", "--no-local-rank starts a script without that flag"),
     (r"ModuleNotFoundError|ImportError", "the packages differ there: make install on that host"),
     (r"CUDA driver version is insufficient|no CUDA GPUs are available|Found no NVIDIA driver",
      "invoke detect on that host says what its driver lacks"),

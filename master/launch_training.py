@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--detach", action="store_true", help="go on without this terminal")
     flag("--stop", nargs="?", const="", metavar="RUN", help="stop a run in order (default: the newest that runs)")
     flag("--script", metavar="F", help="your own training script instead of trainer/train.py (with --hostfile)")
+    flag("--no-local-rank", action="store_true", help="start it without DeepSpeed's --local_rank=N")
     flag("--env", action="append", default=[], metavar="K=V", help="a variable for all ranks; K alone: as it is here")
     flag("--master-port", type=int, metavar="P", help="port of rank 0 (default: one that is free there)")
     flag("--dry-run", action="store_true", help="print what would run")
@@ -135,7 +136,7 @@ def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
         options.run, words = run or options.run, words + place
     named = Path("hostfile.txt") if options.nodes else options.hostfile  # invoke hostfile --nodes ... writes that
     plain = [*launcher_words(named, hosts, first_address(hosts, options.hostfile)),
-             options.script or str(TRAINER), *words]
+             *(["--no_local_rank"] if options.no_local_rank else []), options.script or str(TRAINER), *words]
     options.plain = ("DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else "") + shlex.join(plain)
     if options.dry_run:
         where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in hosts)

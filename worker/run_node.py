@@ -220,7 +220,7 @@ def launcher_words(job: dict[str, Any], logs: str) -> list[str]:
     return [job["python"], "-u", "-m", "deepspeed.launcher.launch", "--world_info=" + world,
             f"--node_rank={job['node_rank']}", f"--master_addr={job['master_addr']}",
             f"--master_port={job['master_port']}", "--log_level=critical", f"--enable_each_rank_log={logs}",
-            job["script"]] + job["arguments"]
+            *(["--no_local_rank"] if job.get("no_local_rank") else []), job["script"]] + job["arguments"]
 
 
 class Tail:
