@@ -91,19 +91,20 @@ def main() -> int:
             ours = desk.words(*settings)
             shown = subprocess.run(desk.words("--dry-run", *settings), capture_output=True, text=True,
                                    stdin=subprocess.DEVNULL)
-            plain = [*ours[: ours.index(sys.executable)], "sh", "-c", "exec env " + shown.stdout.splitlines()[-1].strip()]
+            command = "exec env " + shown.stdout.splitlines()[-1].strip()
+            plain = [*ours[: ours.index(sys.executable)], "sh", "-c", command]
             found: dict[str, list[float]] = {"ours": [], "deepspeed over pdsh": []}
             for number in range(ROUNDS + 1):  # the first round warms caches
-                for name, command in zip(found, (ours, plain), strict=True):
-                    seconds = first_step(desk, command, run / "metrics.jsonl")
+                for name, words in zip(found, (ours, plain), strict=True):
+                    seconds = first_step(desk, words, run / "metrics.jsonl")
                     if number:
                         found[name].append(seconds)
         finally:
             lab.end()
     middle = {name: statistics.median(seconds) for name, seconds in found.items()}
-    for name, seconds in found.items():
-        print(f"  {name:20s} {middle[name]:5.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
-    print(f"  ours takes {middle['ours'] / middle['deepspeed over pdsh']:.2f}x of plain DeepSpeed's time to the first step")
+    for name, times in found.items():
+        print(f"  {name:20s} {middle[name]:5.1f} s ({min(times):.1f} to {max(times):.1f})")
+    print(f"  ours takes {middle['ours'] / middle['deepspeed over pdsh']:.2f}x of plain DeepSpeed's time")
     return 0
 
 

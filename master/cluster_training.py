@@ -32,7 +32,7 @@ from master.stalls import StallWatch
 
 # What goes along to the nodes: settings of the libraries, never the whole shell.
 SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
-SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
 ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 
@@ -41,6 +41,7 @@ def environment(vendor: str, wanted: Sequence[str]) -> dict[str, str]:
     """Return the variables for all nodes; `wanted` are --env's K=V, or K for this shell's. Raises ValueError."""
     found = {name: value for name, value in os.environ.items() if name.startswith(SENT) or name in SENT_NAMES}
     found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    found.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of each peer that no name server knows
     if vendor in ACCELERATORS:  # so that a node with a broken driver fails instead of training on its CPU
         found["DS_ACCELERATOR"] = ACCELERATORS[vendor]
     for word in wanted:

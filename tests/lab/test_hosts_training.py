@@ -58,7 +58,8 @@ def test_a_machine_that_vanishes_ends_the_job(desk: Desk) -> None:
     desk.lab.switch.network("ip link set port12 down")
     cut = time.monotonic()
     wait_for(lambda: not job_processes(desk), 40)
-    assert time.monotonic() - cut < 25
+    print(f"clean after {time.monotonic() - cut:.1f} s")
+    assert time.monotonic() - cut < 20
     output, _ = job.communicate(timeout=40)
     assert job.returncode == 1 and ": gpu2: connection: no sign of life for 12 s" in output, output
 
@@ -113,7 +114,8 @@ def test_the_run_folder_is_brought_from_another_disk(desk: Desk) -> None:
     for host in desk.hosts.values():  # each machine has a disk of its own in the place of the desk
         subprocess.run(host.words("mount", "-t", "tmpfs", "tmpfs", str(desk.folder)), check=True)
     code, output = desk.run(*SMALL, "--max_steps", "2", "--save_steps", "1")
-    assert code == 0 and "fetched 1 MB from gpu1: runs/" in output and not list(desk.run_folder.glob(".fetched")), output
+    assert code == 0 and "fetched 1 MB from gpu1: runs/" in output, output
+    assert not list(desk.run_folder.glob(".fetched"))
     assert (desk.run_folder / "model" / "model.safetensors").exists() and (desk.run_folder / "loss.png").exists()
     assert json.loads((desk.run_folder / "run.json").read_text())["status"] == "finished"
     assert not list((desk.run_folder / "checkpoints").glob("*/*"))  # each machine keeps its own
