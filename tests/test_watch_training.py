@@ -11,6 +11,7 @@ import pytest
 from conftest import HOME
 
 from master.runs import RunError, find_run, launcher_of, sign, trainer_words
+from master.watch_training import host_lines
 
 TOOL = HOME / "master" / "watch_training.py"
 
@@ -65,3 +66,16 @@ def test_runs_are_found_and_repeated(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="name the model"):
         trainer_words(newest)
     assert find_run(str(newest)) == newest
+
+
+def test_a_host_is_a_line_with_its_gpus_or_why_it_is_silent() -> None:
+    gpu = {"slot": 0, "use_percent": 97, "memory_used_mib": 20480, "memory_total_mib": 24576, "temperature_c": 71,
+           "power_w": 343.2}
+    busy = {"gpus": [gpu, {**gpu, "slot": 1, "use_percent": None, "temperature_c": None}], "problem": None,
+            "nics": [{"name": "eth0", "in": 110_000_000, "out": 5_000, "mbit": 1000}], "cpu_percent": 3, "ram_mib": 1,
+            "ram_available_mib": 1}
+    state = {"nodes": {"gpu1": busy, "gpu2": {"fault": "TCP: no route"}, "gpu3": {}},
+             "hosts": {"gpu2": {"last": "10:00:00 [1] up", "seconds_ago": 9}}}
+    assert host_lines(state) == [
+        "  gpu1: GPU 0: 97 % 71 °C; GPU 1: ?, 20.0/24 GiB; 20.0/24 GiB, eth0 in 110.0, out 0.0 of 125 MB/s",
+        "  gpu2: TCP: no route, 9 s ago: 10:00:00 [1] up", "  gpu3: asked"]
