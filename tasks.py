@@ -51,6 +51,7 @@ def flags(**values: object) -> list[str]:
     "slots": "ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes",
     "script": "your own training script instead of trainer/train.py (with --hostfile)",
     "env": "a variable for all ranks, K=V, or K as it is here",
+    "no-local-rank": "start the script without DeepSpeed's --local_rank=N",
     "ssh-user": "login name on the hosts (default: as your ssh configuration says)",
     "host-keys": "unknown host keys: ask, accept-new, yes (refuse)",
     "include": "these hosts and slots of the hostfile, as in gpu1@gpu2:0,2",
@@ -65,14 +66,14 @@ def flags(**values: object) -> list[str]:
 }, iterable=["env"])
 def train(c, model="", dataset="", config="", hostfile="", nodes="", slots="", script="", env=None, ssh_user="",  # type: ignore[no-untyped-def]
           host_keys="", include="", exclude="", resume="", restarts="", stall_timeout="", on_lost_master="",
-          detach=False, grace="", dry_run=False):
+          no_local_rank=False, detach=False, grace="", dry_run=False):
     """Train on this machine, or on a hostfile's hosts; flags of trainer/train.py follow --."""
     if not (model or script or resume):
         raise Exit("which model? invoke train --model tiny (or a Hugging Face name, or a folder)", code=2)
     words = flags(model=model, dataset=dataset, config=config, hostfile=hostfile, slots=slots, script=script,
                   ssh_user=ssh_user, host_keys=host_keys, include=include, exclude=exclude, resume=resume,
-                  restarts=restarts, stall_timeout=stall_timeout, on_lost_master=on_lost_master, detach=detach,
-                  grace=grace, dry_run=dry_run)
+                  restarts=restarts, stall_timeout=stall_timeout, on_lost_master=on_lost_master,
+                  no_local_rank=no_local_rank, detach=detach, grace=grace, dry_run=dry_run)
     words += ["--nodes", nodes] if nodes else []
     words += [word for each in env or () for word in ("--env", each)]
     run_tool("master.launch_training", *words, "--", *after_dashes())
@@ -88,7 +89,7 @@ def watch(c, run="", once=False, json=False):  # type: ignore[no-untyped-def]
 @task(auto_shortflags=False, help={"run": "a run folder (default: the newest that runs)"})
 def stop(c, run=""):  # type: ignore[no-untyped-def]
     """Stop a run in order: its ranks save first."""
-    run_tool("master.launch_training", "--stop", *([run] if run else []))
+    run_tool("master.launch_training", "--stop", *([run] if run else []), *after_dashes())
 
 
 @task(auto_shortflags=False, help={
@@ -113,6 +114,19 @@ def hostfile(c, nodes="", output="", vendor="", cpu_slots="", allow_missing=Fals
     """Ask all hosts for their GPUs and write hostfile.txt; flags of master/generate_hostfile.py follow --."""
     words = flags(output=output, vendor=vendor, cpu_slots=cpu_slots, allow_missing=allow_missing)
     run_tool("master.generate_hostfile", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
+
+
+@task(auto_shortflags=False, help={
+    "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file",
+    "hostfile": "the hosts of a hostfile (default: hostfile.txt)",
+    "fast": "leave the network between the hosts out",
+    "network": "measure each pair's rate and round trip, a few seconds each",
+    "json": "what was found as JSON",
+})
+def check(c, nodes="", hostfile="", fast=False, network=False, json=False):  # type: ignore[no-untyped-def]
+    """Tell whether every node is ready, and the same; flags of master/check_cluster.py follow --."""
+    words = flags(hostfile=hostfile, fast=fast, network=network, json=json)
+    run_tool("master.check_cluster", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
 
 
 @task(auto_shortflags=False, help={

@@ -63,7 +63,7 @@ class Screen(Protocol):
 
     def show(self, host: str, rank: int | None, text: str) -> None: ...
 
-    def add_metrics(self, line: str) -> None: ...
+    def add_metrics(self, line: str | None) -> None: ...
 
     def show_progress(self, rank: int, text: str) -> None: ...
 
@@ -104,6 +104,11 @@ class ClusterJob:
             fleet.join(timeout=SILENCE + 10)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @property
+    def asked(self) -> bool:
+        """True once somebody has asked for the end."""
+        return self._signals > 0
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
@@ -161,9 +166,9 @@ class ClusterJob:
             self._stalls.progress(host, event["rank"], since, event["text"])
             screen.show_progress(event["rank"], event["text"])
         elif kind == "metrics":
-            screen.add_metrics(event["text"])
+            screen.add_metrics(None if event.get("fresh") else event["text"])
         elif kind == "rank":
-            self.story.ends.append(End(host, event["rank"], event["code"], since))
+            self.story.ends.append(End(host, event["rank"], event["code"], since, event["asked"]))
             if event["code"]:
                 self._fail(host, since, running, f"rank {event['rank']} on {host} failed")
         elif kind == "ended":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -15,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from master.access import access_of, question
-from master.cluster import read_cluster
+from master.access import question
 from master.cluster_job import ClusterJob, Part, Story
 from master.console import one_line, say
 from master.failures import first_cause
@@ -57,9 +57,10 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> None:
         self.options, self.hosts, self.words = options, hosts, words
-        self.known = {host["name"]: host for host in read_cluster(options.hostfile.with_name("cluster.json"))["hosts"]}
+        self.known = {host["name"]: host for host in options.cluster["hosts"]}
         self.variables = {**environment(hosts[0].vendor, options.env), "LANSPEED_PLAIN": options.plain}
         self.run: Path = options.run
+        self.stopped = False  # somebody asked for the end before it began
         self.again = False  # a restart: from the newest checkpoint that every host has
         self.name = self.new_name()
         words_with_paths = (str(config), options.model, options.dataset, options.script)
@@ -92,6 +93,9 @@ class Training:
         found += [str(fault) for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
                   for fault in torch_faults(str(part.node), part.slots, torch)]
         mark.unlink(missing_ok=True)
+        for host, each in facts.items():  # it may have been started from elsewhere, or outlived its launcher
+            mine = [job for job in each["jobs"] if re.fullmatch(re.escape(self.run.name) + "-[0-9a-f]{6}", job)]
+            found += [f"{host}: {job} goes on there: --stop {shlex.quote(str(self.run))} ends it" for job in mine]
         if found:
             for line in found:
                 say(one_line(line))
@@ -100,6 +104,7 @@ class Training:
         self.local = str(mark) in facts[first]["there"]
         address = self._address(facts[first])
         port = self.options.master_port or facts[first]["port"]
+        sign(self.run, self.name)
         self._announce(facts, address, port)
         cwd = str(Path.cwd())
         self.folders = {str(part.node): cwd if cwd in facts[str(part.node)]["there"] else part.place.folder
@@ -150,14 +155,16 @@ class Training:
 def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> int:
     """Train and return 0, or 1 on a fault. Raises ValueError for flags that can't be followed."""
     training = Training(options, hosts, config, words)
-    access = access_of(options)
-    keep_hosts(training.run, hosts, read_cluster(options.hostfile.with_name("cluster.json")))
+    access: Access = options.access
+    sign(training.run)
+    keep_hosts(training.run, hosts, options.cluster)
     for attempt in range(options.restarts + 1):
         patience = time.monotonic() + (RESTART_WAIT if attempt else 0)
         while (story := run_once(training, access)) is None:
-            if time.monotonic() >= patience:
-                say("nothing was started")
-                _forget(training.run)
+            if training.stopped or time.monotonic() >= patience:
+                say("stopped: nothing was started" if training.stopped else "nothing was started")
+                if not training.again:
+                    _forget(training.run)
                 return 1
             time.sleep(10)
         code = conclude(training, story, access)
@@ -171,16 +178,20 @@ def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: 
 def run_once(training: Training, access: Access) -> Story | None:
     """Run the job to its end; None if it couldn't begin."""
     options, name = training.options, training.new_name()
-    sign(training.run, name)
     job = ClusterJob(training.parts, access, training.wanted(), name, options.grace, StallWatch(options.stall_timeout),
                      training.settle)
-    return job.run(question(), Screen(training.run), say)
+    try:
+        return job.run(question(), Screen(training.run), say)
+    finally:
+        training.stopped = job.asked
+        (training.run / f".{name}").unlink(missing_ok=True)
 
 
 def _forget(run: Path) -> None:
-    """Remove the folder of a run that never began; of one that had begun before, what this start left."""
-    begun = (run / "run.json").exists()
-    for name in (LAUNCHER, *(() if begun else ("hostfile.txt", "cluster.json"))):
+    """Remove the folder of a run that never began."""
+    if any((run / name).exists() for name in ("run.json", "metrics.jsonl")):
+        return
+    for name in (LAUNCHER, "hostfile.txt", "cluster.json"):
         (run / name).unlink(missing_ok=True)
     for folder in (run / "logs", run):
         if folder.is_dir() and not any(folder.iterdir()):

@@ -32,12 +32,13 @@ TAIL = 12  # lines of a failing rank that are shown
 
 @dataclass(frozen=True)
 class End:
-    """How a rank ended before its time: exit code (negative: a signal), seconds since the start."""
+    """How a rank ended: exit code (negative: a signal), seconds since the start, whether it was asked to end."""
 
     host: str
     rank: int
     code: int
     at: float
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def first_cause(ends: Sequence[End], lost: Mapping[str, str], said: Mapping[tupl
     `lost`: hosts whose connection ended, with why; `said`: the last lines by host and rank (None: the launcher). A rank
     that only lost its peers is no cause where another one is.
     """
-    failed = sorted((end for end in ends if end.code), key=lambda end: end.at)
+    failed = sorted((end for end in ends if end.code and not end.asked), key=lambda end: end.at)
     causes = [end for end in failed if not COLLATERAL.search("\n".join(said.get((end.host, end.rank), [])[-40:]))
               or end.code < 0]
     if causes or (failed and not lost):

@@ -16,16 +16,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags
-from master.cluster import ClusterError
+from master.cluster import ClusterError, read_cluster
 from master.console import say
 from master.hostfile import HostfileError, Slots, read_hostfile, select
 from master.local_training import TRAINER, choose_slots, count_gpus, shown, train_here
 from master.plain_deepspeed import HOME, default_config, first_address, is_only_here, launcher_words
-from master.runs import RunError, find_run, new_run_path, trainer_words
+from master.runs import RunError, find_run, new_run_path, refuse_twice, trainer_words
 
 PRESETS = HOME / "trainer" / "configs"
 
@@ -143,6 +144,8 @@ def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
         print(f"would run on {where}:\n  {shlex.join([options.script or str(TRAINER), *words])}")
         print(f"the same with plain DeepSpeed, over pdsh:\n  {options.plain}")
         return 0
+    refuse_twice(options.run)
+    options.access = options.access or access_of(options)
     if options.detach and not detach(options.run):
         return 0
     return train_on_hosts(options, hosts, config, words)
@@ -156,6 +159,7 @@ def launch(options: argparse.Namespace) -> int:
     hosts = read_hostfile(options.hostfile) if options.hostfile else []
     if hosts:
         hosts = select(hosts, options.include, options.exclude)
+        options.cluster = read_cluster(options.hostfile.with_name("cluster.json"))
     elif options.include or options.exclude or options.script or options.restarts:
         raise ValueError("--include, --exclude, --script and --restarts need --hostfile or --nodes")
     if hosts and options.slots:
@@ -167,7 +171,11 @@ def launch(options: argparse.Namespace) -> int:
     config = existing(options.config or (HOME / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json"))
     check_config(config, len(slots))
     run, place = place_of_run(options)
-    if options.detach and not options.dry_run and not detach(options.run):
+    if options.restarts:
+        raise ValueError("--restarts: not on this machine alone: --resume goes on")
+    if run and not options.dry_run:
+        refuse_twice(run)
+    if options.detach and not options.dry_run and not detach(run or options.run):
         return 0
     return train_here(options, slots, gpus, trainer_line(options, config) + place, run, config)
 
@@ -197,26 +205,22 @@ def stop(options: argparse.Namespace) -> int:
 
 def launch_on_nodes(options: argparse.Namespace) -> int:
     """Write the hostfile of --nodes into the run folder by generate_hostfile.py; train if no host failed."""
-    password = access_of(options).password
-    if password:  # asked for once, and never in an argument
-        os.environ[PASSWORD_VARIABLE], options.ssh_password = password, None
-    options.hostfile = options.run / "hostfile.txt"
-    new = not options.run.exists()
+    options.access = access_of(options)  # a password is asked for once, and never in an argument
+    password = {PASSWORD_VARIABLE: options.access.password} if options.access.password else {}
+    folder = Path(tempfile.mkdtemp(prefix="lanspeed-"))
+    options.hostfile = folder / "hostfile.txt"
     command = [sys.executable, str(HOME / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
                "--output", str(options.hostfile), *access_words(options)]
     if options.slots:
         command += ["--cpu-slots", str(options.slots)]
         options.slots = None
-    options.run.mkdir(parents=True, exist_ok=True)
-    found = subprocess.run(command, stdout=sys.stderr).returncode == 0
     try:
-        if found:
+        if subprocess.run(command, stdout=sys.stderr, env={**os.environ, **password}).returncode == 0:
             return launch(options)
         say("nothing was started: leave out of --nodes what failed, or mend it (--slots N trains on CPUs)")
         return 1
-    finally:
-        if new and (options.dry_run or not found):
-            shutil.rmtree(options.run)
+    finally:  # all of it has been read before anything is started
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     options = build_parser().parse_args(words[:cut])
-    options.trainer_flags = words[cut + 1 :]
+    options.trainer_flags, options.access = words[cut + 1 :], None
     if options.stop is None and not (options.model or options.script or options.resume):
         say("error: which model? --model tiny (or a Hugging Face name, or a folder)")
         return 2

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from master.access import PASSWORD_VARIABLE
 from master.cluster import empty
 from master.console import say
 from master.hostfile import Slots
@@ -78,6 +79,7 @@ def plain_command(slots: list[int], arguments: list[str]) -> list[str]:
 def environment(gpus: int) -> dict[str, str]:
     """Return the ranks' environment: this one's bin folder first (a bare PATH hides ninja), the accelerator named."""
     found = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    found.pop(PASSWORD_VARIABLE, None)
     if not gpus:
         found.setdefault("DS_ACCELERATOR", "cpu")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import tarfile
@@ -20,6 +21,7 @@ from master.ssh_config import Access, SshError
 
 PATIENCE = 60.0  # seconds without a byte
 TOLD_EVERY = 10.0  # seconds between two lines of progress, where no bar can be shown
+MARK, END = "@@SIZE ", "@@END "  # before and after the stream
 SCRATCH = ".fetched"  # in the run folder
 
 
@@ -28,14 +30,14 @@ class _Stream:
 
     def __init__(self, channel: Channel, host: str, on_bytes: Callable[[int], None]) -> None:
         self._channel, self._host, self._on_bytes, self._rest = channel, host, on_bytes, b""
-        self.bytes = 0
+        self.bytes, self.end = 0, b""
 
     def line(self) -> str:
-        """Return the first line."""
+        """Return the next line with its end, "" where nothing is left."""
         line = b""
         while not line.endswith(b"\n") and (byte := self.read(1)):
             line += byte
-        return line.decode("ascii", "replace").strip()
+        return line.decode("ascii", "replace")
 
     def read(self, size: int) -> bytes:
         """Return `size` bytes, fewer at the end."""
@@ -48,6 +50,7 @@ class _Stream:
             self._rest += block
         data, self._rest = self._rest[:size], self._rest[size:]
         self.bytes += len(data)
+        self.end = (self.end + data)[-len(END) - 8 :]
         self._on_bytes(self.bytes)
         return data
 
@@ -86,22 +89,27 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access) -> bool:
 
     What has come is put in its place when all has come: a model is here whole or not at all.
     """
-    host, scratch = str(node), run / SCRATCH
+    host, scratch, place = str(node), run / SCRATCH, os.path.join(folder, str(run))
     shown = Progress(host)
 
     def work(session: Session) -> int:
         left_out = "--exclude=checkpoints --exclude=logs --exclude=launcher.json"
-        command = (f"cd {shlex.quote(f'{folder}/{run}')} && (du -sb {left_out} . 2>/dev/null || echo 0) && "
-                   f"exec tar -cf - {left_out} .")
+        program = (f"cd {shlex.quote(place)} || exit; size=$(du -sb {left_out} . 2>/dev/null) || size=0; "
+                   f"echo '{MARK}'$size; tar -cf - {left_out} .; echo {END}$?")
+        command = f"exec sh -c {shlex.quote(program)}"
         with contextlib.closing(session.open(command)) as channel:
             stream = _Stream(channel, host, shown.update)
-            size = stream.line().split("\t")[0]
-            if not size.isdigit():
-                raise SshError(host, "fetch", channel.complaints()[-200:] or "nothing came")
-            shown.total = int(size)
+            while not (line := stream.line()).startswith(MARK):  # a shell may have a word first
+                if not line:
+                    raise SshError(host, "fetch", channel.complaints()[-200:] or "nothing came")
+            shown.total = int(line[len(MARK) :].split()[0])
             with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
                 for member in archive:
                     archive.extract(member, scratch, filter="data")
+            while stream.read(1 << 16):
+                pass
+            if not stream.end.endswith(f"{END}0\n".encode()):
+                raise SshError(host, "fetch", channel.complaints()[-200:] or "tar was cut off there")
         return stream.bytes
 
     shutil.rmtree(scratch, ignore_errors=True)
@@ -115,7 +123,7 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access) -> bool:
         shown.close()
         shutil.rmtree(scratch, ignore_errors=True)
     if isinstance(result, SshError):
-        say(f"the run folder stays on {host}, in {folder}/{run}: {result}")
+        say(f"the run folder stays on {host}, in {place}: {result}")
         return False
     say(f"fetched {result / 1e6:.0f} MB from {host}: {run}")
     return True

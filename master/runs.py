@@ -49,9 +49,10 @@ def started_at(pid: int) -> str | None:
 
 
 def sign(run: Path, job: str | None = None) -> None:
-    """Leave word in a run folder that this process runs it, and as which job on its hosts."""
+    """Leave word in a run folder that this process runs it, and as which job on its hosts (None: as before)."""
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / LAUNCHER, json.dumps({"pid": os.getpid(), "started": started_at(os.getpid()), "job": job}) + "\n")
+    mine = {"pid": os.getpid(), "started": started_at(os.getpid()), "job": job or signed(run).get("job")}
+    write_whole(run / LAUNCHER, json.dumps(mine) + "\n")
 
 
 def keep_hosts(run: Path, hosts: Sequence[Slots], cluster: dict[str, Any]) -> None:
@@ -77,6 +78,12 @@ def launcher_of(run: Path) -> int | None:
     pid = word.get("pid")
     alive = isinstance(pid, int) and started_at(pid) is not None and started_at(pid) == word.get("started")
     return pid if alive else None
+
+
+def refuse_twice(run: Path) -> None:
+    """Raise RunError if a run is being trained now."""
+    if (pid := launcher_of(run)) is not None:
+        raise RunError(f"{run}: process {pid} trains it now: --stop {shlex.quote(str(run))} first")
 
 
 def find_run(name: str | None, running: bool = False) -> Path:

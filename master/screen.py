@@ -35,17 +35,17 @@ class Screen:
         with (self._run / "logs" / f"{host}.log").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%H:%M:%S')} [{'-' if rank is None else rank}] {text}\n")
         if rank == 0:
-            if not (is_terminal() and (step := STEP.match(text)) and self._move(step)):
+            if not (is_terminal() and sys.stdout.isatty() and (step := STEP.match(text)) and self._move(step)):
                 print(one_line(text.expandtabs()), flush=True)
             self._told.add(PASSING.sub("", text))
         elif "warning" in text.lower() and (kind := PASSING.sub("", text)) not in self._told:
             _, _, who = self._warnings.setdefault(kind, (time.monotonic(), text, []))
             who.append(f"{host}, {'launcher' if rank is None else f'rank {rank}'}")
 
-    def add_metrics(self, line: str) -> None:
-        """Take in a line of the metrics.jsonl of a run folder elsewhere."""
-        with (self._run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def add_metrics(self, line: str | None) -> None:
+        """Take in a line of the metrics.jsonl of a run folder elsewhere; None: it is told anew from its beginning."""
+        with (self._run / "metrics.jsonl").open("w" if line is None else "a", encoding="utf-8") as file:
+            file.write("" if line is None else line + "\n")
 
     def show_progress(self, rank: int, text: str) -> None:
         """Take in what a rank says that it does."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -54,12 +55,10 @@ def look(run: Path) -> dict[str, Any]:
     """Return the state of a run: status, step of steps, the newest figures, each host's last line and its age."""
     record = read_json(run / "run.json")
     newest: dict[str, Any] = {}
-    try:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):
+            with contextlib.suppress(ValueError, TypeError):  # a line may be half written
                 newest |= json.loads(line)
-    except (OSError, ValueError):
-        pass
     status = record.get("status", "starting")
     if status in GOES_ON and launcher_of(run) is None:
         status = "not running any more"
@@ -168,7 +167,8 @@ def follow(run: Path, vitals: Vitals | None, options: argparse.Namespace) -> str
     from rich.console import Console
     from rich.live import Live
 
-    live = Live(console=Console(), auto_refresh=False) if is_terminal() and not options.once else None
+    live = Live(console=Console(), auto_refresh=False) if is_terminal() and sys.stdout.isatty() and not options.once \
+        else None
     shown = ""
     with live or contextlib.nullcontext():
         while True:

@@ -63,6 +63,15 @@ def test_gpus_that_are_gone_stop_a_start() -> None:
     assert str(fault).startswith("gpu1: slot 1, 3 can't be used now (NV_GPU_LOST): invoke detect there says more")
 
 
+def test_ranks_that_were_told_to_end_are_no_cause() -> None:
+    ends = [End("gpu1", 0, 1, 5.0), End("gpu2", 1, -15, 5.1, asked=True)]
+    said: dict[tuple[str, int | None], list[str]] = {
+        ("gpu1", 0): ["error: Gloo connectFullMesh failed: timed out connecting: Connection refused"]}
+    cause = first_cause(ends, {}, said)
+    assert str(cause) == "gpu1, rank 0: ended with exit code 1"
+    assert cause and cause.hint.startswith("can the hosts reach each other")
+
+
 def test_what_differs_between_nodes_stops_a_start() -> None:
     own = {"code": "c1", "packages": {"torch": "2.13.0+cpu", "deepspeed": "0.19.8"}, "python": "3.11.2"}
     same = {"code": "c1", "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "python": "3.11.9", "missing": [],

@@ -104,7 +104,7 @@ def test_the_place_of_a_run_is_told_once(flags: list[str], place: str, environme
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--resume", "runs/none", "--model", "tiny"], "runs/none: no such run"), (["--stop", "none"], "none: no such run"),
-    ([], "which model?"), (["--model", "tiny", "--include", "gpu1"], "need a --hostfile"),
+    ([], "which model?"), (["--model", "tiny", "--include", "gpu1"], "need --hostfile or --nodes"),
 ])
 def test_runs_and_hosts_that_are_not_there_are_told(words: list[str], message: str, environment: dict[str, str],
                                                     tmp_path: Path) -> None:

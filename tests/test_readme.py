@@ -15,7 +15,8 @@ from trainer.options import build_parser
 README = (HOME / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 # Tasks whose flags after -- go to a tool of the master; the others hand on to the trainer.
-MASTER_TOOLS = {"setup-keys": "setup_keys", "hostfile": "generate_hostfile", "validate": "validate_ds_config"}
+MASTER_TOOLS = {"setup-keys": "setup_keys", "hostfile": "generate_hostfile", "validate": "validate_ds_config",
+                "check": "check_cluster"}
 
 
 def known_flags(*command: str) -> str:

@@ -83,7 +83,9 @@ def finish(session: Session) -> int:
     run, console, trainer, ranks = session.run, session.console, session.trainer, session.ranks
     step = trainer.state.global_step
     times = ranks.exchange("waiting", [session.waiting.waited_s, session.waiting.steps_s])
-    waited = shares([time[0] for time in times], [time[1] for time in times], ranks.hosts)
+    waited = None
+    if session.ds_config is not None:
+        waited = shares([time[0] for time in times], [time[1] for time in times], ranks.hosts)
     if session.stop.stopped:
         if ranks.is_first:
             run.finish("stopped", 0, step=step, waiting=waited)

@@ -114,7 +114,7 @@ class Session:
         progress.tell("the first sum over all ranks")
         self.ranks.start_process_group(self.device)
         self.waiting = Waiting(self.device)
-        if self.ranks.world_size > 1:
+        if self.ds_config is not None:  # without DeepSpeed gradients go by another way
             self.waiting.install()
 
     def _open_run(self) -> None:

@@ -47,6 +47,8 @@ print("@@TORCH " + json.dumps(found))
 TORCH_LIMIT = 75  # seconds
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
+NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")  # the package is named by the CUDA it is for
+TUNNELS = ("tun", "tap", "wg", "tailscale", "zt", "docker", "br-", "virbr", "veth", "cni", "flannel", "cali")
 
 
 def package_versions() -> dict[str, str]:
@@ -124,6 +126,110 @@ def ask_torch() -> dict[str, Any]:
     return {"error": said[-1][:300]}
 
 
+def read(path: str) -> str | None:
+    """Return what a file says, None if it can't be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def system() -> dict[str, Any]:
+    """Return the operating system, kernel, C library, and the limits that trainings run into."""
+    import resource
+
+    named = re.search(r'^PRETTY_NAME="?([^"\n]*)', read("/etc/os-release") or "", re.M)
+    limits = {name: resource.getrlimit(number)[0] for name, number in (("nofile", resource.RLIMIT_NOFILE),
+                                                                      ("memlock_bytes", resource.RLIMIT_MEMLOCK))}
+    return {"os": named.group(1) if named else platform.system(), "kernel": platform.release(),
+            "glibc": platform.libc_ver()[1] or None, "timezone": time.strftime("%z"),
+            "shm_bytes": room_bytes("/dev/shm"),  # noqa: S108, it is looked at
+            **{name: None if limit == resource.RLIM_INFINITY else limit for name, limit in limits.items()}}
+
+
+def nccl_version() -> str | None:
+    """Return the version of the NCCL that PyTorch brings along, None without one."""
+    from importlib import metadata
+
+    for name in NCCL:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def disks(paths: list[str]) -> list[dict[str, Any]]:
+    """Return the disks below these paths: where mounted, free and all bytes, whether it turns (None unknown)."""
+    found: dict[str, dict[str, Any]] = {}
+    mounts = [line.split()[1].encode().decode("unicode_escape") for line in (read("/proc/mounts") or "").splitlines()]
+    for path in paths:
+        place = os.path.realpath(path)
+        above = [mount for mount in mounts if place == mount or place.startswith(mount.rstrip("/") + "/")]
+        mount = max(above, key=len, default="/")
+        with contextlib.suppress(OSError):
+            usage, device = shutil.disk_usage(mount), os.stat(mount).st_dev
+            block = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+            turns = read(block + "/queue/rotational") or read(block + "/../queue/rotational")
+            found[mount] = {"mount": mount, "free_bytes": usage.free, "total_bytes": usage.total,
+                            "rotational": None if turns is None else turns == "1"}
+    return list(found.values())
+
+
+def ip(*words: str) -> list[list[str]]:
+    """Return the words of each line that `ip` prints; [] without it."""
+    try:
+        done = subprocess.run(["ip", "-o", *words], stdin=subprocess.DEVNULL, capture_output=True)
+    except OSError:
+        return []
+    return [line.split() for line in done.stdout.decode("ascii", "replace").splitlines()]
+
+
+def addresses() -> dict[str, list[str]]:
+    """Return the addresses, with their prefix lengths, of each network card that is up."""
+    found: dict[str, list[str]] = {}
+    for words in ip("addr", "show", "up"):
+        if len(words) > 3 and words[2] in ("inet", "inet6") and "link" not in words[3:8] and words[1] != "lo":
+            found.setdefault(words[1], []).append(words[3])
+    return found
+
+
+def network_cards() -> list[dict[str, Any]]:
+    """Return the cards that have an address: speed in Mbit/s (None unknown), MTU, driver, and what kind they are."""
+    found = []
+    links = {words[1].rstrip(":").split("@")[0]: words for words in ip("link") if "mtu" in words}
+    for name, own in sorted(addresses().items()):
+        place = "/sys/class/net/" + name
+        speed = read(place + "/speed")
+        mtu = links[name][links[name].index("mtu") + 1] if name in links else None
+        kind = "wifi" if os.path.isdir(place + "/wireless") else "bridge" if os.path.isdir(place + "/bridge") else \
+            "tunnel" if name.startswith(TUNNELS) else "card"
+        found.append({"name": name, "addresses": own, "mbit": int(speed) if speed and speed.isdigit() else None,
+                      "mtu": int(mtu) if mtu and mtu.isdigit() else None, "kind": kind,
+                      "driver": os.path.basename(os.path.realpath(place + "/device/driver"))
+                      if os.path.exists(place + "/device/driver") else None})
+    return found
+
+
+def resolved(names: list[str]) -> dict[str, list[str]]:
+    """Return the addresses by which this node knows each name, [] for an unknown one."""
+    found = {}
+    for name in names:
+        try:
+            entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            found[name] = sorted({str(entry[4][0]) for entry in entries})
+        except OSError:
+            found[name] = []
+    return found
+
+
+def more(wanted: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return what a check of the cluster asks beyond what a start needs."""
+    cache = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    return {**system(), "nccl": nccl_version(), "nics": network_cards(), "names": resolved(wanted.get("names", [])),
+            "own_name": resolved([socket.gethostname()])[socket.gethostname()],
+            "disks": disks([folder, cache, *wanted.get("paths", [])])}
+
+
 def describe(wanted: dict[str, Any]) -> dict[str, Any]:
     """Return the facts; `wanted` names the folder, paths to look for, the port, others that may be there."""
     folder = wanted.get("folder") or os.getcwd()
@@ -135,7 +241,8 @@ def describe(wanted: dict[str, Any]) -> dict[str, Any]:
         "there": [path for path in wanted.get("marks", []) if os.path.exists(path)],
         "port": free_port(wanted.get("port")), "cores": len(os.sched_getaffinity(0)), "jobs": jobs(),
         "address": (os.environ.get("SSH_CONNECTION", "").split() + [None] * 3)[2], "time": time.time(),
-        "torch": ask_torch() if wanted.get("torch") else None, **memory_bytes()}
+        "torch": ask_torch() if wanted.get("torch") else None, **memory_bytes(),
+        **(more(wanted, folder) if wanted.get("more") else {})}
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ stays behind when whoever watches has gone. Standard library only, Python 3.8 or
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -168,6 +169,8 @@ def main() -> int:
             break
     if tool.process and tool.process.poll() is None:
         tool.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in its driver can't be ended
+            tool.process.wait(timeout=1)
     return 0
 
 

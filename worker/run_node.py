@@ -141,13 +141,31 @@ def end_all(job: str, own: set[int]) -> None:
         time.sleep(0.05)
 
 
+def has_rank(pid: int) -> bool:
+    """Tell whether a process is a rank, or was started by one."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return b"\0RANK=" in b"\0" + file.read()
+    except OSError:
+        return False
+
+
+def parent_of(pid: int) -> int:
+    """Return the process that started another, 0 if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def end_abandoned(job: str, grace: float) -> None:
     """End a job whose master has gone: ask its ranks to save, kill what is left after `grace` seconds, tell of it."""
     pids = [pid for pid, state in processes(job).items() if state not in "ZX"]
-    for pid in pids:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-            if b"\0RANK=" in b"\0" + file.read():
-                send(pid, signal.SIGTERM)
+    ranks = {pid for pid in pids if has_rank(pid)}
+    for pid in ranks:
+        if parent_of(pid) not in ranks:  # not what a rank has started, as a data loader's workers
+            send(pid, signal.SIGTERM)
     end = time.monotonic() + grace
     while time.monotonic() < end and any(state not in "ZX" for state in processes(job).values()):
         say(event="beat")
@@ -204,6 +222,7 @@ def interface_towards(address: str) -> str | None:
 def environment(job: dict[str, Any]) -> tuple[dict[str, str], str | None]:
     """Return the ranks' environment: this login's, the job's, the interpreter's own folder first on PATH."""
     found = dict(os.environ)
+    found.pop("LANSPEED_SSH_PASSWORD", None)  # it is for the master alone
     found.update(job["environment"])
     found["LANSPEED_JOB"] = job["job"]
     found["PYTHONUNBUFFERED"] = "1"
@@ -228,11 +247,17 @@ class Tail:
 
     def __init__(self, path: str, rank: int, event: str = "line") -> None:
         self.path, self.rank, self.event, self.at, self.rest = path, rank, event, 0, ""
+        self.file = 0  # its inode: a file that is resumed is written anew
 
     def read(self, last: bool = False) -> bool:
         """Pass on what was written since; with `last` an unfinished line too."""
         try:
             with open(self.path, "rb") as file:
+                now = os.fstat(file.fileno())
+                if now.st_ino != self.file or now.st_size < self.at:
+                    self.file, self.at, self.rest = now.st_ino, 0, ""
+                    if self.event == "metrics":
+                        say(event="metrics", rank=self.rank, text="", fresh=True)
                 file.seek(self.at)
                 data = file.read(TAIL_BLOCK)
         except OSError:
@@ -264,6 +289,7 @@ class Node:
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.ended: dict[int, int | None] = {}  # rank -> exit code
         self.reason = ""  # why the job is ended early
+        self.forced = False  # ranks that end from now on do so because they were told to
         self.deadline = 0.0  # when what is left is killed
         self.heard = self.said = time.monotonic()
         self.buffer = b""
@@ -332,7 +358,7 @@ class Node:
                     for _ in range(100):
                         if rank not in self.tails or not self.tails[rank].read():
                             break
-                    say(event="rank", rank=rank, code=code)
+                    say(event="rank", rank=rank, code=code, asked=self.forced)
                     if code and not self.reason:
                         self.end("a rank failed", PATIENCE)
 
@@ -350,6 +376,7 @@ class Node:
         if self.reason and time.monotonic() + grace >= self.deadline:
             return
         self.reason = self.reason or reason
+        self.forced = self.forced or not orderly
         self.deadline = time.monotonic() + grace
         for pid in list(self.ranks) if orderly else [*self.ranks, self.launcher.pid]:
             send(pid, signal.SIGTERM)

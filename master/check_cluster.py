@@ -1,0 +1,247 @@
+"""Is every node ready, and the same? Ask all, compare them, try the network from each to each; say what to mend.
+
+    invoke check --nodes 'gpu[1-3]'
+    invoke check --hostfile hostfile.txt --network
+    python master/check_cluster.py --nodes gpu1,gpu2 --fast --json
+
+Nothing is changed on a node. Exit code 1 if something stands against a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from master.access import AccessError, access_of, access_words, add_access_flags, question
+from master.cluster import ClusterError, read_cluster, write_cluster
+from master.console import Answers, one_line, say
+from master.fleet import on_all
+from master.hostfile import HostfileError, read_hostfile
+from master.network_probe import Pair, probe
+from master.node_facts import ask, place_of
+from master.nodes import Node, NodeError, parse_node, read_nodes
+from master.parity import Finding, agreement, differences, prepared, troubles
+from master.ssh import Session
+from master.ssh_config import SshError
+from master.survey import survey
+
+HOME = Path(__file__).resolve().parent.parent
+LEVELS = ("error", "warning", "info")
+FULL_SPEED = 0.75  # of a card's own speed that a pair should reach
+ODD = 0.5  # of the median pair's rate, below which a pair is named
+FACTS_KEPT = ("packages", "python", "cores", "ram_bytes", "disks", "nics", "nccl", "driver", "glibc", "os")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool's flags."""
+    parser = argparse.ArgumentParser(
+        prog="check_cluster.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--nodes", nargs="+", metavar="N", default=[], help="hosts: names, user@host:port, ranges gpu[1-4], @file")
+    flag("--hostfile", type=Path, metavar="H", help="the hosts of a hostfile (default: hostfile.txt)")
+    flag("--model", metavar="M", help="a folder that has to be on every host")
+    flag("--dataset", metavar="D", help="a file or folder that has to be on every host")
+    flag("--fast", action="store_true", help="leave out the network between the hosts, and the sum over all slots")
+    flag("--network", action="store_true", help="measure each pair's rate and round trip, a few seconds each")
+    flag("--json", action="store_true", help="print what was found as JSON")
+    add_access_flags(parser)
+    return parser
+
+
+def nodes_of(options: argparse.Namespace) -> tuple[list[Node], Path]:
+    """Return the hosts to check, and the path of their cluster.json."""
+    hostfile = options.hostfile or Path("hostfile.txt")
+    if options.nodes:
+        return read_nodes(options.nodes), hostfile.with_name("cluster.json")
+    return [parse_node(host.host) for host in read_hostfile(hostfile)], hostfile.with_name("cluster.json")
+
+
+def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], options: argparse.Namespace
+              ) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
+    """Return each host's facts as they are compared, and findings about hosts that can't be asked."""
+    paths = [str(Path(word).absolute()) for word in (options.model, options.dataset) if word and Path(word).exists()]
+    wanted = {"more": True, "names": [node.host for node in nodes if not node.is_local], "paths": paths}
+
+    def work(session: Session) -> dict[str, Any]:
+        before = time.time()
+        facts = ask(session, place_of(known.get(str(session.node), {})), wanted)
+        after = time.time()
+        report, address = survey(session).report, facts["address"]
+        facts["driver"], facts["vendor"] = report.driver_version, report.vendor
+        facts["problems"] = [problem.message for problem in report.problems if problem.is_fault]
+        # The node's clock was read between: no skew is seen below half of the time that the question took.
+        skew = facts["time"] - (before + after) / 2
+        facts["clock_skew_s"] = round(skew, 3) if abs(skew) > (after - before) / 2 else 0.0
+        return prepared(facts, known.get(str(session.node), {}).get("address") or address)
+
+    with Answers(nodes) as answers:
+        def tell(node: Node, result: dict[str, Any] | SshError) -> None:
+            failed = isinstance(result, SshError)
+            text = str(result).removeprefix(f"{node}: ") if failed else "asked"
+            answers.tell(node, "failed" if failed else "ok", text, failed=failed)
+
+        found = on_all(nodes, access_of(options), work, answers.paused(question()), tell)
+    facts = {str(node): result for node, result in found.items() if not isinstance(result, SshError)}
+    lost = [Finding("error", (str(node),), f"{result.stage}: {result.fault}", "it can't train", result.mend or "")
+            for node, result in found.items() if isinstance(result, SshError)]
+    return facts, lost
+
+
+def judge(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Return what differs between the hosts, and what is wrong with each."""
+    found = differences(facts) if len(facts) > 1 else []
+    for host, each in facts.items():
+        found += troubles(host, each, each["clock_skew_s"])
+        found += [Finding("error", (host,), message, "a GPU is missing there", "invoke detect there says more")
+                  for message in each["problems"]]
+    return found
+
+
+def judge_network(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]],
+                  addresses: Mapping[str, str]) -> list[Finding]:
+    """Return which host doesn't reach which, and which pairs are slower than their cards or than the others."""
+    found = [Finding("error", (host,), why, "the network can't be tried from there", "") for host, why in lost.items()]
+    for pair in pairs:
+        for fault in pair.faults:
+            found.append(Finding("error", (pair.source,), f"{pair.target} {fault}",
+                                 "the ranks can't meet, or hang at the first sum",
+                                 f"open {pair.target}'s firewall for {addresses[pair.source]}, as by "
+                                 f"sudo ufw allow from {addresses[pair.source]} there"))
+    rates = sorted(pair.alone for pair in pairs if pair.alone)
+    usual = rates[len(rates) // 2] if rates else 0.0
+    for pair in pairs:
+        cards = [facts[host]["card"] for host in (pair.source, pair.target) if host in facts]
+        speeds = [card["mbit"] for card in cards if card and card["mbit"]]
+        expected = min(speeds) * 1e6 / 8 if len(speeds) == 2 else None  # bytes a second, by the slower card
+        if pair.alone is None:
+            continue
+        if pair.alone < ODD * usual:
+            found.append(Finding("warning", (pair.source, pair.target),
+                                 f"{pair.alone / 1e6:.1f} MB/s, the usual pair has {usual / 1e6:.1f}",
+                                 "every step waits for the slowest pair", "look at its cable, port and card"))
+        elif expected and pair.alone < FULL_SPEED * expected:
+            found.append(Finding("warning", (pair.source, pair.target),
+                                 f"{pair.alone / 1e6:.1f} MB/s of the {expected / 1e6:.0f} that their cards could",
+                                 "sums take longer than they need", "look at cables, the switch and other traffic"))
+    return found
+
+
+def addresses_of(facts: Mapping[str, Mapping[str, Any]], known: Mapping[str, Any]) -> dict[str, str]:
+    """Return by host the address at which the others reach it."""
+    found = {}
+    for host, each in facts.items():
+        address = known.get(host, {}).get("address") or each["address"]
+        own = [word.split("/")[0] for card in each["nics"] for word in card["addresses"] if ":" not in word]
+        found[host] = str(address or (own[0] if own else host))
+    return found
+
+
+def keep(path: Path, cluster: dict[str, Any], facts: Mapping[str, Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
+    """Write facts and measured pairs into cluster.json, for the hosts that stand in it."""
+    if not path.exists():
+        return
+    now = round(time.time(), 3)
+    for host in cluster["hosts"]:
+        if host["name"] in facts:
+            host["facts"] = {name: facts[host["name"]].get(name) for name in FACTS_KEPT}
+    measured = [{"from": pair.source, "to": pair.target, "bandwidth_bytes_per_s": pair.alone,
+                 "latency_s": pair.latency_s, "read_at": now} for pair in pairs if pair.latency_s is not None]
+    names = {host["name"] for host in cluster["hosts"]}
+    new = {(pair["from"], pair["to"]): pair for pair in measured if {pair["from"], pair["to"]} <= names}
+    for pair in cluster["pairs"]:  # what was measured before stays where it wasn't measured now
+        mine = new.setdefault((pair["from"], pair["to"]), pair)
+        if mine["bandwidth_bytes_per_s"] is None:
+            new[pair["from"], pair["to"]] = pair
+    write_cluster(path, {**cluster, "pairs": list(new.values())})
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check and show; return the exit code. Raises what `main` catches."""
+    nodes, path = nodes_of(options)
+    cluster = read_cluster(path)
+    known = {host["name"]: host for host in cluster["hosts"]}
+    facts, findings = ask_nodes(nodes, known, options)
+    pairs: list[Pair] = []
+    findings += judge(facts)
+    if len(facts) > 1 and not options.fast:
+        places = {node: place_of(known.get(str(node), {})) for node in nodes if str(node) in facts}
+        addresses = addresses_of(facts, known)
+        pairs, lost = probe(places, addresses, access_of(options), options.network, question(), say)
+        findings += judge_network(pairs, lost, facts, addresses)
+    keep(path, cluster, facts, pairs)
+    sum_line = ""
+    hostfile = None if options.nodes else options.hostfile or Path("hostfile.txt")
+    if hostfile and not options.fast and not any(finding.level == "error" for finding in findings):
+        say("all slots add up a number")
+        sum_line, fault = add_up(hostfile, options)
+        findings += [fault] if fault else []
+    findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    show(facts, findings, pairs, sum_line, options)
+    return int(any(finding.level == "error" for finding in findings))
+
+
+def add_up(hostfile: Path, options: argparse.Namespace) -> tuple[str, Finding | None]:
+    """Have all slots of a hostfile add up a number by the trainer's own means; return what came of it, or the fault."""
+    words = [sys.executable, str(HOME / "master" / "launch_training.py"), "--hostfile", str(hostfile.absolute()),
+             "--script", str(HOME / "trainer" / "first_sum.py"), *access_words(options)]
+    with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:  # where the run's folder goes
+        done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == 0:
+        return (done.stdout.strip().splitlines() or ["?"])[-1], None
+    said = [line.strip() for line in done.stderr.splitlines() if ": " in line and not line.startswith("all that was")]
+    what = next((line for line in said if line.startswith("error: ")), said[-1] if said else f"exit {done.returncode}")
+    hosts = tuple(host.host for host in read_hostfile(hostfile))
+    return "", Finding("error", hosts, f"the ranks did not add up: {what.removeprefix('error: ')}",
+                       "a training would fail the same way", shlex.join(words[:5]) + " shows all")
+
+
+def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pairs: Sequence[Pair], sum_line: str,
+         options: argparse.Namespace) -> None:
+    """Print the result."""
+    if options.json:
+        print(json.dumps({"hosts": facts, "findings": [asdict(finding) for finding in findings],
+                          "pairs": [asdict(pair) for pair in pairs], "sum": sum_line or None}))
+        return
+    for line in agreement(facts):
+        print(one_line(line))
+    for finding in findings:
+        print(one_line(finding.line()))
+    if rates := [pair.alone for pair in pairs if pair.alone]:
+        print(f"network: {len(rates)} pairs, {min(rates) / 1e6:.1f} to {max(rates) / 1e6:.1f} MB/s alone" + (
+            f", {min(both) / 1e6:.1f} when all send" if (both := [pair.together for pair in pairs if pair.together])
+            else ""))
+    if sum_line:
+        print(sum_line)
+    counts = [f"{sum(finding.level == level for finding in findings)} {level}s" for level in LEVELS[:2]]
+    print(f"{len(facts)} hosts asked: {', '.join(counts)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the cluster; return 0, 1 if something stands against a training, 2 for wrong usage."""
+    options = build_parser().parse_args(argv)
+    try:
+        if options.fast and options.network:
+            raise AccessError("--fast leaves out what --network measures: give one of them")
+        return check(options)
+    except (HostfileError, ClusterError) as error:
+        say(f"error: {error}")
+        return 1
+    except (NodeError, AccessError) as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("stopped")
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

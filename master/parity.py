@@ -1,0 +1,183 @@
+"""What differs between nodes that must be alike, and what on a node will hurt a training: findings with their mends.
+
+`invoke check` shows them. The facts come from worker/describe_node.py; the majority decides what is odd.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 1 << 30
+LITTLE_ROOM, SOME_ROOM = 2 * GIB, 20 * GIB  # free bytes for runs and checkpoints: an error below, a warning below
+LITTLE_SHM = 1 * GIB  # NCCL and data loaders of one node share memory there
+LITTLE_FILES = 4096  # open files: a loader's workers and a rank's sockets take thousands
+SKEW = 2.0  # seconds: logs of several hosts can't be read side by side beyond it
+SLOW = 1000  # Mbit/s: a card below it is rarely meant
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about hosts: error (no training), warning (it will hurt) or info; what it does to one; the mend."""
+
+    level: str
+    hosts: tuple[str, ...]
+    what: str
+    effect: str
+    mend: str
+
+    def line(self) -> str:
+        """Return it as one line."""
+        text = f"{', '.join(self.hosts)}: {self.level}: {self.what}: {self.effect}"
+        return f"{text}. {self.mend}" if self.mend else text
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A fact that all nodes should have alike: its name, how to read it, what a difference does and mends."""
+
+    name: str
+    path: tuple[str, ...]
+    level: str
+    effect: str
+    mend: str
+
+
+VERSIONS = "ranks of different versions hang or compute different things"
+INSTALL = "make install there"
+ALIKE = [
+    Alike("lanspeed's code", ("code",), "error", "ranks would run different programs", "copy this checkout there"),
+    *(Alike(name, ("packages", name), "error", VERSIONS, INSTALL)
+      for name in ("torch", "deepspeed", "transformers", "accelerate")),
+    *(Alike(name, ("packages", name), "warning", "data may be tokenized differently", INSTALL)
+      for name in ("datasets", "tokenizers")),
+    Alike("Python", ("minor",), "error", "packages differ with it", "install the same minor release there"),
+    Alike("NCCL", ("nccl",), "error", "its ranks do not speak with each other", INSTALL),
+    Alike("GPU driver", ("driver",), "warning", "one host may refuse what the others run", "update it there"),
+    Alike("glibc", ("glibc",), "info", "packages built on one host may not load on another", ""),
+    Alike("operating system", ("os",), "info", "nothing by itself", ""),
+    Alike("MTU of the training's network card", ("mtu",), "warning",
+          "large packets are lost without a word, and a sum hangs", "sudo ip link set dev CARD mtu 1500 there"),
+    Alike("time zone", ("timezone",), "info", "the logs' times differ by it", ""),
+]
+
+
+def value_at(facts: Facts, path: Sequence[str]) -> Any:
+    """Return the part of the facts at a path, None where there is none."""
+    found: Any = facts
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def prepared(facts: Facts, address: str | None) -> dict[str, Any]:
+    """Return facts in the form that is compared: versions without their build, the card that the training will use."""
+    packages = {name: version.split("+")[0] for name, version in facts["packages"].items()}
+    card = card_of(facts, address)
+    return {**facts, "packages": packages, "minor": ".".join(facts["python"].split(".")[:2]),
+            "mtu": card and card["mtu"], "card": card}
+
+
+def card_of(facts: Facts, address: str | None) -> dict[str, Any] | None:
+    """Return the network card that has an address, None if none does."""
+    for card in facts["nics"]:
+        if address in [each.split("/")[0] for each in card["addresses"]]:
+            found: dict[str, Any] = card
+            return found
+    return None
+
+
+def differences(nodes: Mapping[str, Facts]) -> list[Finding]:
+    """Return what single nodes have unlike the majority; of a tie the first node's is the majority's."""
+    found = []
+    for alike in ALIKE:
+        values = {host: value_at(facts, alike.path) for host, facts in nodes.items()}
+        usual = Counter(values.values()).most_common(1)[0][0]
+        by_value: dict[Any, list[str]] = {}
+        for host, value in values.items():
+            if value != usual:
+                by_value.setdefault(value, []).append(host)
+        for value, hosts in by_value.items():
+            has = f"{alike.name} {value}" if value is not None else f"no {alike.name}"
+            others = f"the others have {usual}" if usual is not None else "the others have none"
+            found.append(Finding(alike.level, tuple(hosts), f"{has}, {others}", alike.effect, alike.mend))
+    return found
+
+
+def troubles(host: str, facts: Facts, here: float | None) -> list[Finding]:
+    """Return what is wrong with a node by itself; `here`: seconds that its clock is ahead of this machine's."""
+    found = []
+
+    def add(level: str, what: str, effect: str, mend: str) -> None:
+        found.append(Finding(level, (host,), what, effect, mend))
+
+    for disk in facts["disks"]:
+        if disk["free_bytes"] < SOME_ROOM:
+            level = "error" if disk["free_bytes"] < LITTLE_ROOM else "warning"
+            add(level, f"{disk['free_bytes'] / 1e9:.1f} GB are free on {disk['mount']}",
+                "checkpoints or packages won't fit", "make room there")
+    if facts["shm_bytes"] is not None and facts["shm_bytes"] < LITTLE_SHM:
+        add("warning", f"its shared memory has {facts['shm_bytes'] / 1e6:.0f} MB",
+            "ranks of one host die of a bus error",
+            "sudo mount -o remount,size=50% /dev/shm there (a container: --shm-size)")
+    if facts["nofile"] is not None and facts["nofile"] < LITTLE_FILES:
+        add("warning", f"{facts['nofile']} open files are allowed", "data loaders fail with 'too many open files'",
+            "a line 'nofile 65536' for the account in /etc/security/limits.conf there")
+    if here is not None and abs(here) > SKEW:
+        add("warning", f"its clock is {abs(here):.0f} s {'ahead' if here > 0 else 'behind'}",
+            "logs can't be read side by side, and certificates may be refused", "sudo timedatectl set-ntp true there")
+    if any(ipaddress.ip_address(each.split("%")[0]).is_loopback for each in facts["own_name"]):
+        add("info", f"its name {facts['hostname']} leads to itself ({', '.join(facts['own_name'])})",
+            "gloo by itself would tell that address to the others; invoke train names the network card instead",
+            "GLOO_SOCKET_IFNAME where you start ranks by hand")
+    for path in facts["missing"]:
+        add("error", f"{path} is not there", "its ranks would not find it", "copy it to the same path")
+    if facts["jobs"]:
+        add("warning", f"{', '.join(facts['jobs'])} runs there", "both trainings get slower, or run out of memory",
+            "invoke stop, or wait")
+    return found + cards(host, facts)
+
+
+def cards(host: str, facts: Facts) -> list[Finding]:
+    """Return what is wrong with the network card that the training will use, and with those beside it."""
+    card, found = facts["card"], []
+    if card is None:
+        return []
+    real = [each for each in facts["nics"] if each["kind"] in ("card", "wifi")]
+    if card["kind"] == "wifi":
+        found.append(Finding("warning", (host,), f"its network is Wi-Fi ({card['name']})",
+                             "every step waits for it, by the slowest moment", "plug in a cable"))
+    faster = [each for each in real if (each["mbit"] or 0) > (card["mbit"] or 0) > 0]
+    if faster:
+        found.append(Finding(
+            "warning", (host,), f"{card['name']} ({card['mbit']} Mbit/s) is used, and {faster[0]['name']} has "
+            f"{faster[0]['mbit']}", "sums take as much longer",
+            f"name the host by its address on {faster[0]['name']} ({', '.join(faster[0]['addresses'])})"))
+    elif card["mbit"] and card["mbit"] < SLOW:
+        found.append(Finding("warning", (host,), f"{card['name']} runs at {card['mbit']} Mbit/s",
+                             "sums take ten times as long as on gigabit", "look at the cable and the switch's port"))
+    networks: dict[Any, str] = {}
+    for each in real:
+        for network in {ipaddress.ip_interface(address).network for address in each["addresses"]}:
+            if networks.setdefault(network, each["name"]) != each["name"]:
+                found.append(Finding(
+                    "warning", (host,), f"{networks[network]} and {each['name']} are both in {network}",
+                    "answers leave by the wrong one, often the slower", "give one of them another network"))
+    return found
+
+
+def agreement(nodes: Mapping[str, Facts]) -> list[str]:
+    """Return lines of what all nodes have alike: one for those that agree wholly, one for each that doesn't."""
+    groups: dict[str, list[str]] = {}
+    for host, facts in nodes.items():
+        words = [f"{facts['os']}, Python {facts['minor']}"]
+        words += [f"{name} {facts['packages'][name]}" for name in ("torch", "deepspeed", "transformers")
+                  if name in facts["packages"]]
+        words += [f"driver {facts['driver']}"] if facts.get("driver") else []
+        words += [f"{facts['cores']} cores, {facts.get('ram_bytes', 0) / GIB:.0f} GiB"]
+        groups.setdefault(", ".join(words), []).append(host)
+    return [f"{', '.join(hosts)}: {words}" for words, hosts in groups.items()]
