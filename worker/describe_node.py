@@ -144,7 +144,7 @@ def system() -> dict[str, Any]:
                                                                       ("memlock_bytes", resource.RLIMIT_MEMLOCK))}
     return {"os": named.group(1) if named else platform.system(), "kernel": platform.release(),
             "glibc": platform.libc_ver()[1] or None, "timezone": time.strftime("%z"),
-            "shm_bytes": room_bytes("/dev/shm"),  # noqa: S108, it is looked at
+            "shm_bytes": room_bytes("/dev/shm"),  # noqa: S108, it is looked at  # nosec B108
             **{name: None if limit == resource.RLIM_INFINITY else limit for name, limit in limits.items()}}
 
 

@@ -86,7 +86,7 @@ def listen(ports: list[int], token: bytes) -> tuple[list[int | None], list[str]]
     faults = []
     for port in ports:
         try:
-            server = socket.create_server(("", port), backlog=128)  # nosec B104: others have to come in; a token guards it
+            server = socket.create_server(("", port), backlog=128)
         except OSError as error:
             opened.append(None)
             faults.append(f"port {port}: {error.strerror}")
