@@ -76,7 +76,7 @@ def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], options: argparse
         facts = ask(session, place_of(known.get(str(session.node), {})), wanted)
         after = time.time()
         report, address = survey(session).report, facts["address"]
-        facts["driver"], facts["vendor"] = report.driver_version, report.vendor
+        facts["driver"] = report.driver_version
         facts["problems"] = [problem.message for problem in report.problems if problem.is_fault]
         # The node's clock was read between: no skew is seen below half of the time that the question took.
         skew = facts["time"] - (before + after) / 2

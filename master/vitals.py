@@ -22,7 +22,7 @@ BEAT = 5.0  # seconds between two signs of life to the host
 
 
 class Vitals:
-    """Asks hosts until it is closed; `latest` may be read at any time. Use as a context manager."""
+    """Asks hosts until it is closed; `latest` may be read at any time."""
 
     def __init__(self, places: dict[Node, Place], access: Access, every: float) -> None:
         self._places, self._access, self._every = places, access, every
