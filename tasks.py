@@ -130,6 +130,28 @@ def check(c, nodes="", hostfile="", fast=False, network=False, json=False):  # t
 
 
 @task(auto_shortflags=False, help={
+    "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file",
+    "hostfile": "the hosts of a hostfile (default: hostfile.txt)",
+    "model": "a folder, or a Hugging Face name",
+    "dataset": "a file, a folder, or a Hugging Face name",
+    "folder": "where lanspeed goes (default: this path there too, or ~/lanspeed)",
+    "no-env": "leave environments alone",
+    "index-url": "package index instead of PyPI and PyTorch's",
+    "wheelhouse": "for nodes without internet: wheels go from this folder here, which is filled if it lacks some",
+    "overwrite": "replace files that are there with other content",
+    "dry-run": "say what would be sent",
+    "remove": "take away all that lanspeed has put there",
+    "json": "what was done as JSON",
+})
+def sync(c, nodes="", hostfile="", model="", dataset="", folder="", no_env=False, index_url="", wheelhouse="",  # type: ignore[no-untyped-def]
+         overwrite=False, dry_run=False, remove=False, json=False):
+    """Bring code, environment, model and data to every node; flags of master/sync_nodes.py follow --."""
+    words = flags(hostfile=hostfile, model=model, dataset=dataset, folder=folder, no_env=no_env, index_url=index_url,
+                  wheelhouse=wheelhouse, overwrite=overwrite, dry_run=dry_run, remove=remove, json=json)
+    run_tool("master.sync_nodes", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
+
+
+@task(auto_shortflags=False, help={
     "config": "DeepSpeed config (trainer/ds_config.json)",
     "hostfile": "the hosts that will train: their slots, and cluster.json beside it",
     "plain-deepspeed": 'no Trainer will read it: "auto" is an error',

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 BLOCK = 65536
 COMPLAINTS = 4096  # bytes of standard error that are kept, the last ones
+TICK = 0.1  # seconds after which a waiting side looks at the clock: both directions of a channel share one time limit
+STUCK = 60.0  # seconds in which a peer that takes nothing is gone
 
 
 class Channel(Protocol):
@@ -100,24 +103,34 @@ class SshChannel:
     def __init__(self, channel: paramiko.Channel, command: str, host: str) -> None:
         self._channel, self._host, self._said = channel, host, b""
         channel.exec_command(command)
+        channel.settimeout(TICK)
 
     def send(self, data: bytes) -> None:
-        """Write all of it; a peer that takes nothing for a minute is gone."""
-        self._channel.settimeout(60)
-        try:
-            self._channel.sendall(data)
-        except OSError as error:
-            raise SshError(self._host, "command", f"the connection broke: {error}") from None
+        """Write all of it; one thread may send while another receives."""
+        rest, since = memoryview(data), time.monotonic()
+        while rest:
+            try:
+                count = self._channel.send(bytes(rest[:BLOCK]))
+                if not count:
+                    raise OSError("it is closed")
+                rest, since = rest[count:], time.monotonic()
+            except TimeoutError:
+                if time.monotonic() - since > STUCK:
+                    raise SshError(self._host, "command", f"it took nothing for {STUCK:.0f} s") from None
+            except OSError as error:
+                raise SshError(self._host, "command", f"the connection broke: {error}") from None
 
     def receive(self, seconds: float) -> bytes | None:
         """Wait for output."""
-        self._channel.settimeout(seconds)
-        try:
-            return self._channel.recv(BLOCK)
-        except TimeoutError:
-            return None
-        except OSError as error:
-            raise SshError(self._host, "command", f"the connection broke: {error}") from None
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self._channel.recv(BLOCK)
+            except TimeoutError:
+                if time.monotonic() >= end:
+                    return None
+            except OSError as error:
+                raise SshError(self._host, "command", f"the connection broke: {error}") from None
 
     def complaints(self) -> str:
         """Read what is there."""

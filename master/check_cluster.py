@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from master.access import AccessError, access_of, access_words, add_access_flags, question
-from master.cluster import ClusterError, read_cluster, write_cluster
+from master.cluster import ClusterError, chosen_nodes, read_cluster, write_cluster
 from master.console import Answers, one_line, say
 from master.fleet import on_all
 from master.hostfile import HostfileError, read_hostfile
 from master.network_probe import Pair, probe
 from master.node_facts import ask, place_of
-from master.nodes import Node, NodeError, parse_node, read_nodes
+from master.nodes import Node, NodeError
 from master.parity import Finding, agreement, differences, prepared, troubles
 from master.ssh import Session
 from master.ssh_config import SshError
@@ -55,14 +55,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--json", action="store_true", help="print what was found as JSON")
     add_access_flags(parser)
     return parser
-
-
-def nodes_of(options: argparse.Namespace) -> tuple[list[Node], Path]:
-    """Return the hosts to check, and the path of their cluster.json."""
-    hostfile = options.hostfile or Path("hostfile.txt")
-    if options.nodes:
-        return read_nodes(options.nodes), hostfile.with_name("cluster.json")
-    return [parse_node(host.host) for host in read_hostfile(hostfile)], hostfile.with_name("cluster.json")
 
 
 def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], options: argparse.Namespace
@@ -166,7 +158,7 @@ def keep(path: Path, cluster: dict[str, Any], facts: Mapping[str, Mapping[str, A
 
 def check(options: argparse.Namespace) -> int:
     """Check and show; return the exit code. Raises what `main` catches."""
-    nodes, path = nodes_of(options)
+    nodes, path = chosen_nodes(options.nodes, options.hostfile)
     cluster = read_cluster(path)
     known = {host["name"]: host for host in cluster["hosts"]}
     facts, findings = ask_nodes(nodes, known, options)

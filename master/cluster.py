@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from master.files import write_whole
+from master.hostfile import read_hostfile
+from master.nodes import Node, parse_node, read_nodes
 
 SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "cluster.schema.json"
 
 
 class ClusterError(ValueError):
     """A cluster.json that can't be used; the message begins with its path."""
+
+
+def chosen_nodes(words: Sequence[str], hostfile: Path | None) -> tuple[list[Node], Path]:
+    """Return the hosts that --nodes, else a hostfile (default: hostfile.txt), names, and their cluster.json's path."""
+    path = hostfile or Path("hostfile.txt")
+    nodes = read_nodes(words) if words else [parse_node(host.host) for host in read_hostfile(path)]
+    return nodes, path.with_name("cluster.json")
 
 
 def empty() -> dict[str, Any]:
@@ -42,7 +51,8 @@ def read_cluster(path: Path) -> dict[str, Any]:
 def merge(cluster: dict[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the cluster with these hosts and no others; facts and places that are known of them stay."""
     old = {host["name"]: host for host in cluster["hosts"]}
-    kept = [{**host, **{key: old[host["name"]][key] for key in ("facts", "dir", "python") if host["name"] in old}}
+    kept = [{**host, **{key: old[host["name"]][key] for key in ("facts", "dir", "python", "paths")
+                       if key in old.get(host["name"], {})}}
             for host in hosts]
     names = {host["name"] for host in hosts}
     pairs = [pair for pair in cluster["pairs"] if {pair["from"], pair["to"]} <= names]

@@ -210,7 +210,8 @@ class ClusterJob:
         with contextlib.closing(session.open(command)) as channel:
             job = {**self._job, "job": self._name, "python": part.place.python, "patience": SILENCE,
                    "node_rank": list(self._parts).index(host), "folder": self._job["folders"][host],
-                   "script": self._job["scripts"][host], "log": self._job["logs"][host]}
+                   "script": self._job["scripts"][host], "log": self._job["logs"][host],
+                   "arguments": [part.place.there(word) for word in self._job["arguments"]]}
             channel.send((WORKER / "run_node.py").read_bytes() + json.dumps(job).encode() + b"\n")
             self._converse(host, channel)
 

@@ -23,6 +23,7 @@ from master.failures import first_cause
 from master.hostfile import Slots
 from master.node_facts import faults, gpu_faults, here, place_of, torch_faults
 from master.nodes import parse_node
+from master.local_training import TRAINER
 from master.plain_deepspeed import HOME
 from master.run_fetch import fetch_run
 from master.runs import LAUNCHER, keep_hosts, mark_failed, sign
@@ -87,7 +88,7 @@ class Training:
         """Return the job, or None after telling what stands against it."""
         mark = self.run.absolute() / f".{self.name}"
         found = [str(error) for error in unreached.values()]
-        found += [str(fault) for fault in faults(facts, here({"folder": str(HOME)}), self.paths)]
+        found += [str(fault) for fault in faults(facts, here({"folder": str(HOME)}))]
         found += [str(fault) for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
                   for fault in gpu_faults(str(part.node), part.slots, gpus)]
         found += [str(fault) for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
@@ -109,14 +110,14 @@ class Training:
         cwd = str(Path.cwd())
         self.folders = {str(part.node): cwd if cwd in facts[str(part.node)]["there"] else part.place.folder
                         for part in self.parts}
-        script = self.options.script and str(Path(self.options.script).absolute())
+        script = str(Path(self.options.script).absolute() if self.options.script else TRAINER)
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "environment": self.variables, "arguments": self._arguments(),
                 "continue_without_master": self.options.on_lost_master == "continue",
                 "no_local_rank": self.options.no_local_rank,
                 "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders,
                 "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
-                "scripts": {str(part.node): script or f"{part.place.folder}/trainer/train.py" for part in self.parts}}
+                "scripts": {str(part.node): part.place.there(script) for part in self.parts}}
 
     def _arguments(self) -> list[str]:
         return [*self.words, *(["--resume_from_checkpoint", "auto"] if self.again and not self.options.script else [])]

@@ -28,15 +28,25 @@ BUSY = 1024  # MiB that other programs hold on a GPU from which it is told of: a
 
 @dataclass(frozen=True)
 class Place:
-    """Where lanspeed lives on a node: the folder of the checkout and the Python that trains."""
+    """Where lanspeed lives on a node: the folder of the checkout, the Python that trains, paths (here, there)."""
 
     folder: str
     python: str
+    paths: tuple[tuple[str, str], ...] = ()
+
+    def there(self, word: str) -> str:
+        """Return a word of a command as the node has it: this machine's paths become the node's."""
+        head, equals, tail = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        for here, there in sorted([*self.paths, (str(WORKER.parent), self.folder)], key=lambda pair: -len(pair[0])):
+            if tail == here or tail.startswith(here + "/"):
+                return head + equals + there + tail[len(here) :]
+        return word
 
 
 def place_of(known: Mapping[str, Any]) -> Place:
     """Return a host's place by what cluster.json says of it; this machine's path where it says nothing."""
-    return Place(known.get("dir") or str(WORKER.parent), known.get("python") or sys.executable)
+    return Place(known.get("dir") or str(WORKER.parent), known.get("python") or sys.executable,
+                 tuple(known.get("paths", {}).items()))
 
 
 @dataclass(frozen=True)
@@ -61,18 +71,22 @@ def streamed(script: Path) -> str:
 
 
 def ask(session: Session, place: Place, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a node's facts; raise SshError with the mend where they can't be had."""
-    words = json.dumps({"folder": place.folder, **wanted})
+    """Return a node's facts; raise SshError with the mend where they can't be had.
+
+    Paths in `wanted`, and those that are missing there, are this machine's.
+    """
+    paths = {place.there(path): path for path in wanted.get("paths", [])}
+    words = json.dumps({"folder": place.folder, **wanted, "paths": list(paths)})
     command = f"exec {shlex.quote(place.python)} {streamed(WORKER / 'describe_node.py')} {shlex.quote(words)}"
     done = session.run(command, (WORKER / "describe_node.py").read_bytes())
     host = str(session.node)
     for line in done.out.splitlines():
         if line.startswith(MARK):
             facts: dict[str, Any] = json.loads(line[len(MARK) :])
-            return facts
+            return {**facts, "missing": [paths.get(path, path) for path in facts["missing"]]}
     if done.code in NOT_FOUND:
         raise SshError(host, "Python", f"no {place.python} there",
-                       "put lanspeed and its .venv at the same path as here (make install there)")
+                       "invoke sync brings lanspeed and its environment there")
     said = (done.err.strip().splitlines() or ["it printed nothing"])[-1]
     raise SshError(host, "Python", f"{place.python} does not answer: {said[:200]}")
 
@@ -100,8 +114,8 @@ def torch_faults(host: str, slots: Sequence[int], torch: Mapping[str, Any]) -> l
     version = f"torch {torch.get('version', '')}".strip()
     if not torch.get("built_for"):
         if "version" not in torch:
-            return [Fault(host, f"{torch['error']}: make install there")]
-        return [Fault(host, f"{version} there is built without GPUs: make install there, without the CPU index")]
+            return [Fault(host, f"{torch['error']}: invoke sync")]
+        return [Fault(host, f"{version} there is built without GPUs: invoke sync")]
     if torch["error"] and not torch["devices"]:
         why = torch["error"].splitlines()[0]
         return [Fault(host, f"{version} (for {torch['built_for']}) can't use the GPUs: {why}")]
@@ -146,24 +160,29 @@ def here(wanted: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def faults(answers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any], paths: Sequence[str]) -> list[Fault]:
+def version_faults(host: str, facts: Mapping[str, Any], own: Mapping[str, Any]) -> list[Fault]:
+    """Return which packages, or Python, a host has otherwise than this machine."""
+    found = []
+    for name, version in own["packages"].items():
+        theirs = facts["packages"].get(name)
+        if theirs is None:
+            found.append(Fault(host, f"{name} is not installed: invoke sync"))
+        elif theirs.split("+")[0] != version.split("+")[0]:
+            found.append(Fault(host, f"{name} {theirs}, here {version}: invoke sync"))
+    if facts["python"].split(".")[:2] != own["python"].split(".")[:2]:
+        found.append(Fault(host, f"Python {facts['python']}, here {own['python']}: invoke sync takes the same"))
+    return found
+
+
+def faults(answers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) -> list[Fault]:
     """Return what stops a start, host by host; `own` are this machine's facts, which the others must agree with."""
     found = []
     for host, facts in answers.items():
         if facts["code"] != own["code"]:
             what = "another state of lanspeed's code" if facts["code"] else "no lanspeed"
-            found.append(Fault(host, f"{what} in the folder it trains in: copy this machine's there"))
-        for name, version in own["packages"].items():
-            theirs = facts["packages"].get(name)
-            if theirs is None:
-                found.append(Fault(host, f"{name} is not installed: make install there"))
-            elif theirs.split("+")[0] != version.split("+")[0]:
-                found.append(Fault(host, f"{name} {theirs}, here {version}: make install there"))
-        if facts["python"].split(".")[:2] != own["python"].split(".")[:2]:
-            found.append(Fault(host, f"Python {facts['python']}, here {own['python']}: take one minor release"))
-        for path in facts["missing"]:
-            what = "is not there" if path in paths else "can't be found"
-            found.append(Fault(host, f"{path} {what}: copy it to the same path"))
+            found.append(Fault(host, f"{what} in the folder it trains in: invoke sync"))
+        found += version_faults(host, facts, own)
+        found += [Fault(host, f"{path} is not there: invoke sync -- --with {path}") for path in facts["missing"]]
         if facts["free_bytes"] is not None and facts["free_bytes"] < LITTLE_ROOM:
             found.append(Fault(host, f"{facts['free_bytes'] / 1e9:.1f} GB are free on its disk: make room"))
         if facts["port"] is None:

@@ -48,9 +48,9 @@ class Alike:
 
 
 VERSIONS = "ranks of different versions hang or compute different things"
-INSTALL = "make install there"
+INSTALL = "invoke sync"
 ALIKE = [
-    Alike("lanspeed's code", ("code",), "error", "ranks would run different programs", "copy this checkout there"),
+    Alike("lanspeed's code", ("code",), "error", "ranks would run different programs", "invoke sync"),
     *(Alike(name, ("packages", name), "error", VERSIONS, INSTALL)
       for name in ("torch", "deepspeed", "transformers", "accelerate")),
     *(Alike(name, ("packages", name), "warning", "data may be tokenized differently", INSTALL)
@@ -135,7 +135,7 @@ def troubles(host: str, facts: Facts, here: float | None) -> list[Finding]:
             "gloo by itself would tell that address to the others; invoke train names the network card instead",
             "GLOO_SOCKET_IFNAME where you start ranks by hand")
     for path in facts["missing"]:
-        add("error", f"{path} is not there", "its ranks would not find it", "copy it to the same path")
+        add("error", f"{path} is not there", "its ranks would not find it", f"invoke sync -- --with {path}")
     if facts["jobs"]:
         add("warning", f"{', '.join(facts['jobs'])} runs there", "both trainings get slower, or run out of memory",
             "invoke stop, or wait")

@@ -76,14 +76,14 @@ def test_what_differs_between_nodes_stops_a_start() -> None:
     own = {"code": "c1", "packages": {"torch": "2.13.0+cpu", "deepspeed": "0.19.8"}, "python": "3.11.2"}
     same = {"code": "c1", "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "python": "3.11.9", "missing": [],
             "free_bytes": 10**12, "port": 29500}
-    assert not faults({"gpu1": same}, own, [])
+    assert not faults({"gpu1": same}, own)
     odd = {"code": None, "packages": {"torch": "2.12.0"}, "python": "3.12.1", "missing": ["/data/x"],
            "free_bytes": 10**9, "port": None}
-    assert [str(fault) for fault in faults({"gpu1": same, "gpu2": odd}, own, ["/data/x"])] == [
-        "gpu2: no lanspeed in the folder it trains in: copy this machine's there",
-        "gpu2: torch 2.12.0, here 2.13.0+cpu: make install there",
-        "gpu2: deepspeed is not installed: make install there",
+    assert [str(fault) for fault in faults({"gpu1": same, "gpu2": odd}, own)] == [
+        "gpu2: no lanspeed in the folder it trains in: invoke sync",
+        "gpu2: torch 2.12.0, here 2.13.0+cpu: invoke sync",
+        "gpu2: deepspeed is not installed: invoke sync",
         "gpu2: Python 3.12.1, here 3.11.2: take one minor release",
-        "gpu2: /data/x is not there: copy it to the same path",
+        "gpu2: /data/x is not there: invoke sync -- --with /data/x",
         "gpu2: 1.0 GB are free on its disk: make room",
         "gpu2: the port is taken: --master-port N names another"]

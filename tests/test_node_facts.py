@@ -36,8 +36,8 @@ def test_a_gpu_that_torch_was_not_built_for_is_named() -> None:
     ({**BUILT, "devices": [], "error": "The NVIDIA driver on your system is too old (found version 11040).\nUpdate"},
      "torch 2.13.0+cu130 (for CUDA 13.0) can't use the GPUs: The NVIDIA driver on your system is too old"),
     ({"version": "2.13.0+cpu", "built_for": None, "archs": [], "devices": [], "error": None},
-     "torch 2.13.0+cpu there is built without GPUs: make install there"),
-    ({"error": "ModuleNotFoundError: No module named 'torch'"}, "No module named 'torch': make install there"),
+     "torch 2.13.0+cpu there is built without GPUs: invoke sync"),
+    ({"error": "ModuleNotFoundError: No module named 'torch'"}, "No module named 'torch': invoke sync"),
 ])
 def test_a_torch_without_gpus_is_told_of(answer: dict[str, Any], words: str) -> None:
     (fault,) = torch_faults("gpu1", [0], answer)

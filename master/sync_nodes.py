@@ -1,0 +1,278 @@
+"""Bring every node what a training needs: lanspeed's code, an equal environment, the model, the data.
+
+    invoke sync
+    invoke sync --nodes 'gpu[1-3]' --model ./llama --dataset notes/
+    python master/sync_nodes.py --hostfile hostfile.txt --dry-run
+
+One copy leaves this machine: nodes pass on what they get while they get it. What comes is verified by its hash; after a
+break the same command goes on. What lanspeed didn't put there is neither changed nor deleted. --remove undoes it all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from master.access import AccessError, access_of, add_access_flags, question
+from master.cluster import ClusterError, chosen_nodes, read_cluster, write_cluster
+from master.console import one_line, say
+from master.environments import ROOM, Recipe, fill, make, tools, wheels
+from master.fanout import Fanout, Seat
+from master.fleet import on_all
+from master.hostfile import HostfileError
+from master.nodes import Node, NodeError
+from master.pieces import Pieces
+from master.ssh import Session
+from master.ssh_config import Access, SshError
+from master.sync_screen import SyncScreen
+from master.trees import Tree, TreeError, collect
+
+GIGABIT = 1000.0  # Mbit/s: what a link of unknown speed is taken for
+
+
+@dataclass
+class Outcome:
+    """What came of a host: an error, or where things lie there and what was done."""
+
+    host: str
+    error: str = ""
+    folder: str = ""
+    python: str = ""
+    bytes_sent: int = 0
+    bytes_missing: int = 0
+    deleted: int = 0
+    kept: tuple[str, ...] = ()  # changed there since, or not lanspeed's
+    environment: str = ""
+    shares_home_of: str = ""
+    paths: dict[str, str] | None = None  # here -> there, where that differs
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool's flags."""
+    parser = argparse.ArgumentParser(
+        prog="sync_nodes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--nodes", nargs="+", metavar="N", default=[], help="hosts: names, user@host:port, ranges gpu[1-4], @file")
+    flag("--hostfile", type=Path, metavar="H", help="the hosts of a hostfile (default: hostfile.txt)")
+    flag("--model", metavar="M", help="a folder, or a Hugging Face name (from the cache here, or fetched once)")
+    flag("--dataset", metavar="D", help="a file, a folder, or a Hugging Face name")
+    flag("--with", dest="more", nargs="+", type=Path, default=[], metavar="F", help="more files or folders")
+    flag("--folder", default="", metavar="F", help="where lanspeed goes (default: this path there too, or ~/lanspeed)")
+    flag("--no-env", action="store_true", help="leave environments alone")
+    flag("--python", metavar="P", default=f"{sys.version_info[0]}.{sys.version_info[1]}",
+         help="the Python to make them with: a version or a path there (default: this one's; fetched if need be)")
+    flag("--index-url", default="", metavar="U", help="package index instead of PyPI and PyTorch's")
+    flag("--wheelhouse", type=Path, metavar="DIR",
+         help="for nodes without internet: wheels go from this folder here, which is filled if it lacks some")
+    flag("--overwrite", action="store_true", help="replace files that are there with other content")
+    flag("--dry-run", action="store_true", help="say what would be sent")
+    flag("--remove", action="store_true", help="take away all that lanspeed has put there")
+    flag("--json", action="store_true", help="print what was done as JSON")
+    add_access_flags(parser)
+    return parser
+
+
+def trees_of(options: argparse.Namespace) -> list[Tree]:
+    """Return what is to be there. Raises TreeError."""
+    paths, names = list(options.more), []
+    for kind in ("model", "dataset"):
+        word = getattr(options, kind)
+        if not word or word == "tiny":
+            continue
+        if Path(word).expanduser().exists() or word.startswith((".", "/", "~")):
+            paths.append(Path(word))
+        else:
+            names.append((kind, word))
+    trees = collect(options.folder, paths, names)
+    for tree in trees:
+        if tree.left_out:
+            say(f"left out (no file, or a link to nothing): {', '.join(tree.left_out[:5])}"
+                + (f" and {len(tree.left_out) - 5} more" if len(tree.left_out) > 5 else ""))
+    if options.no_env:
+        return trees
+    if options.wheelhouse:
+        fill(options.wheelhouse, options.index_url, say)
+        trees.append(wheels(options.wheelhouse))
+    return [*trees, tools()]
+
+
+def speed_of(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> float:
+    """Return how fast a host takes data, in Mbit/s: as measured, else as its network card says."""
+    rates = [pair["bandwidth_bytes_per_s"] for pair in cluster["pairs"]
+             if pair["to"] == known.get("name") and pair["bandwidth_bytes_per_s"]]
+    if rates:
+        return float(max(rates)) * 8 / 1e6
+    for card in known.get("facts", {}).get("nics") or []:
+        if card["mbit"] and known.get("address") in [word.split("/")[0] for word in card["addresses"]]:
+            return float(card["mbit"])
+    return GIGABIT
+
+
+def outcome_of(seat: Seat, trees: Sequence[Tree]) -> Outcome:
+    """Return what came of a seat in the chain."""
+    plan, finished = seat.said.get("plan"), seat.said.get("finished", {})
+    found = Outcome(seat.host, seat.fault or "", shares_home_of=seat.same_home)
+    if plan and not seat.fault:
+        found.folder, found.bytes_missing = plan["roots"]["checkout"], plan["bytes"]
+        found.bytes_sent, found.deleted, found.kept = seat.written, finished.get("deleted", 0), \
+            tuple(finished.get("kept", ()))
+        places = {tree.here: os.path.join(plan["roots"][tree.name], tree.below) if tree.below
+                  else plan["roots"][tree.name] for tree in trees if tree.here and tree.name != "checkout"}
+        found.paths = {here: there for here, there in places.items() if here != there}
+    return found
+
+
+def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Access, options: argparse.Namespace,
+                 found: Mapping[str, Outcome]) -> None:
+    """Make the environments side by side; note what came of each."""
+    names = ",".join(sorted(path.name for path in options.wheelhouse.glob("*.whl"))) if options.wheelhouse else ""
+    short = hashlib.sha256(names.encode()).hexdigest()[:16] if names else ""
+    recipe = Recipe(options.python, options.index_url, short)
+    with SyncScreen() as screen:
+        def work(session: Session) -> tuple[str, str]:
+            host = str(session.node)
+            hello = seats[host].said["hello"]
+            tell: Callable[[str], None] = lambda line: screen.environment(host, line)  # noqa: E731
+            done = make(session, recipe, seats[host].said["plan"]["roots"], hello["uv"], hello["machine"], tell)
+            screen.environment(host, done[1])
+            return done
+
+        for node, result in on_all(nodes, access, work, question()).items():
+            one = found[str(node)]
+            if isinstance(result, SshError):
+                one.error = f"{result.stage}: {result.fault}" + (f": {result.mend}" if result.mend else "")
+            else:
+                one.python, one.environment = result
+
+
+def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> None:
+    """Write into cluster.json where lanspeed lives on each host."""
+    for host in cluster["hosts"]:
+        one = found.get(host["name"])
+        if one and one.folder and not one.error:
+            host["dir"], host["paths"] = one.folder, {**host.get("paths", {}), **(one.paths or {})}
+            host["python"] = one.python or host["python"]
+    strangers = sorted(one.host for one in found.values() if one.folder and one.host not in
+                       {host["name"] for host in cluster["hosts"]})
+    if path.exists() and cluster["hosts"]:
+        write_cluster(path, cluster)
+    if strangers:
+        say(f"{', '.join(strangers)}: not in {path}, where the other tools look: invoke hostfile writes it, then sync "
+            "again")
+
+
+def sync(options: argparse.Namespace) -> int:
+    """Do it; return the exit code. Raises what `main` catches."""
+    nodes, path = chosen_nodes(options.nodes, options.hostfile)
+    nodes = [node for node in nodes if not node.is_local]  # it is all here
+    cluster = read_cluster(path)
+    known = {host["name"]: host for host in cluster["hosts"]}
+    access, started = access_of(options), time.monotonic()
+    pieces = None
+    with SyncScreen() as screen:
+        if not options.remove:
+            pieces = Pieces(trees_of(options), screen.reading)
+        addresses = {str(node): known.get(str(node), {}).get("address") for node in nodes}
+        with Fanout(nodes, access, addresses, screen.rows) as fanout:
+            fanout.reach(question())
+            if pieces is None:
+                fanout.remove()
+                return tell_removed(fanout, path, cluster)
+            fanout.plan(pieces, lambda seat: room(known.get(seat.host, {}), options), options.overwrite)
+            if not options.dry_run:
+                fanout.spread(pieces, lambda seat: -speed_of(known.get(seat.host, {}), cluster))
+    found = {host: outcome_of(seat, pieces.trees) for host, seat in fanout.seats.items()}
+    if not options.dry_run and not options.no_env:
+        ready = [node for node in nodes if found[str(node)].folder and not found[str(node)].error]
+        environments(ready, fanout.seats, access, options, found)
+    for one in found.values():
+        if one.shares_home_of and not one.error:
+            first = found[one.shares_home_of]
+            one.folder, one.python, one.paths, one.error = first.folder, first.python, first.paths, first.error
+    if not options.dry_run:
+        keep(path, cluster, found)
+    return tell(list(found.values()), options, time.monotonic() - started)
+
+
+def room(known: Mapping[str, Any], options: argparse.Namespace) -> int:
+    """Return the bytes that a new environment takes on a host."""
+    if options.no_env:
+        return 0
+    return ROOM["NONE" if known.get("report", {}).get("vendor", "NONE") == "NONE" else "other"]
+
+
+def tell_removed(fanout: Fanout, path: Path, cluster: dict[str, Any]) -> int:
+    """Say what was taken away, and forget it."""
+    failed = False
+    for seat in fanout.seats.values():
+        if seat.fault:
+            failed = True
+            print(one_line(f"{seat.host}: {seat.fault}"))
+        elif not seat.same_home:
+            done = seat.said["finished"]
+            stays = [*done["kept"], *(f"{folder} (what lanspeed didn't put there)" for folder in done["left"])]
+            print(one_line(f"{seat.host}: {done['deleted']:,} files removed"
+                           + (f"; stays: {', '.join(stays[:3])}" if stays else "")))
+    for host in cluster["hosts"]:
+        if host["name"] in fanout.seats and not fanout.seats[host["name"]].fault:
+            host["dir"] = host["python"] = None
+            host.pop("paths", None)
+    if path.exists() and cluster["hosts"]:
+        write_cluster(path, cluster)
+    return int(failed)
+
+
+def tell(found: Sequence[Outcome], options: argparse.Namespace, seconds: float) -> int:
+    """Print the result; return the exit code."""
+    failed = [one for one in found if one.error]
+    if options.json:
+        print(json.dumps({"hosts": [asdict(one) for one in found], "seconds": round(seconds, 1)}))
+        return int(bool(failed))
+    for one in found:
+        if one.error:
+            print(one_line(f"{one.host}: error: {one.error}"))
+        elif one.shares_home_of:
+            print(f"{one.host}: has the home of {one.shares_home_of}")
+        elif options.dry_run:
+            print(f"{one.host}: would get {one.bytes_missing / 1e6:,.1f} MB; lanspeed in {one.folder}")
+        else:
+            words = [f"{one.bytes_sent / 1e6:,.1f} MB new" if one.bytes_sent else "nothing new"]
+            words += [f"{one.deleted} files gone"] if one.deleted else []
+            words += [f"{len(one.kept)} kept that were changed there ({one.kept[0]})"] if one.kept else []
+            print(one_line(f"{one.host}: {', '.join(words)}; lanspeed in {one.folder}"
+                           + (f", {one.environment}" if one.environment else "")))
+            for here, there in (one.paths or {}).items():
+                print(one_line(f"{one.host}:   {here} lies in {there}"))
+    if not failed and not options.dry_run:
+        print(f"{len(found)} host{'s' * (len(found) > 1)} ready in {seconds:.0f} s: invoke check")
+    if any("with other content" in one.error for one in failed):
+        say("move away what stands there, or --overwrite replaces it")
+    return int(bool(failed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sync; return 0, 1 if a host failed, 2 for wrong usage."""
+    options = build_parser().parse_args(argv)
+    try:
+        return sync(options)
+    except (HostfileError, ClusterError, TreeError) as error:
+        say(f"error: {error}")
+        return 1
+    except (NodeError, AccessError) as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("stopped: what has come stays there, the same command goes on")
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,705 @@
+#!/usr/bin/env python3
+"""Bring a node's files to what the master announces, and pass the pieces on to the next node while they come.
+
+    python3 worker/receive_files.py        # speaks JSON lines and raw pieces on standard input and output
+
+The master streams this file to a node's python3. Standard library only, Python 3.8 or newer. A file is written beside
+its place and renamed when its content has the announced digest; what somebody else put there is never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import secrets
+import select
+import shutil
+import socket
+import ssl
+import stat
+import struct
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, Callable, Iterator
+
+PIECE = 4 << 20  # bytes; the master cuts the same way
+SEGMENTS = 2000  # small files in one piece at most
+WINDOW = 6  # pieces asked for ahead of time
+BEAT, SILENCE = 2.0, 20.0  # seconds between signs of life; without one after which the other side counts as gone
+RESERVE = 256 << 20  # bytes that stay free on each disk
+HOME = os.path.expanduser("~/.lanspeed")
+RECORD = "files.jsonl"
+UNFINISHED = -1  # in place of the size of a file that is still being written
+VENVS = (".venv", ".venv-lanspeed")
+VENV_MARK = "lanspeed.json"  # in an environment that lanspeed has made
+WAITING = 0xFFFFFFFF  # in place of a piece's number: it hasn't come yet, and this node lives
+
+
+class Fault(Exception):
+    """What stops this node; the message is for the master's user."""
+
+
+class Gone(Exception):
+    """The master has gone, or has had enough."""
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """Return the digest of a part of a file."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+_tell_lock = threading.Lock()
+
+
+def tell(**event: Any) -> None:
+    """Tell the master something."""
+    with _tell_lock, contextlib.suppress(OSError):
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+
+
+class Record:
+    """What lanspeed has put on this node: (root, path) -> (size, mtime_ns, sum, ours), a line each as it happens."""
+
+    def __init__(self) -> None:
+        os.makedirs(HOME, mode=0o700, exist_ok=True)
+        self.path = os.path.join(HOME, RECORD)
+        self.known: dict[tuple[str, str], tuple[int, int, str, bool]] = {}
+        self._lock = threading.Lock()
+        with contextlib.suppress(OSError), open(self.path, encoding="ascii") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):  # a line that was cut off
+                    root, path, size, *rest = json.loads(line)
+                    if size is None:
+                        self.known.pop((root, path), None)
+                    else:
+                        self.known[root, path] = (size, rest[0], rest[1], rest[2])
+        self._file = open(self.path, "a", encoding="ascii", buffering=1)  # noqa: SIM115, open as long as this runs
+
+    def note(self, root: str, path: str, fact: tuple[int, int, str, bool] | None) -> None:
+        """Note a file, or with None that it is gone."""
+        with self._lock:
+            if fact is None:
+                self.known.pop((root, path), None)
+            else:
+                self.known[root, path] = fact
+            self._file.write(json.dumps([root, path, *(fact or [None])]) + "\n")
+
+    def close(self) -> None:
+        """Write it anew, a line a file; without any it goes."""
+        with self._lock:
+            self._file.close()
+            if not self.known:
+                os.unlink(self.path)
+                return
+            with open(self.path + ".new", "w", encoding="ascii") as file:
+                file.writelines(json.dumps([*key, *fact]) + "\n" for key, fact in self.known.items())
+            os.replace(self.path + ".new", self.path)
+
+
+class File:
+    """One file that is to be here: its root, path below it, mode, size, digests of its parts, which parts are here."""
+
+    def __init__(self, root: str, path: str, mode: int, size: int, digests: list[str]) -> None:
+        self.root, self.path, self.mode, self.size, self.digests = root, path, mode, size, digests
+        self.target = os.path.join(root, path)
+        self.sum = digest("".join(digests).encode())
+        short = hashlib.blake2b(os.fsencode(path), digest_size=6).hexdigest()
+        self.part = os.path.join(os.path.dirname(self.target), f".lanspeed-{short}.part")
+        self.have = [False] * len(digests)
+        self.placed = False
+
+    def span(self, number: int) -> tuple[int, int]:
+        """Return offset and length of a part."""
+        return number * PIECE, min(PIECE, self.size - number * PIECE)
+
+
+class Store:
+    """The files of all trees, cut into pieces that are numbered as the master numbers them."""
+
+    def __init__(self, record: Record, overwrite: bool) -> None:
+        self._record, self._overwrite = record, overwrite
+        self.files: list[File] = []
+        self.links: list[tuple[str, str, str]] = []
+        self.pieces: list[list[tuple[int, int]]] = []
+        self.missing: set[int] = set()
+        self.foreign: list[str] = []  # files that somebody else put there, or changed
+        self.changed = threading.Condition()
+        self.written = 0  # bytes that have come
+        self._dirs: set[str] = set()
+        self._looked, self._say = 0, seldom(0.5, lambda done: tell(event="examining", bytes=done))
+
+    # -- what is here --------------------------------------------------------------------------------------------------
+
+    def add_tree(self, root: str, entries: list[list[Any]]) -> None:
+        """Take in a tree: [path, mode, size, digests] is a file, [path, target] a link."""
+        for entry in entries:
+            if len(entry) == 2:
+                self.links.append((root, entry[0], entry[1]))
+            else:
+                self.files.append(File(root, *entry))
+
+    def examine(self) -> None:
+        """Find out what is here; the master is told how far that is."""
+        for file in self.files:
+            self._examine(file)
+        for root, path, target in self.links:
+            place = os.path.join(root, path)
+            if os.path.lexists(place) and not (os.path.islink(place) and os.readlink(place) == target) and \
+                    not self._may_replace(root, path):
+                self.foreign.append(place)
+        self.pieces = list(cut(self.files))
+        self.missing = {number for number, piece in enumerate(self.pieces)
+                        if not all(self.files[one].have[part] for one, part in piece)}
+
+    def _examine(self, file: File) -> None:
+        known = self._record.known.get((file.root, file.path))
+        try:
+            status = os.stat(file.target)
+        except FileNotFoundError:
+            status = None
+        except NotADirectoryError:
+            self.foreign.append(file.target)
+            return
+        if status is not None and not stat.S_ISREG(status.st_mode):
+            self.foreign.append(file.target)
+            return
+        if status is not None:
+            seen = (status.st_size, status.st_mtime_ns)
+            same = known is not None and known[:2] == seen and known[2] == file.sum
+            if same or (status.st_size == file.size and self._parts_of(file, file.target) == file.digests):
+                file.have, file.placed = [True] * len(file.digests), True
+                ours = bool(known and known[3])
+                if known != (*seen, file.sum, ours):
+                    self._record.note(file.root, file.path, (*seen, file.sum, ours))
+                if ours and stat.S_IMODE(status.st_mode) != file.mode:
+                    os.chmod(file.target, file.mode)
+                return
+            if not self._may_replace(file.root, file.path):
+                self.foreign.append(file.target)
+                return
+        if os.path.exists(file.part):
+            file.have = [one == other for one, other in zip(self._parts_of(file, file.part), file.digests)]
+            file.have += [False] * (len(file.digests) - len(file.have))
+
+    def _may_replace(self, root: str, path: str) -> bool:
+        """Tell whether what stands there is as lanspeed left it, or may go anyway."""
+        known, place = self._record.known.get((root, path)), os.path.join(root, path)
+        if os.path.isdir(place) and not os.path.islink(place):
+            return False
+        status = os.lstat(place)
+        return self._overwrite or bool(known and known[3] and known[:2] == (status.st_size, status.st_mtime_ns))
+
+    def _parts_of(self, file: File, path: str) -> list[str]:
+        """Return the digests of what stands at a path, cut as the file is."""
+        found = []
+        try:
+            with open(path, "rb") as source:
+                for number in range(len(file.digests)):
+                    block = source.read(file.span(number)[1])
+                    found.append(digest(block))
+                    self._looked += len(block)
+                    self._say(self._looked)
+        except OSError:
+            return []
+        return found
+
+    def bytes_of(self, numbers: Any) -> int:
+        """Return the bytes of these pieces."""
+        return sum(self.files[one].span(part)[1] for number in numbers for one, part in self.pieces[number])
+
+    def short_of_room(self, more: dict[str, int]) -> list[str]:
+        """Return what doesn't fit on which disk; `more`: bytes that will be needed below other folders."""
+        needed: dict[int, tuple[str, int]] = {}
+        wanted = [(file.target, sum(file.span(part)[1] for part, here in enumerate(file.have) if not here))
+                  for file in self.files if not file.placed]
+        for path, size in [*wanted, *more.items()]:
+            place = nearest(path)
+            device = os.stat(place).st_dev
+            needed[device] = (place, needed.get(device, (place, 0))[1] + size)
+        found = []
+        for place, size in needed.values():
+            free = shutil.disk_usage(place).free
+            if size and free < size + RESERVE:
+                found.append(f"{size / 1e9:.2f} GB are needed on the disk of {place}, {free / 1e9:.2f} are free")
+        return found
+
+    # -- what comes ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Make what needs no piece: links and empty files."""
+        for file in self.files:
+            if not file.placed and all(file.have):
+                with writing(file.target):
+                    self._place(file)
+        for root, path, target in self.links:
+            with writing(os.path.join(root, path)):
+                self._link(root, path, target)
+
+    def _link(self, root: str, path: str, target: str) -> None:
+        place = os.path.join(root, path)
+        if os.path.islink(place) and os.readlink(place) == target:
+            return
+        self._make_folder(os.path.dirname(place))
+        scratch = place + ".lanspeed-part"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)
+        os.symlink(target, scratch)
+        os.replace(scratch, place)
+        status = os.lstat(place)
+        self._record.note(root, path, (status.st_size, status.st_mtime_ns, digest(os.fsencode(target)), True))
+
+    def put(self, number: int, data: bytes | bytearray, giver: str) -> None:
+        """Write a piece that has come; raise Fault if it isn't what was announced."""
+        if number not in self.missing:
+            return
+        view, at = memoryview(data), 0
+        for one, part in self.pieces[number]:
+            file = self.files[one]
+            offset, size = file.span(part)
+            block, at = view[at : at + size], at + size
+            if digest(block) != file.digests[part]:
+                raise Fault(f"{file.path} is not what was announced, from {giver}: did it change while it was sent?")
+            if not file.have[part]:
+                with writing(file.target):
+                    self._write(file, offset, block)
+                    file.have[part] = True
+                    if all(file.have):
+                        self._place(file)
+        with self.changed:
+            self.written += len(data)
+            self.missing.discard(number)
+            self.changed.notify_all()
+
+    def _write(self, file: File, offset: int, block: memoryview) -> None:
+        self._make_folder(os.path.dirname(file.part))
+        if len(file.digests) > 1:  # it may lie there for long, if this is cut off
+            part = os.path.relpath(file.part, file.root)
+            if (file.root, part) not in self._record.known:
+                self._record.note(file.root, part, (UNFINISHED, 0, "", True))
+        descriptor = os.open(file.part, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            while block:
+                count = os.pwrite(descriptor, block, offset)
+                block, offset = block[count:], offset + count
+        finally:
+            os.close(descriptor)
+
+    def _place(self, file: File) -> None:
+        if not file.digests:
+            self._make_folder(os.path.dirname(file.part))
+            os.close(os.open(file.part, os.O_WRONLY | os.O_CREAT, 0o600))
+        os.truncate(file.part, file.size)
+        os.chmod(file.part, file.mode)
+        os.replace(file.part, file.target)
+        status = os.stat(file.target)
+        self._record.note(file.root, file.path, (status.st_size, status.st_mtime_ns, file.sum, True))
+        if len(file.digests) > 1:
+            self._record.note(file.root, os.path.relpath(file.part, file.root), None)
+        file.placed = True
+
+    def _make_folder(self, path: str) -> None:
+        if path not in self._dirs:
+            os.makedirs(path, exist_ok=True)
+            self._dirs.add(path)
+
+    def get(self, number: int) -> bytes:
+        """Return a piece that is here."""
+        blocks = []
+        for one, part in self.pieces[number]:
+            file = self.files[one]
+            offset, size = file.span(part)
+            for path in (file.target, file.part, file.target):  # it may be renamed meanwhile
+                if path == file.target and not file.placed:
+                    continue
+                with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as source:
+                    source.seek(offset)
+                    blocks.append(read_all(source, size))
+                    break
+        return b"".join(blocks)
+
+    # -- what goes -----------------------------------------------------------------------------------------------------
+
+    def clear_stale(self, roots: list[str]) -> tuple[int, list[str]]:
+        """Delete what lanspeed put into these trees and is wanted no more; return how many, and what was kept."""
+        wanted = {(file.root, file.path) for file in self.files} | {(root, path) for root, path, _ in self.links}
+        stale = [key for key in self._record.known if key[0] in roots and key not in wanted]
+        return delete(self._record, stale)
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Make a Fault of what the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise Fault(f"{path}: {error.strerror}") from None
+
+
+def delete(record: Record, keys: list[tuple[str, str]]) -> tuple[int, list[str]]:
+    """Delete files that lanspeed put there and nobody has changed; return how many, and the changed ones."""
+    count, kept, folders = 0, [], set()  # folders: (root, folder below it, or itself)
+    for root, path in keys:
+        size, modified, _, ours = record.known[root, path]
+        place = os.path.join(root, path)
+        try:
+            status = os.lstat(place)
+            if ours and size != UNFINISHED and (status.st_size, status.st_mtime_ns) != (size, modified):
+                kept.append(place)
+            elif ours:
+                os.unlink(place)
+                count += 1
+                folders.add((root, os.path.dirname(place)))
+                stem, ending = os.path.splitext(os.path.basename(place))
+                cache = os.path.join(os.path.dirname(place), "__pycache__")
+                if ending == ".py" and os.path.isdir(cache):
+                    for name in os.listdir(cache):
+                        if name.startswith(stem + ".") and name.endswith(".pyc"):
+                            os.unlink(os.path.join(cache, name))
+                    folders.add((root, cache))
+        except FileNotFoundError:
+            pass
+        record.note(root, path, None)
+    for root, folder in sorted(folders, key=lambda each: len(each[1]), reverse=True):
+        with contextlib.suppress(OSError):  # up to the first that holds something else
+            while folder.startswith(root):
+                os.rmdir(folder)
+                folder = os.path.dirname(folder)
+    return count, kept
+
+
+def cut(files: list[File]) -> Iterator[list[tuple[int, int]]]:
+    """Yield pieces as (file, part): at least PIECE bytes but for the last, small files side by side."""
+    piece: list[tuple[int, int]] = []
+    size = 0
+    for number, file in enumerate(files):
+        for part in range(len(file.digests)):
+            piece.append((number, part))
+            size += file.span(part)[1]
+            if size >= PIECE or len(piece) >= SEGMENTS:
+                yield piece
+                piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def read_all(source: Any, size: int) -> bytes:
+    """Read so many bytes of a raw file."""
+    blocks = []
+    while size and (block := source.read(size)):
+        blocks.append(block)
+        size -= len(block)
+    return b"".join(blocks)
+
+
+def nearest(path: str) -> str:
+    """Return the path, or the nearest folder above it that is there."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path) or "/"
+    return path
+
+
+def choose_root(candidates: list[str], entries: list[list[Any]], record: Record) -> str:
+    """Return the first place where the tree can be written, or is already; raise Fault if there is none."""
+    for word in candidates:
+        path = os.path.expandvars(os.path.expanduser(word))
+        if "$" in path:
+            continue
+        if os.access(nearest(path), os.W_OK | os.X_OK):
+            return path
+        if os.path.isdir(path):
+            trial = Store(record, False)
+            trial.add_tree(path, entries)
+            trial.examine()
+            if not trial.missing and not trial.foreign:
+                return path
+    raise Fault(f"none of {', '.join(candidates)} can be written by this account")
+
+
+# -- the next node, and the one before ---------------------------------------------------------------------------------
+
+
+def contexts(pem: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return the server's and the client's side of TLS; both show, and demand, the key pair of this one job."""
+    found = []
+    with tempfile.NamedTemporaryFile("w", prefix="lanspeed-") as file:  # mode 600, gone when it has been read
+        file.write(pem)
+        file.flush()
+        for protocol in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):
+            context = ssl.SSLContext(protocol)
+            context.check_hostname = False  # nodes go by addresses; it's the key that is checked
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_cert_chain(file.name)
+            context.load_verify_locations(file.name)
+            found.append(context)
+    return found[0], found[1]
+
+
+def listen() -> socket.socket:
+    """Return a socket on a free port of all addresses."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def serve(listening: socket.socket, context: ssl.SSLContext, store: Store) -> None:
+    """Give pieces to whoever has the job's key, a thread a connection."""
+    while True:
+        try:
+            connection, _ = listening.accept()
+        except OSError:
+            return
+        threading.Thread(target=give, args=(connection, context, store), daemon=True).start()
+
+
+def give(connection: socket.socket, context: ssl.SSLContext, store: Store) -> None:
+    """Answer each asked number with its piece, with signs of life until it is here."""
+    with contextlib.suppress(OSError, struct.error, IndexError):
+        connection.settimeout(SILENCE)
+        with context.wrap_socket(connection, server_side=True) as peer:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer.settimeout(None)  # the other one may be busy with its disk
+            while True:
+                (number,) = struct.unpack(">I", receive(peer, 4))
+                while True:
+                    with store.changed:
+                        there = number not in store.missing or store.changed.wait_for(
+                            lambda number=number: number not in store.missing, BEAT)  # type: ignore[misc]
+                    if there:
+                        break
+                    peer.sendall(struct.pack(">II", WAITING, 0))
+                data = store.get(number)
+                peer.sendall(struct.pack(">II", number, len(data)))
+                peer.sendall(data)
+
+
+def receive(peer: socket.socket, size: int) -> bytearray:
+    """Return so many bytes; raise OSError at the end of the stream."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = peer.recv_into(view)
+        if not count:
+            raise OSError("it has closed the connection")
+        view = view[count:]
+    return data
+
+
+def pull(upstream: list[list[Any]], context: ssl.SSLContext, store: Store) -> None:
+    """Get what is missing from the nodes before this one, the nearest that lives; then tell how it went."""
+    for name, address, port in upstream:
+        try:
+            pull_from(name, address, port, context, store)
+        except Fault as fault:
+            tell(event="failed", text=str(fault))
+            return
+        except (OSError, struct.error) as error:
+            tell(event="lost", peer=name, text=str(error) or type(error).__name__)
+        if not store.missing:
+            return
+    tell(event="orphan", missing=sorted(store.missing))
+
+
+def pull_from(name: str, address: str, port: int, context: ssl.SSLContext, store: Store) -> None:
+    """Get what is missing from one node. Raises OSError where it is lost."""
+    with socket.create_connection((address, port), timeout=SILENCE / 2) as plain, \
+            context.wrap_socket(plain) as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.settimeout(SILENCE)
+        wanted = iter(sorted(store.missing))
+        asked = 0
+
+        def ask() -> int:
+            for number in wanted:
+                peer.sendall(struct.pack(">I", number))
+                return 1
+            return 0
+
+        asked = sum(ask() for _ in range(WINDOW))
+        while asked:
+            number, size = struct.unpack(">II", receive(peer, 8))
+            if number == WAITING:
+                continue
+            data = receive(peer, size)
+            asked += ask() - 1
+            store.put(number, data, name)
+
+
+# -- the master --------------------------------------------------------------------------------------------------------
+
+
+class Master:
+    """Standard input, on which JSON lines and raw pieces come."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def _more(self) -> None:
+        ready, _, _ = select.select([0], [], [], SILENCE)
+        block = os.read(0, 1 << 18) if ready else b""
+        if not block:
+            raise Gone
+        self._rest += block
+
+    def order(self) -> dict[str, Any]:
+        """Return the next order; empty lines are signs of life."""
+        while True:
+            while (end := self._rest.find(b"\n")) < 0:
+                self._more()
+            line = bytes(self._rest[:end])
+            del self._rest[: end + 1]
+            if line:
+                found: dict[str, Any] = json.loads(line)
+                return found
+
+    def raw(self, size: int) -> bytes:
+        """Return so many bytes."""
+        while len(self._rest) < size:
+            self._more()
+        data = bytes(self._rest[:size])
+        del self._rest[:size]
+        return data
+
+
+def own_id() -> str:
+    """Return this home's own id: nodes that share a home have the same."""
+    os.makedirs(HOME, mode=0o700, exist_ok=True)
+    path = os.path.join(HOME, "id")
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(8))
+    with open(path) as file:
+        return file.read()
+
+
+def take_lock() -> Any:
+    """Hold this home's lock until the end; raise Fault if another sync has it."""
+    lock = open(os.path.join(HOME, "lock"), "w")  # noqa: SIM115, held as long as this runs
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Fault("another sync goes on there: wait for its end") from None
+    return lock
+
+
+def seldom(seconds: float, act: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls `act` at most once in so many seconds."""
+    last = [0.0]
+
+    def maybe(*words: Any) -> None:
+        if time.monotonic() - last[0] >= seconds:
+            last[0] = time.monotonic()
+            act(*words)
+
+    return maybe
+
+
+def prepare(manifest: dict[str, Any], record: Record) -> tuple[Store, dict[str, str]]:
+    """Return what is here of the announced trees, and each tree's root; the master is told."""
+    store, roots = Store(record, manifest["overwrite"]), {}
+    for tree in manifest["trees"]:
+        roots[tree["name"]] = choose_root(tree["roots"], tree["entries"], record)
+        store.add_tree(roots[tree["name"]], tree["entries"])
+    store.examine()
+    home = roots[manifest["trees"][0]["name"]]  # an environment will lie beside the checkout, unless one does
+    has_one = any(os.path.exists(os.path.join(home, name)) for name in VENVS)
+    faults = store.short_of_room({} if has_one else {home: manifest["room"]})
+    if store.foreign:
+        others = f" and {len(store.foreign) - 1} more" if len(store.foreign) > 1 else ""
+        faults.append(f"{store.foreign[0]}{others} stands there with other content, and lanspeed did not put it there")
+    tell(event="plan", roots=roots, missing=sorted(store.missing), bytes=store.bytes_of(store.missing), faults=faults)
+    return store, roots
+
+
+def take_part(master: Master, record: Record) -> int:
+    """Follow the master's orders to the end; return the exit code."""
+    manifest = master.order()
+    if "remove" in manifest:
+        return remove(record)
+    store, roots = prepare(manifest, record)
+    server, client = contexts(manifest["pem"])
+    listening = listen()
+    tell(event="listening", port=listening.getsockname()[1])
+    threading.Thread(target=serve, args=(listening, server, store), daemon=True).start()
+    threading.Thread(target=beat, args=(store,), daemon=True).start()
+    while True:
+        order = master.order()
+        if "begin" in order:
+            store.begin()
+            if order["begin"] and store.missing:
+                threading.Thread(target=pull, args=(order["begin"], client, store), daemon=True).start()
+        elif "piece" in order:
+            store.put(order["piece"], master.raw(order["bytes"]), "the master")
+        elif "finish" in order:
+            whole = [roots[tree["name"]] for tree in manifest["trees"] if tree["whole"]]
+            count, kept = store.clear_stale(whole)
+            record.close()
+            tell(event="finished", deleted=count, kept=kept)
+            return 0
+
+
+def beat(store: Store) -> None:
+    """Tell the master how far this node is, whether or not something comes."""
+    while True:
+        tell(event="progress", bytes=store.written, missing=len(store.missing))
+        with store.changed:
+            store.changed.wait_for(lambda: not store.missing, 0.5)
+        if not store.missing:
+            time.sleep(1)
+
+
+def remove(record: Record) -> int:
+    """Take away all that lanspeed has put here."""
+    roots = sorted({root for (root, _), fact in record.known.items() if fact[3]})
+    for root in roots:
+        for name in VENVS:
+            if os.path.exists(os.path.join(root, name, VENV_MARK)):
+                shutil.rmtree(os.path.join(root, name))
+    count, kept = delete(record, list(record.known))
+    record.close()
+    for name in ("cache", "python"):
+        shutil.rmtree(os.path.join(HOME, name), ignore_errors=True)
+    for name in ("lock", "id"):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(HOME, name))
+    data = os.path.expanduser("~/lanspeed-data")
+    for folder in (HOME, *(os.path.dirname(root) for root in roots if root.startswith(data + "/")), data):
+        with contextlib.suppress(OSError):  # it holds something else
+            os.rmdir(folder)
+    left = [root for root in roots if os.path.isdir(root) and os.listdir(root)]
+    tell(event="finished", deleted=count, kept=kept, left=left)
+    return 0
+
+
+def main() -> int:
+    """Say hello, then do as told; return 0, 1 after a fault or where the master has gone."""
+    master = Master()
+    try:
+        uv = shutil.which("uv") or shutil.which(os.path.expanduser("~/.local/bin/uv"))
+        tell(event="hello", id=own_id(), home=os.path.expanduser("~"), machine=platform.machine(), uv=uv)
+        if not master.order().get("go"):
+            return 0
+        lock = take_lock()
+        try:
+            return take_part(master, Record())
+        finally:
+            lock.close()
+    except Gone:
+        return 1
+    except Fault as fault:
+        tell(event="failed", text=str(fault))
+    except OSError as error:
+        tell(event="failed", text=f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
