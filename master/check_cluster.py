@@ -29,7 +29,7 @@ from master.hostfile import HostfileError, read_hostfile
 from master.network_probe import Pair, probe
 from master.node_facts import ask, place_of
 from master.nodes import Node, NodeError
-from master.parity import Finding, agreement, differences, prepared, troubles
+from master.parity import Finding, agreement, differences, gathered, prepared, troubles
 from master.ssh import Session
 from master.ssh_config import SshError
 from master.survey import survey
@@ -176,7 +176,7 @@ def check(options: argparse.Namespace) -> int:
         say("all slots add up a number")
         sum_line, fault = add_up(hostfile, options)
         findings += [fault] if fault else []
-    findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    findings = sorted(gathered(findings), key=lambda finding: LEVELS.index(finding.level))
     show(facts, findings, pairs, sum_line, options)
     return int(any(finding.level == "error" for finding in findings))
 
@@ -193,7 +193,7 @@ def add_up(hostfile: Path, options: argparse.Namespace) -> tuple[str, Finding | 
     what = next((line for line in said if line.startswith("error: ")), said[-1] if said else f"exit {done.returncode}")
     hosts = tuple(host.host for host in read_hostfile(hostfile))
     return "", Finding("error", hosts, f"the ranks did not add up: {what.removeprefix('error: ')}",
-                       "a training would fail the same way", shlex.join(words[:5]) + " shows all")
+                       "a training would fail the same way", shlex.join(words[:6]) + " shows all")
 
 
 def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pairs: Sequence[Pair], sum_line: str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from master.files import write_whole
 from master.hostfile import read_hostfile
 from master.nodes import Node, parse_node, read_nodes
 
+GIGABIT = 1000.0  # Mbit/s: what a link of unknown speed is taken for
 SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "cluster.schema.json"
 
 
@@ -46,6 +47,18 @@ def read_cluster(path: Path) -> dict[str, Any]:
     if faults:
         raise ClusterError(f"{path}: {faults[0].json_path}: {faults[0].message[:200]}: delete it, it is written anew")
     return cluster
+
+
+def speed_of(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> float:
+    """Return how fast a host takes data, in Mbit/s: as measured, else as its network card says."""
+    rates = [pair["bandwidth_bytes_per_s"] for pair in cluster["pairs"]
+             if pair["to"] == known.get("name") and pair["bandwidth_bytes_per_s"]]
+    if rates:
+        return float(max(rates)) * 8 / 1e6
+    for card in known.get("facts", {}).get("nics") or []:
+        if card["mbit"] and known.get("address") in [word.split("/")[0] for word in card["addresses"]]:
+            return float(card["mbit"])
+    return GIGABIT
 
 
 def merge(cluster: dict[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:

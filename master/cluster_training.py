@@ -21,9 +21,9 @@ from master.cluster_job import ClusterJob, Part, Story
 from master.console import one_line, say
 from master.failures import first_cause
 from master.hostfile import Slots
+from master.local_training import TRAINER
 from master.node_facts import faults, gpu_faults, here, place_of, torch_faults
 from master.nodes import parse_node
-from master.local_training import TRAINER
 from master.plain_deepspeed import HOME
 from master.run_fetch import fetch_run
 from master.runs import LAUNCHER, keep_hosts, mark_failed, sign
@@ -206,7 +206,8 @@ def conclude(training: Training, story: Story, access: Access) -> int:
     first = training.parts[0]
     here = training.local
     if not here and str(first.node) in story.codes:
-        here = fetch_run(first.node, training.folders[str(first.node)], training.run, access)
+        here = fetch_run(first.node, training.folders[str(first.node)], training.run, access,
+                         may_lack=bool(training.options.script))
     if not failed:
         return 0 if here else 1
     mark_failed(training.run, 1)

@@ -145,13 +145,11 @@ def make(session: Session, recipe: Recipe, roots: Mapping[str, str], own_uv: str
         raise SshError(host, "environment", f"it is {machine}, and the uv here is for {platform.machine()}",
                        "python3 -m pip install --user uv there")
     words = [root, uv, recipe.python, *install_words(recipe, roots, report.vendor)]
-    started = time.monotonic()
     word, venv = run(session, words, say)
     python = f"{venv}/bin/python"
     if fault := unlike(session, Place(root, python), report):
         raise SshError(host, "environment", fault, "does --index-url or --wheelhouse hold what is meant?")
-    return python, "environment there" if word == "there" else \
-        f"environment made in {time.monotonic() - started:.0f} s"
+    return python, "environment there" if word == "there" else "environment made"
 
 
 def unlike(session: Session, place: Place, report: GpuReport) -> str:
@@ -189,8 +187,8 @@ def run(session: Session, words: Sequence[str], say: Callable[[str], None]) -> t
             out += block or b""
             if time.monotonic() > end:
                 raise SshError(host, "environment", f"not done after {PATIENCE:.0f} s", "run it again: it goes on")
-            if said := channel.complaints().splitlines():
-                say(said[-1].strip())
+            if said := [line for line in channel.complaints().splitlines() if line.strip()[:1].isalpha()]:
+                say(said[-1].strip())  # not the list of packages
         said = channel.complaints().splitlines()
     for line in out.decode("utf-8", "replace").splitlines():
         if line.startswith(MARK):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 GIB = 1 << 30
@@ -131,7 +131,7 @@ def troubles(host: str, facts: Facts, here: float | None) -> list[Finding]:
         add("warning", f"its clock is {abs(here):.0f} s {'ahead' if here > 0 else 'behind'}",
             "logs can't be read side by side, and certificates may be refused", "sudo timedatectl set-ntp true there")
     if any(ipaddress.ip_address(each.split("%")[0]).is_loopback for each in facts["own_name"]):
-        add("info", f"its name {facts['hostname']} leads to itself ({', '.join(facts['own_name'])})",
+        add("info", f"its own name leads to itself ({', '.join(facts['own_name'])})",
             "gloo by itself would tell that address to the others; invoke train names the network card instead",
             "GLOO_SOCKET_IFNAME where you start ranks by hand")
     for path in facts["missing"]:
@@ -140,6 +140,14 @@ def troubles(host: str, facts: Facts, here: float | None) -> list[Finding]:
         add("warning", f"{', '.join(facts['jobs'])} runs there", "both trainings get slower, or run out of memory",
             "invoke stop, or wait")
     return found + cards(host, facts)
+
+
+def gathered(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings with those made one that say the same of several hosts."""
+    hosts: dict[Finding, list[str]] = {}
+    for finding in findings:
+        hosts.setdefault(replace(finding, hosts=()), []).extend(finding.hosts)
+    return [replace(finding, hosts=tuple(dict.fromkeys(names))) for finding, names in hosts.items()]
 
 
 def cards(host: str, facts: Facts) -> list[Finding]:

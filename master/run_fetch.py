@@ -84,8 +84,10 @@ class Progress:
             self._bar.stop()
 
 
-def fetch_run(node: Node, folder: str, run: Path, access: Access) -> bool:
+def fetch_run(node: Node, folder: str, run: Path, access: Access, may_lack: bool = False) -> bool:
     """Copy a run folder, relative to `folder` there, from a host; logs are kept here anyway. Say so, or why not.
+
+    `may_lack`: it need not be there, a script of the user's may have made none.
 
     What has come is put in its place when all has come: a model is here whole or not at all.
     """
@@ -94,7 +96,8 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access) -> bool:
 
     def work(session: Session) -> int:
         left_out = "--exclude=checkpoints --exclude=logs --exclude=launcher.json"
-        program = (f"cd {shlex.quote(place)} || exit; size=$(du -sb {left_out} . 2>/dev/null) || size=0; "
+        lack = f"[ -d {shlex.quote(place)} ] || {{ echo '{MARK}'none; exit; }}; " if may_lack else ""
+        program = (f"{lack}cd {shlex.quote(place)} || exit; size=$(du -sb {left_out} . 2>/dev/null) || size=0; "
                    f"echo '{MARK}'$size; tar -cf - {left_out} .; echo {END}$?")
         command = f"exec sh -c {shlex.quote(program)}"
         with contextlib.closing(session.open(command)) as channel:
@@ -102,6 +105,8 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access) -> bool:
             while not (line := stream.line()).startswith(MARK):  # a shell may have a word first
                 if not line:
                     raise SshError(host, "fetch", channel.complaints()[-200:] or "nothing came")
+            if line == f"{MARK}none\n":
+                return 0
             shown.total = int(line[len(MARK) :].split()[0])
             with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
                 for member in archive:
@@ -115,7 +120,7 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access) -> bool:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         result = on_all([node], access, work)[node]
-        if not isinstance(result, SshError):
+        if result and not isinstance(result, SshError):
             put_in_place(scratch, run)
     except (OSError, tarfile.TarError) as error:  # no room here, or the stream was cut off
         result = SshError(host, "fetch", str(error))
@@ -125,7 +130,8 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access) -> bool:
     if isinstance(result, SshError):
         say(f"the run folder stays on {host}, in {place}: {result}")
         return False
-    say(f"fetched {result / 1e6:.0f} MB from {host}: {run}")
+    if result:
+        say(f"fetched {result / 1e6:.0f} MB from {host}: {run}")
     return True
 
 

@@ -13,46 +13,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from master.access import AccessError, access_of, add_access_flags, question
-from master.cluster import ClusterError, chosen_nodes, read_cluster, write_cluster
+from master.cluster import ClusterError, chosen_nodes, read_cluster, speed_of, write_cluster
 from master.console import one_line, say
 from master.environments import ROOM, Recipe, fill, make, tools, wheels
 from master.fanout import Fanout, Seat
 from master.fleet import on_all
 from master.hostfile import HostfileError
 from master.nodes import Node, NodeError
+from master.outcomes import Outcome, line_of, outcome_of
 from master.pieces import Pieces
 from master.ssh import Session
 from master.ssh_config import Access, SshError
 from master.sync_screen import SyncScreen
 from master.trees import Tree, TreeError, collect
-
-GIGABIT = 1000.0  # Mbit/s: what a link of unknown speed is taken for
-
-
-@dataclass
-class Outcome:
-    """What came of a host: an error, or where things lie there and what was done."""
-
-    host: str
-    error: str = ""
-    folder: str = ""
-    python: str = ""
-    bytes_sent: int = 0
-    bytes_missing: int = 0
-    deleted: int = 0
-    kept: tuple[str, ...] = ()  # changed there since, or not lanspeed's
-    environment: str = ""
-    shares_home_of: str = ""
-    paths: dict[str, str] | None = None  # here -> there, where that differs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -104,32 +85,6 @@ def trees_of(options: argparse.Namespace) -> list[Tree]:
     return [*trees, tools()]
 
 
-def speed_of(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> float:
-    """Return how fast a host takes data, in Mbit/s: as measured, else as its network card says."""
-    rates = [pair["bandwidth_bytes_per_s"] for pair in cluster["pairs"]
-             if pair["to"] == known.get("name") and pair["bandwidth_bytes_per_s"]]
-    if rates:
-        return float(max(rates)) * 8 / 1e6
-    for card in known.get("facts", {}).get("nics") or []:
-        if card["mbit"] and known.get("address") in [word.split("/")[0] for word in card["addresses"]]:
-            return float(card["mbit"])
-    return GIGABIT
-
-
-def outcome_of(seat: Seat, trees: Sequence[Tree]) -> Outcome:
-    """Return what came of a seat in the chain."""
-    plan, finished = seat.said.get("plan"), seat.said.get("finished", {})
-    found = Outcome(seat.host, seat.fault or "", shares_home_of=seat.same_home)
-    if plan and not seat.fault:
-        found.folder, found.bytes_missing = plan["roots"]["checkout"], plan["bytes"]
-        found.bytes_sent, found.deleted, found.kept = seat.written, finished.get("deleted", 0), \
-            tuple(finished.get("kept", ()))
-        places = {tree.here: os.path.join(plan["roots"][tree.name], tree.below) if tree.below
-                  else plan["roots"][tree.name] for tree in trees if tree.here and tree.name != "checkout"}
-        found.paths = {here: there for here, there in places.items() if here != there}
-    return found
-
-
 def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Access, options: argparse.Namespace,
                  found: Mapping[str, Outcome]) -> None:
     """Make the environments side by side; note what came of each."""
@@ -160,8 +115,8 @@ def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> N
         if one and one.folder and not one.error:
             host["dir"], host["paths"] = one.folder, {**host.get("paths", {}), **(one.paths or {})}
             host["python"] = one.python or host["python"]
-    strangers = sorted(one.host for one in found.values() if one.folder and one.host not in
-                       {host["name"] for host in cluster["hosts"]})
+    names = {host["name"] for host in cluster["hosts"]}
+    strangers = sorted(one.host for one in found.values() if one.folder and one.host not in names)
     if path.exists() and cluster["hosts"]:
         write_cluster(path, cluster)
     if strangers:
@@ -231,30 +186,18 @@ def tell_removed(fanout: Fanout, path: Path, cluster: dict[str, Any]) -> int:
 
 
 def tell(found: Sequence[Outcome], options: argparse.Namespace, seconds: float) -> int:
-    """Print the result; return the exit code."""
+    """Print the result, a line for hosts that agree; return the exit code."""
     failed = [one for one in found if one.error]
     if options.json:
         print(json.dumps({"hosts": [asdict(one) for one in found], "seconds": round(seconds, 1)}))
         return int(bool(failed))
+    lines: dict[str, list[str]] = {}
     for one in found:
-        if one.error:
-            print(one_line(f"{one.host}: error: {one.error}"))
-        elif one.shares_home_of:
-            print(f"{one.host}: has the home of {one.shares_home_of}")
-        elif options.dry_run:
-            print(f"{one.host}: would get {one.bytes_missing / 1e6:,.1f} MB; lanspeed in {one.folder}")
-        else:
-            words = [f"{one.bytes_sent / 1e6:,.1f} MB new" if one.bytes_sent else "nothing new"]
-            words += [f"{one.deleted} files gone"] if one.deleted else []
-            words += [f"{len(one.kept)} kept that were changed there ({one.kept[0]})"] if one.kept else []
-            print(one_line(f"{one.host}: {', '.join(words)}; lanspeed in {one.folder}"
-                           + (f", {one.environment}" if one.environment else "")))
-            for here, there in (one.paths or {}).items():
-                print(one_line(f"{one.host}:   {here} lies in {there}"))
+        lines.setdefault(line_of(one, options.dry_run), []).append(one.host)
+    for line, hosts in lines.items():
+        print(one_line(f"{', '.join(hosts)}: {line}"))
     if not failed and not options.dry_run:
         print(f"{len(found)} host{'s' * (len(found) > 1)} ready in {seconds:.0f} s: invoke check")
-    if any("with other content" in one.error for one in failed):
-        say("move away what stands there, or --overwrite replaces it")
     return int(bool(failed))
 
 

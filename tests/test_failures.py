@@ -83,7 +83,7 @@ def test_what_differs_between_nodes_stops_a_start() -> None:
         "gpu2: no lanspeed in the folder it trains in: invoke sync",
         "gpu2: torch 2.12.0, here 2.13.0+cpu: invoke sync",
         "gpu2: deepspeed is not installed: invoke sync",
-        "gpu2: Python 3.12.1, here 3.11.2: take one minor release",
+        "gpu2: Python 3.12.1, here 3.11.2: invoke sync takes the same",
         "gpu2: /data/x is not there: invoke sync -- --with /data/x",
         "gpu2: 1.0 GB are free on its disk: make room",
         "gpu2: the port is taken: --master-port N names another"]

@@ -49,7 +49,7 @@ def test_the_odd_one_stands_against_the_majority() -> None:
     ({"disks": [{"mount": "/", "free_bytes": 9 * 10**9}]}, ["warning: 9.0 GB are free on /"]),
     ({"shm_bytes": 64 * 10**6}, ["warning: its shared memory has 64 MB"]),
     ({"nofile": 1024}, ["warning: 1024 open files are allowed"]),
-    ({"own_name": ["127.0.1.1"]}, ["info: its name gpu1 leads to itself (127.0.1.1)"]),
+    ({"own_name": ["127.0.1.1"]}, ["info: its own name leads to itself (127.0.1.1)"]),
     ({"missing": ["/data"]}, ["error: /data is not there"]),
     ({"jobs": ["20260101-tiny"]}, ["warning: 20260101-tiny runs there"]),
     ({"nics": [{**GOOD["nics"][0], "mbit": 100}]}, ["warning: eth0 runs at 100 Mbit/s"]),

@@ -99,6 +99,11 @@ def room_bytes(folder: str) -> int | None:
     return None
 
 
+def usable(path: str) -> bool:
+    """Tell whether a path is there, and, of a folder, whether this account may work in it."""
+    return os.access(path, os.R_OK | os.W_OK | os.X_OK) if os.path.isdir(path) else os.path.exists(path)
+
+
 def jobs() -> list[str]:
     """Return the names of lanspeed's trainings that run here under this account."""
     found = set()
@@ -238,7 +243,7 @@ def describe(wanted: dict[str, Any]) -> dict[str, Any]:
         "executable": sys.executable, "packages": package_versions(), "folder": os.path.isdir(folder),
         "code": code_digest(folder), "free_bytes": room_bytes(wanted.get("room") or folder),
         "missing": [path for path in wanted.get("paths", []) if not os.path.exists(path)],
-        "there": [path for path in wanted.get("marks", []) if os.path.exists(path)],
+        "there": [path for path in wanted.get("marks", []) if usable(path)],
         "port": free_port(wanted.get("port")), "cores": len(os.sched_getaffinity(0)), "jobs": jobs(),
         "address": (os.environ.get("SSH_CONNECTION", "").split() + [None] * 3)[2], "time": time.time(),
         "torch": ask_torch() if wanted.get("torch") else None, **memory_bytes(),

@@ -48,7 +48,7 @@ def test_machines_that_are_alike_pass(desk: Desk) -> None:
     assert [pair["faults"] for pair in found["pairs"]] == [[]] * 6
     assert all(0 < pair["latency_s"] < 1 for pair in found["pairs"])
     # Debian's installer gives each machine's name to its loopback address.
-    assert any("its name gpu1 leads to itself (127.0.1.1)" in text for text in texts(found, "info"))
+    assert any("gpu1, gpu2, gpu3: its own name leads to itself (127.0.1.1)" in text for text in texts(found, "info"))
 
 
 def test_what_is_odd_on_one_machine_is_named(desk: Desk) -> None:
