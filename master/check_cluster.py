@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -21,17 +22,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from master.access import AccessError, access_of, access_words, add_access_flags, question
+from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags, question
 from master.cluster import ClusterError, chosen_nodes, read_cluster, write_cluster
 from master.console import Answers, one_line, say
 from master.fleet import on_all
 from master.hostfile import HostfileError, read_hostfile
-from master.network_probe import Pair, probe
-from master.node_facts import ask, place_of
+from master.network_probe import RENDEZVOUS, Pair, probe
+from master.node_facts import BUSY, ask, here, place_of
 from master.nodes import Node, NodeError
-from master.parity import Finding, agreement, differences, gathered, prepared, troubles
+from master.parity import Finding, agreement, differences, gathered, prepared, troubles, unlike_here
 from master.ssh import Session
-from master.ssh_config import SshError
+from master.ssh_config import Access, SshError
 from master.survey import survey
 
 HOME = Path(__file__).resolve().parent.parent
@@ -57,12 +58,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], options: argparse.Namespace
+def wanted_of(nodes: Sequence[Node], options: argparse.Namespace) -> dict[str, Any]:
+    """Return what every node is asked."""
+    paths, names = [], []
+    for kind in ("model", "dataset"):
+        word = getattr(options, kind)
+        if word and Path(word).exists():
+            paths.append(str(Path(word).absolute()))
+        elif word and word != "tiny":
+            names.append(f"{kind}s--{word.replace('/', '--')}")  # as huggingface_hub calls its folder
+    return {"more": True, "names": [node.host for node in nodes if not node.is_local], "paths": paths, "hub": names,
+            "port": RENDEZVOUS}
+
+
+def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], wanted: Mapping[str, Any], access: Access
               ) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
     """Return each host's facts as they are compared, and findings about hosts that can't be asked."""
-    paths = [str(Path(word).absolute()) for word in (options.model, options.dataset) if word and Path(word).exists()]
-    wanted = {"more": True, "names": [node.host for node in nodes if not node.is_local], "paths": paths}
-
     def work(session: Session) -> dict[str, Any]:
         before = time.time()
         facts = ask(session, place_of(known.get(str(session.node), {})), wanted)
@@ -70,6 +81,7 @@ def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], options: argparse
         report, address = survey(session).report, facts["address"]
         facts["driver"] = report.driver_version
         facts["problems"] = [problem.message for problem in report.problems if problem.is_fault]
+        facts["busy"] = {str(gpu.index): gpu.busy_mib for gpu in report.usable if (gpu.busy_mib or 0) > BUSY}
         # The node's clock was read between: no skew is seen below half of the time that the question took.
         skew = facts["time"] - (before + after) / 2
         facts["clock_skew_s"] = round(skew, 3) if abs(skew) > (after - before) / 2 else 0.0
@@ -81,7 +93,7 @@ def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], options: argparse
             text = str(result).removeprefix(f"{node}: ") if failed else "asked"
             answers.tell(node, "failed" if failed else "ok", text, failed=failed)
 
-        found = on_all(nodes, access_of(options), work, answers.paused(question()), tell)
+        found = on_all(nodes, access, work, answers.paused(question()), tell)
     facts = {str(node): result for node, result in found.items() if not isinstance(result, SshError)}
     lost = [Finding("error", (str(node),), f"{result.stage}: {result.fault}", "it can't train", result.mend or "")
             for node, result in found.items() if isinstance(result, SshError)]
@@ -161,38 +173,42 @@ def check(options: argparse.Namespace) -> int:
     nodes, path = chosen_nodes(options.nodes, options.hostfile)
     cluster = read_cluster(path)
     known = {host["name"]: host for host in cluster["hosts"]}
-    facts, findings = ask_nodes(nodes, known, options)
+    access, wanted = access_of(options), wanted_of(nodes, options)
+    facts, findings = ask_nodes(nodes, known, wanted, access)
     pairs: list[Pair] = []
-    findings += judge(facts)
+    findings += judge(facts) + unlike_here(facts, here({**wanted, "folder": str(HOME)})["content"])
     if len(facts) > 1 and not options.fast:
         places = {node: place_of(known.get(str(node), {})) for node in nodes if str(node) in facts}
         addresses = addresses_of(facts, known)
-        pairs, lost = probe(places, addresses, access_of(options), options.network, question(), say)
+        pairs, lost = probe(places, addresses, access, options.network, question(), say)
         findings += judge_network(pairs, lost, facts, addresses)
     keep(path, cluster, facts, pairs)
     sum_line = ""
-    hostfile = None if options.nodes else options.hostfile or Path("hostfile.txt")
-    if hostfile and not options.fast and not any(finding.level == "error" for finding in findings):
+    hostfile = options.hostfile or Path("hostfile.txt")
+    adding = [host.host for host in read_hostfile(hostfile) if host.host in facts] if hostfile.exists() else []
+    if adding and not options.fast and not any(finding.level == "error" for finding in findings):
         say("all slots add up a number")
-        sum_line, fault = add_up(hostfile, options)
+        sum_line, fault = add_up(hostfile, adding, options, access)
         findings += [fault] if fault else []
     findings = sorted(gathered(findings), key=lambda finding: LEVELS.index(finding.level))
     show(facts, findings, pairs, sum_line, options)
     return int(any(finding.level == "error" for finding in findings))
 
 
-def add_up(hostfile: Path, options: argparse.Namespace) -> tuple[str, Finding | None]:
-    """Have all slots of a hostfile add up a number by the trainer's own means; return what came of it, or the fault."""
+def add_up(hostfile: Path, hosts: Sequence[str], options: argparse.Namespace, access: Access
+           ) -> tuple[str, Finding | None]:
+    """Have all slots of these hosts add up a number, as the trainer does; return what came of it, or the fault."""
     words = [sys.executable, str(HOME / "master" / "launch_training.py"), "--hostfile", str(hostfile.absolute()),
-             "--script", str(HOME / "trainer" / "first_sum.py"), *access_words(options)]
+             "--script", str(HOME / "trainer" / "first_sum.py"), "--include", "@".join(hosts), *access_words(options)]
+    password = {PASSWORD_VARIABLE: access.password} if access.password else {}
     with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:  # where the run's folder goes
-        done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              env={**os.environ, **password})
     if done.returncode == 0:
         return (done.stdout.strip().splitlines() or ["?"])[-1], None
     said = [line.strip() for line in done.stderr.splitlines() if ": " in line and not line.startswith("all that was")]
     what = next((line for line in said if line.startswith("error: ")), said[-1] if said else f"exit {done.returncode}")
-    hosts = tuple(host.host for host in read_hostfile(hostfile))
-    return "", Finding("error", hosts, f"the ranks did not add up: {what.removeprefix('error: ')}",
+    return "", Finding("error", tuple(hosts), f"the ranks did not add up: {what.removeprefix('error: ')}",
                        "a training would fail the same way", shlex.join(words[:6]) + " shows all")
 
 

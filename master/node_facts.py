@@ -83,6 +83,8 @@ def ask(session: Session, place: Place, wanted: Mapping[str, Any]) -> dict[str, 
     for line in done.out.splitlines():
         if line.startswith(MARK):
             facts: dict[str, Any] = json.loads(line[len(MARK) :])
+            if "content" in facts:
+                facts["content"] = {paths.get(path, path): value for path, value in facts["content"].items()}
             return {**facts, "missing": [paths.get(path, path) for path in facts["missing"]]}
     if done.code in NOT_FOUND:
         raise SshError(host, "Python", f"no {place.python} there",

@@ -48,6 +48,7 @@ class Alike:
 
 
 VERSIONS = "ranks of different versions hang or compute different things"
+SEND = "invoke sync with the same --model and --dataset"
 INSTALL = "invoke sync"
 ALIKE = [
     Alike("lanspeed's code", ("code",), "error", "ranks would run different programs", "invoke sync"),
@@ -64,6 +65,11 @@ ALIKE = [
           "large packets are lost without a word, and a sum hangs", "sudo ip link set dev CARD mtu 1500 there"),
     Alike("time zone", ("timezone",), "info", "the logs' times differ by it", ""),
 ]
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether an address, with a scope or without, leads to the machine itself."""
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
 
 
 def value_at(facts: Facts, path: Sequence[str]) -> Any:
@@ -130,16 +136,44 @@ def troubles(host: str, facts: Facts, here: float | None) -> list[Finding]:
     if here is not None and abs(here) > SKEW:
         add("warning", f"its clock is {abs(here):.0f} s {'ahead' if here > 0 else 'behind'}",
             "logs can't be read side by side, and certificates may be refused", "sudo timedatectl set-ntp true there")
-    if any(ipaddress.ip_address(each.split("%")[0]).is_loopback for each in facts["own_name"]):
+    if any(map(is_loopback, facts["own_name"])):
         add("info", f"its own name leads to itself ({', '.join(facts['own_name'])})",
             "gloo by itself would tell that address to the others; invoke train names the network card instead",
             "GLOO_SOCKET_IFNAME where you start ranks by hand")
     for path in facts["missing"]:
         add("error", f"{path} is not there", "its ranks would not find it", f"invoke sync -- --with {path}")
+    for name, known in facts["names"].items():
+        if name != facts["hostname"] and known and all(is_loopback(each) for each in known):
+            add("warning", f"it knows {name} as {', '.join(known)}, which is itself",
+                "ranks started by that name would wait for each other for ever", "mend /etc/hosts there")
+    if facts["port"] is None:
+        add("info", "another program listens on port 29500 there",
+            "invoke train takes another; plain deepspeed would fail", "--master_port N for plain deepspeed")
+    for slot, mib in facts["busy"].items():
+        add("warning", f"other programs hold {mib / 1024:.1f} GiB on slot {slot}", "its rank may run out of memory",
+            f"wait, or invoke train --exclude {host}:{slot}")
     if facts["jobs"]:
         add("warning", f"{', '.join(facts['jobs'])} runs there", "both trainings get slower, or run out of memory",
             "invoke stop, or wait")
     return found + cards(host, facts)
+
+
+def unlike_here(nodes: Mapping[str, Facts], own: Mapping[str, str | None]) -> list[Finding]:
+    """Return what the nodes have of models and data otherwise than this machine, or, where it has none, than most."""
+    found = []
+    for name, digest in own.items():
+        usual = digest or Counter(facts["content"].get(name) for facts in nodes.values()).most_common(1)[0][0]
+        for host, facts in nodes.items():
+            theirs = facts["content"].get(name)
+            if theirs == usual or name in facts["missing"]:  # which is told of anyway
+                continue
+            if theirs is None:
+                found.append(Finding("warning", (host,), f"{name} is not in its Hugging Face cache",
+                                     "it would be fetched there, if there is internet", SEND))
+            else:
+                found.append(Finding("error", (host,), f"its {name} is another than here",
+                                     "ranks would start from different weights, or learn different text", SEND))
+    return found
 
 
 def gathered(findings: Sequence[Finding]) -> list[Finding]:

@@ -12,12 +12,13 @@ from conftest import HOME
 
 from master.check_cluster import judge_network
 from master.network_probe import Pair
-from master.parity import agreement, differences, prepared, troubles
+from master.parity import agreement, differences, gathered, prepared, troubles, unlike_here
 
 GOOD: dict[str, Any] = {
     "code": "c1", "packages": {"torch": "2.13.0+cu130", "deepspeed": "0.19.8"}, "python": "3.11.2", "nccl": "2.28.9",
     "driver": "580.65.06", "glibc": "2.36", "os": "Debian 12", "timezone": "+0000", "hostname": "gpu1", "cores": 8,
     "ram_bytes": 64 << 30, "shm_bytes": 32 << 30, "nofile": 65536, "own_name": ["10.0.0.1"], "missing": [], "jobs": [],
+    "names": {"gpu2": ["10.0.0.2"]}, "port": 29500, "busy": {}, "content": {"/data": "d1", "models--gpt2": "m1"},
     "disks": [{"mount": "/", "free_bytes": 500 << 30, "total_bytes": 900 << 30, "rotational": False}],
     "nics": [{"name": "eth0", "addresses": ["10.0.0.1/24"], "mbit": 10000, "mtu": 1500, "kind": "card",
               "driver": "ixgbe"}]}
@@ -50,6 +51,10 @@ def test_the_odd_one_stands_against_the_majority() -> None:
     ({"shm_bytes": 64 * 10**6}, ["warning: its shared memory has 64 MB"]),
     ({"nofile": 1024}, ["warning: 1024 open files are allowed"]),
     ({"own_name": ["127.0.1.1"]}, ["info: its own name leads to itself (127.0.1.1)"]),
+    ({"names": {"gpu2": ["127.0.1.1"], "gpu1": ["127.0.1.1"], "gpu3": []}},
+     ["warning: it knows gpu2 as 127.0.1.1, which is itself"]),
+    ({"port": None}, ["info: another program listens on port 29500 there"]),
+    ({"busy": {"1": 12288}}, ["warning: other programs hold 12.0 GiB on slot 1"]),
     ({"missing": ["/data"]}, ["error: /data is not there"]),
     ({"jobs": ["20260101-tiny"]}, ["warning: 20260101-tiny runs there"]),
     ({"nics": [{**GOOD["nics"][0], "mbit": 100}]}, ["warning: eth0 runs at 100 Mbit/s"]),
@@ -62,6 +67,18 @@ def test_the_odd_one_stands_against_the_majority() -> None:
 ])
 def test_what_is_wrong_with_a_node_is_told(changes: dict[str, Any], words: list[str]) -> None:
     assert said(changes) == words
+
+
+def test_data_that_is_another_than_here_is_named() -> None:
+    other = {"/data": "d2", "models--gpt2": None}
+    nodes = {"gpu1": node(), "gpu2": node(content=other), "gpu3": node(content=other)}
+    assert [found.line() for found in gathered(unlike_here(nodes, {"/data": "d1", "models--gpt2": "m1"}))] == [
+        "gpu2, gpu3: error: its /data is another than here: ranks would start from different weights, or learn "
+        "different text. invoke sync with the same --model and --dataset",
+        "gpu2, gpu3: warning: models--gpt2 is not in its Hugging Face cache: it would be fetched there, if there is "
+        "internet. invoke sync with the same --model and --dataset"]
+    assert not unlike_here({"gpu1": node(missing=["/data"], content={"/data": None})}, {"/data": "d1"})
+    assert [found.hosts for found in unlike_here(nodes, {"/data": None})] == [("gpu1",)]
 
 
 def test_clocks_that_differ_are_told_of() -> None:

@@ -48,6 +48,7 @@ TORCH_LIMIT = 75  # seconds
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
 NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")  # the package is named by the CUDA it is for
+SAMPLE, SAMPLED = 1 << 16, 2000  # bytes at each end of a file, files
 TUNNELS = ("tun", "tap", "wg", "tailscale", "zt", "docker", "br-", "virbr", "veth", "cni", "flannel", "cali")
 
 
@@ -227,10 +228,42 @@ def resolved(names: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def content(path: str) -> str | None:
+    """Return a digest by which copies of a file or folder are compared, None if it isn't there.
+
+    Names and sizes of all files, and of the first 2,000 their first and last 64 KiB: gigabytes take no time.
+    """
+    if os.path.isfile(path):
+        files = [path]
+    else:
+        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True)
+                       for name in names)
+    digest = hashlib.sha256()
+    for number, name in enumerate(files):
+        with contextlib.suppress(OSError):
+            size = os.path.getsize(name)
+            digest.update(f"{os.path.relpath(name, path)} {size} ".encode("utf-8", "surrogateescape"))
+            if number < SAMPLED:
+                with open(name, "rb") as file:
+                    digest.update(file.read(SAMPLE))
+                    file.seek(max(0, size - SAMPLE))
+                    digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16] if files else None
+
+
+def hub_content(name: str) -> str | None:
+    """Return the same for what the Hugging Face cache has of a model or dataset ("models--org--name")."""
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    place = os.path.join(home, "hub", name)
+    return content(os.path.join(place, "snapshots", read(os.path.join(place, "refs", "main")) or "-"))
+
+
 def more(wanted: dict[str, Any], folder: str) -> dict[str, Any]:
     """Return what a check of the cluster asks beyond what a start needs."""
     cache = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
     return {**system(), "nccl": nccl_version(), "nics": network_cards(), "names": resolved(wanted.get("names", [])),
+            "content": {**{path: content(path) for path in wanted.get("paths", [])},
+                        **{name: hub_content(name) for name in wanted.get("hub", [])}},
             "own_name": resolved([socket.gethostname()])[socket.gethostname()],
             "disks": disks([folder, cache, *wanted.get("paths", [])])}
 
