@@ -119,13 +119,15 @@ def hostfile(c, nodes="", output="", vendor="", cpu_slots="", allow_missing=Fals
 @task(auto_shortflags=False, help={
     "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file",
     "hostfile": "the hosts of a hostfile (default: hostfile.txt)",
+    "model": "a folder or Hugging Face name that has to be on every host, and the same",
+    "dataset": "a file, folder or Hugging Face name that has to be on every host, and the same",
     "fast": "leave the network between the hosts out",
     "network": "measure each pair's rate and round trip, a few seconds each",
     "json": "what was found as JSON",
 })
-def check(c, nodes="", hostfile="", fast=False, network=False, json=False):  # type: ignore[no-untyped-def]
+def check(c, nodes="", hostfile="", model="", dataset="", fast=False, network=False, json=False):  # type: ignore[no-untyped-def]
     """Tell whether every node is ready, and the same; flags of master/check_cluster.py follow --."""
-    words = flags(hostfile=hostfile, fast=fast, network=network, json=json)
+    words = flags(hostfile=hostfile, model=model, dataset=dataset, fast=fast, network=network, json=json)
     run_tool("master.check_cluster", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
 
 

@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     flag("--nodes", nargs="+", metavar="N", default=[], help="hosts: names, user@host:port, ranges gpu[1-4], @file")
     flag("--hostfile", type=Path, metavar="H", help="the hosts of a hostfile (default: hostfile.txt)")
-    flag("--model", metavar="M", help="a folder that has to be on every host")
-    flag("--dataset", metavar="D", help="a file or folder that has to be on every host")
+    flag("--model", metavar="M", help="a folder or Hugging Face name that has to be on every host, and the same")
+    flag("--dataset", metavar="D", help="the same of a file, folder or Hugging Face name")
     flag("--fast", action="store_true", help="leave out the network between the hosts, and the sum over all slots")
     flag("--network", action="store_true", help="measure each pair's rate and round trip, a few seconds each")
     flag("--json", action="store_true", help="print what was found as JSON")

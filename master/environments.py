@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,7 @@ ROOM = {"NONE": 3 * GB, "other": 10 * GB}  # bytes of an environment: measured 1
 PATIENCE = 1800.0  # seconds: gigabytes over a slow line
 MARK = "@@ENV "
 COMPLAINTS = ("ERROR", "error", "\N{MULTIPLICATION SIGN}")  # how pip's and uv's lines begin that say what is wrong
+NO_PYTHON = re.compile("No interpreter found|python-build-standalone")  # that is from where uv would fetch one
 TOOLS, WHEELS = "~/.lanspeed/tools", "~/.lanspeed/wheels"
 # $1: the checkout, $2: uv, $3: which Python, $4: what is wanted, in short; the rest: what uv pip install is told.
 SCRIPT = r"""
@@ -194,21 +196,24 @@ def run(session: Session, words: Sequence[str], say: Callable[[str], None]) -> t
         if line.startswith(MARK):
             word, _, venv = line.removeprefix(MARK).partition(" ")
             return word, venv
-    why = next((line for line in said if line.lstrip().startswith(COMPLAINTS)), said[-1] if said else "no word")
-    raise SshError(host, "environment", explain("\n".join(said), why.strip()), mend_of("\n".join(said)))
+    raise SshError(host, "environment", complaint(said), mend_of("\n".join(said)))
 
 
-def explain(said: str, why: str) -> str:
-    """Return uv's last words, shorter where they are known."""
-    if "No interpreter found" in said or "python-build-standalone" in said:
+def complaint(said: Sequence[str]) -> str:
+    """Return what uv complains of: its error, and the first cause that it gives."""
+    if NO_PYTHON.search("\n".join(said)):
         return "no Python there that fits, and none can be fetched"
-    return why[:300]
+    first = next((number for number, line in enumerate(said) if line.lstrip().startswith(COMPLAINTS)), None)
+    if first is None:
+        return (said[-1] if said else "it ended without a word")[:300]
+    causes = [line.split("cause:", 1)[1].strip() for line in said[first + 1 :] if line.strip().startswith("cause:")]
+    return ": ".join([said[first].strip().removeprefix("error: "), *causes[:1]])[:300]
 
 
 def mend_of(said: str) -> str:
     """Return what helps against what uv says."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if "No interpreter found" in said or "python-build-standalone" in said:
+    if NO_PYTHON.search(said):
         return f"sudo apt install python{version} there, or --python PATH of one"
     if "No space left" in said:
         return "make room there; what was fetched is kept"

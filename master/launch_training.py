@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
          help="DeepSpeed config (default: trainer/ds_config.json; without a GPU trainer/configs/cpu.json)")
     flag("--hostfile", type=Path, metavar="H", help="train on these hosts (default: on this machine)")
     flag("--nodes", nargs="+", metavar="N", default=[], help="find these hosts' GPUs first, and train on them")
-    flag("--slots", type=int, metavar="N", 
+    flag("--slots", type=int, metavar="N",
          help="ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes")
     flag("--grace", type=float, default=60, metavar="S", help="seconds to save in after Ctrl-C (60)")
     flag("--include", default="", metavar="I", help="these hosts and slots of the hostfile: gpu1@gpu2:0,2")
@@ -196,19 +196,14 @@ def detach(run: Path) -> bool:
     return True
 
 
-def stop(options: argparse.Namespace) -> int:
-    """End a run in order; return the exit code."""
-    from master.stopping import stop as stop_run
-
-    return stop_run(options.stop or None, options)
-
-
 def launch_on_nodes(options: argparse.Namespace) -> int:
     """Write the hostfile of --nodes into the run folder by generate_hostfile.py; train if no host failed."""
     options.access = access_of(options)  # a password is asked for once, and never in an argument
     password = {PASSWORD_VARIABLE: options.access.password} if options.access.password else {}
     folder = Path(tempfile.mkdtemp(prefix="lanspeed-"))
     options.hostfile = folder / "hostfile.txt"
+    if Path("cluster.json").exists():  # which knows where lanspeed lives on the hosts
+        shutil.copy("cluster.json", folder)
     command = [sys.executable, str(HOME / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
                "--output", str(options.hostfile), *access_words(options)]
     if options.slots:
@@ -237,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         if options.stop is not None:
-            return stop(options)
+            from master.stopping import stop
+
+            return stop(options.stop or None, options)
         options.run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
         if not options.nodes:
             return launch(options)

@@ -127,7 +127,11 @@ def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> N
 def sync(options: argparse.Namespace) -> int:
     """Do it; return the exit code. Raises what `main` catches."""
     nodes, path = chosen_nodes(options.nodes, options.hostfile)
-    nodes = [node for node in nodes if not node.is_local]  # it is all here
+    if len(nodes) == 1 and nodes[0].is_local:
+        trees_of(options)
+        print("localhost: nothing to do: it is all here")
+        return 0
+    nodes = [node for node in nodes if not node.is_local]
     cluster = read_cluster(path)
     known = {host["name"]: host for host in cluster["hosts"]}
     access, started = access_of(options), time.monotonic()

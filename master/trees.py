@@ -124,8 +124,9 @@ def named(path: Path) -> Tree:
     own = f"~/lanspeed-data/{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
     if path.is_dir():
         tree = Tree(str(path), [str(path), f"{own}/{path.name}"], str(path), whole=True)
+        status = path.stat()
         for name in sorted(os.listdir(path)):
-            tree.add(name, str(path / name), str(path))
+            tree.add(name, str(path / name), str(path), ((status.st_dev, status.st_ino),))
         return tree
     tree = Tree(str(path), [str(path.parent), own], str(path), below=path.name)
     tree.add(path.name, str(path), str(path.parent))

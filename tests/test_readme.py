@@ -16,7 +16,7 @@ README = (HOME / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 # Tasks whose flags after -- go to a tool of the master; the others hand on to the trainer.
 MASTER_TOOLS = {"setup-keys": "setup_keys", "hostfile": "generate_hostfile", "validate": "validate_ds_config",
-                "check": "check_cluster"}
+                "check": "check_cluster", "sync": "sync_nodes"}
 
 
 def known_flags(*command: str) -> str:

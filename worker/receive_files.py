@@ -411,7 +411,10 @@ def choose_root(candidates: list[str], entries: list[list[Any]], record: Record)
         path = os.path.expandvars(os.path.expanduser(word))
         if "$" in path:
             continue
-        if os.access(nearest(path), os.W_OK | os.X_OK):
+        top = path
+        while not os.path.lexists(top):
+            top = os.path.dirname(top)
+        if os.path.isdir(top) and os.access(top, os.W_OK | os.X_OK):
             return path
         if os.path.isdir(path):
             trial = Store(record, False)
