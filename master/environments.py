@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ TOOLS, WHEELS = "~/.lanspeed/tools", "~/.lanspeed/wheels"
 SCRIPT = r"""
 root=$1 uv=$2 python=$3 wanted=$4; shift 4
 umask 022
+exec 3<&0
+( cat <&3 >/dev/null; kill -TERM 0 ) &  # whoever asked for this has gone: nothing goes on
+watch=$!
+trap 'kill $watch 2>/dev/null' EXIT
 say() { printf '\n@@ENV %s\n' "$*"; }
 venv=$root/.venv
 if [ -e "$venv" ] && [ ! -e "$venv/lanspeed.json" ]; then venv=$root/.venv-lanspeed; fi
@@ -132,10 +137,10 @@ def last_line(text: str) -> str:
 
 
 def make(session: Session, recipe: Recipe, roots: Mapping[str, str], own_uv: str | None, machine: str,
-         say: Callable[[str], None]) -> tuple[str, str]:
+         say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
     """Make the environment on a node unless it is there; return its Python and a word on what was done.
 
-    `say` is told what goes on. Raises SshError with the mend.
+    `say` is told what goes on; `stop` ends it. Raises SshError with the mend.
     """
     host, root, report = str(session.node), roots["checkout"], survey(session).report
     theirs = f"{root}/.venv/bin/python"
@@ -147,7 +152,7 @@ def make(session: Session, recipe: Recipe, roots: Mapping[str, str], own_uv: str
         raise SshError(host, "environment", f"it is {machine}, and the uv here is for {platform.machine()}",
                        "python3 -m pip install --user uv there")
     words = [root, uv, recipe.python, *install_words(recipe, roots, report.vendor)]
-    word, venv = run(session, words, say)
+    word, venv = run(session, words, say, stop)
     python = f"{venv}/bin/python"
     if fault := unlike(session, Place(root, python), report):
         raise SshError(host, "environment", fault, "does --index-url or --wheelhouse hold what is meant?")
@@ -181,12 +186,14 @@ def install_words(recipe: Recipe, roots: Mapping[str, str], vendor: str) -> list
     return [short, *words]
 
 
-def run(session: Session, words: Sequence[str], say: Callable[[str], None]) -> tuple[str, str]:
+def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
     """Run the script; return its word ("made", "there") and the environment's path. Raises SshError."""
     host, out, end = str(session.node), b"", time.monotonic() + PATIENCE
     with contextlib.closing(session.open(f"exec sh -c {shlex.quote(SCRIPT)} sh {shlex.join(words)}")) as channel:
         while (block := channel.receive(1.0)) != b"":
             out += block or b""
+            if stop.is_set():
+                raise SshError(host, "environment", "stopped")
             if time.monotonic() > end:
                 raise SshError(host, "environment", f"not done after {PATIENCE:.0f} s", "run it again: it goes on")
             if said := [line for line in channel.complaints().splitlines() if line.strip()[:1].isalpha()]:

@@ -57,12 +57,15 @@ class Pieces:
         total, done = sum(item.size for item in self._items), 0
         found = []
         changed = False
-        with ThreadPoolExecutor(2) as pool:  # hashing leaves Python's lock
-            known = [self._known(item, cache) for item in self._items]
+        known = [self._known(item, cache) for item in self._items]
+        pool = ThreadPoolExecutor(2)  # hashing leaves Python's lock
+        try:
             for item, digests in zip(self._items, pool.map(self._read, self._items, known), strict=True):
                 found.append(digests)
                 done += item.size
                 say(done, total)
+        finally:
+            pool.shutdown(cancel_futures=True)  # on Ctrl-C too
         for item, before, digests in zip(self._items, known, found, strict=True):
             status = os.stat(item.source)
             if before is None and time.time() - status.st_mtime > FRESH:

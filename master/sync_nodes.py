@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -90,13 +92,14 @@ def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Acces
     """Make the environments side by side; note what came of each."""
     names = ",".join(sorted(path.name for path in options.wheelhouse.glob("*.whl"))) if options.wheelhouse else ""
     short = hashlib.sha256(names.encode()).hexdigest()[:16] if names else ""
-    recipe = Recipe(options.python, options.index_url, short)
+    recipe, stop = Recipe(options.python, options.index_url, short), threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: stop.set())  # the threads look at it
     with SyncScreen() as screen:
         def work(session: Session) -> tuple[str, str]:
             host = str(session.node)
             hello = seats[host].said["hello"]
             tell: Callable[[str], None] = lambda line: screen.environment(host, line)  # noqa: E731
-            done = make(session, recipe, seats[host].said["plan"]["roots"], hello["uv"], hello["machine"], tell)
+            done = make(session, recipe, seats[host].said["plan"]["roots"], hello["uv"], hello["machine"], tell, stop)
             screen.environment(host, done[1])
             return done
 
@@ -106,6 +109,9 @@ def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Acces
                 one.error = f"{result.stage}: {result.fault}" + (f": {result.mend}" if result.mend else "")
             else:
                 one.python, one.environment = result
+    signal.signal(signal.SIGINT, before)
+    if stop.is_set():
+        raise KeyboardInterrupt
 
 
 def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-INSTALL = "sudo apt install openssh-server openssh-client zsh tcsh fish dash iproute2 nftables openssl pdsh"
+INSTALL = "sudo apt install openssh-server openssh-client zsh tcsh fish dash iproute2 nftables openssl pdsh faketime"
 # What a ProxyCommand does: between its own input and output and a port.
 RELAY = """
 import os, select, socket, sys

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalSession:
 
 
 def run(session: LocalSession, root: Path, *words: str, python: str = sys.executable) -> tuple[str, str]:
-    return environments.run(session, [str(root), environments.find_uv(), python, "wanted1", *words], lambda line: None)
+    return environments.run(session, [str(root), environments.find_uv(), python, "wanted1", *words], lambda line: None,
+                            threading.Event())
 
 
 def test_an_environment_is_made_once_and_only_where_lanspeed_may(here: LocalSession, tmp_path: Path) -> None:
@@ -92,6 +95,18 @@ def test_an_environment_is_made_once_and_only_where_lanspeed_may(here: LocalSess
     before = sorted(path.name for path in (root / ".venv").rglob("*"))
     assert run(here, root, "-r", str(root / "none.txt")) == ("made", f"{root}/.venv-lanspeed")
     assert sorted(path.name for path in (root / ".venv").rglob("*")) == before
+
+
+def test_when_it_is_stopped_nothing_goes_on(here: LocalSession, tmp_path: Path) -> None:
+    sleeper = tmp_path / "uv"
+    sleeper.write_text("#!/bin/sh\necho Resolved a lot >&2\nsleep 98.765\n")
+    sleeper.chmod(0o755)
+    stop = threading.Event()
+    with pytest.raises(SshError, match="stopped"):
+        environments.run(here, [str(tmp_path / "lanspeed"), str(sleeper), "3.11", "w"], lambda line: stop.set(), stop)
+    time.sleep(0.2)
+    left = subprocess.run(["pgrep", "-f", "sleep 98.765"], capture_output=True, text=True).stdout
+    assert not left and not (tmp_path / "lanspeed" / ".venv" / "bin").exists()
 
 
 @pytest.mark.parametrize(("python", "words", "fault", "mend"), [

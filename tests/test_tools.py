@@ -43,8 +43,8 @@ def invoke(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
 
 def test_the_menu_is_complete_and_each_task_has_help() -> None:
     listed = invoke("--list").stdout
-    for task in ("setup-keys", "hostfile", "check", "sync", "validate", "detect", "train", "watch", "stop", "demo", "test",
-                 "lint", "bench"):
+    for task in ("setup-keys", "hostfile", "check", "sync", "validate", "detect", "train", "watch", "stop", "demo",
+                 "test", "lint", "bench"):
         assert f"  {task} " in listed
         shown = invoke(task, "--help")
         assert shown.returncode == 0 and "Docstring:" in shown.stdout, shown.stderr

@@ -76,6 +76,24 @@ def test_what_is_odd_on_one_machine_is_named(desk: Desk) -> None:
     assert "gpu2: MTU of the training's network card 1400, the others have 1500" in warnings and len(warnings) == 2
 
 
+def test_a_clock_a_name_and_data_that_are_wrong_are_named(desk: Desk, tmp_path: Path) -> None:
+    (library,) = Path(program("faketime")).parent.parent.glob("lib/*/faketime/libfaketime.so.1")
+    late = desk.lab.add("gpu4")
+    desk.admit(late, LD_PRELOAD=str(library), FAKETIME="-90s", HF_HUB_OFFLINE="1")
+    with (late.etc / "hosts").open("a") as file:
+        file.write("127.0.0.1 gpu1\n")
+    notes, others = tmp_path / "notes", tmp_path / "others"
+    for folder, text in ((notes, "as here"), (others, "another")):
+        folder.mkdir()
+        (folder / "a.txt").write_text(text)
+    subprocess.run(late.words("mount", "--bind", str(others), str(notes)), check=True)
+    code, said, found = check(desk, "--fast", "--nodes", "gpu1,gpu4", "--dataset", str(notes))
+    assert code == 1 and texts(found, "error") == [f"gpu4: its {notes} is another than here"], said
+    clock, name = sorted(texts(found, "warning"))
+    assert clock in ("gpu4: its clock is 90 s behind", "gpu4: its clock is 89 s behind")
+    assert name == "gpu4: it knows gpu1 as 127.0.0.1, which is itself"
+
+
 def test_a_slow_link_is_measured_and_named(desk: Desk) -> None:
     (desk.folder / "cluster.json").unlink(missing_ok=True)
     desk.hosts["gpu3"].network("tc qdisc add dev eth0 root tbf rate 80mbit burst 64kb latency 50ms")
