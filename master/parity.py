@@ -177,10 +177,11 @@ def unlike_here(nodes: Mapping[str, Facts], own: Mapping[str, str | None]) -> li
 
 
 def gathered(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings with those made one that say the same of several hosts."""
+    """Return the findings with those made one that say the same of single hosts; a pair stays a pair."""
     hosts: dict[Finding, list[str]] = {}
     for finding in findings:
-        hosts.setdefault(replace(finding, hosts=()), []).extend(finding.hosts)
+        alone = len(finding.hosts) == 1
+        hosts.setdefault(replace(finding, hosts=()) if alone else finding, []).extend(finding.hosts)
     return [replace(finding, hosts=tuple(dict.fromkeys(names))) for finding, names in hosts.items()]
 
 

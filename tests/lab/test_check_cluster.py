@@ -89,7 +89,7 @@ def test_a_clock_a_name_and_data_that_are_wrong_are_named(desk: Desk, tmp_path: 
     subprocess.run(late.words("mount", "--bind", str(others), str(notes)), check=True)
     code, said, found = check(desk, "--fast", "--nodes", "gpu1,gpu4", "--dataset", str(notes))
     assert code == 1 and texts(found, "error") == [f"gpu4: its {notes} is another than here"], said
-    clock, name = sorted(texts(found, "warning"))
+    name, clock = sorted(texts(found, "warning"))
     assert clock in ("gpu4: its clock is 90 s behind", "gpu4: its clock is 89 s behind")
     assert name == "gpu4: it knows gpu1 as 127.0.0.1, which is itself"
 
