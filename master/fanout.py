@@ -157,7 +157,7 @@ class Fanout:
             if now - beat > BEAT:
                 beat = now
                 for seat in self._in():
-                    if seat.channel and now - seat.heard > SILENCE:
+                    if seat.channel and not ready(seat) and now - seat.heard > SILENCE:
                         seat.fault = f"no sign of life for {SILENCE:.0f} s"
                     elif not seat.sending.locked():  # else something is on its way to it anyway
                         seat.tell()

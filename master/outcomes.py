@@ -24,7 +24,7 @@ class Outcome:
     kept: tuple[str, ...] = ()  # changed there since, or not lanspeed's
     environment: str = ""
     shares_home_of: str = ""
-    paths: dict[str, str] | None = None  # here -> there, where that differs
+    paths: dict[str, str] | None = None  # here -> there
 
 
 def outcome_of(seat: Seat, trees: Sequence[Tree]) -> Outcome:
@@ -37,7 +37,7 @@ def outcome_of(seat: Seat, trees: Sequence[Tree]) -> Outcome:
             tuple(finished.get("kept", ()))
         places = {tree.here: os.path.join(plan["roots"][tree.name], tree.below) if tree.below
                   else plan["roots"][tree.name] for tree in trees if tree.here and tree.name != "checkout"}
-        found.paths = {here: there for here, there in places.items() if here != there}
+        found.paths = places
     return found
 
 
@@ -53,5 +53,6 @@ def line_of(one: Outcome, dry_run: bool) -> str:
     words += [f"{one.deleted:,} files gone"] if one.deleted else []
     words += [f"{len(one.kept):,} kept that were changed there ({one.kept[0]})"] if one.kept else []
     words += [one.environment] if one.environment else []
-    places = [f"lanspeed in {one.folder}", *(f"{here} in {there}" for here, there in (one.paths or {}).items())]
+    moved = {here: there for here, there in (one.paths or {}).items() if here != there}
+    places = [f"lanspeed in {one.folder}", *(f"{here} in {there}" for here, there in moved.items())]
     return f"{', '.join(words)}; {', '.join(places)}"

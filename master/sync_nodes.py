@@ -103,7 +103,7 @@ def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Acces
             screen.environment(host, done[1])
             return done
 
-        for node, result in on_all(nodes, access, work, question()).items():
+        for node, result in on_all(nodes, access, work, screen.paused(question())).items():
             one = found[str(node)]
             if isinstance(result, SshError):
                 one.error = f"{result.stage}: {result.fault}" + (f": {result.mend}" if result.mend else "")
@@ -119,8 +119,9 @@ def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> N
     for host in cluster["hosts"]:
         one = found.get(host["name"])
         if one and one.folder and not one.error:
-            host["dir"], host["paths"] = one.folder, {**host.get("paths", {}), **(one.paths or {})}
-            host["python"] = one.python or host["python"]
+            places = {**host.get("paths", {}), **(one.paths or {})}
+            host["paths"] = {here: there for here, there in places.items() if here != there}
+            host["dir"], host["python"] = one.folder, one.python or host["python"]
     names = {host["name"] for host in cluster["hosts"]}
     strangers = sorted(one.host for one in found.values() if one.folder and one.host not in names)
     if path.exists() and cluster["hosts"]:
@@ -147,7 +148,7 @@ def sync(options: argparse.Namespace) -> int:
             pieces = Pieces(trees_of(options), screen.reading)
         addresses = {str(node): known.get(str(node), {}).get("address") for node in nodes}
         with Fanout(nodes, access, addresses, screen.rows) as fanout:
-            fanout.reach(question())
+            fanout.reach(screen.paused(question()))
             if pieces is None:
                 fanout.remove()
                 return tell_removed(fanout, path, cluster)

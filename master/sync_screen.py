@@ -11,6 +11,7 @@ from master.console import is_terminal, one_line, say
 
 if TYPE_CHECKING:
     from master.fanout import Seat
+    from master.fleet import Ask, Stranger
 
 TOLD_EVERY = 10.0  # seconds between two lines, without a terminal
 WINDOW = 5.0  # seconds over which a rate is measured
@@ -41,6 +42,20 @@ class SyncScreen:
     def __exit__(self, *_: object) -> None:
         if self._bars:
             self._bars.stop()
+
+    def paused(self, ask: Ask | None) -> Ask | None:
+        """Return a question that is asked without moving lines in its way."""
+        if ask is None or self._bars is None:
+            return ask
+
+        def asking(strangers: Sequence[Stranger]) -> bool:
+            self._bars.stop()
+            try:
+                return ask(strangers)
+            finally:
+                self._bars.start()
+
+        return asking
 
     def reading(self, done: int, total: int) -> None:
         """So many bytes of what is here have been read, for their digests."""

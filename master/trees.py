@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,16 +87,14 @@ def stays_inside(link: str, top: str) -> bool:
     return not os.path.isabs(target) and (place + "/").startswith(top.rstrip("/") + "/") and os.path.exists(link)
 
 
-def checkout(folder: str, also: Iterable[Path]) -> Tree:
-    """Return lanspeed as it stands here: what git tracks (without git all but what is made), and what is named."""
+def checkout(folder: str, without: Sequence[Path] = ()) -> Tree:
+    """Return lanspeed as it stands here: what git tracks (without git all but what is made), without these paths."""
     top = str(HOME)
     tree = Tree("checkout", [folder] if folder else [top, "~/lanspeed"], top, whole=True)
     for name in tracked(top) or files_of_code(top):
-        if os.path.lexists(os.path.join(top, name)):
-            tree.add(name, os.path.join(top, name), top)
-    for path in also:
-        tree.add(str(path.relative_to(HOME)), str(path), top)
-    tree.items = list({item.path: item for item in tree.items}.values())
+        path = HOME / name
+        if os.path.lexists(path) and not any(path.is_relative_to(other) for other in without):
+            tree.add(name, str(path), top)
     return tree
 
 
@@ -119,16 +117,23 @@ def files_of_code(top: str) -> Iterator[str]:
             yield os.path.relpath(os.path.join(folder, name), top)
 
 
-def named(path: Path) -> Tree:
-    """Return a file or folder of this machine, to lie at the same path there, or else below ~/lanspeed-data."""
-    own = f"~/lanspeed-data/{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+def named(path: Path, folder: str = "") -> Tree:
+    """Return a file or folder of this machine, to lie at the same path there, or else below ~/lanspeed-data.
+
+    One of the checkout lies in the checkout there, which may be in `folder`.
+    """
+    own = f"~/lanspeed-data/{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}/{path.name}"
+    places = [str(path), own]
+    if path.is_relative_to(HOME):
+        below = path.relative_to(HOME)
+        places = [f"{folder}/{below}"] if folder else [str(path), f"~/lanspeed/{below}"]
     if path.is_dir():
-        tree = Tree(str(path), [str(path), f"{own}/{path.name}"], str(path), whole=True)
+        tree = Tree(str(path), places, str(path), whole=True)
         status = path.stat()
         for name in sorted(os.listdir(path)):
             tree.add(name, str(path / name), str(path), ((status.st_dev, status.st_ino),))
         return tree
-    tree = Tree(str(path), [str(path.parent), own], str(path), below=path.name)
+    tree = Tree(str(path), list(map(os.path.dirname, places)), str(path), below=path.name)
     tree.add(path.name, str(path), str(path.parent))
     return tree
 
@@ -136,18 +141,18 @@ def named(path: Path) -> Tree:
 def collect(folder: str, paths: Iterable[Path], names: Iterable[tuple[str, str]]) -> list[Tree]:
     """Return all trees: the checkout (to lie in `folder` there, "" chooses), these paths, ("model", name) of the hub.
 
-    A path inside the checkout or another path goes with that. Raises TreeError.
+    A path inside another goes with that. Raises TreeError.
     """
-    places = sorted({Path(os.path.abspath(path.expanduser())) for path in paths})
-    for path in places:
+    places: list[Path] = []
+    for path in sorted({Path(os.path.abspath(path.expanduser())) for path in paths}):
         if not path.exists():
             raise TreeError(f"{path}: there is no such file or folder")
-    inside = [path for path in places if path.is_relative_to(HOME)]
-    outside: list[Path] = []
-    for path in places:
-        if path not in inside and not any(path.is_relative_to(other) for other in outside):
-            outside.append(path)
-    return [checkout(folder, inside), *map(named, outside), *(hub(kind, name) for kind, name in names)]
+        if HOME.is_relative_to(path):
+            raise TreeError(f"{path}: lanspeed itself is in there: name what you mean below it")
+        if not any(path.is_relative_to(other) for other in places):
+            places.append(path)
+    return [checkout(folder, places), *(named(path, folder) for path in places),
+            *(hub(kind, name) for kind, name in names)]
 
 
 def hub(kind: str, name: str) -> Tree:

@@ -136,9 +136,28 @@ def test_a_piece_that_was_not_announced_is_refused(start: Any, pieces: Pieces) -
     data = bytearray(pieces.read(0))
     data[5] ^= 1
     one.tell({"piece": 0, "bytes": len(data)}, bytes(data))
-    with pytest.raises(AssertionError, match="10 is not what was announced, from the master"):
+    with pytest.raises(AssertionError, match="10 came otherwise than announced"):
         one.hear("progress") and one.hear("finished")
     assert one.process.wait(timeout=10) == 1 and not (one.home / "data" / "10").exists()
+
+
+def test_a_node_whose_copy_is_spoilt_is_passed_over(start: Any, pieces: Pieces) -> None:
+    pem = make_pem()
+    first, second = start("one"), start("two")
+    first.announce(pieces, pem)
+    second.announce(pieces, pem)
+    port = first.hear("listening")["port"]
+    first.tell({"begin": []})
+    for number in range(3):
+        data = pieces.read(number)
+        first.tell({"piece": number, "bytes": len(data)}, data)
+    while first.hear("progress")["missing"]:
+        pass
+    (first.home / "data" / "7").write_text("X\n")  # as long as before
+    (first.home / "data" / "large").unlink()
+    second.tell({"begin": [["one", "127.0.0.1", port]]})
+    assert "7 came otherwise than announced" in second.hear("lost")["text"]
+    assert second.hear("orphan")["missing"] == [0, 1, 2]
 
 
 def test_it_ends_with_its_master(start: Any, pieces: Pieces) -> None:

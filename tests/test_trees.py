@@ -55,8 +55,18 @@ def test_a_path_inside_another_goes_with_that(tmp_path: Path) -> None:
     (tmp_path / "a" / "b" / "c.txt").write_text("text")
     trees = collect("", [tmp_path / "a" / "b", tmp_path / "a"], [])
     assert [tree.name for tree in trees] == ["checkout", str(tmp_path / "a")]
-    with pytest.raises(TreeError, match="there is no such file or folder"):
-        collect("", [tmp_path / "gone"], [])
+    for path, words in ((tmp_path / "gone", "there is no such file or folder"), (HOME.parent, "lanspeed itself is in")):
+        with pytest.raises(TreeError, match=words):
+            collect("", [path], [])
+
+
+def test_a_path_in_the_checkout_stays_in_it_and_goes_by_itself() -> None:
+    code, configs = collect("", [HOME / "trainer" / "configs"], [])
+    assert configs.roots == [str(HOME / "trainer" / "configs"), "~/lanspeed/trainer/configs"]
+    assert "cpu.json" in [item.path for item in configs.items]
+    assert not [item.path for item in code.items if item.path.startswith("trainer/configs")]
+    _, one = collect("/opt/lanspeed", [HOME / "README.md"], [])
+    assert (one.roots, one.below) == (["/opt/lanspeed"], "README.md")
 
 
 def test_the_checkout_is_what_git_tracks_or_all_but_what_is_made(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, NamedTuple
 
 PIECE = 4 << 20  # bytes; the master cuts the same way
 SEGMENTS = 2000  # small files in one piece at most
@@ -41,8 +41,22 @@ VENV_MARK = "lanspeed.json"  # in an environment that lanspeed has made
 WAITING = 0xFFFFFFFF  # in place of a piece's number: it hasn't come yet, and this node lives
 
 
+class Known(NamedTuple):
+    """A file: its tree's root, size in bytes, time, digest of its parts' digests, whether lanspeed put it there."""
+
+    root: str
+    size: int
+    mtime_ns: int
+    sum: str
+    ours: bool
+
+
 class Fault(Exception):
     """What stops this node; the message is for the master's user."""
+
+
+class Spoilt(Exception):
+    """A piece that isn't what was announced; the message names the file."""
 
 
 class Gone(Exception):
@@ -65,31 +79,34 @@ def tell(**event: Any) -> None:
 
 
 class Record:
-    """What lanspeed has put on this node: (root, path) -> (size, mtime_ns, sum, ours), a line each as it happens."""
+    """What lanspeed has put on this node: path -> what it is known by; a line of a file each as it happens."""
 
     def __init__(self) -> None:
         os.makedirs(HOME, mode=0o700, exist_ok=True)
         self.path = os.path.join(HOME, RECORD)
-        self.known: dict[tuple[str, str], tuple[int, int, str, bool]] = {}
+        self.known: dict[str, Known] = {}
         self._lock = threading.Lock()
         with contextlib.suppress(OSError), open(self.path, encoding="ascii") as file:
             for line in file:
-                with contextlib.suppress(ValueError):  # a line that was cut off
-                    root, path, size, *rest = json.loads(line)
-                    if size is None:
-                        self.known.pop((root, path), None)
-                    else:
-                        self.known[root, path] = (size, rest[0], rest[1], rest[2])
+                with contextlib.suppress(ValueError, TypeError):  # a line that was cut off
+                    path, *fact = json.loads(line)
+                    self.known.pop(path, None)
+                    if fact:
+                        self.known[path] = Known(*fact)
         self._file = open(self.path, "a", encoding="ascii", buffering=1)  # noqa: SIM115, open as long as this runs
 
-    def note(self, root: str, path: str, fact: tuple[int, int, str, bool] | None) -> None:
+    def note(self, path: str, fact: Known | None) -> None:
         """Note a file, or with None that it is gone."""
         with self._lock:
-            if fact is None:
-                self.known.pop((root, path), None)
-            else:
-                self.known[root, path] = fact
-            self._file.write(json.dumps([root, path, *(fact or [None])]) + "\n")
+            self.known.pop(path, None)
+            if fact:
+                self.known[path] = fact
+            self._file.write(json.dumps([path, *(fact or [])]) + "\n")
+
+    def is_as_left(self, path: str) -> bool:
+        """Tell whether lanspeed put there what stands there, and nobody has changed it since."""
+        known, status = self.known.get(path), os.lstat(path)
+        return bool(known and known.ours and known[1:3] == (status.st_size, status.st_mtime_ns))
 
     def close(self) -> None:
         """Write it anew, a line a file; without any it goes."""
@@ -99,7 +116,7 @@ class Record:
                 os.unlink(self.path)
                 return
             with open(self.path + ".new", "w", encoding="ascii") as file:
-                file.writelines(json.dumps([*key, *fact]) + "\n" for key, fact in self.known.items())
+                file.writelines(json.dumps([path, *fact]) + "\n" for path, fact in self.known.items())
             os.replace(self.path + ".new", self.path)
 
 
@@ -152,14 +169,14 @@ class Store:
         for root, path, target in self.links:
             place = os.path.join(root, path)
             if os.path.lexists(place) and not (os.path.islink(place) and os.readlink(place) == target) and \
-                    not self._may_replace(root, path):
+                    not self._may_replace(place):
                 self.foreign.append(place)
         self.pieces = list(cut(self.files))
         self.missing = {number for number, piece in enumerate(self.pieces)
                         if not all(self.files[one].have[part] for one, part in piece)}
 
     def _examine(self, file: File) -> None:
-        known = self._record.known.get((file.root, file.path))
+        known = self._record.known.get(file.target)
         try:
             status = os.stat(file.target)
         except FileNotFoundError:
@@ -171,30 +188,27 @@ class Store:
             self.foreign.append(file.target)
             return
         if status is not None:
-            seen = (status.st_size, status.st_mtime_ns)
-            same = known is not None and known[:2] == seen and known[2] == file.sum
+            now = Known(file.root, status.st_size, status.st_mtime_ns, file.sum, bool(known and known.ours))
+            same = known is not None and known[1:] == now[1:]
             if same or (status.st_size == file.size and self._parts_of(file, file.target) == file.digests):
                 file.have, file.placed = [True] * len(file.digests), True
-                ours = bool(known and known[3])
-                if known != (*seen, file.sum, ours):
-                    self._record.note(file.root, file.path, (*seen, file.sum, ours))
-                if ours and stat.S_IMODE(status.st_mode) != file.mode:
+                if known != now:
+                    self._record.note(file.target, now)
+                if now.ours and stat.S_IMODE(status.st_mode) != file.mode:
                     os.chmod(file.target, file.mode)
                 return
-            if not self._may_replace(file.root, file.path):
+            if not self._may_replace(file.target):
                 self.foreign.append(file.target)
                 return
         if os.path.exists(file.part):
             file.have = [one == other for one, other in zip(self._parts_of(file, file.part), file.digests)]
             file.have += [False] * (len(file.digests) - len(file.have))
 
-    def _may_replace(self, root: str, path: str) -> bool:
+    def _may_replace(self, place: str) -> bool:
         """Tell whether what stands there is as lanspeed left it, or may go anyway."""
-        known, place = self._record.known.get((root, path)), os.path.join(root, path)
         if os.path.isdir(place) and not os.path.islink(place):
             return False
-        status = os.lstat(place)
-        return self._overwrite or bool(known and known[3] and known[:2] == (status.st_size, status.st_mtime_ns))
+        return self._overwrite or self._record.is_as_left(place)
 
     def _parts_of(self, file: File, path: str) -> list[str]:
         """Return the digests of what stands at a path, cut as the file is."""
@@ -253,10 +267,10 @@ class Store:
         os.symlink(target, scratch)
         os.replace(scratch, place)
         status = os.lstat(place)
-        self._record.note(root, path, (status.st_size, status.st_mtime_ns, digest(os.fsencode(target)), True))
+        self._record.note(place, Known(root, status.st_size, status.st_mtime_ns, digest(os.fsencode(target)), True))
 
-    def put(self, number: int, data: bytes | bytearray, giver: str) -> None:
-        """Write a piece that has come; raise Fault if it isn't what was announced."""
+    def put(self, number: int, data: bytes | bytearray) -> None:
+        """Write a piece that has come; raise Spoilt if it isn't what was announced, Fault if it can't be written."""
         if number not in self.missing:
             return
         view, at = memoryview(data), 0
@@ -265,7 +279,7 @@ class Store:
             offset, size = file.span(part)
             block, at = view[at : at + size], at + size
             if digest(block) != file.digests[part]:
-                raise Fault(f"{file.path} is not what was announced, from {giver}: did it change while it was sent?")
+                raise Spoilt(f"{file.path} came otherwise than announced: did it change meanwhile?")
             if not file.have[part]:
                 with writing(file.target):
                     self._write(file, offset, block)
@@ -279,11 +293,9 @@ class Store:
 
     def _write(self, file: File, offset: int, block: memoryview) -> None:
         self._make_folder(os.path.dirname(file.part))
-        if len(file.digests) > 1:  # it may lie there for long, if this is cut off
-            part = os.path.relpath(file.part, file.root)
-            if (file.root, part) not in self._record.known:
-                self._record.note(file.root, part, (UNFINISHED, 0, "", True))
-        descriptor = os.open(file.part, os.O_WRONLY | os.O_CREAT, 0o600)
+        if len(file.digests) > 1 and file.part not in self._record.known:  # it may lie there for long, if cut off
+            self._record.note(file.part, Known(file.root, UNFINISHED, 0, "", True))
+        descriptor = os.open(file.part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             while block:
                 count = os.pwrite(descriptor, block, offset)
@@ -292,16 +304,18 @@ class Store:
             os.close(descriptor)
 
     def _place(self, file: File) -> None:
-        if not file.digests:
-            self._make_folder(os.path.dirname(file.part))
-            os.close(os.open(file.part, os.O_WRONLY | os.O_CREAT, 0o600))
-        os.truncate(file.part, file.size)
-        os.chmod(file.part, file.mode)
+        self._make_folder(os.path.dirname(file.part))
+        descriptor = os.open(file.part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            os.ftruncate(descriptor, file.size)
+            os.fchmod(descriptor, file.mode)
+        finally:
+            os.close(descriptor)
         os.replace(file.part, file.target)
         status = os.stat(file.target)
-        self._record.note(file.root, file.path, (status.st_size, status.st_mtime_ns, file.sum, True))
+        self._record.note(file.target, Known(file.root, status.st_size, status.st_mtime_ns, file.sum, True))
         if len(file.digests) > 1:
-            self._record.note(file.root, os.path.relpath(file.part, file.root), None)
+            self._record.note(file.part, None)
         file.placed = True
 
     def _make_folder(self, path: str) -> None:
@@ -310,27 +324,27 @@ class Store:
             self._dirs.add(path)
 
     def get(self, number: int) -> bytes:
-        """Return a piece that is here."""
+        """Return a piece that is here. Raises OSError if somebody has taken it away meanwhile."""
         blocks = []
         for one, part in self.pieces[number]:
             file = self.files[one]
             offset, size = file.span(part)
-            for path in (file.target, file.part, file.target):  # it may be renamed meanwhile
-                if path == file.target and not file.placed:
-                    continue
-                with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as source:
-                    source.seek(offset)
-                    blocks.append(read_all(source, size))
-                    break
+            try:
+                block = read_at(file.part if not file.placed else file.target, offset, size)
+            except FileNotFoundError:  # it was put in its place just now
+                block = read_at(file.target, offset, size)
+            if len(block) != size:
+                raise OSError(f"{file.target} became shorter")
+            blocks.append(block)
         return b"".join(blocks)
 
     # -- what goes -----------------------------------------------------------------------------------------------------
 
     def clear_stale(self, roots: list[str]) -> tuple[int, list[str]]:
         """Delete what lanspeed put into these trees and is wanted no more; return how many, and what was kept."""
-        wanted = {(file.root, file.path) for file in self.files} | {(root, path) for root, path, _ in self.links}
-        stale = [key for key in self._record.known if key[0] in roots and key not in wanted]
-        return delete(self._record, stale)
+        wanted = {file.target for file in self.files} | {os.path.join(root, path) for root, path, _ in self.links}
+        return delete(self._record, [path for path, known in self._record.known.items()
+                                     if known.root in roots and path not in wanted])
 
 
 @contextlib.contextmanager
@@ -342,36 +356,38 @@ def writing(path: str) -> Iterator[None]:
         raise Fault(f"{path}: {error.strerror}") from None
 
 
-def delete(record: Record, keys: list[tuple[str, str]]) -> tuple[int, list[str]]:
+def delete(record: Record, paths: list[str]) -> tuple[int, list[str]]:
     """Delete files that lanspeed put there and nobody has changed; return how many, and the changed ones."""
     count, kept, folders = 0, [], set()  # folders: (root, folder below it, or itself)
-    for root, path in keys:
-        size, modified, _, ours = record.known[root, path]
-        place = os.path.join(root, path)
-        try:
-            status = os.lstat(place)
-            if ours and size != UNFINISHED and (status.st_size, status.st_mtime_ns) != (size, modified):
-                kept.append(place)
-            elif ours:
-                os.unlink(place)
+    for path in paths:
+        known, folder = record.known[path], os.path.dirname(path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if not known.ours:
+                pass
+            elif known.size == UNFINISHED or record.is_as_left(path):
+                os.unlink(path)
                 count += 1
-                folders.add((root, os.path.dirname(place)))
-                stem, ending = os.path.splitext(os.path.basename(place))
-                cache = os.path.join(os.path.dirname(place), "__pycache__")
-                if ending == ".py" and os.path.isdir(cache):
-                    for name in os.listdir(cache):
-                        if name.startswith(stem + ".") and name.endswith(".pyc"):
-                            os.unlink(os.path.join(cache, name))
-                    folders.add((root, cache))
-        except FileNotFoundError:
-            pass
-        record.note(root, path, None)
+                folders |= {(known.root, folder), (known.root, delete_bytecode(path))}
+            else:
+                kept.append(path)
+        record.note(path, None)
     for root, folder in sorted(folders, key=lambda each: len(each[1]), reverse=True):
         with contextlib.suppress(OSError):  # up to the first that holds something else
-            while folder.startswith(root):
+            while (folder + "/").startswith(root + "/"):
                 os.rmdir(folder)
                 folder = os.path.dirname(folder)
     return count, kept
+
+
+def delete_bytecode(path: str) -> str:
+    """Delete what Python has compiled of a file; return the folder where that lies."""
+    stem, ending = os.path.splitext(os.path.basename(path))
+    cache = os.path.join(os.path.dirname(path), "__pycache__")
+    if ending == ".py" and os.path.isdir(cache):
+        for name in os.listdir(cache):
+            if name.startswith(stem + ".") and name.endswith(".pyc"):
+                os.unlink(os.path.join(cache, name))
+    return cache
 
 
 def cut(files: list[File]) -> Iterator[list[tuple[int, int]]]:
@@ -396,6 +412,13 @@ def read_all(source: Any, size: int) -> bytes:
         blocks.append(block)
         size -= len(block)
     return b"".join(blocks)
+
+
+def read_at(path: str, offset: int, size: int) -> bytes:
+    """Return so many bytes of a file from there on, fewer at its end."""
+    with open(path, "rb", buffering=0) as source:
+        source.seek(offset)
+        return read_all(source, size)
 
 
 def nearest(path: str) -> str:
@@ -464,7 +487,7 @@ def serve(listening: socket.socket, context: ssl.SSLContext, store: Store) -> No
 
 def give(connection: socket.socket, context: ssl.SSLContext, store: Store) -> None:
     """Answer each asked number with its piece, with signs of life until it is here."""
-    with contextlib.suppress(OSError, struct.error, IndexError):
+    with contextlib.suppress(OSError, IndexError):  # it has gone, or asks for what there isn't
         connection.settimeout(SILENCE)
         with context.wrap_socket(connection, server_side=True) as peer:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -499,18 +522,18 @@ def pull(upstream: list[list[Any]], context: ssl.SSLContext, store: Store) -> No
     """Get what is missing from the nodes before this one, the nearest that lives; then tell how it went."""
     for name, address, port in upstream:
         try:
-            pull_from(name, address, port, context, store)
+            pull_from(address, port, context, store)
         except Fault as fault:
             tell(event="failed", text=str(fault))
             return
-        except (OSError, struct.error) as error:
+        except (OSError, Spoilt) as error:
             tell(event="lost", peer=name, text=str(error) or type(error).__name__)
         if not store.missing:
             return
     tell(event="orphan", missing=sorted(store.missing))
 
 
-def pull_from(name: str, address: str, port: int, context: ssl.SSLContext, store: Store) -> None:
+def pull_from(address: str, port: int, context: ssl.SSLContext, store: Store) -> None:
     """Get what is missing from one node. Raises OSError where it is lost."""
     with socket.create_connection((address, port), timeout=SILENCE / 2) as plain, \
             context.wrap_socket(plain) as peer:
@@ -530,9 +553,11 @@ def pull_from(name: str, address: str, port: int, context: ssl.SSLContext, store
             number, size = struct.unpack(">II", receive(peer, 8))
             if number == WAITING:
                 continue
+            if size > 2 * PIECE:
+                raise OSError("it sends more than a piece")
             data = receive(peer, size)
             asked += ask() - 1
-            store.put(number, data, name)
+            store.put(number, data)
 
 
 # -- the master --------------------------------------------------------------------------------------------------------
@@ -641,7 +666,7 @@ def take_part(master: Master, record: Record) -> int:
             if order["begin"] and store.missing:
                 threading.Thread(target=pull, args=(order["begin"], client, store), daemon=True).start()
         elif "piece" in order:
-            store.put(order["piece"], master.raw(order["bytes"]), "the master")
+            store.put(order["piece"], master.raw(order["bytes"]))
         elif "finish" in order:
             whole = [roots[tree["name"]] for tree in manifest["trees"] if tree["whole"]]
             count, kept = store.clear_stale(whole)
@@ -662,7 +687,7 @@ def beat(store: Store) -> None:
 
 def remove(record: Record) -> int:
     """Take away all that lanspeed has put here."""
-    roots = sorted({root for (root, _), fact in record.known.items() if fact[3]})
+    roots = sorted({known.root for known in record.known.values() if known.ours})
     for root in roots:
         for name in VENVS:
             if os.path.exists(os.path.join(root, name, VENV_MARK)):
@@ -698,7 +723,7 @@ def main() -> int:
             lock.close()
     except Gone:
         return 1
-    except Fault as fault:
+    except (Fault, Spoilt) as fault:
         tell(event="failed", text=str(fault))
     except OSError as error:
         tell(event="failed", text=f"{error.filename}: {error.strerror}" if error.filename else str(error))
