@@ -154,7 +154,6 @@ def test_a_node_whose_copy_is_spoilt_is_passed_over(start: Any, pieces: Pieces) 
     while first.hear("progress")["missing"]:
         pass
     (first.home / "data" / "7").write_text("X\n")  # as long as before
-    (first.home / "data" / "large").unlink()
     second.tell({"begin": [["one", "127.0.0.1", port]]})
     assert "7 came otherwise than announced" in second.hear("lost")["text"]
     assert second.hear("orphan")["missing"] == [0, 1, 2]
