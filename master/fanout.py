@@ -28,6 +28,7 @@ from master.trees import TreeError
 
 PYTHON = "python3"  # any will do that is 3.8 or newer
 BEAT, SILENCE = 3.0, 30.0  # seconds between signs of life; without one after which a node counts as lost
+LONGEST = 32 << 20  # bytes of one event
 STALL = 120.0  # seconds in which a node that gets nothing, while it could, is let go
 
 
@@ -119,10 +120,6 @@ class Fanout:
         for seat in self._in():
             threading.Thread(target=seat.tell, args=({**common, "room": room(seat)},), daemon=True).start()
         self._wait(lambda seat: "plan" in seat.said)
-        for seat in self._in():
-            seat.missing = len(seat.said["plan"]["missing"])
-            if seat.said["plan"]["faults"]:
-                seat.fault = "; ".join(seat.said["plan"]["faults"])
 
     def spread(self, pieces: Pieces, order: Callable[[Seat], Any]) -> None:
         """Send what is missing; the chain stands in this order. Raises TreeError if a file changes meanwhile."""
@@ -153,7 +150,11 @@ class Fanout:
         while not self._broken and any(not ready(seat) for seat in self._in()):
             now = time.monotonic()
             with contextlib.suppress(queue.Empty):
-                self._take(*self._events.get(timeout=0.1), pieces)
+                seat, event = self._events.get(timeout=0.1)
+                try:
+                    self._take(seat, event, pieces)
+                except (KeyError, TypeError, ValueError):  # a node may say anything
+                    seat.fault = "it says what makes no sense"
             if now - beat > BEAT:
                 beat = now
                 for seat in self._in():
@@ -179,22 +180,28 @@ class Fanout:
     def _take(self, seat: Seat, event: dict[str, Any], pieces: Pieces | None) -> None:
         kind = event["event"]
         seat.heard = time.monotonic()
-        seat.said[kind] = event
-        if kind == "progress":
-            if event["bytes"] != seat.written:
-                seat.moved = seat.heard
-            seat.written, seat.missing = event["bytes"], event["missing"]
+        seat.said[str(kind)] = event
+        if kind == "plan":
+            seat.missing, event["bytes"] = len(event["missing"]), int(event["bytes"])
+            event["roots"] = {str(name): str(root) for name, root in dict(event["roots"]).items()}
+            seat.fault = "; ".join(map(str, event["faults"])) or None
+        elif kind == "progress":
+            written, seat.missing = int(event["bytes"]), int(event["missing"])
+            seat.moved = seat.heard if written != seat.written else seat.moved
+            seat.written = written
         elif kind == "orphan" and pieces:
             self._feed(seat, pieces, event["missing"])
         elif kind in ("failed", "over") and seat.takes_part and "finished" not in seat.said:
-            seat.fault = event["text"]
+            seat.fault = str(event["text"])
 
     # -- a thread a node that is fed from here -------------------------------------------------------------------------
 
     def _feed(self, seat: Seat, pieces: Pieces, numbers: Sequence[int]) -> None:
+        known = range(len(pieces.pieces))
+
         def feed() -> None:
             for number in numbers:
-                if not seat.takes_part or seat.over or self._ended.is_set():
+                if number not in known or not seat.takes_part or seat.over or self._ended.is_set():
                     return
                 try:
                     data = pieces.read(number)
@@ -229,6 +236,8 @@ class Fanout:
                 if block == b"":
                     break
                 *lines, rest = (rest + (block or b"")).split(b"\n")
+                if len(rest) > LONGEST:
+                    raise SshError(seat.host, "sync", "it says more than makes sense")
                 for line in lines:
                     with contextlib.suppress(ValueError):
                         if isinstance(event := json.loads(line), dict) and "event" in event:
