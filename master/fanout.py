@@ -180,8 +180,10 @@ class Fanout:
     def _take(self, seat: Seat, event: dict[str, Any], pieces: Pieces | None) -> None:
         kind = event["event"]
         seat.heard = time.monotonic()
-        seat.said[str(kind)] = event
-        if kind == "plan":
+        if kind == "hello":
+            event["id"], event["machine"], uv = str(event["id"]), str(event["machine"]), event["uv"]
+            event["uv"] = uv if isinstance(uv, str) else None
+        elif kind == "plan":
             seat.missing, event["bytes"] = len(event["missing"]), int(event["bytes"])
             event["roots"] = {str(name): str(root) for name, root in dict(event["roots"]).items()}
             seat.fault = "; ".join(map(str, event["faults"])) or None
@@ -193,6 +195,7 @@ class Fanout:
             self._feed(seat, pieces, event["missing"])
         elif kind in ("failed", "over") and seat.takes_part and "finished" not in seat.said:
             seat.fault = str(event["text"])
+        seat.said[str(kind)] = event
 
     # -- a thread a node that is fed from here -------------------------------------------------------------------------
 
@@ -218,8 +221,7 @@ class Fanout:
     def _reach_all(self, question: Ask | None) -> None:
         def done(node: Node, result: SshError | None) -> None:
             seat = self.seats[str(node)]
-            text = f"{result.stage}: {result.fault}" + (f": {result.mend}" if result.mend else "") if result else \
-                "it ended before its time"
+            text = str(result).removeprefix(f"{node}: ") if result else "it ended before its time"
             self._events.put((seat, {"event": "over", "text": text}))
 
         on_all([seat.node for seat in self.seats.values()], self._access, self._work, question, done)

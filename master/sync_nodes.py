@@ -106,7 +106,7 @@ def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Acces
         for node, result in on_all(nodes, access, work, screen.paused(question())).items():
             one = found[str(node)]
             if isinstance(result, SshError):
-                one.error = f"{result.stage}: {result.fault}" + (f": {result.mend}" if result.mend else "")
+                one.error = str(result).removeprefix(f"{node}: ")
             else:
                 one.python, one.environment = result
     signal.signal(signal.SIGINT, before)

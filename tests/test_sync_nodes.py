@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
+from ssh_server import SshClient, SshServer
 
 from master import environments
 from master.cluster import speed_of
@@ -40,6 +41,21 @@ def test_this_machine_needs_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, TOOL, "--nodes", "localhost", "--no-env"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "localhost: nothing to do: it is all here" in done.stdout, done.stderr
+
+
+@pytest.mark.needs("sshd", "ssh", "ssh-keygen")
+@pytest.mark.parametrize("said", [
+    ['{"event": "hello", "id": [5]}'], ['{"event": "hello", "id": 5, "machine": "m", "uv": null}', '{"event": "plan"}'],
+    ['{"event": ["failed"]}'], ['{"event": "failed", "text": 7}'], ["noise", "[1]", "", "\\377"],
+])
+def test_a_node_that_says_anything_does_no_harm(said: list[str], tmp_path: Path) -> None:
+    lines = "".join(f"printf '{line}\\n'; " for line in said)
+    with SshServer(tmp_path / "server", command=f"{lines} head -c 100 >/dev/null; true") as server:
+        client = SshClient(tmp_path / "client", odd=server)
+        client.trust(server)
+        done = subprocess.run([sys.executable, TOOL, "--nodes", "odd", "--ssh-config", str(client.config), "--no-env"],
+                              cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "odd: error: " in done.stdout and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_word_is_said_as_the_node_has_it() -> None:
