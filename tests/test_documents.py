@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import HOME
 
 from trainer.documents import describe, find_files, read_documents
 from trainer.fault import Fault
@@ -111,3 +115,21 @@ def test_a_pattern_chooses_files(tmp_path: Path) -> None:
 def test_a_folder_without_data_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(Fault, match="no data files in this folder"):
         find_files(tmp_path)
+
+
+def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(tmp_path: Path) -> None:
+    folder = tmp_path / "hf" / "hub" / "datasets--org--small"
+    for name, text in (("refs/main", "r1"), ("blobs/b", '{"text": "hello"}\n')):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "snapshots" / "r1").mkdir(parents=True)
+    (folder / "snapshots" / "r1" / "train.jsonl").symlink_to("../../blobs/b")
+    code = ("import sys; from trainer.options import parse_options; from trainer.sources import open_source; "
+            "source = open_source(sys.argv[1], parse_options(['--model_name_or_path', 'tiny']), list); "
+            "print(source.name, len(source.fingerprint), list(source.read()))")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-c", code, "org/small"]
+    done = subprocess.run(run, cwd=HOME, env=environment, capture_output=True, text=True)
+    assert done.stdout == "org/small (train) 64 ['hello']\n", done.stderr
+    done = subprocess.run([*run[:3], "org/none"], cwd=HOME, env=environment, capture_output=True, text=True)
+    assert "Fault: dataset 'org/none': neither a file or folder here nor to be had from the hub" in done.stderr

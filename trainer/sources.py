@@ -46,15 +46,25 @@ def hub_source(name: str, options: argparse.Namespace) -> Source:
     """Return a Hugging Face dataset as a Source."""
     import datasets
 
+    def load(place: str) -> datasets.Dataset:
+        return datasets.load_dataset(place, options.dataset_config, split=options.dataset_split)
+
     try:
-        table = datasets.load_dataset(name, options.dataset_config, split=options.dataset_split)
+        try:
+            table, fingerprint = load(name), None
+        except ConnectionError:  # a host without internet, where invoke sync has put the hub's files
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+            table = load(folder)  # whose fingerprint has the path in it, which each host has its own
+            fingerprint = files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Fault(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
     if options.text_column not in table.column_names:
         documents.text_of(dict.fromkeys(table.column_names), options.text_column, f"dataset '{name}'")
     texts = table.select_columns([options.text_column])
-    return Source(f"{name} ({options.dataset_split})", table._fingerprint,
+    return Source(f"{name} ({options.dataset_split})", fingerprint or table._fingerprint,
                   lambda: (row[options.text_column] or "" for row in texts))
 
 
