@@ -58,13 +58,18 @@ class ProcessChannel:
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
         self._err = self._process.stderr.fileno()
         os.set_blocking(self._err, False)
+        os.set_blocking(self._in, False)
         self._said = b""
 
     def send(self, data: bytes) -> None:
         """Write all of it."""
+        rest, since = memoryview(data), time.monotonic()
         try:
-            while data:
-                data = data[os.write(self._in, data[:BLOCK]) :]
+            while rest:
+                if select.select([], [self._in], [], TICK)[1]:
+                    rest, since = rest[os.write(self._in, rest[:BLOCK]) :], time.monotonic()
+                elif time.monotonic() - since > STUCK:
+                    raise SshError(self._host, "command", f"it took nothing for {STUCK:.0f} s")
         except OSError as error:
             raise SshError(self._host, "command", f"it reads no more: {error.strerror}") from None
 
@@ -117,8 +122,8 @@ class SshChannel:
             except TimeoutError:
                 if time.monotonic() - since > STUCK:
                     raise SshError(self._host, "command", f"it took nothing for {STUCK:.0f} s") from None
-            except OSError as error:
-                raise SshError(self._host, "command", f"the connection broke: {error}") from None
+            except Exception as error:  # EOFError and paramiko's own among them
+                raise SshError(self._host, "command", f"the connection broke: {error or 'closed'}") from None
 
     def receive(self, seconds: float) -> bytes | None:
         """Wait for output."""

@@ -195,7 +195,8 @@ class ClusterJob:
         def done(node: Node, result: object) -> None:
             self._events.put((str(node), "over", result))
 
-        on_all([part.node for part in self._parts.values()], self._access, self._work, question, done)
+        on_all([part.node for part in self._parts.values()], self._access, self._work, question, done,
+               at_once=len(self._parts))
 
     def _work(self, session: Session) -> None:
         host = str(session.node)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from master.gpu_report import GpuReport
 from master.node_facts import Place, ask, here, torch_faults, version_faults
@@ -47,6 +48,7 @@ say() { printf '\n@@ENV %s\n' "$*"; }
 venv=$root/.venv
 if [ -e "$venv" ] && [ ! -e "$venv/lanspeed.json" ]; then venv=$root/.venv-lanspeed; fi
 mark=$venv/lanspeed.json
+if [ -e "$venv" ] && [ ! -e "$mark" ]; then echo "error: lanspeed did not make $venv: move it away" >&2; exit 1; fi
 if grep -qs "\"$wanted\"" "$mark" && "$venv/bin/python" -c ''; then say there "$venv"; exit 0; fi
 export UV_CACHE_DIR=$HOME/.lanspeed/cache UV_PYTHON_INSTALL_DIR=$HOME/.lanspeed/python UV_NO_PROGRESS=1
 if [ -e "$venv" ] && ! "$venv/bin/python" -c '' 2>/dev/null; then rm -rf "$venv"; fi
@@ -136,26 +138,33 @@ def last_line(text: str) -> str:
     return next((line for line in lines if line.startswith(COMPLAINTS)), lines[-1] if lines else "?")[:300]
 
 
-def make(session: Session, recipe: Recipe, roots: Mapping[str, str], own_uv: str | None, machine: str,
+def make(session: Session, recipe: Recipe, roots: Mapping[str, str], hello: Mapping[str, Any],
          say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
     """Make the environment on a node unless it is there; return its Python and a word on what was done.
 
-    `say` is told what goes on; `stop` ends it. Raises SshError with the mend.
+    `hello`: what the node said of itself (its machine, its own uv); `say` is told what goes on; `stop` ends it. Raises
+    SshError with the mend.
     """
+    machine, own_uv = hello["machine"], hello.get("uv")
     host, root, report = str(session.node), roots["checkout"], survey(session).report
     theirs = f"{root}/.venv/bin/python"
     mine = session.run(f"test -e {shlex.quote(root)}/.venv/lanspeed.json").code == 0
     if not mine and not unlike(session, Place(root, theirs), report):
         return theirs, "its own environment is equal"
     uv = f"{roots['tools']}/uv" if machine == platform.machine() else own_uv
-    if not uv:
+    if not isinstance(uv, str):
         raise SshError(host, "environment", f"it is {machine}, and the uv here is for {platform.machine()}",
                        "python3 -m pip install --user uv there")
     words = [root, uv, recipe.python, *install_words(recipe, roots, report.vendor)]
     word, venv = run(session, words, say, stop)
     python = f"{venv}/bin/python"
-    if fault := unlike(session, Place(root, python), report):
-        raise SshError(host, "environment", fault, "does --index-url or --wheelhouse hold what is meant?")
+    fault = unlike(session, Place(root, python), report)
+    if fault and word == "there":  # somebody has changed it since
+        word, _ = run(session, [root, uv, recipe.python, words[3] + "-again", "--reinstall", *words[4:]], say, stop)
+        fault = unlike(session, Place(root, python), report)
+    if fault:
+        raise SshError(host, "environment", fault, "does this machine itself follow constraints.txt (make install), "
+                       "and --index-url or --wheelhouse hold what is meant?")
     return python, "environment there" if word == "there" else "environment made"
 
 
@@ -169,7 +178,7 @@ def unlike(session: Session, place: Place, report: GpuReport) -> str:
     found = version_faults(host, facts, here({"folder": place.folder}))
     if gpus and facts["torch"]:
         found += torch_faults(host, report.slots_use, facts["torch"])
-    return found[0].text if found else ""
+    return found[0].text.partition(": invoke sync")[0] if found else ""
 
 
 def install_words(recipe: Recipe, roots: Mapping[str, str], vendor: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One copy leaves this machine, whatever the number of nodes: each passes on what it gets while it gets it.
+"""One copy of the data leaves this machine, whatever the number of nodes: each passes on what it gets while it gets it.
 
 The nodes stand in a chain. The first gets its pieces over its SSH session; each other one pulls from the one before, by
 TLS with a key pair that is made for this one job. A node that is lost costs the others nothing: the next in the chain
@@ -13,62 +13,22 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from master.channels import Channel
 from master.fleet import Ask, on_all
 from master.job_key import make_pem
 from master.node_facts import streamed
 from master.nodes import Node
 from master.pieces import WORKER, Pieces
+from master.seats import LONGEST, Seat
 from master.ssh import Session
 from master.ssh_config import Access, SshError
 from master.trees import TreeError
 
-PYTHON = "python3"  # any will do that is 3.8 or newer
+PYTHON = "python3 -X utf8"  # any will do that is 3.8 or newer; names are read the same in every locale
 BEAT, SILENCE = 3.0, 30.0  # seconds between signs of life; without one after which a node counts as lost
-LONGEST = 32 << 20  # bytes of one event
-STALL = 120.0  # seconds in which a node that gets nothing, while it could, is let go
-
-
-@dataclass
-class Seat:
-    """A node in the chain: its channel, what it said, how far it is; `fault` once it is out."""
-
-    node: Node
-    channel: Channel | None = None
-    address: str | None = None  # at which the others may reach it
-    said: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last event of each kind
-    heard: float = field(default_factory=time.monotonic)
-    moved: float = field(default_factory=time.monotonic)  # when it last got something
-    missing: int = 0  # pieces
-    written: int = 0  # bytes
-    same_home: str = ""  # of this node, which gets the files for both
-    fault: str | None = None
-    over: bool = False
-    sending: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def host(self) -> str:
-        """The node as it was named."""
-        return str(self.node)
-
-    @property
-    def takes_part(self) -> bool:
-        """True while it belongs to the chain."""
-        return self.fault is None and not self.same_home
-
-    @property
-    def total(self) -> int:
-        """Bytes that it lacked."""
-        return int(self.said.get("plan", {}).get("bytes", 0))
-
-    def tell(self, order: Mapping[str, Any] | None = None, data: bytes = b"") -> None:
-        """Send an order and the bytes that go with it; without one, a sign of life. A broken connection shows later."""
-        with self.sending, contextlib.suppress(SshError):
-            if self.channel and not self.over:
-                self.channel.send((json.dumps(order) if order else "").encode() + b"\n" + data)
+STALL = 90.0  # seconds in which a node that gets nothing, while it could, is fed from here, and then let go
+UPSTREAM = 3  # nodes before it that one may turn to
 
 
 class Fanout:
@@ -81,6 +41,7 @@ class Fanout:
         self._events: queue.Queue[tuple[Seat, dict[str, Any]]] = queue.Queue()
         self._ended = threading.Event()
         self._feeders: list[threading.Thread] = []
+        self._pieces: Pieces | None = None
         self._broken: TreeError | None = None
         self._fleet: threading.Thread | None = None
 
@@ -97,15 +58,22 @@ class Fanout:
     # -- the course of it ----------------------------------------------------------------------------------------------
 
     def reach(self, question: Ask | None) -> None:
-        """Get a session on every node and its hello; nodes that share a home with one before it are out."""
+        """Get a session on every node and its hello; of nodes that share a home the first is for all."""
         self._fleet = threading.Thread(target=self._reach_all, args=(question,), daemon=True)
         self._fleet.start()
         self._wait(lambda seat: "hello" in seat.said)
-        homes: dict[str, str] = {}
+        firsts: dict[str, Seat] = {}
+        alike = []
         for seat in self._in():
-            first = homes.setdefault(seat.said["hello"]["id"], seat.host)
-            if first != seat.host:
-                seat.same_home = first
+            first = firsts.setdefault(seat.said["hello"]["id"], seat)
+            if first is not seat:  # the same home, or one that was copied with its machine
+                alike.append((seat, first))
+                seat.tell({"look": first.said["hello"]["meet"]})
+        self._wait(lambda seat: "sees" in seat.said or seat not in [one for one, _ in alike])
+        for seat, first in alike:
+            if seat.takes_part and seat.said["sees"]["there"]:
+                seat.same_home = first.host
+        for seat in self.seats.values():
             seat.tell({"go": seat.takes_part})
 
     def remove(self) -> None:
@@ -114,25 +82,34 @@ class Fanout:
             seat.tell({"remove": True})
         self._wait(lambda seat: "finished" in seat.said)
 
-    def plan(self, pieces: Pieces, room: Callable[[Seat], int], overwrite: bool) -> None:
+    def plan(self, pieces: Pieces, room: Callable[[Seat], int], overwrite: bool, dry_run: bool) -> None:
         """Announce the files; each node says where they lie and what it lacks. `room`: bytes for an environment."""
-        common = {"trees": pieces.manifest, "pem": make_pem(), "overwrite": overwrite}
+        self._pieces = pieces
+        common = json.dumps({"trees": pieces.manifest, "pem": make_pem(), "overwrite": overwrite, "dry_run": dry_run})
         for seat in self._in():
-            threading.Thread(target=seat.tell, args=({**common, "room": room(seat)},), daemon=True).start()
+            line = f'{{"room": {room(seat)}, {common[1:]}'.encode()
+            threading.Thread(target=seat.tell, args=(line,), daemon=True).start()
         self._wait(lambda seat: "plan" in seat.said)
+        for seat in self.seats.values():
+            first = self.seats.get(seat.same_home)
+            if not first or "plan" not in first.said:
+                continue
+            home, roots = first.said["hello"]["home"], first.said["plan"]["roots"].values()
+            if not all(root.startswith(home + "/") for root in roots):
+                seat.fault = f"it has the home of {first.host}, but not all lies there: --nodes {seat.host} by itself"
 
-    def spread(self, pieces: Pieces, order: Callable[[Seat], Any]) -> None:
+    def spread(self, order: Callable[[Seat], Any]) -> None:
         """Send what is missing; the chain stands in this order. Raises TreeError if a file changes meanwhile."""
         self._wait(lambda seat: "listening" in seat.said)
         chain = sorted(self._in(), key=order)
         for number, seat in enumerate(chain):
             seat.moved = time.monotonic()
             before = [[one.host, one.address, one.said["listening"]["port"]] for one in reversed(chain[:number])
-                      if one.address]
+                      if one.address][:UPSTREAM]
             seat.tell({"begin": before})
-            if not before and seat.missing:
-                self._feed(seat, pieces, seat.said["plan"]["missing"])
-        self._wait(lambda seat: seat.missing == 0, pieces, chain)
+            if not before:
+                self._feed(seat, seat.said["plan"]["missing"])
+        self._wait(lambda seat: seat.missing == 0, chain)
         if self._broken:
             raise self._broken
         for seat in self._in():
@@ -144,67 +121,56 @@ class Fanout:
     def _in(self) -> list[Seat]:
         return [seat for seat in self.seats.values() if seat.takes_part]
 
-    def _wait(self, ready: Callable[[Seat], bool], pieces: Pieces | None = None, chain: Sequence[Seat] = ()) -> None:
+    def _wait(self, ready: Callable[[Seat], bool], chain: Sequence[Seat] = ()) -> None:
         """Take in events until all that take part are ready."""
         beat = shown = 0.0
         while not self._broken and any(not ready(seat) for seat in self._in()):
             now = time.monotonic()
             with contextlib.suppress(queue.Empty):
-                seat, event = self._events.get(timeout=0.1)
-                try:
-                    self._take(seat, event, pieces)
-                except (KeyError, TypeError, ValueError):  # a node may say anything
-                    seat.fault = "it says what makes no sense"
+                self._take(*self._events.get(timeout=0.1))
             if now - beat > BEAT:
                 beat = now
                 for seat in self._in():
-                    if seat.channel and not ready(seat) and now - seat.heard > SILENCE:
+                    if seat.channel and now - seat.heard > SILENCE:
                         seat.fault = f"no sign of life for {SILENCE:.0f} s"
                     elif not seat.sending.locked():  # else something is on its way to it anyway
-                        seat.tell()
-                self._let_go_of_stalled(chain, now)
+                        threading.Thread(target=seat.tell, daemon=True).start()
+                self._help_who_is_stalled(chain, now)
             if now - shown > 0.3:
                 shown = now
                 self._show(list(self.seats.values()))
 
-    @staticmethod
-    def _let_go_of_stalled(chain: Sequence[Seat], now: float) -> None:
-        """Let go of the first in the chain that gets nothing; those behind it then turn to the ones before it."""
+    def _help_who_is_stalled(self, chain: Sequence[Seat], now: float) -> None:
+        """Feed the first in the chain that gets nothing; if that doesn't help, let go of it."""
         for seat in chain:
             if seat.takes_part and seat.missing and now - seat.moved > STALL:
-                seat.fault = f"it took nothing for {STALL:.0f} s"
+                if seat.fed:
+                    seat.fault = f"it took nothing for {STALL:.0f} s"
+                else:
+                    self._feed(seat, seat.said["plan"]["missing"])
                 for other in chain:
                     other.moved = now
                 return
 
-    def _take(self, seat: Seat, event: dict[str, Any], pieces: Pieces | None) -> None:
-        kind = event["event"]
-        seat.heard = time.monotonic()
-        if kind == "hello":
-            event["id"], event["machine"], uv = str(event["id"]), str(event["machine"]), event["uv"]
-            event["uv"] = uv if isinstance(uv, str) else None
-        elif kind == "plan":
-            seat.missing, event["bytes"] = len(event["missing"]), int(event["bytes"])
-            event["roots"] = {str(name): str(root) for name, root in dict(event["roots"]).items()}
-            seat.fault = "; ".join(map(str, event["faults"])) or None
-        elif kind == "progress":
-            written, seat.missing = int(event["bytes"]), int(event["missing"])
-            seat.moved = seat.heard if written != seat.written else seat.moved
-            seat.written = written
-        elif kind == "orphan" and pieces:
-            self._feed(seat, pieces, event["missing"])
-        elif kind in ("failed", "over") and seat.takes_part and "finished" not in seat.said:
-            seat.fault = str(event["text"])
-        seat.said[str(kind)] = event
+    def _take(self, seat: Seat, event: dict[str, Any]) -> None:
+        trees = [tree.name for tree in self._pieces.trees] if self._pieces else []
+        try:
+            seat.hear(event, trees, len(self._pieces.pieces) if self._pieces else 0)
+        except ValueError as error:
+            seat.fault = f"it says what makes no sense: {error}"
+            return
+        if event["event"] == "orphan":
+            self._feed(seat, event["missing"])
 
     # -- a thread a node that is fed from here -------------------------------------------------------------------------
 
-    def _feed(self, seat: Seat, pieces: Pieces, numbers: Sequence[int]) -> None:
-        known = range(len(pieces.pieces))
+    def _feed(self, seat: Seat, numbers: Sequence[int]) -> None:
+        pieces = self._pieces
+        assert pieces
 
         def feed() -> None:
             for number in numbers:
-                if number not in known or not seat.takes_part or seat.over or self._ended.is_set():
+                if not seat.takes_part or seat.over or self._ended.is_set():
                     return
                 try:
                     data = pieces.read(number)
@@ -213,18 +179,20 @@ class Fanout:
                     return
                 seat.tell({"piece": number, "bytes": len(data)}, data)
 
-        self._feeders.append(threading.Thread(target=feed, daemon=True))
-        self._feeders[-1].start()
+        if not seat.fed:
+            seat.fed = True
+            self._feeders.append(threading.Thread(target=feed, daemon=True))
+            self._feeders[-1].start()
 
     # -- a thread a node -----------------------------------------------------------------------------------------------
 
     def _reach_all(self, question: Ask | None) -> None:
         def done(node: Node, result: SshError | None) -> None:
-            seat = self.seats[str(node)]
             text = str(result).removeprefix(f"{node}: ") if result else "it ended before its time"
-            self._events.put((seat, {"event": "over", "text": text}))
+            self._events.put((self.seats[str(node)], {"event": "over", "text": text}))
 
-        on_all([seat.node for seat in self.seats.values()], self._access, self._work, question, done)
+        nodes = [seat.node for seat in self.seats.values()]
+        on_all(nodes, self._access, self._work, question, done, at_once=len(nodes))
 
     def _work(self, session: Session) -> None:
         seat = self.seats[str(session.node)]
@@ -232,7 +200,8 @@ class Fanout:
             seat.address = server_address(session)
         with contextlib.closing(session.open(f"exec {PYTHON} {streamed(WORKER)}")) as channel:
             channel.send(WORKER.read_bytes())
-            seat.channel, seat.heard, rest = channel, time.monotonic(), b""
+            seat.heard, seat.channel = time.monotonic(), channel
+            rest = b""
             while not self._ended.is_set() and seat.takes_part:
                 block = channel.receive(0.5)
                 if block == b"":
@@ -244,11 +213,13 @@ class Fanout:
                     with contextlib.suppress(ValueError):
                         if isinstance(event := json.loads(line), dict) and "event" in event:
                             self._events.put((seat, event))
+            if seat.fault:
+                session.close()  # so that whoever still sends to it gives up
             with seat.sending:  # nobody writes to a channel that is closed
                 seat.over = True
             said = channel.complaints().splitlines()
             if said and "hello" not in seat.said:
-                raise SshError(seat.host, "Python", f"{PYTHON} there: {said[-1][:200]}", "sudo apt install python3")
+                raise SshError(seat.host, "Python", f"python3 there: {said[-1][:200]}", "sudo apt install python3")
 
 
 def server_address(session: Session) -> str | None:

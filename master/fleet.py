@@ -5,6 +5,7 @@ Hosts whose keys are unknown wait for one question about all of them; the others
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,18 +45,24 @@ Ask = Callable[[Sequence[Stranger]], bool]
 
 def on_all(
     nodes: Sequence[Node], access: Access, work: Callable[[Session], T], ask: Ask | None = None,
-    done: Callable[[Node, T | SshError], None] = lambda node, result: None,
+    done: Callable[[Node, T | SshError], None] = lambda node, result: None, at_once: int = AT_ONCE,
 ) -> dict[Node, T | SshError]:
     """Do `work` with a session on every node; return its results, or why there is none, in the nodes' order.
 
-    `ask` decides on unknown host keys, all at once (None refuses them); `done` is told of each result as it comes,
-    from the thread that made it.
+    `ask` decides on unknown host keys, all at once (None refuses them), as soon as every node was reached or not;
+    `done` is told of each result as it comes, from the thread that made it. Work that waits for that of other nodes
+    needs all of them `at_once`.
     """
     results: dict[Node, T | SshError] = {}
+    reached: queue.SimpleQueue[tuple[Node, _Waiting | None]] = queue.SimpleQueue()
 
     def finish(node: Node, task: Callable[[], Session | _Waiting]) -> T | SshError | _Waiting:
+        session = None
         try:
-            session = task()
+            try:
+                session = task()
+            finally:
+                reached.put((node, session if isinstance(session, _Waiting) else None))
             if isinstance(session, _Waiting):
                 return session
             try:
@@ -69,22 +76,18 @@ def on_all(
         done(node, result)
         return result
 
-    with ThreadPoolExecutor(min(AT_ONCE, max(1, len(nodes)))) as pool:
-        started = {node: pool.submit(finish, node, partial(start, node, access, ask is not None)) for node in nodes}
-        waiting: dict[Node, _Waiting] = {}
-        for node, future in started.items():
-            outcome = future.result()
-            if isinstance(outcome, _Waiting):
-                waiting[node] = outcome
-            else:
-                results[node] = outcome
+    with ThreadPoolExecutor(min(at_once, max(1, len(nodes)))) as pool:
+        tasks: dict[Node, Future[T | SshError | _Waiting]] = {
+            node: pool.submit(finish, node, partial(start, node, access, ask is not None)) for node in nodes}
+        answers = dict(reached.get() for _ in nodes)
+        waiting = {node: one for node in nodes if (one := answers[node])}
         trusted = bool(waiting) and ask is not None and ask([one.stranger for one in waiting.values()])
-        second: dict[Node, Future[T | SshError | _Waiting]] = {
-            node: pool.submit(finish, node, partial(go_on, one, access, trusted)) for node, one in waiting.items()}
-        for node, future in second.items():
-            outcome = future.result()
-            assert not isinstance(outcome, _Waiting)
-            results[node] = outcome
+        tasks |= {node: pool.submit(finish, node, partial(go_on, one, access, trusted))
+                  for node, one in waiting.items()}
+        for node, future in tasks.items():
+            result = future.result()
+            assert not isinstance(result, _Waiting)
+            results[node] = result
     return {node: results[node] for node in nodes}
 
 

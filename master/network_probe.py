@@ -102,7 +102,8 @@ def probe(places: Mapping[Node, Place], addresses: Mapping[str, str], access: Ac
             lost[str(node)] = f"{result.stage}: {result.fault}"
             arrived.release()
 
-    fleet = threading.Thread(target=on_all, args=(list(places), access, work, question, done), daemon=True)
+    fleet = threading.Thread(target=on_all, args=(list(places), access, work, question, done),
+                             kwargs={"at_once": len(places)}, daemon=True)
     fleet.start()
     try:
         for _ in places:

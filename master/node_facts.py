@@ -36,7 +36,7 @@ class Place:
 
     def there(self, word: str) -> str:
         """Return a word of a command as the node has it: this machine's paths become the node's."""
-        head, equals, tail = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        head, equals, tail = word.partition("=") if word.startswith("--") else ("", "", word)
         for here, there in sorted([*self.paths, (str(WORKER.parent), self.folder)], key=lambda pair: -len(pair[0])):
             if tail == here or tail.startswith(here + "/"):
                 return head + equals + there + tail[len(here) :]
@@ -66,7 +66,7 @@ def streamed(script: Path) -> str:
     Not `python3 -`, which reads to the end of the input.
     """
     size = len(script.read_bytes())
-    program = f'import os;d=b"";exec("while len(d)<{size}:d+=os.read(0,{size}-len(d))");exec(d)'
+    program = f'import os;d=b"";exec("while len(d)<{size}:d+=os.read(0,{size}-len(d)) or os._exit(1)");exec(d)'
     return f"-u -c {shlex.quote(program)}"
 
 

@@ -48,7 +48,7 @@ class Alike:
 
 
 VERSIONS = "ranks of different versions hang or compute different things"
-SEND = "invoke sync with the same --model and --dataset"
+SEND = "invoke sync with the same --model and --dataset (or does it have more files than here?)"
 INSTALL = "invoke sync"
 ALIKE = [
     Alike("lanspeed's code", ("code",), "error", "ranks would run different programs", "invoke sync"),
@@ -160,8 +160,8 @@ def troubles(host: str, facts: Facts, here: float | None) -> list[Finding]:
 
 def unlike_here(nodes: Mapping[str, Facts], own: Mapping[str, str | None]) -> list[Finding]:
     """Return what the nodes have of models and data otherwise than this machine, or, where it has none, than most."""
-    found = []
-    for name, digest in own.items():
+    found: list[Finding] = []
+    for name, digest in own.items() if nodes else ():
         usual = digest or Counter(facts["content"].get(name) for facts in nodes.values()).most_common(1)[0][0]
         for host, facts in nodes.items():
             theirs = facts["content"].get(name)

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from master.files import write_whole
-from master.trees import Item, Tree, TreeError
+from master.trees import HOME, Item, Tree, TreeError
 
 WORKER = Path(__file__).resolve().parent.parent / "worker" / "receive_files.py"
 CACHE = "digests.json"
@@ -42,12 +43,15 @@ class Pieces:
 
     def __init__(self, trees: Sequence[Tree], say: Callable[[int, int], None]) -> None:
         self._receiver = load_receiver()
+        self._fresh: dict[str, list[Any]] = {}  # what is new for the cache
         self.trees, self._items = trees, [item for tree in trees for item in tree.items]
         self._digests = self._read_all(say)
-        files = [self._receiver.File("/", item.path, item.mode, item.size, digests)
+        files = [self._receiver.File("", "/", item.path, item.mode, item.size, digests)
                  for item, digests in zip(self._items, self._digests, strict=True)]
         self._files = files
         self.pieces: list[list[tuple[int, int]]] = list(self._receiver.cut(files))
+
+    _stopped = False
 
     def _read_all(self, say: Callable[[int, int], None]) -> list[list[str]]:
         path = Path(os.environ.get("LANSPEED_CACHE") or "~/.cache/lanspeed").expanduser() / CACHE
@@ -56,7 +60,6 @@ class Pieces:
             cache = json.loads(path.read_text(encoding="ascii"))
         total, done = sum(item.size for item in self._items), 0
         found = []
-        changed = False
         known = [self._known(item, cache) for item in self._items]
         pool = ThreadPoolExecutor(2)  # hashing leaves Python's lock
         try:
@@ -64,26 +67,22 @@ class Pieces:
                 found.append(digests)
                 done += item.size
                 say(done, total)
-        finally:
-            pool.shutdown(cancel_futures=True)  # on Ctrl-C too
-        for item, before, digests in zip(self._items, known, found, strict=True):
-            status = os.stat(item.source)
-            if before is None and time.time() - status.st_mtime > FRESH:
-                cache.pop(item.source, None)
-                cache[item.source] = [status.st_size, status.st_mtime_ns, status.st_ino, digests]
-                changed = True
-        if changed:
+        finally:  # on Ctrl-C too
+            self._stopped = True
+            pool.shutdown(cancel_futures=True)
+        if self._fresh:
+            cache = {source: fact for source, fact in cache.items() if source not in self._fresh} | self._fresh
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, json.dumps(dict(list(cache.items())[-KEPT:])))
         return found
 
-    @staticmethod
-    def _known(item: Item, cache: dict[str, list[Any]]) -> list[str] | None:
+    def _known(self, item: Item, cache: dict[str, list[Any]]) -> list[str] | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             size, modified, inode, digests = cache[item.source]
             status = os.stat(item.source)
-            if (size, modified, inode) == (status.st_size, status.st_mtime_ns, status.st_ino) and size == item.size:
+            same = (size, modified, inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
+            if same and size == item.size and len(digests) == -(-size // self._receiver.PIECE):
                 return list(digests)
         return None
 
@@ -93,12 +92,17 @@ class Pieces:
         digests, left = [], item.size
         try:
             with open(item.source, "rb", buffering=0) as file:
-                while left:
+                before = os.fstat(file.fileno())
+                while left and not self._stopped:
                     block = self._receiver.read_all(file, min(left, self._receiver.PIECE))
                     if not block:
                         raise TreeError(f"{item.source} became shorter while it was read: run this again")
                     digests.append(self._receiver.digest(block))
                     left -= len(block)
+                after = os.fstat(file.fileno())
+            if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) == (
+                    item.size, after.st_mtime_ns) and time.time() - after.st_mtime > FRESH:
+                self._fresh[item.source] = [after.st_size, after.st_mtime_ns, after.st_ino, digests]
         except OSError as error:
             raise TreeError(f"{item.source}: {error.strerror}") from None
         return digests
@@ -112,7 +116,8 @@ class Pieces:
             for item in tree.items:
                 entries.append([item.path, item.mode, item.size, self._digests[at]])
                 at += 1
-            found.append({"name": tree.name, "roots": tree.roots, "whole": tree.whole,
+            found.append({"name": tree.name, "roots": tree.roots, "whole": tree.whole, "code": tree.name == "checkout",
+                          "key": f"{socket.gethostname()}:{HOME} {tree.name}",
                           "entries": [*entries, *map(list, tree.links)]})
         return found
 

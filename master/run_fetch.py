@@ -22,6 +22,7 @@ from master.ssh_config import Access, SshError
 PATIENCE = 60.0  # seconds without a byte
 TOLD_EVERY = 10.0  # seconds between two lines of progress, where no bar can be shown
 MARK, END = "@@SIZE ", "@@END "  # before and after the stream
+OURS = ("hostfile.txt", "cluster.json", "launcher.json", "logs", "checkpoints")  # of this machine's run folder
 SCRATCH = ".fetched"  # in the run folder
 
 
@@ -138,6 +139,8 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access, may_lack: bool
 def put_in_place(scratch: Path, run: Path) -> None:
     """Move what has come into the run folder, over what was there."""
     for path in scratch.iterdir():
+        if path.name in OURS:  # whatever a host sends
+            continue
         target = run / path.name
         if target.is_dir():
             shutil.rmtree(target)

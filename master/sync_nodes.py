@@ -93,23 +93,25 @@ def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Acces
     names = ",".join(sorted(path.name for path in options.wheelhouse.glob("*.whl"))) if options.wheelhouse else ""
     short = hashlib.sha256(names.encode()).hexdigest()[:16] if names else ""
     recipe, stop = Recipe(options.python, options.index_url, short), threading.Event()
-    before = signal.signal(signal.SIGINT, lambda number, frame: stop.set())  # the threads look at it
     with SyncScreen() as screen:
         def work(session: Session) -> tuple[str, str]:
             host = str(session.node)
-            hello = seats[host].said["hello"]
             tell: Callable[[str], None] = lambda line: screen.environment(host, line)  # noqa: E731
-            done = make(session, recipe, seats[host].said["plan"]["roots"], hello["uv"], hello["machine"], tell, stop)
+            done = make(session, recipe, seats[host].said["plan"]["roots"], seats[host].said["hello"], tell, stop)
             screen.environment(host, done[1])
             return done
 
-        for node, result in on_all(nodes, access, work, screen.paused(question())).items():
+        before = signal.signal(signal.SIGINT, lambda number, frame: stop.set())  # the threads look at it
+        try:
+            results = on_all(nodes, access, work, screen.paused(question()))
+        finally:
+            signal.signal(signal.SIGINT, before)
+        for node, result in results.items():
             one = found[str(node)]
             if isinstance(result, SshError):
                 one.error = str(result).removeprefix(f"{node}: ")
             else:
                 one.python, one.environment = result
-    signal.signal(signal.SIGINT, before)
     if stop.is_set():
         raise KeyboardInterrupt
 
@@ -151,10 +153,11 @@ def sync(options: argparse.Namespace) -> int:
             fanout.reach(screen.paused(question()))
             if pieces is None:
                 fanout.remove()
-                return tell_removed(fanout, path, cluster)
-            fanout.plan(pieces, lambda seat: room(known.get(seat.host, {}), options), options.overwrite)
+                return tell_removed(fanout, path, cluster, options.json)
+            fanout.plan(pieces, lambda seat: room(known.get(seat.host, {}), options), options.overwrite,
+                        options.dry_run)
             if not options.dry_run:
-                fanout.spread(pieces, lambda seat: -speed_of(known.get(seat.host, {}), cluster))
+                fanout.spread(lambda seat: -speed_of(known.get(seat.host, {}), cluster))
     found = {host: outcome_of(seat, pieces.trees) for host, seat in fanout.seats.items()}
     if not options.dry_run and not options.no_env:
         ready = [node for node in nodes if found[str(node)].folder and not found[str(node)].error]
@@ -175,12 +178,14 @@ def room(known: Mapping[str, Any], options: argparse.Namespace) -> int:
     return ROOM["NONE" if known.get("report", {}).get("vendor", "NONE") == "NONE" else "other"]
 
 
-def tell_removed(fanout: Fanout, path: Path, cluster: dict[str, Any]) -> int:
+def tell_removed(fanout: Fanout, path: Path, cluster: dict[str, Any], as_json: bool) -> int:
     """Say what was taken away, and forget it."""
-    failed = False
-    for seat in fanout.seats.values():
+    failed = any(seat.fault for seat in fanout.seats.values())
+    if as_json:
+        print(json.dumps({"hosts": [{"host": seat.host, "error": seat.fault or "", **seat.said.get("finished", {})}
+                                    for seat in fanout.seats.values()]}))
+    for seat in fanout.seats.values() if not as_json else ():
         if seat.fault:
-            failed = True
             print(one_line(f"{seat.host}: {seat.fault}"))
         elif not seat.same_home:
             done = seat.said["finished"]
@@ -216,6 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Sync; return 0, 1 if a host failed, 2 for wrong usage."""
     options = build_parser().parse_args(argv)
     try:
+        if options.remove and options.dry_run:
+            raise AccessError("--remove has no --dry-run: it takes away only what lanspeed has put there")
+        if options.folder and not options.folder.startswith(("/", "~/")):
+            raise AccessError(f"--folder {options.folder}: a whole path on the nodes, or one below ~/")
         return sync(options)
     except (HostfileError, ClusterError, TreeError) as error:
         say(f"error: {error}")
@@ -223,6 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NodeError, AccessError) as error:
         say(f"error: {error}")
         return 2
+    except (OSError, RuntimeError) as error:  # what can't be read or written here
+        say(f"error: {error}")
+        return 1
     except KeyboardInterrupt:
         say("stopped: what has come stays there, the same command goes on")
         return 1

@@ -74,14 +74,15 @@ class SyncScreen:
                 return
             self._said[host] = text
         if self._bars:
-            self._show({host: (0, None, one_line(text))})
+            self._show({host: (0, None, text)})
         else:
             say(one_line(f"{host}: {text}"))
 
     def _show(self, rows: dict[str, tuple[int, int | None, str]], quick: bool = True) -> None:
         with self._lock:
             if self._bars:
-                for host, (done, total, text) in rows.items():
+                for host, (done, total, words) in rows.items():
+                    text = one_line(words)[:300]
                     if host not in self._tasks:
                         self._tasks[host] = self._bars.add_task("", host=host, total=total)
                     self._bars.update(self._tasks[host], completed=done, total=total, description=text)

@@ -5,7 +5,6 @@ A tree is a folder's files, or one file. A link that leads out of its folder goe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -70,14 +69,22 @@ class Tree:
             if place in above:  # a link to a folder that it is in
                 self.left_out.append(source)
                 return
-            for name in sorted(os.listdir(source)):
+            for name in listed(source):
                 self.add(os.path.join(path, name), os.path.join(source, name), top, (*above, place))
         elif stat.S_ISREG(status.st_mode):
             if not os.access(source, os.R_OK):
                 raise TreeError(f"{source}: this account may not read it")
-            self.items.append(Item(path, source, stat.S_IMODE(status.st_mode), status.st_size))
+            self.items.append(Item(path, source, stat.S_IMODE(status.st_mode) & 0o777, status.st_size))
         else:
             self.left_out.append(source)
+
+
+def listed(folder: str) -> list[str]:
+    """Return a folder's names, sorted; raise TreeError if it can't be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise TreeError(f"{folder}: {error.strerror}") from None
 
 
 def stays_inside(link: str, top: str) -> bool:
@@ -100,12 +107,18 @@ def checkout(folder: str, without: Sequence[Path] = ()) -> Tree:
 
 def tracked(top: str) -> list[str]:
     """Return what git tracks, and new files of the code that it doesn't yet; nothing without git."""
+    if not os.path.exists(os.path.join(top, ".git")):  # else of another repository that it lies in
+        return []
     found = []
     for more in ([], ["--others", "--exclude-standard", "--", *CODE]):
-        with contextlib.suppress(OSError):
+        try:
             done = subprocess.run(["git", "-C", top, "ls-files", "-z", *more], stdin=subprocess.DEVNULL,
                                   capture_output=True)
-            found += [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+        except OSError:  # git isn't there
+            return []
+        if done.returncode:
+            raise TreeError(f"{top}: {os.fsdecode(done.stderr).strip().splitlines()[0]}")
+        found += [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
     return found
 
 
@@ -130,11 +143,11 @@ def named(path: Path, folder: str = "") -> Tree:
     if path.is_dir():
         tree = Tree(str(path), places, str(path), whole=True)
         status = path.stat()
-        for name in sorted(os.listdir(path)):
+        for name in listed(str(path)):
             tree.add(name, str(path / name), str(path), ((status.st_dev, status.st_ino),))
         return tree
     tree = Tree(str(path), list(map(os.path.dirname, places)), str(path), below=path.name)
-    tree.add(path.name, str(path), str(path.parent))
+    tree.add(path.name, os.path.realpath(path), str(path.parent))  # a link to a neighbour goes as what it leads to
     return tree
 
 
@@ -162,10 +175,7 @@ def hub(kind: str, name: str) -> Tree:
 
     wanted = MODEL_FILES if kind == "model" else None
     try:
-        try:
-            snapshot = snapshot_download(name, repo_type=kind, local_files_only=True)
-        except FileNotFoundError:
-            snapshot = snapshot_download(name, repo_type=kind, allow_patterns=wanted)
+        snapshot = snapshot_download(name, repo_type=kind, allow_patterns=wanted)  # without a network: as it is here
     except (OSError, ValueError, HFValidationError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TreeError(f"--{kind} {name}: no file or folder here, nor to be had from the hub: {reason}") from None
@@ -180,4 +190,6 @@ def hub(kind: str, name: str) -> Tree:
     # The snapshot's links lead to files beside it, several to one now and then.
     for place in sorted({os.path.normpath(os.path.join(os.path.dirname(link), target)) for link, target in tree.links}):
         tree.add(place, os.path.join(cache, place), cache)
+    if kind == "model" and not any(path.endswith(".safetensors") for path, _ in tree.links):
+        raise TreeError(f"--{kind} {name}: only a part of it is in {folder}, without weights as safetensors")
     return tree

@@ -38,7 +38,7 @@ class Vitals:
 
         nodes: Sequence[Node] = list(self._places)
         self._thread = threading.Thread(
-            target=lambda: on_all(nodes, self._access, self._work, question, lost), daemon=True)
+            target=lambda: on_all(nodes, self._access, self._work, question, lost, at_once=len(nodes)), daemon=True)
         self._thread.start()
         return self
 

@@ -74,9 +74,9 @@ def test_data_that_is_another_than_here_is_named() -> None:
     nodes = {"gpu1": node(), "gpu2": node(content=other), "gpu3": node(content=other)}
     assert [found.line() for found in gathered(unlike_here(nodes, {"/data": "d1", "models--gpt2": "m1"}))] == [
         "gpu2, gpu3: error: its /data is another than here: ranks would start from different weights, or learn "
-        "different text. invoke sync with the same --model and --dataset",
+        "different text. invoke sync with the same --model and --dataset (or does it have more files than here?)",
         "gpu2, gpu3: warning: models--gpt2 is not in its Hugging Face cache: it would be fetched there, if there is "
-        "internet. invoke sync with the same --model and --dataset"]
+        "internet. invoke sync with the same --model and --dataset (or does it have more files than here?)"]
     assert not unlike_here({"gpu1": node(missing=["/data"], content={"/data": None})}, {"/data": "d1"})
     assert [found.hosts for found in unlike_here(nodes, {"/data": None})] == [("gpu1",)]
 

@@ -29,7 +29,8 @@ class Receiver:
     def __init__(self, home: Path) -> None:
         self.home = home
         home.mkdir(exist_ok=True)
-        self.process = subprocess.Popen([sys.executable, str(SCRIPT)], env={**os.environ, "HOME": str(home)},
+        kept = {name: value for name, value in os.environ.items() if name != "HF_HOME"}
+        self.process = subprocess.Popen([sys.executable, str(SCRIPT)], env={**kept, "HOME": str(home)},
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def tell(self, order: dict[str, Any], data: bytes = b"") -> None:
@@ -51,7 +52,7 @@ class Receiver:
         """Announce the files; return what the receiver plans."""
         self.hear("hello")
         self.tell({"go": True})
-        self.tell({"trees": pieces.manifest, "pem": pem, "overwrite": False, "room": 0, **more})
+        self.tell({"trees": pieces.manifest, "pem": pem, "overwrite": False, "dry_run": False, "room": 0, **more})
         return self.hear("plan")
 
 
@@ -159,6 +160,98 @@ def test_a_node_whose_copy_is_spoilt_is_passed_over(start: Any, pieces: Pieces) 
     assert second.hear("orphan")["missing"] == [0, 1, 2]
 
 
+def test_two_homes_on_one_disk_do_not_spoil_each_others_files(start: Any, pieces: Pieces, tmp_path: Path) -> None:
+    pieces.trees[0].roots = [str(tmp_path / "shared")]
+    both = start("one"), start("two")
+    for one in both:
+        one.announce(pieces, make_pem())
+        one.tell({"begin": []})
+    for number in range(3):
+        data = pieces.read(number)
+        for one in both:
+            one.tell({"piece": number, "bytes": len(data)}, data)
+            while one.hear("progress")["missing"] > 2 - number:
+                pass
+    for one in both:
+        one.tell({"finish": True})
+        one.hear("finished")
+    done = subprocess.run(["diff", "-r", str(tmp_path / "data"), str(tmp_path / "shared")])
+    assert done.returncode == 0 and not list((tmp_path / "shared").glob(".lanspeed-*"))
+
+
+def test_files_become_folders_and_folders_files(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANSPEED_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    data.mkdir()
+
+    def bring(name: str) -> None:
+        tree = named(data)
+        tree.roots = ["~/data"]
+        pieces = Pieces([tree], lambda done, total: None)
+        one = start(name)
+        assert one.announce(pieces, make_pem())["faults"] == []
+        one.tell({"begin": []})
+        for number in range(len(pieces.pieces)):
+            block = pieces.read(number)
+            one.tell({"piece": number, "bytes": len(block)}, block)
+        while one.hear("progress")["missing"]:
+            pass
+        one.tell({"finish": True})
+        one.hear("finished")
+        one.process.wait(timeout=10)
+        done = subprocess.run(["diff", "-r", "--no-dereference", str(data), str(one.home / "data")])
+        assert done.returncode == 0
+
+    (data / "a").write_text("a file")
+    (data / "b").mkdir()
+    (data / "b" / "c").write_text("in a folder")
+    (data / "v1").mkdir()
+    (data / "v1" / "x").write_text("first")
+    (data / "latest").symlink_to("v1")
+    bring("one")
+    (data / "a").unlink()
+    (data / "a").mkdir()
+    (data / "a" / "d").write_text("in a folder now")
+    (data / "b" / "c").unlink()
+    (data / "b").rmdir()
+    (data / "b").write_text("a file now")
+    (data / "latest").unlink()
+    (data / "latest").mkdir()
+    (data / "latest" / "x").write_text("second")
+    bring("one")
+
+
+def test_what_has_come_to_stand_there_meanwhile_is_left_alone(start: Any, pieces: Pieces) -> None:
+    one = start("one")
+    one.announce(pieces, make_pem())
+    one.tell({"begin": []})
+    (one.home / "data").mkdir(exist_ok=True)
+    (one.home / "data" / "7").write_text("mine")
+    data = pieces.read(0)
+    one.tell({"piece": 0, "bytes": len(data)}, data)
+    with pytest.raises(AssertionError, match="7 has come to stand there meanwhile"):
+        one.hear("finished")
+    assert (one.home / "data" / "7").read_text() == "mine"
+
+
+def test_after_a_break_what_was_put_there_is_known(start: Any, pieces: Pieces, tmp_path: Path) -> None:
+    one = start("one")
+    one.announce(pieces, make_pem())
+    one.tell({"begin": []})
+    data = pieces.read(0)
+    one.tell({"piece": 0, "bytes": len(data)}, data)
+    while one.hear("progress")["missing"] > 2:
+        pass
+    one.process.kill()
+    one.process.wait()
+    with (one.home / ".lanspeed" / "files.jsonl").open("a") as file:
+        file.write('["cut o')
+    (tmp_path / "data" / "7").write_text("changed\n")
+    tree = named(tmp_path / "data")
+    tree.roots = ["~/data"]
+    assert start("one").announce(Pieces([tree], lambda done, total: None), make_pem())["faults"] == []
+
+
 def test_it_ends_with_its_master(start: Any, pieces: Pieces) -> None:
     one = start("one")
     one.announce(pieces, make_pem())
@@ -175,7 +268,7 @@ def test_two_at_once_in_one_home_are_refused(start: Any, pieces: Pieces) -> None
 
 def test_a_tree_that_can_be_written_nowhere_is_told_of(start: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    tree = Tree("data", ["$LANSPEED_NO_SUCH_VARIABLE/x", str(tmp_path / "file" / "x")])
+    tree = Tree("data", ["$HF_HOME/hub", str(tmp_path / "file" / "x")])
     with pytest.raises(AssertionError, match=r"none of .* can be written by this account"):
         start("one").announce(Pieces([tree], lambda done, total: None), make_pem())
 
@@ -183,7 +276,7 @@ def test_a_tree_that_can_be_written_nowhere_is_told_of(start: Any, tmp_path: Pat
 def test_both_sides_cut_alike() -> None:
     receiver = load_receiver()
     sizes = [0, 1, 10_000_000, 5, receiver.PIECE, receiver.PIECE - 1, 3]
-    files = [receiver.File("/", str(number), 0o644, size, ["d"] * -(-size // receiver.PIECE))
+    files = [receiver.File("", "/", str(number), 0o644, size, ["d"] * -(-size // receiver.PIECE))
              for number, size in enumerate(sizes)]
     pieces = list(receiver.cut(files))
     assert [part for piece in pieces for part in piece] == [

@@ -48,6 +48,9 @@ def test_a_single_file_goes_below_its_folder(tmp_path: Path) -> None:
     tree = named(tmp_path / "notes.txt")
     assert (tree.below, [item.path for item in tree.items], tree.whole) == ("notes.txt", ["notes.txt"], False)
     assert tree.roots[0] == str(tmp_path)
+    (tmp_path / "newest.txt").symlink_to("notes.txt")
+    (item,) = named(tmp_path / "newest.txt").items
+    assert (item.path, item.source) == ("newest.txt", str(tmp_path / "notes.txt"))
 
 
 def test_a_path_inside_another_goes_with_that(tmp_path: Path) -> None:
@@ -82,23 +85,34 @@ def test_the_checkout_is_what_git_tracks_or_all_but_what_is_made(tmp_path: Path)
     subprocess.run([*git, "add", "notes.txt"], check=True)
     (tmp_path / ".gitignore").write_text("__pycache__\n")
     assert tracked(str(tmp_path)) == ["notes.txt", "trainer/train.py"]  # new code goes along too
+    assert tracked(str(tmp_path / "trainer")) == []  # which is not the repository's top
+    (tmp_path / ".git" / "HEAD").write_text("broken")
+    with pytest.raises(TreeError, match="not a git repository"):
+        tracked(str(tmp_path))
 
 
 def test_a_model_of_the_hub_goes_as_its_cache_has_it(tmp_path: Path) -> None:
     cache = tmp_path / "hf" / "hub" / "models--org--small"
-    for name, text in (("blobs/b1", "{}"), ("refs/main", "r1"), ("blobs/of-another-revision", "old")):
+    for name, text in (("blobs/b1", "{}"), ("blobs/b2", "w"), ("refs/main", "r1"), ("blobs/of-another-revision", "o")):
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_text(text)
     (cache / "snapshots" / "r1").mkdir(parents=True)
     (cache / "snapshots" / "r1" / "config.json").symlink_to("../../blobs/b1")
+    weights = cache / "snapshots" / "r1" / "model.safetensors"
+    weights.symlink_to("../../blobs/b2")
     code = ("import json; from master.trees import hub; tree = hub('model', 'org/small'); "
             "print(json.dumps([tree.roots, sorted(item.path for item in tree.items), tree.links]))")
     run = [sys.executable, "-c", code]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(run, cwd=HOME, env=environment, capture_output=True, text=True)
     assert json.loads(done.stdout) == [
-        [str(tmp_path / "hf" / "hub")], ["models--org--small/blobs/b1", "models--org--small/refs/main"],
-        [["models--org--small/snapshots/r1/config.json", "../../blobs/b1"]]], done.stderr
+        [str(tmp_path / "hf" / "hub")],
+        [f"models--org--small/{name}" for name in ("blobs/b1", "blobs/b2", "refs/main")],
+        [[f"models--org--small/snapshots/r1/{name}", f"../../blobs/{blob}"]
+         for name, blob in (("config.json", "b1"), ("model.safetensors", "b2"))]], done.stderr
+    weights.unlink()
+    done = subprocess.run(run, cwd=HOME, env=environment, capture_output=True, text=True)
+    assert "TreeError: --model org/small: only a part of it is in " in done.stderr
     run[2] = code.replace("org/small", "org/none")
     done = subprocess.run(run, cwd=HOME, env=environment, capture_output=True, text=True)
     assert "TreeError: --model org/none: no file or folder here, nor to be had from the hub" in done.stderr

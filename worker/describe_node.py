@@ -233,11 +233,16 @@ def content(path: str) -> str | None:
 
     Names and sizes of all files, and of the first 2,000 their first and last 64 KiB: gigabytes take no time.
     """
-    if os.path.isfile(path):
-        files = [path]
-    else:
-        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True)
-                       for name in names)
+    files = [path] if os.path.isfile(path) else []
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:  # a link to a folder that it is in
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        files += [os.path.join(folder, name) for name in names if not name.startswith(".lanspeed-")]
+    files = sorted(name for name in files if os.path.isfile(name))
     digest = hashlib.sha256()
     for number, name in enumerate(files):
         with contextlib.suppress(OSError):

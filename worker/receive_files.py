@@ -42,8 +42,9 @@ WAITING = 0xFFFFFFFF  # in place of a piece's number: it hasn't come yet, and th
 
 
 class Known(NamedTuple):
-    """A file: its tree's root, size in bytes, time, digest of its parts' digests, whether lanspeed put it there."""
+    """A file: its tree and that one's root, size in bytes, time, digest of digests, whether lanspeed put it there."""
 
+    tree: str
     root: str
     size: int
     mtime_ns: int
@@ -69,13 +70,18 @@ def digest(data: bytes | bytearray | memoryview) -> str:
 
 
 _tell_lock = threading.Lock()
+_master_listens = True
 
 
 def tell(**event: Any) -> None:
     """Tell the master something."""
-    with _tell_lock, contextlib.suppress(OSError):
-        sys.stdout.write(json.dumps(event) + "\n")
-        sys.stdout.flush()
+    global _master_listens
+    with _tell_lock:
+        try:
+            sys.stdout.write(json.dumps(event) + "\n")
+            sys.stdout.flush()
+        except OSError:
+            _master_listens = False
 
 
 class Record:
@@ -85,28 +91,36 @@ class Record:
         os.makedirs(HOME, mode=0o700, exist_ok=True)
         self.path = os.path.join(HOME, RECORD)
         self.known: dict[str, Known] = {}
+        self.before: dict[str, Known] = {}  # the notes that those in `known` have replaced
         self._lock = threading.Lock()
         with contextlib.suppress(OSError), open(self.path, encoding="ascii") as file:
             for line in file:
                 with contextlib.suppress(ValueError, TypeError):  # a line that was cut off
                     path, *fact = json.loads(line)
-                    self.known.pop(path, None)
+                    if path in self.known:
+                        self.before[path] = self.known.pop(path)
                     if fact:
                         self.known[path] = Known(*fact)
         self._file = open(self.path, "a", encoding="ascii", buffering=1)  # noqa: SIM115, open as long as this runs
+        self._file.write("\n")  # the last line may have been cut off
 
     def note(self, path: str, fact: Known | None) -> None:
         """Note a file, or with None that it is gone."""
         with self._lock:
-            self.known.pop(path, None)
+            if path in self.known:
+                self.before[path] = self.known.pop(path)
             if fact:
                 self.known[path] = fact
             self._file.write(json.dumps([path, *(fact or [])]) + "\n")
 
     def is_as_left(self, path: str) -> bool:
-        """Tell whether lanspeed put there what stands there, and nobody has changed it since."""
-        known, status = self.known.get(path), os.lstat(path)
-        return bool(known and known.ours and known[1:3] == (status.st_size, status.st_mtime_ns))
+        """Tell whether lanspeed put there what stands there, and nobody has changed it since.
+
+        A note is made before the file is put in its place: after a break between, the note before it counts too.
+        """
+        status = os.lstat(path)
+        return any(known.ours and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns)
+                   for known in (self.known.get(path), self.before.get(path)) if known)
 
     def close(self) -> None:
         """Write it anew, a line a file; without any it goes."""
@@ -121,14 +135,14 @@ class Record:
 
 
 class File:
-    """One file that is to be here: its root, path below it, mode, size, digests of its parts, which parts are here."""
+    """One file that is to be here: tree, root, path below it, mode, size, digests of its parts, which are here."""
 
-    def __init__(self, root: str, path: str, mode: int, size: int, digests: list[str]) -> None:
-        self.root, self.path, self.mode, self.size, self.digests = root, path, mode, size, digests
+    def __init__(self, tree: str, root: str, path: str, mode: int, size: int, digests: list[str]) -> None:
+        self.tree, self.root, self.path = tree, root, path
+        self.mode, self.size, self.digests = mode & 0o777, size, digests
         self.target = os.path.join(root, path)
         self.sum = digest("".join(digests).encode())
-        short = hashlib.blake2b(os.fsencode(path), digest_size=6).hexdigest()
-        self.part = os.path.join(os.path.dirname(self.target), f".lanspeed-{short}.part")
+        self.part = scratch_path(self.target)
         self.have = [False] * len(digests)
         self.placed = False
 
@@ -137,13 +151,20 @@ class File:
         return number * PIECE, min(PIECE, self.size - number * PIECE)
 
 
+def scratch_path(target: str) -> str:
+    """Return where a file is written before it is put in its place: by this home alone, if several share the disk."""
+    short = hashlib.blake2b(os.fsencode(f"{own_id()} {target}"), digest_size=6).hexdigest()
+    return os.path.join(os.path.dirname(target), f".lanspeed-{short}.part")
+
+
 class Store:
     """The files of all trees, cut into pieces that are numbered as the master numbers them."""
 
-    def __init__(self, record: Record, overwrite: bool) -> None:
-        self._record, self._overwrite = record, overwrite
+    def __init__(self, record: Record, overwrite: bool, looks_only: bool = False) -> None:
+        self._record, self._overwrite, self._looks_only = record, overwrite, looks_only
+        self._putting = threading.Lock()
         self.files: list[File] = []
-        self.links: list[tuple[str, str, str]] = []
+        self.links: list[tuple[str, str, str, str]] = []  # tree, root, path, target
         self.pieces: list[list[tuple[int, int]]] = []
         self.missing: set[int] = set()
         self.foreign: list[str] = []  # files that somebody else put there, or changed
@@ -154,22 +175,33 @@ class Store:
 
     # -- what is here --------------------------------------------------------------------------------------------------
 
-    def add_tree(self, root: str, entries: list[list[Any]]) -> None:
+    def add_tree(self, tree: str, root: str, entries: list[list[Any]]) -> None:
         """Take in a tree: [path, mode, size, digests] is a file, [path, target] a link."""
         for entry in entries:
             if len(entry) == 2:
-                self.links.append((root, entry[0], entry[1]))
+                self.links.append((tree, root, entry[0], entry[1]))
             else:
-                self.files.append(File(root, *entry))
+                self.files.append(File(tree, root, *entry))
+
+    @property
+    def wanted(self) -> set[str]:
+        """The paths of all that is to be here."""
+        return {file.target for file in self.files} | {os.path.join(root, path) for _, root, path, _ in self.links}
+
+    def make_way(self) -> None:
+        """Delete what lanspeed put where a folder is to be, or below what is to be a file now."""
+        wanted = self.wanted
+        folders = {folder for path in wanted for folder in above(path)}
+        delete(self._record, [path for path, known in self._record.known.items() if known.ours and path not in wanted
+                              and (path in folders or any(folder in wanted for folder in above(path)))])
 
     def examine(self) -> None:
         """Find out what is here; the master is told how far that is."""
         for file in self.files:
             self._examine(file)
-        for root, path, target in self.links:
+        for _, root, path, target in self.links:
             place = os.path.join(root, path)
-            if os.path.lexists(place) and not (os.path.islink(place) and os.readlink(place) == target) and \
-                    not self._may_replace(place):
+            if not is_link_to(place, target) and not self._may_replace(place):
                 self.foreign.append(place)
         self.pieces = list(cut(self.files))
         self.missing = {number for number, piece in enumerate(self.pieces)
@@ -188,13 +220,16 @@ class Store:
             self.foreign.append(file.target)
             return
         if status is not None:
-            now = Known(file.root, status.st_size, status.st_mtime_ns, file.sum, bool(known and known.ours))
-            same = known is not None and known[1:] == now[1:]
+            ours = bool(known and known.ours)
+            now = Known(file.tree, file.root, status.st_size, status.st_mtime_ns, file.sum, ours)
+            same = known is not None and known[2:] == now[2:]
             if same or (status.st_size == file.size and self._parts_of(file, file.target) == file.digests):
                 file.have, file.placed = [True] * len(file.digests), True
+                if self._looks_only:
+                    return
                 if known != now:
                     self._record.note(file.target, now)
-                if now.ours and stat.S_IMODE(status.st_mode) != file.mode:
+                if ours and stat.S_IMODE(status.st_mode) != file.mode and not os.path.islink(file.target):
                     os.chmod(file.target, file.mode)
                 return
             if not self._may_replace(file.target):
@@ -205,7 +240,9 @@ class Store:
             file.have += [False] * (len(file.digests) - len(file.have))
 
     def _may_replace(self, place: str) -> bool:
-        """Tell whether what stands there is as lanspeed left it, or may go anyway."""
+        """Tell whether nothing stands there, or what lanspeed left there, or what may go anyway."""
+        if not os.path.lexists(place):
+            return True
         if os.path.isdir(place) and not os.path.islink(place):
             return False
         return self._overwrite or self._record.is_as_left(place)
@@ -220,6 +257,8 @@ class Store:
                     found.append(digest(block))
                     self._looked += len(block)
                     self._say(self._looked)
+                    if not _master_listens:
+                        raise Gone
         except OSError:
             return []
         return found
@@ -252,27 +291,35 @@ class Store:
             if not file.placed and all(file.have):
                 with writing(file.target):
                     self._place(file)
-        for root, path, target in self.links:
-            with writing(os.path.join(root, path)):
-                self._link(root, path, target)
+        for tree, root, path, target in self.links:
+            place = os.path.join(root, path)
+            if not is_link_to(place, target):
+                with writing(place):
+                    self._link(tree, root, place, target)
 
-    def _link(self, root: str, path: str, target: str) -> None:
-        place = os.path.join(root, path)
-        if os.path.islink(place) and os.readlink(place) == target:
-            return
+    def _link(self, tree: str, root: str, place: str, target: str) -> None:
         self._make_folder(os.path.dirname(place))
-        scratch = place + ".lanspeed-part"
+        scratch = scratch_path(place)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(scratch)
         os.symlink(target, scratch)
-        os.replace(scratch, place)
-        status = os.lstat(place)
-        self._record.note(place, Known(root, status.st_size, status.st_mtime_ns, digest(os.fsencode(target)), True))
+        self._put_in_place(scratch, place, Known(tree, root, 0, 0, digest(os.fsencode(target)), True))
+
+    def _put_in_place(self, scratch: str, target: str, known: Known) -> None:
+        """Rename, after noting it (a rename keeps the time); raise Fault for what somebody has put there meanwhile."""
+        if not self._may_replace(target):
+            raise Fault(f"{target} has come to stand there meanwhile, and lanspeed did not put it there")
+        status = os.lstat(scratch)
+        self._record.note(target, known._replace(size=status.st_size, mtime_ns=status.st_mtime_ns))
+        os.replace(scratch, target)
 
     def put(self, number: int, data: bytes | bytearray) -> None:
         """Write a piece that has come; raise Spoilt if it isn't what was announced, Fault if it can't be written."""
-        if number not in self.missing:
-            return
+        with self._putting:
+            if number in self.missing:
+                self._put(number, data)
+
+    def _put(self, number: int, data: bytes | bytearray) -> None:
         view, at = memoryview(data), 0
         for one, part in self.pieces[number]:
             file = self.files[one]
@@ -294,7 +341,7 @@ class Store:
     def _write(self, file: File, offset: int, block: memoryview) -> None:
         self._make_folder(os.path.dirname(file.part))
         if len(file.digests) > 1 and file.part not in self._record.known:  # it may lie there for long, if cut off
-            self._record.note(file.part, Known(file.root, UNFINISHED, 0, "", True))
+            self._record.note(file.part, Known(file.tree, file.root, UNFINISHED, 0, "", True))
         descriptor = os.open(file.part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             while block:
@@ -305,15 +352,19 @@ class Store:
 
     def _place(self, file: File) -> None:
         self._make_folder(os.path.dirname(file.part))
-        descriptor = os.open(file.part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        new = os.O_CREAT if not file.size else 0  # of any other file all parts have been written
+        descriptor = os.open(file.part, os.O_WRONLY | os.O_NOFOLLOW | new, 0o600)
         try:
             os.ftruncate(descriptor, file.size)
             os.fchmod(descriptor, file.mode)
+            if len(file.digests) > 1:  # small ones are sent again sooner than they are waited for
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(file.part, file.target)
-        status = os.stat(file.target)
-        self._record.note(file.target, Known(file.root, status.st_size, status.st_mtime_ns, file.sum, True))
+        if not self._may_replace(file.target) and self._parts_of(file, file.target) == file.digests:
+            os.unlink(file.part)  # another node that has this disk was faster
+        else:
+            self._put_in_place(file.part, file.target, Known(file.tree, file.root, 0, 0, file.sum, True))
         if len(file.digests) > 1:
             self._record.note(file.part, None)
         file.placed = True
@@ -340,11 +391,23 @@ class Store:
 
     # -- what goes -----------------------------------------------------------------------------------------------------
 
-    def clear_stale(self, roots: list[str]) -> tuple[int, list[str]]:
+    def clear_stale(self, trees: list[str]) -> tuple[int, list[str]]:
         """Delete what lanspeed put into these trees and is wanted no more; return how many, and what was kept."""
-        wanted = {file.target for file in self.files} | {os.path.join(root, path) for root, path, _ in self.links}
+        wanted = self.wanted
         return delete(self._record, [path for path, known in self._record.known.items()
-                                     if known.root in roots and path not in wanted])
+                                     if known.tree in trees and path not in wanted])
+
+
+def above(path: str) -> Iterator[str]:
+    """Yield the folders that a path is in, the nearest first."""
+    while (folder := os.path.dirname(path)) != path:
+        yield folder
+        path = folder
+
+
+def is_link_to(place: str, target: str) -> bool:
+    """Tell whether a link to this target stands there."""
+    return os.path.islink(place) and os.readlink(place) == target
 
 
 @contextlib.contextmanager
@@ -357,19 +420,21 @@ def writing(path: str) -> Iterator[None]:
 
 
 def delete(record: Record, paths: list[str]) -> tuple[int, list[str]]:
-    """Delete files that lanspeed put there and nobody has changed; return how many, and the changed ones."""
+    """Delete files that lanspeed put there and nobody has changed; return how many, and what was kept."""
     count, kept, folders = 0, [], set()  # folders: (root, folder below it, or itself)
     for path in paths:
         known, folder = record.known[path], os.path.dirname(path)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if not known.ours:
-                pass
-            elif known.size == UNFINISHED or record.is_as_left(path):
+        try:
+            if known.ours and (known.size == UNFINISHED or record.is_as_left(path)):
                 os.unlink(path)
                 count += 1
                 folders |= {(known.root, folder), (known.root, delete_bytecode(path))}
-            else:
+            elif known.ours:
                 kept.append(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # this account may no longer
+            kept.append(path)
         record.note(path, None)
     for root, folder in sorted(folders, key=lambda each: len(each[1]), reverse=True):
         with contextlib.suppress(OSError):  # up to the first that holds something else
@@ -428,24 +493,35 @@ def nearest(path: str) -> str:
     return path
 
 
-def choose_root(candidates: list[str], entries: list[list[Any]], record: Record) -> str:
+def choose_root(tree: dict[str, Any], record: Record, overwrite: bool) -> str:
     """Return the first place where the tree can be written, or is already; raise Fault if there is none."""
-    for word in candidates:
-        path = os.path.expandvars(os.path.expanduser(word))
-        if "$" in path:
-            continue
-        top = path
-        while not os.path.lexists(top):
-            top = os.path.dirname(top)
-        if os.path.isdir(top) and os.access(top, os.W_OK | os.X_OK):
+    for word in tree["roots"]:
+        path = os.path.expanduser(word) if word.startswith("~") else word
+        if path.startswith("$HF_HOME/"):
+            if not os.environ.get("HF_HOME"):
+                continue
+            path = os.environ["HF_HOME"] + path[len("$HF_HOME") :]
+        path = os.path.abspath(path)
+        top = next(folder for folder in (path, *above(path)) if os.path.lexists(folder))
+        if os.path.isdir(top) and os.access(top, os.W_OK | os.X_OK) and (path != top or may_hold(tree, path)):
+            others = {known.tree for known in record.known.values() if known.root == path and known.ours}
+            if tree["code"] and not others <= {tree["key"]} and not overwrite:
+                raise Fault(f"{path} holds what was synced from another checkout ({min(others - {tree['key']})}): "
+                            "--folder takes this one elsewhere")
             return path
         if os.path.isdir(path):
-            trial = Store(record, False)
-            trial.add_tree(path, entries)
+            trial = Store(record, False, looks_only=True)
+            trial.add_tree(tree["key"], path, tree["entries"])
             trial.examine()
-            if not trial.missing and not trial.foreign:
+            if all(file.placed for file in trial.files) and not trial.foreign and all(
+                    is_link_to(os.path.join(path, link), target) for _, _, link, target in trial.links):
                 return path
-    raise Fault(f"none of {', '.join(candidates)} can be written by this account")
+    raise Fault(f"none of {', '.join(tree['roots'])} can be written by this account")
+
+
+def may_hold(tree: dict[str, Any], path: str) -> bool:
+    """Tell whether a folder that is there may get the tree: code goes to none that somebody else owns."""
+    return not tree["code"] or os.stat(path).st_uid == os.geteuid()
 
 
 # -- the next node, and the one before ---------------------------------------------------------------------------------
@@ -480,8 +556,9 @@ def serve(listening: socket.socket, context: ssl.SSLContext, store: Store) -> No
     while True:
         try:
             connection, _ = listening.accept()
-        except OSError:
-            return
+        except OSError:  # too many at once
+            time.sleep(0.5)
+            continue
         threading.Thread(target=give, args=(connection, context, store), daemon=True).start()
 
 
@@ -526,7 +603,7 @@ def pull(upstream: list[list[Any]], context: ssl.SSLContext, store: Store) -> No
         except Fault as fault:
             tell(event="failed", text=str(fault))
             return
-        except (OSError, Spoilt) as error:
+        except (OSError, Spoilt, ValueError, TypeError, OverflowError) as error:  # a node may say anything
             tell(event="lost", peer=name, text=str(error) or type(error).__name__)
         if not store.missing:
             return
@@ -596,16 +673,24 @@ class Master:
         return data
 
 
+_id: str = ""
+
+
 def own_id() -> str:
     """Return this home's own id: nodes that share a home have the same."""
+    global _id
+    if _id:
+        return _id
     os.makedirs(HOME, mode=0o700, exist_ok=True)
-    path = os.path.join(HOME, "id")
+    path, scratch = os.path.join(HOME, "id"), os.path.join(HOME, f"id.{secrets.token_hex(6)}")
+    with open(scratch, "w") as file:
+        file.write(secrets.token_hex(8))
     with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(8))
+        os.link(scratch, path)
+    os.unlink(scratch)
     with open(path) as file:
-        return file.read()
+        _id = file.read()
+    return _id
 
 
 def take_lock() -> Any:
@@ -632,10 +717,13 @@ def seldom(seconds: float, act: Callable[..., None]) -> Callable[..., None]:
 
 def prepare(manifest: dict[str, Any], record: Record) -> tuple[Store, dict[str, str]]:
     """Return what is here of the announced trees, and each tree's root; the master is told."""
-    store, roots = Store(record, manifest["overwrite"]), {}
+    looks_only = manifest["dry_run"]
+    store, roots = Store(record, manifest["overwrite"], looks_only), {}
     for tree in manifest["trees"]:
-        roots[tree["name"]] = choose_root(tree["roots"], tree["entries"], record)
-        store.add_tree(roots[tree["name"]], tree["entries"])
+        roots[tree["name"]] = choose_root(tree, record, manifest["overwrite"])
+        store.add_tree(tree["key"], roots[tree["name"]], tree["entries"])
+    if not looks_only:
+        store.make_way()
     store.examine()
     home = roots[manifest["trees"][0]["name"]]  # an environment will lie beside the checkout, unless one does
     has_one = any(os.path.exists(os.path.join(home, name)) for name in VENVS)
@@ -653,12 +741,12 @@ def take_part(master: Master, record: Record) -> int:
     manifest = master.order()
     if "remove" in manifest:
         return remove(record)
-    store, roots = prepare(manifest, record)
+    store, _ = prepare(manifest, record)
     server, client = contexts(manifest["pem"])
     listening = listen()
     tell(event="listening", port=listening.getsockname()[1])
     threading.Thread(target=serve, args=(listening, server, store), daemon=True).start()
-    threading.Thread(target=beat, args=(store,), daemon=True).start()
+    threading.Thread(target=show_progress, args=(store,), daemon=True).start()
     while True:
         order = master.order()
         if "begin" in order:
@@ -668,16 +756,22 @@ def take_part(master: Master, record: Record) -> int:
         elif "piece" in order:
             store.put(order["piece"], master.raw(order["bytes"]))
         elif "finish" in order:
-            whole = [roots[tree["name"]] for tree in manifest["trees"] if tree["whole"]]
-            count, kept = store.clear_stale(whole)
+            count, kept = store.clear_stale([tree["key"] for tree in manifest["trees"] if tree["whole"]])
             record.close()
-            tell(event="finished", deleted=count, kept=kept)
+            tell(event="finished", deleted=count, kept=kept[:100], left=[])
             return 0
 
 
-def beat(store: Store) -> None:
-    """Tell the master how far this node is, whether or not something comes."""
-    while True:
+def beat() -> None:
+    """Tell the master that this node lives, whatever it is busy with."""
+    while _master_listens:
+        tell(event="alive")
+        time.sleep(BEAT)
+
+
+def show_progress(store: Store) -> None:
+    """Tell the master how far this node is."""
+    while _master_listens:
         tell(event="progress", bytes=store.written, missing=len(store.missing))
         with store.changed:
             store.changed.wait_for(lambda: not store.missing, 0.5)
@@ -687,34 +781,43 @@ def beat(store: Store) -> None:
 
 def remove(record: Record) -> int:
     """Take away all that lanspeed has put here."""
-    roots = sorted({known.root for known in record.known.values() if known.ours})
+    roots = sorted({known.root for known in record.known.values()})
+    ours = {known.root for known in record.known.values() if known.ours}
     for root in roots:
         for name in VENVS:
-            if os.path.exists(os.path.join(root, name, VENV_MARK)):
-                shutil.rmtree(os.path.join(root, name))
+            venv = os.path.join(root, name)
+            if os.path.exists(os.path.join(venv, VENV_MARK)) and not os.path.islink(venv):
+                shutil.rmtree(venv, ignore_errors=True)
     count, kept = delete(record, list(record.known))
     record.close()
     for name in ("cache", "python"):
         shutil.rmtree(os.path.join(HOME, name), ignore_errors=True)
-    for name in ("lock", "id"):
-        with contextlib.suppress(OSError):
+    for name in os.listdir(HOME):
+        if name in ("lock", "id") or name.startswith(("id.", "meet-")):
             os.unlink(os.path.join(HOME, name))
     data = os.path.expanduser("~/lanspeed-data")
     for folder in (HOME, *(os.path.dirname(root) for root in roots if root.startswith(data + "/")), data):
         with contextlib.suppress(OSError):  # it holds something else
             os.rmdir(folder)
-    left = [root for root in roots if os.path.isdir(root) and os.listdir(root)]
-    tell(event="finished", deleted=count, kept=kept, left=left)
+    left = [root for root in roots if root in ours and os.path.isdir(root) and os.listdir(root)]
+    tell(event="finished", deleted=count, kept=kept[:100], left=left)
     return 0
 
 
 def main() -> int:
     """Say hello, then do as told; return 0, 1 after a fault or where the master has gone."""
     master = Master()
+    meeting = os.path.join(HOME, f"meet-{secrets.token_hex(8)}")
     try:
         uv = shutil.which("uv") or shutil.which(os.path.expanduser("~/.local/bin/uv"))
-        tell(event="hello", id=own_id(), home=os.path.expanduser("~"), machine=platform.machine(), uv=uv)
-        if not master.order().get("go"):
+        name = own_id()
+        with open(meeting, "w"):  # by which another node can tell that it has the same home
+            pass
+        tell(event="hello", id=name, home=os.path.expanduser("~"), machine=platform.machine(), uv=uv, meet=meeting)
+        threading.Thread(target=beat, daemon=True).start()
+        while "go" not in (order := master.order()):
+            tell(event="sees", there=os.path.exists(order["look"]))
+        if not order["go"]:
             return 0
         lock = take_lock()
         try:
@@ -727,6 +830,9 @@ def main() -> int:
         tell(event="failed", text=str(fault))
     except OSError as error:
         tell(event="failed", text=f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(meeting)
     return 1
 
 
