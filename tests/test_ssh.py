@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +180,16 @@ def test_several_unknown_hosts_are_one_question(tmp_path: Path) -> None:
         assert all(result[0] == "paramiko" for result in reach(client, "gpu[1-2]", ask=ask).values())
         assert all(result[0] == "paramiko" for result in reach(client, "gpu[1-2]", ask=ask).values())
     assert len(asked) == 2 and asked[0] == asked[1] and len(set(asked[0])) == 2
+
+
+def test_the_question_does_not_wait_for_work_that_waits_for_its_answer(tmp_path: Path) -> None:
+    meeting = threading.Barrier(2)
+    with SshServer(tmp_path / "1") as one, SshServer(tmp_path / "2", address="127.0.0.2") as two:
+        client = SshClient(tmp_path / "client", gpu1=one, gpu2=two)
+        client.trust(one)
+        found = on_all(read_nodes(["gpu[1-2]"]), Access(ssh_config=client.config, host_keys="ask"),
+                       lambda session: meeting.wait(20) >= 0, lambda strangers: True)
+    assert list(found.values()) == [True, True]
 
 
 @pytest.mark.parametrize("host_keys", ["yes", "ask", "accept-new"])
