@@ -100,7 +100,7 @@ def test_differing_driver_and_library_are_named(machine: Machine) -> None:
 @pytest.mark.parametrize("how", WAYS)
 def test_a_hanging_tool_costs_its_time_and_is_ended(machine: Machine, how: str) -> None:
     mark = machine.scratch.parent / "alive"
-    machine.script("nvidia-smi", f"#!/bin/bash\ntrap '' TERM\nwhile :; do echo $$ > {mark}; /bin/sleep 0.1; done\n")
+    machine.script("nvidia-smi", f"#!/bin/bash\ntrap '' TERM\necho $$ > {mark}\nwhile :; do /bin/sleep 0.1; done\n")
     machine.file("/proc/driver/nvidia/gpus/0000:01:00.0/information", "Model: \t NVIDIA A10G\nDevice Minor: 0\n")
     report = machine.report(how, limit="1")
     assert (report.vendor, report.status, codes(report)) == ("NVIDIA", "error", ["NV_TIMEOUT"])

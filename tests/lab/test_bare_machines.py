@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +48,11 @@ def test_five_commands_lead_from_bare_machines_to_a_model(lab: Lab, wheels: Path
     assert asked.returncode == 0, asked.stderr
     synced = desk.run("sync", "--dataset", str(notes), "--wheelhouse", str(wheels))
     assert synced.returncode == 0, synced.stdout + synced.stderr
-    print(synced.stdout, synced.stderr)
     checked = desk.run("check")
-    print(checked.stdout, checked.stderr)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "3 ranks added up on cpu" in checked.stdout
     trained = desk.run("train", "--model", "tiny", "--dataset", "notes", "--hostfile", "hostfile.txt", "--",
                        "--max_steps", "6", "--sequence_length", "64")
-    print(trained.stdout, trained.stderr)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     (run,) = (desk.folder / "runs").iterdir()
     assert (run / "model" / "model.safetensors").exists()
@@ -65,5 +61,5 @@ def test_five_commands_lead_from_bare_machines_to_a_model(lab: Lab, wheels: Path
     assert again.stdout.count("nothing new") == again.stdout.count("environment there") == 3, again.stdout
     gone = desk.run("sync", "--remove")
     assert gone.returncode == 0 and gone.stdout.count("files removed") == 3, gone.stdout + gone.stderr
-    for host in hosts:
-        print(os.listdir(host.home))
+    assert not (hosts[0].home / "lanspeed" / ".venv").exists() and not (hosts[0].home / "lanspeed-data").exists()
+    assert (hosts[0].home / "lanspeed" / "runs").is_dir()  # which lanspeed's user made

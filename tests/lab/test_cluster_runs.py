@@ -66,7 +66,7 @@ def test_a_slow_machine_is_named(lab: Lab, texts: Path, cache: Path) -> None:
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 0, output
     waiting = json.loads((desk.run_folder / "run.json").read_text())["waiting"]
-    assert (waiting["slowest_rank"], waiting["slowest_host"]) == (1, "gpu2") and waiting["slowest"] > 0.2, waiting
+    assert (waiting["slowest_rank"], waiting["slowest_host"]) == (1, "gpu2") and waiting["slowest"] > 0.1, waiting
     assert "for rank 1 on gpu2" in output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import os
@@ -49,6 +50,14 @@ def same(one: Path, other: Path) -> bool:
 def slow(desk: BareDesk, mbit: int) -> None:
     """Put the desk's card on a slow link."""
     desk.lab.master.network(f"tc qdisc add dev eth0 root tbf rate {mbit}mbit burst 64kb latency 200ms")
+
+
+def has_part(host: Host, megabytes: float) -> bool:
+    """Tell whether so much of a file has come to a machine, and not all of it."""
+    for path in host.home.glob("lanspeed-data/*/data/.lanspeed-*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_size > megabytes * MEGABYTE
+    return False
 
 
 def test_what_is_here_arrives_and_what_changes_follows(desk: BareDesk) -> None:
@@ -117,9 +126,7 @@ def test_after_a_kill_it_goes_on_where_it_was(desk: BareDesk) -> None:
     (data / "large.bin").write_bytes(os.urandom(40 * MEGABYTE))
     slow(desk, 80)
     job = subprocess.Popen(desk.words("--dataset", "data"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    parts = lambda: [path for host in desk.hosts.values()  # noqa: E731
-                     for path in host.home.rglob(".lanspeed-*.part") if path.stat().st_size > 12 * MEGABYTE]
-    wait_for(lambda: len(parts()) == 3, 30)
+    wait_for(lambda: all(has_part(host, 12) for host in desk.hosts.values()), 30)
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if is_tool(path, desk)]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -147,8 +154,7 @@ def test_a_node_that_dies_in_the_middle_costs_the_others_nothing(desk: BareDesk,
     slow(desk, 80)
     words = [*desk.words("--dataset", "data"), "--json"]
     job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: [path for path in desk.hosts["gpu3"].home.rglob(".lanspeed-*.part")
-                      if path.stat().st_size > 8 * MEGABYTE], 30)
+    wait_for(lambda: has_part(desk.hosts["gpu3"], 8), 30)
     desk.hosts[lost].end()  # as a power cut
     out, err = job.communicate(timeout=150)
     assert job.returncode == 1, err
@@ -188,7 +194,7 @@ def test_a_full_disk_is_told_of_before_and_after(desk: BareDesk) -> None:
     slow(desk, 80)
     words = [*desk.words("--dataset", "data"), "--json"]
     job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(desk.hosts["gpu1"].home.rglob(".lanspeed-*.part")), 30)
+    wait_for(lambda: has_part(desk.hosts["gpu1"], 0), 30)
     subprocess.run(odd.words("sh", "-c", f"cat /dev/zero > {place}/filler"), stderr=subprocess.DEVNULL)
     out, err = job.communicate(timeout=150)
     found = {one["host"]: one for one in json.loads(out)["hosts"]}
