@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data import Prepared, cut_document, prepare_dataset, split
+from trainer.data import Prepared, prepare_dataset, split
 from trainer.fault import Fault
 from trainer.models import tiny_tokenizer
 from trainer.options import parse_options
 from trainer.packing import Rows
+from trainer.pieces import cut_document
 
 Prepare = Callable[..., Prepared]
 

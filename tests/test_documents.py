@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import HOME
 
+from trainer.conversations import Taker
 from trainer.documents import describe, find_files, read_documents
 from trainer.fault import Fault
 
@@ -32,8 +33,8 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def read(path: Path, column: str = "text") -> list[str]:
-    return list(read_documents(find_files(path), column))
+def read(path: Path, column: str | None = None) -> list[str]:
+    return list(read_documents(find_files(path), Taker(column)))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
@@ -67,7 +68,7 @@ def test_a_folder_is_searched_and_told_by_form(tmp_path: Path) -> None:
         write(tmp_path / name, f"\ufeffin {name}")
     files = find_files(tmp_path)
     assert describe(files) == "1 .md file, 2 .txt files"
-    assert list(read_documents(files, "text")) == ["in a.md", "in b.txt", "in deep/c.txt"]
+    assert list(read_documents(files, Taker())) == ["in a.md", "in b.txt", "in deep/c.txt"]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

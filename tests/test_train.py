@@ -305,3 +305,14 @@ def test_a_book_in_one_file_is_evaluated_in_pieces(train: Train, tmp_path: Path)
     run = train("--max_steps", "3", data=tmp_path / "book.txt")
     assert "pieces of few documents held out" in run.output
     assert "gzip -9 of the same text" in run.output
+
+
+def test_conversations_are_trained_on_and_shown(train: Train, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"question {n}"},
+                          {"role": "assistant", "content": f"the answer to it is {n}"}]} for n in range(80)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train("--max_steps", "2", "--sequence_length", "64", data=tmp_path / "chat.jsonl")
+    assert "80 documents, `messages`, " in run.output and "tokens carry loss" in run.output
+    assert "\n  assistant\n  »the answer to it is " in run.output and "<|end|>«" in run.output
+    assert 0 < max(row.get("tokens", 0) for row in run.metrics) < 2 * 8 * 64 / 2  # of rows that are full
+    assert (run.path / "model" / "chat_template.jinja").exists()

@@ -1,8 +1,4 @@
-"""Data for a training: read the documents, hold some out, tokenize once, keep the result for the next run.
-
-What comes out is a table of pieces: a document's tokens, or, of one longer than a row, parts that overlap by a
-single token, so that every token but a document's first is predicted exactly once.
-"""
+"""Data for a training: read the documents, hold some out, tokenize once, keep the result for the next run."""
 
 from __future__ import annotations
 
@@ -17,12 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import corpus, progress
+from trainer import corpus
+from trainer.conversations import TEXT, words_of
 from trainer.fault import Fault
+from trainer.pieces import tokenize
 from trainer.sources import Source, hashed, open_source
 
-FORMAT = 1  # part of the cache's key: raise it when what is stored changes
-BATCH = 100  # documents tokenized at once: enough for all cores; more only takes memory
+FORMAT = 2  # part of the cache's key: raise it when what is stored changes
 
 
 @dataclass
@@ -31,6 +28,7 @@ class Facts:
 
     key: str
     name: str
+    form: str = TEXT  # or what conversations.py calls it
     documents: int = 0
     dropped: int = 0
     cut: int = 0
@@ -42,7 +40,7 @@ class Facts:
 
 @dataclass
 class Prepared:
-    """Tokenized pieces for training and evaluation (columns input_ids, length, bytes), and facts about them."""
+    """Tokenized pieces (see pieces.tokenize) for training and evaluation, and facts about them."""
 
     facts: Facts
     train: Any
@@ -113,20 +111,24 @@ def build(
     """Make everything in `scratch` and return the folder that is complete."""
     texts = read_texts(source, scratch, "texts")
     facts.documents, facts.dropped = len(texts), texts.dropped
+    facts.form = source.take.form or TEXT
     train, held_out = texts, read_texts(evaluation, scratch, "eval-texts") if evaluation else None
+    if evaluation and (evaluation.take.form or TEXT) != facts.form:
+        raise Fault(f"{evaluation.name} holds {evaluation.take.form}, and {source.name} {facts.form}")
     if held_out is None:
         inside, outside = split(texts["text"], options.eval_fraction, options.seed)
         train, held_out = texts.select(inside), texts.select(outside)
-    tokenizer = make_tokenizer(train["text"])
-    train, facts.cut = tokenize(train, tokenizer, sequence_length)
-    held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length)
+    tokenizer = make_tokenizer(train["text"] if facts.form == TEXT else map(words_of, train["text"]))
+    train, facts.cut = tokenize(train, tokenizer, sequence_length, facts.form)
+    held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, facts.form)
     facts.eval_documents = len(held_out)
-    facts.gzip_bits_per_byte = gzip_bits(held_out["text"])
+    facts.gzip_bits_per_byte = gzip_bits(held_out["text"]) if facts.form == TEXT else None
     if not len(held_out) and options.eval_fraction and len(train) > 1:
         count = max(1, round(len(train) * options.eval_fraction))
         order = train.train_test_split(test_size=count, seed=options.seed)
         train, held_out_pieces, facts.eval_by_pieces = order["train"], order["test"], True
-        facts.gzip_bits_per_byte = gzip_bits(tokenizer.batch_decode(order["test"]["input_ids"][:], True))
+        if facts.form == TEXT:
+            facts.gzip_bits_per_byte = gzip_bits(tokenizer.batch_decode(order["test"]["input_ids"][:], True))
     if not len(train):
         raise Fault(f"{source.name}: nothing to train on: {facts.documents} documents, none with two tokens or more")
     sizes = held_out_pieces["bytes"][:]
@@ -190,61 +192,6 @@ def split(texts: Iterable[str], share: float, seed: int) -> tuple[list[int], lis
     if len(outside) == len(scores):  # all the same text
         return outside, []
     return [number for number, score in enumerate(scores) if score > limit], outside
-
-
-def tokenize(texts: Any, tokenizer: Any, sequence_length: int) -> tuple[Any, int]:
-    """Return the pieces of all texts, and how many documents were cut.
-
-    Columns: input_ids; length in tokens; bytes, the UTF-8 bytes of the tokens that carry loss (null if the tokenizer
-    doesn't know where its tokens stand in the text).
-    """
-    from datasets import Dataset, Features, List, Value
-
-    features = Features({"input_ids": List(Value("int32")), "length": Value("int32"), "bytes": Value("int64")})
-    if not len(texts):  # datasets leaves the columns of an empty table as they were
-        return Dataset.from_dict({name: [] for name in features}, features=features), 0
-    cut = done = 0
-
-    def batch(columns: dict[str, list[str]]) -> dict[str, list[Any]]:
-        nonlocal cut, done
-        progress.tell(f"tokenizing, {(done := done + len(columns['text'])):,} of {len(texts):,} documents", often=True)
-        made: dict[str, list[Any]] = {"input_ids": [], "length": [], "bytes": []}
-        encoded = tokenizer(columns["text"], return_offsets_mapping=tokenizer.is_fast,
-                            return_attention_mask=False, verbose=False)
-        offsets = encoded.get("offset_mapping", [None] * len(columns["text"]))
-        for text, ids, places in zip(columns["text"], encoded["input_ids"], offsets, strict=True):
-            ends = [end for _, end in places] if places is not None else None
-            if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-                ids = [*ids, tokenizer.eos_token_id]
-            pieces = list(cut_document(len(ids), sequence_length))
-            cut += len(pieces) > 1
-            for start, end in pieces:
-                made["input_ids"].append(ids[start:end])
-                made["length"].append(end - start)
-                made["bytes"].append(None if ends is None else piece_bytes(text, ends, start, end))
-        return made
-
-    # A fingerprint of its own keeps datasets from hashing the function and the tokenizer that it refers to.
-    pieces = texts.map(batch, batched=True, batch_size=BATCH, remove_columns=["text"], features=features,
-                       new_fingerprint=os.urandom(8).hex())
-    return pieces, cut
-
-
-def cut_document(length: int, longest: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of the pieces of a document of `length` tokens; each begins with the last one's last token.
-
-    A document of fewer than two tokens has nothing to predict and yields nothing.
-    """
-    step = max(longest - 1, 1)
-    for start in range(0, length - 1, step):
-        yield start, min(start + longest, length)
-
-
-def piece_bytes(text: str, ends: list[int], start: int, end: int) -> int:
-    """Return the UTF-8 bytes of tokens start+1 to end-1, given each token's end in the text, in characters."""
-    first = ends[start]
-    last = len(text) if end > len(ends) else max(ends[start:end])
-    return len(text[first:last].encode())
 
 
 def gzip_bits(texts: Iterable[str]) -> float | None:

@@ -1,6 +1,6 @@
 """Documents out of files: .txt .md .jsonl .json .csv .parquet, each also as .gz, one by one and with their place.
 
-A text file is one document; elsewhere each row is one, in the column that holds the text.
+A text file is one document; elsewhere each row is one. What of a row is the document, `take(row, where)` says.
 """
 
 from __future__ import annotations
@@ -12,11 +12,24 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from trainer.fault import Fault
+
+
+class Take(Protocol):
+    """Makes a document of a row; see conversations.Taker."""
+
+    def __call__(self, row: Any, where: str) -> str:
+        """Return the document, '' for an empty one; raise Fault for a row of another shape."""
+        ...
+
+    def columns(self, names: Sequence[str], where: str) -> list[str]:
+        """Return those of a table's columns that a document is made of; raise Fault if it has none such."""
+        ...
+
 
 TEXT_FORMS = {".txt", ".md"}
 FORMS = TEXT_FORMS | {".jsonl", ".json", ".csv", ".parquet"}
@@ -58,11 +71,11 @@ def describe(files: list[Path]) -> str:
     return ", ".join(f"{n:,} {form} file{'s' * (n > 1)}" for form, n in sorted(counts.items()))
 
 
-def read_documents(files: list[Path], column: str) -> Iterator[str]:
+def read_documents(files: list[Path], take: Take) -> Iterator[str]:
     """Yield every document's text, empty ones included; raise a Fault with file and line for an unreadable row."""
     for path in files:
         try:
-            yield from READERS[str(form_of(path))](path, column)
+            yield from READERS[str(form_of(path))](path, take)
         except (OSError, EOFError, zlib.error) as error:
             raise Fault(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -98,14 +111,14 @@ def text_of(row: Any, column: str, where: str) -> str:
     return text
 
 
-def read_text(path: Path, _column: str) -> Iterator[str]:
+def read_text(path: Path, take: Take) -> Iterator[str]:
     """Yield a whole text file."""
     with open_bytes(path) as file:
-        yield decode(file.read(), path, 1)
+        yield take(decode(file.read(), path, 1), str(path))
 
 
-def read_jsonl(path: Path, column: str) -> Iterator[str]:
-    """Yield the text of each line's object or string; blank lines don't count."""
+def read_jsonl(path: Path, take: Take) -> Iterator[str]:
+    """Yield the document of each line's object or string; blank lines don't count."""
     with open_bytes(path) as file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
@@ -113,11 +126,11 @@ def read_jsonl(path: Path, column: str) -> Iterator[str]:
                     row = json.loads(decode(raw, path, line))
                 except json.JSONDecodeError as error:
                     raise Fault(f"{path}:{line}: not JSON: {error.msg}") from None
-                yield text_of(row, column, f"{path}:{line}")
+                yield take(row, f"{path}:{line}")
 
 
-def read_json(path: Path, column: str) -> Iterator[str]:
-    """Yield the texts of a JSON array; a file with an object a line is read as .jsonl."""
+def read_json(path: Path, take: Take) -> Iterator[str]:
+    """Yield the documents of a JSON array; a file with an object a line is read as .jsonl."""
     with open_bytes(path) as file:
         text = decode(file.read(), path, 1)
     try:
@@ -125,14 +138,14 @@ def read_json(path: Path, column: str) -> Iterator[str]:
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise Fault(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        yield from read_jsonl(path, column)
+        yield from read_jsonl(path, take)
         return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield text_of(row, column, f"{path}: row {number}")
+        yield take(row, f"{path}: row {number}")
 
 
-def read_csv(path: Path, column: str) -> Iterator[str]:
-    """Yield the column's text of each record; the first line names the columns."""
+def read_csv(path: Path, take: Take) -> Iterator[str]:
+    """Yield the document of each record; the first line names the columns."""
     csv.field_size_limit(2**31 - 1)
     with open_bytes(path) as file:
         records = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
@@ -140,28 +153,26 @@ def read_csv(path: Path, column: str) -> Iterator[str]:
             for row in records:
                 if None in row or None in row.values():
                     raise Fault(f"{path}:{records.line_num}: not {len(records.fieldnames or [])} fields as in line 1")
-                yield text_of(row, column, f"{path}:{records.line_num}")
+                yield take(row, f"{path}:{records.line_num}")
         except csv.Error as error:
             raise Fault(f"{path}:{records.line_num + 1}: not CSV: {error}") from None
         except UnicodeDecodeError as error:
             raise Fault(f"{path}: after line {records.line_num}: not UTF-8 ({error.reason})") from None
 
 
-def read_parquet(path: Path, column: str) -> Iterator[str]:
-    """Yield the column's text of each row."""
+def read_parquet(path: Path, take: Take) -> Iterator[str]:
+    """Yield the document of each row."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         with open_bytes(path) as file:
             source = parquet.ParquetFile(file)
-            if column not in source.schema_arrow.names:
-                text_of(dict.fromkeys(source.schema_arrow.names), column, str(path))
             number = 0
-            for batch in source.iter_batches(columns=[column]):
-                for value in batch.column(0).to_pylist():
+            for batch in source.iter_batches(columns=take.columns(source.schema_arrow.names, str(path))):
+                for row in batch.to_pylist():
                     number += 1
-                    yield text_of({column: value}, column, f"{path}: row {number}")
+                    yield take(row, f"{path}: row {number}")
     except pyarrow.ArrowException as error:
         raise Fault(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
 

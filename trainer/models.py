@@ -22,10 +22,14 @@ TINY_SHAPE: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+# How it is shown conversations: each turn ends with the end token, so that it learns where its own end; after a line's
+# end a word is the same tokens whether it is read or to be said.
+TINY_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ message.role }}\n{{ message.content }}"
+                 "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}")
 BEGIN, END = "<|begin|>", "<|end|>"
 
 
-def tiny_tokenizer(texts: Iterable[str]) -> Any:
+def tiny_tokenizer(texts: Iterable[str], template: str = TINY_TEMPLATE) -> Any:
     """Return a byte-level BPE tokenizer trained on the first of `texts`: every byte has a token, so it knows any."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +44,8 @@ def tiny_tokenizer(texts: Iterable[str]) -> Any:
     tokenizer.train_from_iterator(first_of(texts, TINY_TRAINED_ON), trainer)
     begin = (BEGIN, tokenizer.token_to_id(BEGIN))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END,
+                                   chat_template=template)
 
 
 def first_of(texts: Iterable[str], characters: int) -> Iterator[str]:
@@ -71,14 +76,24 @@ def load_tokenizer(options: argparse.Namespace, folder: str | Path | None = None
         raise Fault(f"model '{name}': its tokenizer has no end-of-text token, so documents cannot be told apart")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    if options.chat_template:
+        tokenizer.chat_template = read_template(Path(options.chat_template))
     return tokenizer
+
+
+def read_template(path: Path) -> str:
+    """Return a chat template's text; raise Fault if there is none."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fault(f"--chat_template {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def tokenizer_id(tokenizer: Any) -> str:
     """Return what tells this tokenizer's results from another's."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items()))
-    return f"{type(tokenizer).__name__} {tokenizer.eos_token} {words}"
+    return f"{type(tokenizer).__name__} {tokenizer.eos_token} {words} {tokenizer.chat_template}"
 
 
 def load_config(options: argparse.Namespace) -> Any:

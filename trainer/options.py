@@ -107,7 +107,9 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
               "(default: the documentation that comes with Python)")
     flag("--dataset_config", metavar="NAME", help="configuration of a Hugging Face dataset")
     flag("--dataset_split", metavar="NAME", default="train", help="split of a Hugging Face dataset (train)")
-    flag("--text_column", metavar="NAME", default="text", help="column or key that holds the text (text)")
+    flag("--text_column", metavar="NAME", help="column or key that holds the text (text; else messages, conversations, "
+         "prompt + completion or instruction + output are recognised)")
+    flag("--chat_template", metavar="FILE", help="Jinja template that shows messages (default: the tokenizer's)")
     flag("--sequence_length", type=positive, metavar="N",
          help="tokens a row (default: 1024, 256 for tiny, never more than the model's own limit)")
     flag("--no_packing", action="store_true", help="one document a row, padded to the longest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import textwrap
@@ -14,12 +15,14 @@ import torch
 from trainer import models, progress
 from trainer.checkpoints import write_whole
 from trainer.console import duration, short
+from trainer.conversations import TEXT
 from trainer.waiting import shares
 
 if TYPE_CHECKING:
     from trainer.session import Session
 
 PROMPT_TOKENS = 16
+SHOWN = 1000  # characters at each end of the first example
 TOLD_OF = 0.02  # share of the time that goes by in waiting for the slowest rank
 
 
@@ -38,6 +41,9 @@ def describe(session: Session) -> None:
     """Print what is about to be done."""
     o, facts, rows, ranks = session.options, session.data.facts, session.rows, session.ranks
     hosts = Counter(ranks.hosts)
+    share = f"{short(rows.loss_tokens)} tokens that carry loss"
+    if facts.form != TEXT:
+        share = f"`{facts.form}`, {rows.loss_tokens / rows.tokens:.0%} of {short(rows.tokens)} tokens carry loss"
     batch = o.per_device_train_batch_size * o.gradient_accumulation_steps * ranks.world_size
     fill = rows.tokens / (rows.filled * session.sequence_length)
     packed = "padded" if o.no_packing else f"packed, {fill:.1%} full"
@@ -46,7 +52,7 @@ def describe(session: Session) -> None:
     where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
     session.console.block("lanspeed", {
         "model": f"{o.model_name_or_path}, {short(session.parameters)} parameters",
-        "data": f"{facts.documents:,} documents{dropped}, {short(rows.loss_tokens)} tokens that carry loss",
+        "data": f"{facts.documents:,} documents{dropped}, {share}",
         "rows": f"{rows.filled:,} of {session.sequence_length} tokens, {packed}; {facts.cut:,} documents cut",
         "evaluation": f"{held_out} held out" if len(session.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
@@ -57,8 +63,22 @@ def describe(session: Session) -> None:
         "engine": session.engine,
         "run": f"{session.run.path}",
     })
+    if shown := example(session):
+        session.console.result("the first example as the model sees it; what stands between » and « carries loss:\n"
+                               + textwrap.indent(shown.rstrip(), "  "))
     if session.spare_devices > 0 and ranks.world_size == 1:
         session.console.warn(f"{session.spare_devices} more GPUs are here: `invoke train` uses them all")
+
+
+def example(session: Session) -> str:
+    """Return the first example as the model sees it, what carries loss between » and «; "" for plain text."""
+    if session.data.facts.form == TEXT:
+        return ""
+    piece, found = session.data.train[0], ""
+    for learnt, group in itertools.groupby(zip(piece["input_ids"], piece["loss"], strict=True), lambda pair: pair[1]):
+        text = session.tokenizer.decode([token for token, _ in group])
+        found += f"»{text}«" if learnt else text
+    return found if len(found) <= 2 * SHOWN else f"{found[:SHOWN]} [...] {found[-SHOWN:]}"
 
 
 def run_facts(session: Session) -> dict[str, Any]:
@@ -143,8 +163,15 @@ def prompts(session: Session) -> list[list[int]]:
     """Return the first tokens of a few held-out documents, or of training documents where none is held out."""
     pieces = session.data.evaluation if len(session.data.evaluation) else session.data.train
     found: list[list[int]] = []
+    room = session.sequence_length // 2  # for what the model says
     for piece in pieces:
-        if piece["length"] >= 2 * PROMPT_TOKENS and len(found) < session.options.num_samples:
+        if len(found) == session.options.num_samples:
+            break
+        if "loss" in piece:
+            asked = piece["loss"].index(1)  # up to where the assistant begins to speak
+            if asked <= room:
+                found.append(piece["input_ids"][:asked])
+        elif piece["length"] >= 2 * PROMPT_TOKENS:
             found.append(piece["input_ids"][:PROMPT_TOKENS])
     return found or [pieces[0]["input_ids"][:1]][: session.options.num_samples]
 

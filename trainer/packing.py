@@ -48,9 +48,13 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Row(NamedTuple):
-    """One row before it becomes tensors: the token lists of its documents (none in a filler row)."""
+    """One row before it becomes tensors: the token lists of its documents (none in a filler row).
+
+    `losses` has for each of them which tokens carry loss; None: all but the first.
+    """
 
     documents: list[np.ndarray]
+    losses: list[np.ndarray] | None = None
 
 
 FILLER = Row([])
@@ -59,18 +63,21 @@ FILLER = Row([])
 class Rows(torch.utils.data.Dataset[Row]):
     """Rows over a table of tokenized pieces, made when they are asked for.
 
-    `pieces` has the columns input_ids and length. The number of rows is a multiple of `multiple_of`: filler rows
-    without documents stand in, so that no row is repeated and every rank has the same work.
+    `pieces` has the columns input_ids and length, and of conversations loss and trained. The number of rows is a
+    multiple of `multiple_of`: filler rows without documents stand in, so that no row is repeated and every rank has
+    the same work.
     """
 
     def __init__(self, pieces: Any, capacity: int | None, multiple_of: int = 1) -> None:
         """Pack to `capacity` tokens a row, or with None put one piece in each."""
         lengths = pieces.with_format("numpy")["length"][:] if len(pieces) else []
         order = best_fit(lengths, capacity) if capacity else [[number] for number in range(len(lengths))]
-        self._pieces = pieces.with_format("numpy", columns=["input_ids"])
+        self._masked = len(pieces) > 0 and "loss" in pieces.column_names
+        self._pieces = pieces.with_format("numpy", columns=["input_ids", *(["loss"] if self._masked else [])])
         self._order = order
         self.tokens = int(np.sum(lengths))
-        self.loss_tokens = self.tokens - len(lengths)  # the first token of each piece has nothing before it
+        self.loss_tokens = int(np.sum(pieces.with_format("numpy")["trained"][:])) if self._masked else \
+            self.tokens - len(lengths)  # the first token of each piece has nothing before it
         self.filled = len(order)
         self._count = -(-len(order) // multiple_of) * multiple_of
 
@@ -82,7 +89,8 @@ class Rows(torch.utils.data.Dataset[Row]):
             raise IndexError(number)
         if number >= self.filled:
             return FILLER
-        return Row(list(self._pieces[self._order[number]]["input_ids"]))
+        chosen = self._pieces[self._order[number]]
+        return Row(list(chosen["input_ids"]), list(chosen["loss"]) if self._masked else None)
 
 
 class Collator:
@@ -106,10 +114,11 @@ class Collator:
         labels = np.full(shape, IGNORED, dtype=np.int64)
         for number, row in enumerate(rows):
             start = 0
-            for document in row.documents:
+            for place, document in enumerate(row.documents):
                 end = start + len(document)
                 tokens[number, start:end] = document
-                labels[number, start + 1 : end] = document[1:]
+                learnt = document if row.losses is None else np.where(row.losses[place], document, IGNORED)
+                labels[number, start + 1 : end] = learnt[1:]
                 positions[number, start:end] = np.arange(end - start)
                 start = end
             positions[number, start:] = np.arange(width - start)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,10 @@ class Session:
         options, ranks = self.options, self.ranks
         self.sequence_length = sequence_length
         if options.model_name_or_path == models.TINY:
-            name, make = f"tiny {models.TINY_VOCABULARY}", models.tiny_tokenizer
+            own = options.chat_template
+            template = models.read_template(Path(own)) if own else models.TINY_TEMPLATE
+            make: Callable[[Any], Any] = partial(models.tiny_tokenizer, template=template)
+            name = f"tiny {models.TINY_VOCABULARY} {template}"
         else:
             tokenizer = models.load_tokenizer(options)
             name, make = models.tokenizer_id(tokenizer), lambda texts: tokenizer

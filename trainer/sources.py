@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer import documents
+from trainer.conversations import Taker
 from trainer.fault import Fault
 
 BUILT_IN = "the documentation that comes with Python"
@@ -16,11 +17,15 @@ BUILT_IN = "the documentation that comes with Python"
 
 @dataclass
 class Source:
-    """Where documents come from: what to call it, a hash of its content, and how to read them."""
+    """Where documents come from: what to call it, a hash of its content, how to read them.
+
+    `take` knows their form once the first was read.
+    """
 
     name: str
     fingerprint: str
     read: Callable[[], Iterable[str]]
+    take: Taker
 
 
 def looks_like_path(name: str) -> bool:
@@ -31,18 +36,19 @@ def looks_like_path(name: str) -> bool:
 
 def open_source(name: str | None, options: argparse.Namespace, built_in: Callable[[], list[str]]) -> Source:
     """Return the Source that --dataset_path or --eval_dataset names; raise a Fault if it isn't there."""
+    take = Taker(options.text_column)
     if name is None:
         texts = built_in()
-        return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts)
+        return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts, Taker("text"))
     path = Path(name).expanduser()
     if path.exists() or looks_like_path(name):
         files = documents.find_files(path)
         what = f"{path} ({documents.describe(files)})"
-        return Source(what, files_hash(files), lambda: documents.read_documents(files, options.text_column))
-    return hub_source(name, options)
+        return Source(what, files_hash(files), lambda: documents.read_documents(files, take), take)
+    return hub_source(name, options, take)
 
 
-def hub_source(name: str, options: argparse.Namespace) -> Source:
+def hub_source(name: str, options: argparse.Namespace, take: Taker) -> Source:
     """Return a Hugging Face dataset as a Source."""
     import datasets
 
@@ -61,11 +67,9 @@ def hub_source(name: str, options: argparse.Namespace) -> Source:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Fault(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
-    if options.text_column not in table.column_names:
-        documents.text_of(dict.fromkeys(table.column_names), options.text_column, f"dataset '{name}'")
-    texts = table.select_columns([options.text_column])
+    rows = table.select_columns(take.columns(table.column_names, f"dataset '{name}'"))
     return Source(f"{name} ({options.dataset_split})", fingerprint or table._fingerprint,
-                  lambda: (row[options.text_column] or "" for row in texts))
+                  lambda: (take(row, f"dataset '{name}', row {number}") for number, row in enumerate(rows, 1)), take)
 
 
 def hashed(parts: Iterable[bytes]) -> str:
