@@ -16,7 +16,7 @@ from trainer.ranks import Ranks
 
 MEGABYTES = 16  # as many as DeepSpeed's buckets have on a CPU; on a LAN a fraction of a second
 ROUNDS = 5
-MEETING_S = 60
+MEETING_S = 180  # a first start reads gigabytes of libraries, on some hosts from a slow disk
 
 
 def main() -> int:
