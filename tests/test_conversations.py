@@ -103,6 +103,17 @@ def test_a_column_of_text_comes_first_and_a_named_one_before_all() -> None:
     assert words_of(messages(USER, SAID)) == "how are you ?\nfine , thanks"
 
 
+def test_a_table_of_messages_is_read_like_lines_of_them(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"id": 1, "messages": [USER, SAID]}, {"id": 2, "messages": [USER, SAID, *AGAIN]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    as_table, as_lines = (list(read_documents([tmp_path / name], Taker())) for name in ("a.parquet", "a.jsonl"))
+    assert [json.loads(one) for one in as_table] == [json.loads(one) for one in as_lines] and len(as_table) == 2
+
+
 @pytest.mark.parametrize(("rows", "fault"), [
     ([{"messages": [USER]}], "a.jsonl:1: nothing that the assistant says, so nothing to learn"),
     ([{"messages": []}], "a.jsonl:1: column 'messages' is no list of messages"),
