@@ -53,7 +53,7 @@ INSTALL = "invoke sync"
 ALIKE = [
     Alike("lanspeed's code", ("code",), "error", "ranks would run different programs", "invoke sync"),
     *(Alike(name, ("packages", name), "error", VERSIONS, INSTALL)
-      for name in ("torch", "deepspeed", "transformers", "accelerate")),
+      for name in ("torch", "deepspeed", "transformers", "accelerate", "peft")),
     *(Alike(name, ("packages", name), "warning", "data may be tokenized differently", INSTALL)
       for name in ("datasets", "tokenizers")),
     Alike("Python", ("minor",), "error", "packages differ with it", "install the same minor release there"),

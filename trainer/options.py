@@ -95,6 +95,9 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     flag("--attn_implementation", metavar="NAME",
          help="sdpa, flash_attention_2, eager, ... (default: flash attention where installed, else sdpa)")
     flag("--gradient_checkpointing", action="store_true", help="less memory for about a third more compute")
+    flag("--lora", type=positive, nargs="?", const=16, metavar="RANK",
+         help="train an adapter of this rank (16) and leave the model as it is; model/ holds it then")
+    flag("--merge_lora", action="store_true", help="model/ holds the whole model, adapter/ the adapter")
     flag("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     flag("--allow_pickle", action="store_true", help="load weights that aren't safetensors")
 
@@ -125,7 +128,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     flag("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps; overrides epochs if > 0")
     flag("--per_device_train_batch_size", type=positive, metavar="N", help="rows a rank and micro step (8)")
     flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps an optimizer step (1)")
-    flag("--learning_rate", type=float, metavar="R", help="peak learning rate (2e-5; 3e-3 for tiny)")
+    flag("--learning_rate", type=float, metavar="R", help="peak learning rate (2e-5; 2e-4 with --lora; 3e-3 for tiny)")
     flag("--lr_scheduler_type", default="cosine", metavar="NAME", help="cosine, linear, constant, ... (cosine)")
     flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05; 0.2 for tiny)")
     flag("--weight_decay", type=float, metavar="W", help="decoupled weight decay (0.0)")
@@ -173,6 +176,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     named = options.deepspeed if isinstance(options.deepspeed, str) else None
     if named and options.deepspeed_config and named != options.deepspeed_config:
         raise usage_fault(f"--deepspeed {named} and --deepspeed_config {options.deepspeed_config} name two files")
+    if options.merge_lora and not options.lora:
+        raise usage_fault("--merge_lora without --lora: there is nothing to merge")
     config = named or options.deepspeed_config
     options.deepspeed = Path(config) if config else (DEFAULT_DS_CONFIG if options.deepspeed else None)
     return options
@@ -181,8 +186,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def fill_defaults(options: argparse.Namespace) -> None:
     """Give the flags that neither the user nor a DeepSpeed config settled their defaults."""
     tiny = options.model_name_or_path == "tiny"
+    rate = 3e-3 if tiny else 2e-4 if options.lora else 2e-5
     defaults = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
-                "learning_rate": 3e-3 if tiny else 2e-5, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
+                "learning_rate": rate, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
                 "adam_beta2": 0.95 if tiny else 0.999}
     for name, value in defaults.items():
         if getattr(options, name) is None:

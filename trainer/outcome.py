@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer import models, progress
+from trainer import lora, models, progress
 from trainer.checkpoints import write_whole
 from trainer.console import duration, short
 from trainer.conversations import TEXT
@@ -29,18 +29,20 @@ TOLD_OF = 0.02  # share of the time that goes by in waiting for the slowest rank
 def flops_per_token(session: Session, model: Any) -> float:
     """Return the FLOP of a training step per token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
 
-    N: parameters without the input embedding, L: layers, H Q: hidden size, T: sequence length.
+    N: parameters without the input embedding, L: layers, H Q: hidden size, T: sequence length. Of a frozen model's
+    6 N, the 2 N for the gradients of its weights fall away.
     """
     config = model.config.get_text_config()
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.hidden_size * session.sequence_length
-    return 6.0 * (session.parameters - embedding) + attention
+    return (4.0 if session.options.lora else 6.0) * (session.parameters - embedding) + attention
 
 
 def describe(session: Session) -> None:
     """Print what is about to be done."""
     o, facts, rows, ranks = session.options, session.data.facts, session.rows, session.ranks
     hosts = Counter(ranks.hosts)
+    adapter = f", {short(session.trained)} of an adapter are trained (LoRA, rank {o.lora})" if o.lora else ""
     share = f"{short(rows.loss_tokens)} tokens that carry loss"
     if facts.form != TEXT:
         share = f"`{facts.form}`, {rows.loss_tokens / rows.tokens:.0%} of {short(rows.tokens)} tokens carry loss"
@@ -51,7 +53,7 @@ def describe(session: Session) -> None:
     dropped = f", {facts.dropped:,} empty ones left out" if facts.dropped else ""
     where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
     session.console.block("lanspeed", {
-        "model": f"{o.model_name_or_path}, {short(session.parameters)} parameters",
+        "model": f"{o.model_name_or_path}, {short(session.parameters)} parameters{adapter}",
         "data": f"{facts.documents:,} documents{dropped}, {share}",
         "rows": f"{rows.filled:,} of {session.sequence_length} tokens, {packed}; {facts.cut:,} documents cut",
         "evaluation": f"{held_out} held out" if len(session.data.evaluation) else "none",
@@ -63,6 +65,11 @@ def describe(session: Session) -> None:
         "engine": session.engine,
         "run": f"{session.run.path}",
     })
+    if o.lora and session.engine.endswith("ZeRO-3") and not ranks.on_one_machine:
+        weight = 4 if session.precision == "fp32" else 2
+        session.console.warn(
+            f"ZeRO-3 sends each rank {lora.gathered_gigabytes(session.parameters, weight, ranks.world_size):.1f} GB of "
+            "frozen weights at every micro step: trainer/configs/zero1.json sends the adapter's gradients alone")
     if shown := example(session):
         session.console.result("the first example as the model sees it; what stands between » and « carries loss:\n"
                                + textwrap.indent(shown.rstrip(), "  "))
@@ -87,7 +94,8 @@ def run_facts(session: Session) -> dict[str, Any]:
     return {"model": session.options.model_name_or_path, "dataset": session.data.facts.name,
             "data_key": session.data.facts.key, "hosts": list(hosts), "slots": dict(hosts),
             "world_size": session.ranks.world_size, "engine": session.engine, "precision": session.precision,
-            "parameters": session.parameters, "steps": session.steps, "seed": session.options.seed}
+            "parameters": session.parameters, "trained_parameters": session.trained, "lora": session.options.lora,
+            "steps": session.steps, "seed": session.options.seed}
 
 
 def keep_ds_config(session: Session) -> None:
@@ -120,6 +128,9 @@ def finish(session: Session) -> int:
     save_model(session)
     progress.tell("writing samples")
     write_samples(session)
+    if ranks.is_first and merges(session):
+        progress.tell("merging the adapter")
+        lora.merge(session)
     if ranks.is_first:
         run.draw_curve()
         run.finish("finished", 0, step=step, waiting=waited, summary=summary(session))
@@ -153,10 +164,20 @@ def save_model(session: Session) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.config.use_cache = True  # off for training; generation is slow without
-        model.save_pretrained(scratch, state_dict=state)
+        if session.options.lora:
+            lora.save_adapter(model, state, scratch)
+        else:
+            model.save_pretrained(scratch, state_dict=state)
         session.tokenizer.save_pretrained(scratch)
-        shutil.rmtree(session.run.model, ignore_errors=True)
-        scratch.replace(session.run.model)
+        place = session.run.adapter if merges(session) else session.run.model
+        shutil.rmtree(place, ignore_errors=True)
+        scratch.replace(place)
+
+
+def merges(session: Session) -> bool:
+    """Tell whether an adapter is merged at the end: where asked for, and for tiny, whose base lies nowhere."""
+    o = session.options
+    return bool(o.lora) and (o.merge_lora or o.model_name_or_path == models.TINY)
 
 
 def prompts(session: Session) -> list[list[int]]:

@@ -78,6 +78,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self.adapter = path / "adapter"
         self.metrics = path / "metrics.jsonl"
         self.sample = path / "sample.txt"
         self.curve = path / "loss.png"

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from trainer import checkpoints, corpus, data, devices, ds_setup, models, outcome, progress
+from trainer import checkpoints, corpus, data, devices, ds_setup, lora, models, outcome, progress
 from trainer.causal_trainer import CausalTrainer, Report, Stop
 from trainer.checkpoints import Layout
 from trainer.console import Console
@@ -127,7 +127,8 @@ class Session:
         path = Path(self.ranks.exchange("run", str(find_run(self.options)))[0])
         self.run = RunFolder(path)
         self.engine = ds_setup.engine_name(self.ds_config)
-        self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine)
+        adapter = f", LoRA of rank {self.options.lora}" if self.options.lora else ""
+        self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine + adapter)
         self.checkpoint = choose_checkpoint(self.options, self.run, self.ranks, self.layout, self.console)
         self.resume_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else None
         self.console.keep_log(path / "logs")
@@ -153,14 +154,19 @@ class Session:
         model = models.build_tiny(self.tokenizer, options.seed) if tiny else None
         arguments = self._arguments()
         check_world_sizes(ranks.world_size, arguments.world_size, engine=ranks.world_size)
+        keep_16_bits = self.ds_config is not None  # DeepSpeed keeps 32-bit weights itself; plain PyTorch doesn't
+        self.dtype = DTYPES[self.precision] if keep_16_bits else "float32"
         if model is None:
-            keep_16_bits = self.ds_config is not None  # DeepSpeed keeps 32-bit weights itself; plain PyTorch doesn't
-            model = models.load_model(options, DTYPES[self.precision] if keep_16_bits else "float32")
+            model = models.load_model(options, self.dtype)
+        self.parameters = lora.trained(model)
+        if options.lora:
+            transformers.set_seed(options.seed)
+            model = lora.add_adapter(model, options)
+        self.trained = lora.trained(model)
         capacity = None if options.no_packing else self.sequence_length
         batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.world_size
         self.rows = Rows(self.data.train, capacity, multiple_of=batch)
         eval_rows = Rows(self.data.evaluation, capacity)
-        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.stop = Stop(ranks)
         self.report = Report(ranks, self.run, self.console, outcome.flops_per_token(self, model), self.peak)
         self.trainer = CausalTrainer(
@@ -200,7 +206,7 @@ class Session:
         saves = self.steps / (interval if interval >= 1 else max(interval * self.steps, 1))
         together = min(self.options.save_total_limit + 1, int(saves) + 1)
         weight = 4 if self.precision == "fp32" or self.ds_config is None else 2
-        one = checkpoints.expected_bytes(self.parameters, weight, self.ranks.local_world_size, self.ranks.world_size)
+        one = checkpoints.expected_bytes(self.trained, weight, self.ranks.local_world_size, self.ranks.world_size)
         needed, free = together * one + weight * self.parameters, checkpoints.free_bytes(self.run.path)
         short = (f"{self.ranks.host}: {self.run.path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and "
                  f"the model, and {free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")

@@ -46,7 +46,7 @@ print("@@TORCH " + json.dumps(found))
 """
 TORCH_LIMIT = 75  # seconds
 
-PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers", "peft")
 NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")  # the package is named by the CUDA it is for
 SAMPLE, SAMPLED = 1 << 16, 2000  # bytes at each end of a file, files
 TUNNELS = ("tun", "tap", "wg", "tailscale", "zt", "docker", "br-", "virbr", "veth", "cni", "flannel", "cali")

@@ -1,0 +1,64 @@
+"""Adapters: trained under each engine, saved as adapter and as merged model, resumed, and cheap to send."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import Train
+
+from trainer.fault import Fault
+from trainer.lora import gathered_gigabytes
+from trainer.options import parse_options
+
+SHORT = ("--sequence_length", "64", "--learning_rate", "1e-2")
+
+
+@pytest.mark.parametrize(("ranks", "config"), [
+    (1, None), (2, "configs/zero1"), pytest.param(2, "configs/zero2", marks=pytest.mark.slow),
+    pytest.param(2, "configs/zero3", marks=pytest.mark.slow)])
+def test_an_adapter_is_trained_and_merged(train: Train, ranks: int, config: str | None) -> None:
+    run = train("--lora", "4", "--max_steps", "4", *SHORT, ranks=ranks, config=config)
+    facts = json.loads((run.path / "run.json").read_text())
+    assert facts["lora"] == 4 and 0 < facts["trained_parameters"] < facts["parameters"] / 5
+    assert "of an adapter are trained (LoRA, rank 4)" in run.output
+    assert (run.path / "adapter" / "adapter_model.safetensors").exists()
+    before, after = run.losses("eval_loss")[0], run.losses("eval_loss")[4]
+    assert after < before
+    # The merged model begins where the adapter's training has ended.
+    again = train("--max_steps", "1", *SHORT, model=str(run.path / "model"), name="again")
+    assert again.losses("eval_loss")[0] == pytest.approx(after, abs=2e-3)
+
+
+def test_an_adapter_of_a_model_in_a_folder_loads_by_itself(train: Train) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = train("--max_steps", "1", *SHORT, name="base")
+    run = train("--lora", "--max_steps", "2", *SHORT, model=str(base.path / "model"))
+    assert (run.path / "model" / "adapter_config.json").exists() and not (run.path / "adapter").exists()
+    whole = AutoModelForCausalLM.from_pretrained(run.path / "model")
+    assert any("lora" in name for name, _ in whole.named_parameters())
+    merged = train("--lora", "--merge_lora", "--max_steps", "2", *SHORT, model=str(base.path / "model"), name="merged")
+    plain = AutoModelForCausalLM.from_pretrained(merged.path / "model")
+    ids = torch.arange(20)[None]
+    assert torch.allclose(whole(ids).logits, plain(ids).logits, atol=1e-4)
+
+
+def test_a_resumed_adapter_goes_on_as_if_never_stopped(train: Train) -> None:
+    whole = train("--lora", "4", "--max_steps", "4", *SHORT, "--lr_scheduler_type", "constant", name="whole")
+    words = ("--lora", "4", *SHORT, "--lr_scheduler_type", "constant")
+    train(*words, "--max_steps", "2", name="parts")
+    parts = train(*words, "--max_steps", "4", "--resume_from_checkpoint", "auto", name="parts")
+    assert parts.losses()[4] == pytest.approx(whole.losses()[4], abs=1e-4)
+    more = ("--max_steps", "6", "--resume_from_checkpoint", "auto")
+    other = train("--lora", "8", *SHORT, *more, name="parts", expect=None)
+    assert "LoRA of rank 4" in other.output and "Traceback" not in other.output
+
+
+def test_flags_and_costs() -> None:
+    assert parse_options(["--model_name_or_path", "tiny", "--lora"]).lora == 16
+    with pytest.raises(Fault, match="nothing to merge"):
+        parse_options(["--model_name_or_path", "tiny", "--merge_lora"])
+    # A 7 B model in 16 bits on two hosts: both times half of 14 GB.
+    assert gathered_gigabytes(7_000_000_000, 2, 2) == 14.0
