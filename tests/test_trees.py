@@ -118,7 +118,8 @@ def test_a_model_of_the_hub_goes_as_its_cache_has_it(tmp_path: Path) -> None:
     assert "TreeError: --model org/none: no file or folder here, nor to be had from the hub" in done.stderr
 
 
-def test_digests_of_unchanged_files_are_kept(tmp_path: Path) -> None:
+def test_digests_of_unchanged_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # which is this machine's, and gets nothing
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "a").write_text("one")
@@ -134,6 +135,7 @@ def test_digests_of_unchanged_files_are_kept(tmp_path: Path) -> None:
     assert quiet([named(folder)]).manifest[0]["entries"][0][3] != first[0]["entries"][0][3]
     (tmp_path / "cache" / "digests.json").write_text("no json")
     assert quiet([named(folder)]).manifest[0]["entries"][1] == first[0]["entries"][1]
+    assert not (tmp_path / "home").exists()
 
 
 def test_a_file_that_changes_meanwhile_is_told_of(tmp_path: Path) -> None:

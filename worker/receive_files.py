@@ -142,9 +142,13 @@ class File:
         self.mode, self.size, self.digests = mode & 0o777, size, digests
         self.target = os.path.join(root, path)
         self.sum = digest("".join(digests).encode())
-        self.part = scratch_path(self.target)
         self.have = [False] * len(digests)
         self.placed = False
+
+    @property
+    def part(self) -> str:
+        """Where it is written before it is put in its place."""
+        return scratch_path(self.target)
 
     def span(self, number: int) -> tuple[int, int]:
         """Return offset and length of a part."""
