@@ -31,6 +31,7 @@ def test_an_adapter_is_trained_and_merged(train: Train, ranks: int, config: str 
     assert again.losses("eval_loss")[0] == pytest.approx(after, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_model_in_a_folder_loads_by_itself(train: Train) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -45,6 +46,7 @@ def test_an_adapter_of_a_model_in_a_folder_loads_by_itself(train: Train) -> None
     assert torch.allclose(whole(ids).logits, plain(ids).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_adapter_goes_on_as_if_never_stopped(train: Train) -> None:
     whole = train("--lora", "4", "--max_steps", "4", *SHORT, "--lr_scheduler_type", "constant", name="whole")
     words = ("--lora", "4", *SHORT, "--lr_scheduler_type", "constant")
