@@ -120,9 +120,18 @@ def test_when_it_is_stopped_nothing_goes_on(here: LocalSession, tmp_path: Path) 
     stop = threading.Event()
     with pytest.raises(SshError, match="stopped"):
         environments.run(here, [str(tmp_path / "lanspeed"), str(sleeper), "3.11", "w"], lambda line: stop.set(), stop)
-    time.sleep(0.2)
-    left = subprocess.run(["pgrep", "-f", "sleep 98.765"], capture_output=True, text=True).stdout
-    assert not left and not (tmp_path / "lanspeed" / ".venv" / "bin").exists()
+    end = time.monotonic() + 5
+    while any(is_asleep(path) for path in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < end, "it goes on"
+    assert not (tmp_path / "lanspeed" / ".venv" / "bin").exists()
+
+
+def is_asleep(process: Path) -> bool:
+    """Tell whether a process is the one that the test has made."""
+    try:
+        return b"sleep\x0098.765" in (process / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(("python", "words", "fault", "mend"), [
