@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags, question
-from master.cluster import ClusterError, chosen_nodes, read_cluster, write_cluster
+from master.cluster import ClusterError, add_node_flags, chosen_nodes, read_cluster, write_cluster
 from master.console import Answers, one_line, say
 from master.fleet import on_all
 from master.hostfile import HostfileError, read_hostfile
@@ -31,11 +31,11 @@ from master.network_probe import RENDEZVOUS, Pair, probe
 from master.node_facts import BUSY, ask, here, place_of
 from master.nodes import Node, NodeError
 from master.parity import Finding, agreement, differences, gathered, prepared, troubles, unlike_here
+from master.plain_deepspeed import HOME
 from master.ssh import Session
 from master.ssh_config import Access, SshError
 from master.survey import survey
 
-HOME = Path(__file__).resolve().parent.parent
 LEVELS = ("error", "warning", "info")
 FULL_SPEED = 0.75  # of a card's own speed that a pair should reach
 ODD = 0.5  # of the median pair's rate, below which a pair is named
@@ -46,9 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this tool's flags."""
     parser = argparse.ArgumentParser(
         prog="check_cluster.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_node_flags(parser)
     flag = parser.add_argument
-    flag("--nodes", nargs="+", metavar="N", default=[], help="hosts: names, user@host:port, ranges gpu[1-4], @file")
-    flag("--hostfile", type=Path, metavar="H", help="the hosts of a hostfile (default: hostfile.txt)")
     flag("--model", metavar="M", help="a folder or Hugging Face name that has to be on every host, and the same")
     flag("--dataset", metavar="D", help="the same of a file, folder or Hugging Face name")
     flag("--fast", action="store_true", help="leave out the network between the hosts, and the sum over all slots")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,13 @@ SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "cluster.schema.js
 
 class ClusterError(ValueError):
     """A cluster.json that can't be used; the message begins with its path."""
+
+
+def add_node_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `chosen_nodes` reads."""
+    flag = parser.add_argument
+    flag("--nodes", nargs="+", metavar="N", default=[], help="hosts: names, user@host:port, ranges gpu[1-4], @file")
+    flag("--hostfile", type=Path, metavar="H", help="the hosts of a hostfile (default: hostfile.txt)")
 
 
 def chosen_nodes(words: Sequence[str], hostfile: Path | None) -> tuple[list[Node], Path]:

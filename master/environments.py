@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -24,13 +25,15 @@ from typing import Any
 
 from master.gpu_report import GpuReport
 from master.node_facts import Place, ask, here, torch_faults, version_faults
+from master.plain_deepspeed import HOME
 from master.ssh import Session
 from master.ssh_config import SshError
 from master.survey import survey
-from master.trees import HOME, Item, Tree, TreeError
+from master.trees import Item, Tree, TreeError
 
 GB = 1_000_000_000
-ROOM = {"NONE": 3 * GB, "other": 10 * GB}  # bytes of an environment: measured 1.3 GB with a CPU's PyTorch; CUDA's is 7
+# Bytes of an environment: 1.3 GB was measured with a CPU's PyTorch; of the others it is a guess.
+ROOM = {"NONE": 3 * GB, "other": 10 * GB}
 PATIENCE = 1800.0  # seconds: gigabytes over a slow line
 MARK = "@@ENV "
 COMPLAINTS = ("ERROR", "error", "\N{MULTIPLICATION SIGN}")  # how pip's and uv's lines begin that say what is wrong
@@ -168,6 +171,12 @@ def make(session: Session, recipe: Recipe, roots: Mapping[str, str], hello: Mapp
     return python, "environment there" if word == "there" else "environment made"
 
 
+@functools.cache
+def own_facts() -> dict[str, Any]:
+    """Return this machine's facts, which are read once for all hosts."""
+    return here({})
+
+
 def unlike(session: Session, place: Place, report: GpuReport) -> str:
     """Return what a node's environment has otherwise than this machine's, or can't do with its GPUs; "" if nothing."""
     host, gpus = str(session.node), report.vendor != "NONE" and bool(report.slots_use)
@@ -175,7 +184,7 @@ def unlike(session: Session, place: Place, report: GpuReport) -> str:
         facts = ask(session, place, {"torch": gpus})
     except SshError as error:
         return error.fault
-    found = version_faults(host, facts, here({"folder": place.folder}))
+    found = version_faults(host, facts, own_facts())
     if gpus and facts["torch"]:
         found += torch_faults(host, report.slots_use, facts["torch"])
     return found[0].text.partition(": invoke sync")[0] if found else ""

@@ -17,14 +17,15 @@ from typing import Any
 
 from master.fleet import Ask, on_all
 from master.job_key import make_pem
-from master.node_facts import streamed
+from master.node_facts import WORKER, streamed
 from master.nodes import Node
-from master.pieces import WORKER, Pieces
+from master.pieces import Pieces
 from master.seats import LONGEST, Seat
 from master.ssh import Session
 from master.ssh_config import Access, SshError
 from master.trees import TreeError
 
+SCRIPT = WORKER / "receive_files.py"
 PYTHON = "python3 -X utf8"  # any will do that is 3.8 or newer; names are read the same in every locale
 BEAT, SILENCE = 3.0, 30.0  # seconds between signs of life; without one after which a node counts as lost
 STALL = 90.0  # seconds in which a node that gets nothing, while it could, is fed from here, and then let go
@@ -196,10 +197,8 @@ class Fanout:
 
     def _work(self, session: Session) -> None:
         seat = self.seats[str(session.node)]
-        if seat.address is None:
-            seat.address = server_address(session)
-        with contextlib.closing(session.open(f"exec {PYTHON} {streamed(WORKER)}")) as channel:
-            channel.send(WORKER.read_bytes())
+        with contextlib.closing(session.open(f"exec {PYTHON} {streamed(SCRIPT)}")) as channel:
+            channel.send(SCRIPT.read_bytes())
             seat.heard, seat.channel = time.monotonic(), channel
             rest = b""
             while not self._ended.is_set() and seat.takes_part:
@@ -220,12 +219,3 @@ class Fanout:
             said = channel.complaints().splitlines()
             if said and "hello" not in seat.said:
                 raise SshError(seat.host, "Python", f"python3 there: {said[-1][:200]}", "sudo apt install python3")
-
-
-def server_address(session: Session) -> str | None:
-    """Return the address at which a node was reached on its own network, None if it doesn't say."""
-    found = session.run('printf "\\n@@ADDRESS %s\\n" "$SSH_CONNECTION"').out
-    for line in found.splitlines():
-        if line.startswith("@@ADDRESS ") and len(words := line.split()) >= 4:
-            return words[3]
-    return None

@@ -152,13 +152,18 @@ def runs_on(archs: Sequence[str], device: str | None) -> bool:
     return False
 
 
+def load_worker(name: str) -> ModuleType:
+    """Return a file of worker/ as a module of this process: both sides then work alike."""
+    spec = importlib.util.spec_from_file_location(name, WORKER / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def here(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return this machine's facts, by the same file."""
-    spec = importlib.util.spec_from_file_location("describe_node", WORKER / "describe_node.py")
-    assert spec and spec.loader
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: dict[str, Any] = module.describe(dict(wanted))
+    found: dict[str, Any] = load_worker("describe_node").describe(dict(wanted))
     return found
 
 

@@ -6,7 +6,6 @@ Digests are kept in the cache folder by path, size, time and inode, so that an u
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -14,25 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from master.files import write_whole
-from master.trees import HOME, Item, Tree, TreeError
+from master.node_facts import load_worker
+from master.plain_deepspeed import HOME
+from master.trees import Item, Tree, TreeError
 
-WORKER = Path(__file__).resolve().parent.parent / "worker" / "receive_files.py"
 CACHE = "digests.json"
 FRESH = 2.0  # seconds for which a file's time says nothing: it may be written again within the same tick
 KEPT = 200_000  # files whose digests are kept
-
-
-def load_receiver() -> ModuleType:
-    """Return worker/receive_files.py as a module: both sides cut and name alike."""
-    spec = importlib.util.spec_from_file_location("receive_files", WORKER)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Pieces:
@@ -42,7 +32,7 @@ class Pieces:
     """
 
     def __init__(self, trees: Sequence[Tree], say: Callable[[int, int], None]) -> None:
-        self._receiver = load_receiver()
+        self._receiver = load_worker("receive_files")  # both sides cut and name alike
         self._fresh: dict[str, list[Any]] = {}  # what is new for the cache
         self.trees, self._items = trees, [item for tree in trees for item in tree.items]
         self._digests = self._read_all(say)

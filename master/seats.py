@@ -88,7 +88,9 @@ class Seat:
                 isinstance(root, str) for root in event["roots"].values())):
             raise ValueError("plan with odd roots")
         self.heard = time.monotonic()
-        if kind == "plan":
+        if kind == "hello" and isinstance(address := event.get("address"), str):
+            self.address = self.address or address
+        elif kind == "plan":
             self.missing, self.fault = len(event["missing"]), "; ".join(event["faults"]) or self.fault
         elif kind == "progress":
             self.moved = self.heard if event["bytes"] != self.written else self.moved

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from master.access import AccessError, access_of, add_access_flags, question
-from master.cluster import ClusterError, chosen_nodes, read_cluster, speed_of, write_cluster
+from master.cluster import ClusterError, add_node_flags, chosen_nodes, read_cluster, speed_of, write_cluster
 from master.console import one_line, say
 from master.environments import ROOM, Recipe, fill, make, tools, wheels
 from master.fanout import Fanout, Seat
@@ -42,9 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this tool's flags."""
     parser = argparse.ArgumentParser(
         prog="sync_nodes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_node_flags(parser)
     flag = parser.add_argument
-    flag("--nodes", nargs="+", metavar="N", default=[], help="hosts: names, user@host:port, ranges gpu[1-4], @file")
-    flag("--hostfile", type=Path, metavar="H", help="the hosts of a hostfile (default: hostfile.txt)")
     flag("--model", metavar="M", help="a folder, or a Hugging Face name (from the cache here, or fetched once)")
     flag("--dataset", metavar="D", help="a file, a folder, or a Hugging Face name")
     flag("--with", dest="more", nargs="+", type=Path, default=[], metavar="F", help="more files or folders")

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HOME = Path(__file__).resolve().parent.parent
+from master.plain_deepspeed import HOME
+
 CODE = ("master", "worker", "trainer", "schemas")
 NOT_CODE = {".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 # What of a model's repository transformers reads; the same weights stand there in other forms too.
@@ -48,11 +49,6 @@ class Tree:
     items: list[Item] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sockets, pipes, links to nothing
-
-    @property
-    def bytes(self) -> int:
-        """Size of all files."""
-        return sum(item.size for item in self.items)
 
     def add(self, path: str, source: str, top: str, above: tuple[tuple[int, int], ...] = ()) -> None:
         """Take in a file, a link, or a folder with all below it; `top` is the tree's folder here."""

@@ -17,7 +17,8 @@ import pytest
 from conftest import HOME
 
 from master.job_key import make_pem
-from master.pieces import Pieces, load_receiver
+from master.node_facts import load_worker
+from master.pieces import Pieces
 from master.trees import Tree, named
 
 SCRIPT = HOME / "worker" / "receive_files.py"
@@ -274,7 +275,7 @@ def test_a_tree_that_can_be_written_nowhere_is_told_of(start: Any, tmp_path: Pat
 
 
 def test_both_sides_cut_alike() -> None:
-    receiver = load_receiver()
+    receiver = load_worker("receive_files")
     sizes = [0, 1, 10_000_000, 5, receiver.PIECE, receiver.PIECE - 1, 3]
     files = [receiver.File("", "/", str(number), 0o644, size, ["d"] * -(-size // receiver.PIECE))
              for number, size in enumerate(sizes)]

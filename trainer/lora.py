@@ -6,7 +6,6 @@ The run's model/ then holds the adapter; with --merge_lora the whole model, and 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,27 +45,20 @@ def gathered_gigabytes(parameters: int, weight_bytes: int, world_size: int) -> f
     return 2 * weight_bytes * parameters * (world_size - 1) / world_size / 1e9
 
 
-def save_adapter(model: Any, state: dict[str, Any], folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any]) -> None:
     """Write the adapter out of the whole model's state."""
-    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
 
 
-def merge(session: Session) -> None:
-    """Write the whole model into model/ on rank 0: the base, loaded anew, with the adapter's weights added."""
+def merged(session: Session) -> Any:
+    """Return the whole model: the base, loaded anew, with the adapter's weights added. For rank 0 alone."""
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 the base would be loaded in parts
-    options, run = session.options, session.run
+    options = session.options
     if options.model_name_or_path == models.TINY:
         base = models.build_tiny(session.tokenizer, options.seed)
     else:
         base = models.load_model(options, str(session.dtype))
-    whole = PeftModel.from_pretrained(base, str(run.adapter)).merge_and_unload()
-    scratch = run.path / "model.part"
-    shutil.rmtree(scratch, ignore_errors=True)
-    whole.config.use_cache = True
-    whole.save_pretrained(scratch)
-    session.tokenizer.save_pretrained(scratch)
-    shutil.rmtree(run.model, ignore_errors=True)
-    scratch.replace(run.model)
+    return PeftModel.from_pretrained(base, str(session.run.adapter)).merge_and_unload()

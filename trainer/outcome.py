@@ -8,6 +8,9 @@ import shutil
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,7 +133,8 @@ def finish(session: Session) -> int:
     write_samples(session)
     if ranks.is_first and merges(session):
         progress.tell("merging the adapter")
-        lora.merge(session)
+        whole = lora.merged(session)
+        put_in_place(session, whole, run.model, type(whole).save_pretrained)
     if ranks.is_first:
         run.draw_curve()
         run.finish("finished", 0, step=step, waiting=waited, summary=summary(session))
@@ -156,22 +160,24 @@ def last_evaluation(session: Session) -> dict[str, Any]:
 
 
 def save_model(session: Session) -> None:
-    """Write model/ on rank 0: whole weights as safetensors and the tokenizer, loadable by from_pretrained."""
-    trainer = session.trainer
+    """Write model/ (or adapter/) on rank 0: weights as safetensors and the tokenizer, loadable by from_pretrained."""
+    trainer, run = session.trainer, session.run
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3 gathers: every rank takes part
     if session.ranks.is_first:
-        scratch = session.run.path / "model.part"
-        shutil.rmtree(scratch, ignore_errors=True)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.config.use_cache = True  # off for training; generation is slow without
-        if session.options.lora:
-            lora.save_adapter(model, state, scratch)
-        else:
-            model.save_pretrained(scratch, state_dict=state)
-        session.tokenizer.save_pretrained(scratch)
-        place = session.run.adapter if merges(session) else session.run.model
-        shutil.rmtree(place, ignore_errors=True)
-        scratch.replace(place)
+        write = lora.save_adapter if session.options.lora else type(model).save_pretrained
+        put_in_place(session, model, run.adapter if merges(session) else run.model, partial(write, state_dict=state))
+
+
+def put_in_place(session: Session, model: Any, place: Path, write: Callable[[Any, Path], None]) -> None:
+    """Have a model and the tokenizer written, so that their folder is there whole or not at all."""
+    scratch = session.run.path / "model.part"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.config.use_cache = True  # off for training; generation is slow without
+    write(model, scratch)
+    session.tokenizer.save_pretrained(scratch)
+    shutil.rmtree(place, ignore_errors=True)
+    scratch.replace(place)
 
 
 def merges(session: Session) -> bool:

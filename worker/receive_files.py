@@ -817,7 +817,9 @@ def main() -> int:
         name = own_id()
         with open(meeting, "w"):  # by which another node can tell that it has the same home
             pass
-        tell(event="hello", id=name, home=os.path.expanduser("~"), machine=platform.machine(), uv=uv, meet=meeting)
+        connection = os.environ.get("SSH_CONNECTION", "").split()  # client, its port, this node's address, port
+        tell(event="hello", id=name, home=os.path.expanduser("~"), machine=platform.machine(), uv=uv, meet=meeting,
+             address=connection[2] if len(connection) == 4 else None)
         threading.Thread(target=beat, daemon=True).start()
         while "go" not in (order := master.order()):
             tell(event="sees", there=os.path.exists(order["look"]))
