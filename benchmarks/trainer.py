@@ -84,7 +84,7 @@ def make_data(folder: Path) -> None:
     from trainer.models import tiny_tokenizer
 
     texts = python_documents()
-    random.Random(0).shuffle(texts)
+    random.Random(0).shuffle(texts)  # noqa: S311
     for name, part in (("eval", texts[:HELD_OUT]), ("train", texts[HELD_OUT:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     tokenizer = tiny_tokenizer(texts)

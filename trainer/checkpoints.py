@@ -23,15 +23,16 @@ STATE_BYTES = 12
 
 @dataclass
 class Layout:
-    """What a checkpoint must share with the training that continues it."""
+    """What a checkpoint must share with the training that continues it; the ranks may be others. `batch`: rows a step."""
 
     data: str
     world_size: int
     engine: str
+    batch: int = 0
 
     def difference(self, other: Layout) -> str | None:
         """Return what this checkpoint has that `other`, the training at hand, hasn't; None if they agree."""
-        if self.world_size != other.world_size:
+        if self.world_size != other.world_size and not self.batch:
             return f"was written by {self.world_size} ranks, and this training has {other.world_size}: use as many"
         if self.engine != other.engine:
             return f"was written by {self.engine}, and this training uses {other.engine}: use the same config"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from trainer import models, outcome
+from trainer import models, outcome, universal
 from trainer.fault import Fault
 
 if TYPE_CHECKING:
@@ -20,9 +20,14 @@ class FirstLook(TrainerCallback):
         self._session = session
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Raise a Fault if not; keep the config as DeepSpeed got it."""
+        """Raise a Fault if not; keep the config as DeepSpeed got it; tidy up what it was resumed from."""
         session = self._session
         outcome.keep_ds_config(session)
+        if session.universal:  # loaded by now, on all ranks
+            universal.part_steps(session.trainer.model_wrapped)
+            session.ranks.barrier()
+            if session.writes:
+                universal.forget(session.checkpoint)
         check_world_sizes(
             launcher=session.ranks.world_size, transformers=session.trainer.args.world_size,
             engine=getattr(session.trainer.model_wrapped, "dp_world_size", session.ranks.world_size))

@@ -49,7 +49,7 @@ def describe(session: Session) -> None:
     share = f"{short(rows.loss_tokens)} tokens that carry loss"
     if facts.form != TEXT:
         share = f"`{facts.form}`, {rows.loss_tokens / rows.tokens:.0%} of {short(rows.tokens)} tokens carry loss"
-    batch = o.per_device_train_batch_size * o.gradient_accumulation_steps * ranks.world_size
+    batch = session.rows_a_step
     fill = rows.tokens / (rows.filled * session.sequence_length)
     packed = "padded" if o.no_packing else f"packed, {fill:.1%} full"
     held_out = f"{facts.eval_documents:,} documents" if not facts.eval_by_pieces else "pieces of few documents"

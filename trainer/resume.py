@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoints
+from trainer import checkpoints, universal
 from trainer.checkpoints import Layout
 from trainer.console import Console
 from trainer.fault import Fault
-from trainer.ranks import Ranks
+from trainer.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.run_folder import RunFolder
 
 
@@ -42,6 +42,37 @@ def choose_checkpoint(
     if found:
         raise Fault(f"{folder} {found[0]}", shared=True)
     return folder
+
+
+def fit_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] | None, ranks: Ranks,
+              console: Console, writes: bool) -> bool:
+    """Make a checkpoint and the batch fit the ranks that are there now; return whether it is in universal form then.
+
+    `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises Fault where parts of it are elsewhere, or a step's rows can't be
+    shared.
+    """
+    before = checkpoints.read_layout(folder) if ranks.is_first_here else None
+    told = next(each for each in ranks.exchange("written-by", before and vars(before)) if each)
+    written = Layout(**told)
+    if written.world_size == ranks.world_size:
+        return False
+    universal.keep_batch(options, written.batch, ranks.world_size)
+    console.say(f"{folder.name} was written by {written.world_size} ranks, {ranks.world_size} go on: "
+                f"{written.batch} rows a step as before, {options.per_device_train_batch_size} micro x "
+                f"{options.gradient_accumulation_steps} accumulation")
+    lacking = universal.missing_parts(folder, written.world_size) if ranks.is_first_here else None
+    if found := [text for text in ranks.exchange("parts", lacking) if text]:
+        raise Fault(found[0], shared=True)
+    split = any(ranks.exchange("split", ranks.is_first_here and bool(universal.parts(folder))))
+    if config is None:
+        return False
+    universal.free_batch(config)
+    if split:
+        if writes:
+            universal.convert(folder)
+        ranks.exchange("universal", True, PREPARING_LIMIT_S)  # a large model's takes long
+        config.setdefault("checkpoint", {})["load_universal"] = True
+    return split
 
 
 def look(run: RunFolder, named: Path | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from trainer.first_look import FirstLook, check_world_sizes
 from trainer.options import fill_defaults
 from trainer.packing import Collator, Rows
 from trainer.ranks import PREPARING_LIMIT_S, Ranks
-from trainer.resume import choose_checkpoint
+from trainer.resume import choose_checkpoint, fit_ranks
 from trainer.run_folder import RunFolder, find_run
 from trainer.waiting import Waiting
 
@@ -45,6 +45,7 @@ class Session:
         self.options, self.ranks, self.console, self.ds_config = options, ranks, console, ds_config
         self.started = time.monotonic()
         self.resume_step: int | None = None
+        self.universal = False  # the checkpoint is in DeepSpeed's universal form
 
     # -- preparing ---------------------------------------------------------------------------------------------
 
@@ -128,11 +129,26 @@ class Session:
         self.run = RunFolder(path)
         self.engine = ds_setup.engine_name(self.ds_config)
         adapter = f", LoRA of rank {self.options.lora}" if self.options.lora else ""
-        self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine + adapter)
+        self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine + adapter, self.rows_a_step)
         self.checkpoint = choose_checkpoint(self.options, self.run, self.ranks, self.layout, self.console)
         self.resume_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else None
         self.console.keep_log(path / "logs")
         self.shared_disk = self._is_shared(path)
+        if self.checkpoint:
+            self.universal = fit_ranks(self.checkpoint, self.options, self.ds_config, self.ranks, self.console,
+                                       self.writes)
+            self.layout.batch = self.rows_a_step
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of all ranks in an optimizer step."""
+        o = self.options
+        return o.per_device_train_batch_size * o.gradient_accumulation_steps * self.ranks.world_size
+
+    @property
+    def writes(self) -> bool:
+        """True for the rank that writes checkpoints' common files: one of each disk."""
+        return self.ranks.is_first if self.shared_disk else self.ranks.is_first_here
 
     def _is_shared(self, path: Path) -> bool:
         """Tell whether all hosts see the same run folder: rank 0 leaves a file there, the others look for it."""
@@ -164,8 +180,7 @@ class Session:
             model = lora.add_adapter(model, options)
         self.trained = lora.trained(model)
         capacity = None if options.no_packing else self.sequence_length
-        batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.world_size
-        self.rows = Rows(self.data.train, capacity, multiple_of=batch)
+        self.rows = Rows(self.data.train, capacity, multiple_of=self.rows_a_step)
         eval_rows = Rows(self.data.evaluation, capacity)
         self.stop = Stop(ranks)
         self.report = Report(ranks, self.run, self.console, outcome.flops_per_token(self, model), self.peak)
