@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags
-from master.cluster import ClusterError, read_cluster
+from master.cluster import ClusterError, empty, read_cluster
 from master.console import say
 from master.hostfile import HostfileError, Slots, read_hostfile, select
 from master.local_training import TRAINER, choose_slots, count_gpus, shown, train_here
 from master.plain_deepspeed import HOME, default_config, first_address, is_only_here, launcher_words
-from master.runs import RunError, find_run, new_run_path, refuse_twice, trainer_words
+from master.runs import RunError, find_run, new_run_path, place_of_run, refuse_twice, trainer_words
 
 PRESETS = HOME / "trainer" / "configs"
 
@@ -104,21 +104,21 @@ def trainer_line(options: argparse.Namespace, config: Path) -> list[str]:
     return words + (["--dataset_path", options.dataset] if options.dataset else []) + options.trainer_flags
 
 
-def place_of_run(options: argparse.Namespace) -> tuple[Path | None, list[str]]:
-    """Return the run folder (None where the trainer finds it) and the flags that tell the trainer."""
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument("--output_dir", "--output-dir", type=Path)
-    named.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
-    found, _ = named.parse_known_args(options.trainer_flags)
-    if options.resume:
-        return options.run, ["--output_dir", str(options.run), "--resume_from_checkpoint", str(options.run)]
-    if found.output_dir or found.resume_from_checkpoint == "auto":
-        return found.output_dir, []
-    if found.resume_from_checkpoint:
-        path = Path(found.resume_from_checkpoint)
-        path = path.parent.parent if path.name.startswith("checkpoint-") else path
-        return path if path.is_dir() else None, []
-    return options.run, ["--output_dir", str(options.run)]
+def whole_checkpoint(options: argparse.Namespace, hosts: Sequence[Slots]) -> list[str]:
+    """Bring a resumed run's checkpoint to hosts that lack some of it; return the flags that name it.
+
+    Raises RunError where it can't be had.
+    """
+    before = options.run / "hostfile.txt"
+    if not options.resume or not before.exists():
+        return []
+    from master.shards import bring_together
+
+    options.access = options.access or access_of(options)
+    clusters = [read_cluster(before.with_name("cluster.json")), options.cluster]
+    known = {host["name"]: host for cluster in clusters for host in cluster["hosts"]}
+    found = bring_together(options.run, read_hostfile(before), hosts, known, options.access)
+    return ["--resume_from_checkpoint", str(found)] if found else []
 
 
 def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
@@ -146,6 +146,7 @@ def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
         return 0
     refuse_twice(options.run)
     options.access = options.access or access_of(options)
+    words += whole_checkpoint(options, hosts)
     if options.detach and not detach(options.run):
         return 0
     return train_on_hosts(options, hosts, config, words)
@@ -157,6 +158,7 @@ def launch(options: argparse.Namespace) -> int:
     if options.resume and not (options.hostfile or options.slots) and before.exists():
         options.hostfile = before
     hosts = read_hostfile(options.hostfile) if options.hostfile else []
+    options.cluster = empty()
     if hosts:
         hosts = select(hosts, options.include, options.exclude)
         options.cluster = read_cluster(options.hostfile.with_name("cluster.json"))
@@ -175,6 +177,8 @@ def launch(options: argparse.Namespace) -> int:
         raise ValueError("--restarts: not on this machine alone: --resume goes on")
     if run and not options.dry_run:
         refuse_twice(run)
+        here = Slots("localhost", max(slots) + 1, tuple(slots), "" if gpus else "CPU")
+        place += whole_checkpoint(options, hosts or [here])
     if options.detach and not options.dry_run and not detach(run or options.run):
         return 0
     return train_here(options, slots, gpus, trainer_line(options, config) + place, run, config)

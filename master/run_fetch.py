@@ -100,23 +100,7 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access, may_lack: bool
         lack = f"[ -d {shlex.quote(place)} ] || {{ echo '{MARK}'none; exit; }}; " if may_lack else ""
         program = (f"{lack}cd {shlex.quote(place)} || exit; size=$(du -sb {left_out} . 2>/dev/null) || size=0; "
                    f"echo '{MARK}'$size; tar -cf - {left_out} .; echo {END}$?")
-        command = f"exec sh -c {shlex.quote(program)}"
-        with contextlib.closing(session.open(command)) as channel:
-            stream = _Stream(channel, host, shown.update)
-            while not (line := stream.line()).startswith(MARK):  # a shell may have a word first
-                if not line:
-                    raise SshError(host, "fetch", channel.complaints()[-200:] or "nothing came")
-            if line == f"{MARK}none\n":
-                return 0
-            shown.total = int(line[len(MARK) :].split()[0])
-            with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
-                for member in archive:
-                    archive.extract(member, scratch, filter="data")
-            while stream.read(1 << 16):
-                pass
-            if not stream.end.endswith(f"{END}0\n".encode()):
-                raise SshError(host, "fetch", channel.complaints()[-200:] or "tar was cut off there")
-        return stream.bytes
+        return unpacked(session, program, scratch, shown)
 
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -134,6 +118,30 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access, may_lack: bool
     if result:
         say(f"fetched {result / 1e6:.0f} MB from {host}: {run}")
     return True
+
+
+def unpacked(session: Session, program: str, folder: Path, shown: Progress) -> int:
+    """Unpack what a shell program on a host sends: MARK and the size, a tar, END and tar's exit code.
+
+    Return how many bytes came, 0 for MARK none. Raises SshError, OSError, tarfile.TarError.
+    """
+    host = str(session.node)
+    with contextlib.closing(session.open(f"exec sh -c {shlex.quote(program)}")) as channel:
+        stream = _Stream(channel, host, shown.update)
+        while not (line := stream.line()).startswith(MARK):  # a shell may have a word first
+            if not line:
+                raise SshError(host, "fetch", channel.complaints()[-200:] or "nothing came")
+        if line == f"{MARK}none\n":
+            return 0
+        shown.total = int(line[len(MARK) :].split()[0])
+        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
+            for member in archive:
+                archive.extract(member, folder, filter="data")
+        while stream.read(1 << 16):
+            pass
+        if not stream.end.endswith(f"{END}0\n".encode()):
+            raise SshError(host, "fetch", channel.complaints()[-200:] or "tar was cut off there")
+    return stream.bytes
 
 
 def put_in_place(scratch: Path, run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -98,6 +99,23 @@ def find_run(name: str | None, running: bool = False) -> Path:
     if not found:
         raise RunError("nothing runs here" if running else "no runs here")
     return found[-1]
+
+
+def place_of_run(options: argparse.Namespace) -> tuple[Path | None, list[str]]:
+    """Return the run folder (None where the trainer finds it) and the flags that tell the trainer."""
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--output_dir", "--output-dir", type=Path)
+    named.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
+    found, _ = named.parse_known_args(options.trainer_flags)
+    if options.resume:
+        return options.run, ["--output_dir", str(options.run), "--resume_from_checkpoint", str(options.run)]
+    if found.output_dir or found.resume_from_checkpoint == "auto":
+        return found.output_dir, []
+    if found.resume_from_checkpoint:
+        path = Path(found.resume_from_checkpoint)
+        path = path.parent.parent if path.name.startswith("checkpoint-") else path
+        return path if path.is_dir() else None, []
+    return options.run, ["--output_dir", str(options.run)]
 
 
 def trainer_words(run: Path) -> list[str]:

@@ -23,7 +23,7 @@ STATE_BYTES = 12
 
 @dataclass
 class Layout:
-    """What a checkpoint must share with the training that continues it; the ranks may be others. `batch`: rows a step."""
+    """What a checkpoint must share with the training that continues it, but for the ranks. `batch`: rows a step."""
 
     data: str
     world_size: int

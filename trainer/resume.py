@@ -48,8 +48,8 @@ def fit_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] 
               console: Console, writes: bool) -> bool:
     """Make a checkpoint and the batch fit the ranks that are there now; return whether it is in universal form then.
 
-    `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises Fault where parts of it are elsewhere, or a step's rows can't be
-    shared.
+    `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises Fault where parts of it are
+    elsewhere, or a step's rows can't be shared.
     """
     before = checkpoints.read_layout(folder) if ranks.is_first_here else None
     told = next(each for each in ranks.exchange("written-by", before and vars(before)) if each)
