@@ -81,13 +81,13 @@ def make_data(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     from trainer.corpus import python_documents
-    from trainer.models import tiny_tokenizer
+    from trainer.models import own_tokenizer
 
     texts = python_documents()
     random.Random(0).shuffle(texts)  # noqa: S311
     for name, part in (("eval", texts[:HELD_OUT]), ("train", texts[HELD_OUT:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-    tokenizer = tiny_tokenizer(texts)
+    tokenizer = own_tokenizer(texts)
     tokenizer.save_pretrained(folder / "model")
     set_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,

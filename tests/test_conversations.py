@@ -12,7 +12,7 @@ from trainer.conversations import Taker, encode, normalized, words_of
 from trainer.data import prepare_dataset
 from trainer.documents import find_files, read_documents
 from trainer.fault import Fault
-from trainer.models import TINY_TEMPLATE, tiny_tokenizer
+from trainer.models import TINY_TEMPLATE, own_tokenizer
 from trainer.options import parse_options
 from trainer.packing import IGNORED, Collator, Rows
 
@@ -144,8 +144,8 @@ def test_rows_of_conversations_have_labels_where_loss_is(tmp_path: Path) -> None
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = parse_options(["--model_name_or_path", "tiny", "--cache_dir", str(tmp_path / "cache"), "--dataset_path",
                              str(tmp_path / "chat.jsonl")])
-    made = prepare_dataset(options, "tiny", tiny_tokenizer, 48, None, say=lambda line: None)  # type: ignore[arg-type]
-    tokenizer = tiny_tokenizer(words_of(messages(*row["messages"])) for row in rows)
+    made = prepare_dataset(options, "tiny", own_tokenizer, 48, None, say=lambda line: None)  # type: ignore[arg-type]
+    tokenizer = own_tokenizer(words_of(messages(*row["messages"])) for row in rows)
     assert made.facts.form == "messages" and made.facts.gzip_bits_per_byte is None
     assert tokenizer.chat_template == TINY_TEMPLATE
     table = Rows(made.train, 48)
@@ -154,7 +154,7 @@ def test_rows_of_conversations_have_labels_where_loss_is(tmp_path: Path) -> None
     labels, ids = batch["labels"], batch["input_ids"]
     assert int((labels != IGNORED).sum()) == table.loss_tokens
     assert bool(((labels == IGNORED) | (labels == ids)).all())
-    saved = tiny_tokenizer([""]).__class__.from_pretrained(str(made.folder / "tokenizer"))
+    saved = own_tokenizer([""]).__class__.from_pretrained(str(made.folder / "tokenizer"))
     learnt = saved.decode([int(token) for row in labels for token in row if token != IGNORED])
     assert "how are you" not in learnt and "user" not in learnt and "very fine<|end|>" in learnt
     assert made.facts.eval_bytes

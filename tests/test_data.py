@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trainer.data import Prepared, prepare_dataset, split
 from trainer.fault import Fault
-from trainer.models import tiny_tokenizer
+from trainer.models import own_tokenizer
 from trainer.options import parse_options
 from trainer.packing import Rows
 from trainer.pieces import cut_document
@@ -25,7 +25,7 @@ Prepare = Callable[..., Prepared]
 def prepare(tmp_path: Path) -> Prepare:
     """Prepare data with flags: prepare("--dataset_path", folder, length=32)."""
 
-    def run(*words: str, length: int = 32, make: Any = tiny_tokenizer, built_in: Any = None) -> Prepared:
+    def run(*words: str, length: int = 32, make: Any = own_tokenizer, built_in: Any = None) -> Prepared:
         options: argparse.Namespace = parse_options(
             ["--model_name_or_path", "tiny", "--cache_dir", str(tmp_path / "cache"), *words])
         return prepare_dataset(options, "tiny", make, length, built_in, say=lambda line: None)
@@ -73,7 +73,7 @@ def test_a_tokenizer_is_trained_without_the_held_out_text(prepare: Prepare, text
 
     def make(training: Any) -> Any:
         seen.extend(training)
-        return tiny_tokenizer(seen)
+        return own_tokenizer(seen)
 
     prepare("--dataset_path", str(texts), "--eval_fraction", "0.1", make=make)
     assert len(seen) == 54

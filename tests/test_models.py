@@ -18,7 +18,7 @@ TEXTS = ["one two three four five six seven", "eight nine ten", "eleven twelve t
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return models.tiny_tokenizer(TEXTS)
+    return models.own_tokenizer(TEXTS)
 
 
 def other_models(name: str, vocabulary: int) -> Any:
@@ -81,7 +81,7 @@ def test_the_tiny_model_hangs_on_the_seed_alone(tokenizer: Any) -> None:
     assert not torch.equal(one, other)
 
 
-def test_the_tiny_tokenizer_knows_any_text(tokenizer: Any) -> None:
+def test_the_own_tokenizer_knows_any_text(tokenizer: Any) -> None:
     text = "naïve — 漢字 \x00\t🙂"
     ids = tokenizer(text)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,19 @@ class CausalTrainer(Trainer):
         self._checkpoint_bytes = 0
         self.own_tokens = 0
         self.paused_s = 0.0  # spent on evaluations and checkpoints
+        self.measure: Callable[[], dict[str, float]] = dict
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Count this rank's tokens that carry loss while they are still on the CPU."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.own_tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         return batches, items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was measured since the last time, for whoever logs."""
+        if "loss" in logs:
+            logs.update(self.measure())
+        super().log(logs, start_time)
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Return the logits [rows, width, vocabulary] without gradients; under ZeRO-3 all ranks must call it."""
@@ -167,6 +175,8 @@ class Stop(TrainerCallback):
 class Report(TrainerCallback):
     """Write metrics.jsonl and show progress. `flops_per_token` and `peak` (FLOP/s) give the MFU if both are known."""
 
+    KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu")
+
     def __init__(
         self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float, peak: float | None
     ) -> None:
@@ -179,7 +189,7 @@ class Report(TrainerCallback):
 
     def watch(self, trainer: CausalTrainer, tokens_before: int) -> None:
         """Count `trainer`'s tokens, on top of those of the run that it continues."""
-        self._trainer = trainer
+        self._trainer, trainer.measure = trainer, self._measure
         self.tokens = tokens_before
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -201,24 +211,22 @@ class Report(TrainerCallback):
             self._add({"step": state.global_step, **{k: v for k, v in logs.items() if k.startswith("eval_")}})
         if "loss" not in logs:
             return
-        rate = self._measure()
-        row = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), "loss": logs["loss"],
-               "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm"),
-               "tokens": self.tokens, "tokens_per_second": round(rate, 1)}
-        if self._peak:
-            row["mfu"] = round(rate * self._flops_per_token / self._peak, 4)
+        row = {"step": state.global_step, "epoch": round(state.epoch or 0, 4),
+               **{key: logs[key] for key in self.KEPT if key in logs}}
         self._add(row)
         self._console.show_metrics(state.global_step, state.max_steps, row)
 
-    def _measure(self) -> float:
-        """Return the tokens per second of all ranks since the last call, pauses left out."""
+    def _measure(self) -> dict[str, float]:
+        """Return all ranks' tokens so far and a second since the last call, pauses left out; the MFU if known."""
         assert self._trainer
         counted, now, paused = self._trainer.own_tokens, time.monotonic(), self._trainer.paused_s
         fresh = int(self._ranks.total(counted - self._counted)[0])
         seconds = now - self._since - (paused - self._paused)
         self._counted, self._since, self._paused = counted, now, paused
         self.tokens += fresh
-        return fresh / max(seconds, 1e-9)
+        rate = fresh / max(seconds, 1e-9)
+        found = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
+        return found | ({"mfu": round(rate * self._flops_per_token / self._peak, 4)} if self._peak else {})
 
     def _add(self, row: dict[str, Any]) -> None:
         if self._ranks.is_first:

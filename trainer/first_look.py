@@ -26,7 +26,7 @@ class FirstLook(TrainerCallback):
         if session.universal:  # loaded by now, on all ranks
             universal.part_steps(session.trainer.model_wrapped)
             session.ranks.barrier()
-            if session.writes:
+            if session.checkpoint and session.writes:
                 universal.forget(session.checkpoint)
         check_world_sizes(
             launcher=session.ranks.world_size, transformers=session.trainer.args.world_size,

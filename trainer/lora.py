@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 ALPHA = 2  # times the rank: peft scales what is learnt by alpha / rank
 
 
+def check(options: argparse.Namespace, ds_config: dict[str, Any] | None) -> None:
+    """Raise a Fault for an adapter that can't be trained so."""
+    zero = (ds_config or {}).get("zero_optimization")
+    if options.qlora and isinstance(zero, dict) and zero.get("stage") == 3:
+        raise Fault("--qlora: ZeRO-3 can't split weights of 4 bits: take trainer/configs/zero1.json, or --lora",
+                    exit_code=2, shared=True)
+
+
 def add_adapter(model: Any, options: argparse.Namespace) -> Any:
     """Return the model with an adapter of rank --lora at all its linear layers but the head, all else frozen.
 
@@ -30,7 +38,7 @@ def add_adapter(model: Any, options: argparse.Namespace) -> Any:
             r=options.lora, lora_alpha=ALPHA * options.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
     except (ValueError, NotImplementedError) as error:
         raise Fault(f"--lora: {models.first_line(error)}", shared=True) from None
-    if options.gradient_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
+    if options.activation_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
         model.enable_input_require_grads()
     return found
 

@@ -11,7 +11,8 @@ from trainer.fault import Fault
 
 TINY = "tiny"
 TINY_VOCABULARY = 2048
-TINY_TRAINED_ON = 20_000_000  # characters; more only takes longer
+LARGEST_OWN_VOCABULARY = 32_000
+TRAINED_ON = 20_000_000  # characters; more only takes longer
 # Chosen by what a minute on two cores teaches: fewer weights and more steps beat a bigger model.
 TINY_SHAPE: dict[str, Any] = {
     "hidden_size": 96,
@@ -29,7 +30,7 @@ TINY_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ message.role }}
 BEGIN, END = "<|begin|>", "<|end|>"
 
 
-def tiny_tokenizer(texts: Iterable[str], template: str = TINY_TEMPLATE) -> Any:
+def own_tokenizer(texts: Iterable[str], template: str = TINY_TEMPLATE, vocabulary: int = TINY_VOCABULARY) -> Any:
     """Return a byte-level BPE tokenizer trained on the first of `texts`: every byte has a token, so it knows any."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -39,9 +40,9 @@ def tiny_tokenizer(texts: Iterable[str], template: str = TINY_TEMPLATE) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=TINY_VOCABULARY, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(first_of(texts, TINY_TRAINED_ON), trainer)
+    tokenizer.train_from_iterator(first_of(texts, TRAINED_ON), trainer)
     begin = (BEGIN, tokenizer.token_to_id(BEGIN))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END,
@@ -103,10 +104,14 @@ def load_config(options: argparse.Namespace) -> Any:
     name = options.model_name_or_path
     if name == TINY:
         return None
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    path = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not (path.is_dir() or (options.from_config and path.is_file())):
         raise Fault(f"model '{name}': no such folder")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        if options.config_overrides:
+            config.update_from_string(options.config_overrides)
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise Fault(f"model '{name}': {first_line(error)}") from None
 
@@ -135,9 +140,40 @@ def build_tiny(tokenizer: Any, seed: int) -> Any:
         pad_token_id=tokenizer.pad_token_id, **TINY_SHAPE))
 
 
-def load_model(options: argparse.Namespace, dtype: str) -> Any:
+def own_vocabulary(options: argparse.Namespace, config: Any) -> int | None:
+    """Return the size of the tokenizer that is trained on the data; None where the model brings its own."""
+    if config is None:
+        return TINY_VOCABULARY
+    wanted: int = options.vocab_size or min(config.get_text_config().vocab_size, LARGEST_OWN_VOCABULARY)
+    return wanted if options.from_config else None
+
+
+def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype: str) -> Any:
+    """Return a model with random weights in the shape of `config`, its vocabulary the tokenizer's.
+
+    The weights hang on the seed alone; under ZeRO-3 each rank keeps its part. Raises Fault for a shape that can't be.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    text = config.get_text_config()
+    text.vocab_size = len(tokenizer)
+    for part in {id(config): config, id(text): text}.values():
+        part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        part.pad_token_id = tokenizer.pad_token_id
+    set_seed(options.seed)
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code)
+    except (ValueError, ImportError, RuntimeError, ZeroDivisionError) as error:
+        raise Fault(f"model '{options.model_name_or_path}': {first_line(error)}", shared=True) from None
+
+
+def load_model(options: argparse.Namespace, dtype: str, in_4_bits_on: Any = None) -> Any:
     """Load the model's weights in `dtype` (float32, bfloat16, float16); under ZeRO-3 each rank keeps its part.
 
+    `in_4_bits_on`: a device on which they are kept in 4 bits, computing in `dtype` (QLoRA, arXiv 2305.14314).
     Raises Fault for weights that are missing or not safetensors.
     """
     import torch
@@ -152,10 +188,23 @@ def load_model(options: argparse.Namespace, dtype: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), attn_implementation=attention,
             trust_remote_code=options.trust_remote_code,
-            use_safetensors=None if options.allow_pickle else True)
+            use_safetensors=None if options.allow_pickle else True, **quantized(dtype, in_4_bits_on))
     except (OSError, ValueError, ImportError) as error:
         hint = " Weights in another form: --allow_pickle" if "safetensors" in str(error) else ""
         raise Fault(f"model '{name}': {first_line(error)}{hint}") from None
+
+
+def quantized(dtype: str, device: Any) -> dict[str, Any]:
+    """Return from_pretrained's arguments for weights in 4 bits on a device; none for None."""
+    if device is None:
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    kind = getattr(torch, dtype)
+    return {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind,
+        bnb_4bit_quant_storage=kind)}
 
 
 def check_isolation(forward: Callable[..., Any], vocabulary: int, device: Any) -> None:
@@ -175,28 +224,3 @@ def check_isolation(forward: Callable[..., Any], vocabulary: int, device: Any) -
     if not change <= 0.01 * behind[0].std().item():
         raise Fault("this model lets packed documents see each other (logits change by "
                     f"{change:.2g}): train it with --no_packing", shared=True)
-
-
-def sample_texts(
-    model: Any, tokenizer: Any, prompts: list[list[int]], seed: int, new_tokens: int = 60
-) -> Iterator[tuple[str, str]]:
-    """Yield (prompt, continuation) for each prompt (token ids), sampled with the seed.
-
-    Under ZeRO-3 every rank must take part, with the same prompts.
-    """
-    import torch
-    from transformers import GenerationConfig, set_seed
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    set_seed(seed)
-    model.eval()
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=True, temperature=0.8, top_k=40, use_cache=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=next(model.parameters()).device)
-        with torch.no_grad():
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                                    synced_gpus=is_deepspeed_zero3_enabled())
-        continuation = tokenizer.decode(output[0, len(prompt):], skip_special_tokens=True)
-        yield tokenizer.decode(prompt, skip_special_tokens=True), continuation

@@ -92,11 +92,20 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     flag = group.add_argument
     flag("--model_name_or_path", required=True, metavar="M",
          help="a Hugging Face name, a local folder, or 'tiny': a small built-in Llama that needs no download")
+    flag("--from_config", action="store_true",
+         help="random weights in the shape of M's configuration, and a tokenizer trained on the data")
+    flag("--config_overrides", metavar="K=V,...", help="other values for it, like hidden_size=512,num_hidden_layers=8")
+    flag("--vocab_size", type=positive, metavar="N", help="tokens of that tokenizer (as the configuration, 32,000 at most)")
     flag("--attn_implementation", metavar="NAME",
          help="sdpa, flash_attention_2, eager, ... (default: flash attention where installed, else sdpa)")
-    flag("--gradient_checkpointing", action="store_true", help="less memory for about a third more compute")
+    flag("--activation_checkpointing", "--gradient_checkpointing", action="store_true",
+         help="less memory for about a third more compute")
+    flag("--torch_compile", action="store_true", help="compile the model: minutes before the first step, then faster")
+    flag("--liger", action="store_true", help="Liger's kernels: less memory, on GPUs (pip install liger-kernel)")
     flag("--lora", type=positive, nargs="?", const=16, metavar="RANK",
          help="train an adapter of this rank (16) and leave the model as it is; model/ holds it then")
+    flag("--qlora", type=positive, nargs="?", const=16, metavar="RANK",
+         help="the same with the model in 4 bits (pip install bitsandbytes); not under ZeRO-3")
     flag("--merge_lora", action="store_true", help="model/ holds the whole model, adapter/ the adapter")
     flag("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     flag("--allow_pickle", action="store_true", help="load weights that aren't safetensors")
@@ -128,11 +137,11 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     flag("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps; overrides epochs if > 0")
     flag("--per_device_train_batch_size", type=positive, metavar="N", help="rows a rank and micro step (8)")
     flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps an optimizer step (1)")
-    flag("--learning_rate", type=float, metavar="R", help="peak learning rate (2e-5; 2e-4 with --lora; 3e-3 for tiny)")
+    flag("--learning_rate", type=float, metavar="R", help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
     flag("--lr_scheduler_type", default="cosine", metavar="NAME", help="cosine, linear, constant, ... (cosine)")
     flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05; 0.2 for tiny)")
     flag("--weight_decay", type=float, metavar="W", help="decoupled weight decay (0.0)")
-    flag("--adam_beta2", type=float, metavar="B", help="decay of Adam's second moment (0.999; 0.95 for tiny)")
+    flag("--adam_beta2", type=float, metavar="B", help="decay of Adam's second moment (0.999; 0.95 for a new model)")
     flag("--max_grad_norm", type=float, metavar="X", help="gradients are clipped to this norm (1.0)")
     flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
          help="auto: bf16 where every rank's device is fast at it, else fp16, fp32 on CPU")
@@ -151,7 +160,10 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     flag("--save_total_limit", type=positive, default=2, metavar="N", help="good checkpoints to keep (2)")
     flag("--resume_from_checkpoint", metavar="auto|PATH",
          help="auto: newest good checkpoint of the run folder, else start anew; or a checkpoint or run folder")
-    flag("--num_samples", type=int, default=3, metavar="N", help="continuations written to sample.txt (3)")
+    flag("--num_samples", type=int, default=3, metavar="N",
+         help="continuations written to samples/ at each evaluation (3; 0: none)")
+    flag("--report_to", nargs="+", default=[], choices=["tensorboard", "wandb", "trackio"], metavar="L",
+         help="loggers beside metrics.jsonl: tensorboard, wandb, trackio (none)")
     flag("--cache_dir", metavar="DIR", help="tokenized data (default: ~/.cache/lanspeed)")
 
 
@@ -176,8 +188,18 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     named = options.deepspeed if isinstance(options.deepspeed, str) else None
     if named and options.deepspeed_config and named != options.deepspeed_config:
         raise usage_fault(f"--deepspeed {named} and --deepspeed_config {options.deepspeed_config} name two files")
+    if options.qlora and options.lora:
+        raise usage_fault("--lora and --qlora are two ways to train an adapter: keep one")
+    options.lora = options.lora or options.qlora
     if options.merge_lora and not options.lora:
         raise usage_fault("--merge_lora without --lora: there is nothing to merge")
+    if options.qlora and options.model_name_or_path == "tiny":
+        raise usage_fault("--qlora: tiny is too small for 4 bits: name a model, or take --lora")
+    if not options.from_config and (options.config_overrides or options.vocab_size):
+        raise usage_fault("--config_overrides and --vocab_size shape a new model: --from_config makes one")
+    if options.from_config and (options.lora or options.model_name_or_path == "tiny"):
+        raise usage_fault("--from_config trains all of a new model: leave out --lora, and name a configuration that "
+                          "isn't tiny")
     config = named or options.deepspeed_config
     options.deepspeed = Path(config) if config else (DEFAULT_DS_CONFIG if options.deepspeed else None)
     return options
@@ -185,11 +207,11 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def fill_defaults(options: argparse.Namespace) -> None:
     """Give the flags that neither the user nor a DeepSpeed config settled their defaults."""
-    tiny = options.model_name_or_path == "tiny"
-    rate = 3e-3 if tiny else 2e-4 if options.lora else 2e-5
+    tiny, new = options.model_name_or_path == "tiny", options.from_config
+    rate = 3e-3 if tiny else 6e-4 if new else 2e-4 if options.lora else 2e-5
     defaults = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
                 "learning_rate": rate, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
-                "adam_beta2": 0.95 if tiny else 0.999}
+                "adam_beta2": 0.95 if tiny or new else 0.999}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

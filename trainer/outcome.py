@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer import lora, models, progress
+from trainer import lora, models, progress, samples
 from trainer.checkpoints import write_whole
 from trainer.console import duration, short
 from trainer.conversations import TEXT
@@ -24,7 +24,6 @@ from trainer.waiting import shares
 if TYPE_CHECKING:
     from trainer.session import Session
 
-PROMPT_TOKENS = 16
 SHOWN = 1000  # characters at each end of the first example
 TOLD_OF = 0.02  # share of the time that goes by in waiting for the slowest rank
 
@@ -129,8 +128,8 @@ def finish(session: Session) -> int:
         trainer.evaluate()
     progress.tell("saving the model")
     save_model(session)
-    progress.tell("writing samples")
-    write_samples(session)
+    if not len(session.data.evaluation):  # else they came with it
+        samples.write(session)
     if ranks.is_first and merges(session):
         progress.tell("merging the adapter")
         whole = lora.merged(session)
@@ -186,35 +185,6 @@ def merges(session: Session) -> bool:
     return bool(o.lora) and (o.merge_lora or o.model_name_or_path == models.TINY)
 
 
-def prompts(session: Session) -> list[list[int]]:
-    """Return the first tokens of a few held-out documents, or of training documents where none is held out."""
-    pieces = session.data.evaluation if len(session.data.evaluation) else session.data.train
-    found: list[list[int]] = []
-    room = session.sequence_length // 2  # for what the model says
-    for piece in pieces:
-        if len(found) == session.options.num_samples:
-            break
-        if "loss" in piece:
-            asked = piece["loss"].index(1)  # up to where the assistant begins to speak
-            if asked <= room:
-                found.append(piece["input_ids"][:asked])
-        elif piece["length"] >= 2 * PROMPT_TOKENS:
-            found.append(piece["input_ids"][:PROMPT_TOKENS])
-    return found or [pieces[0]["input_ids"][:1]][: session.options.num_samples]
-
-
-def write_samples(session: Session) -> None:
-    """Write sample.txt: prompts and how the model goes on; on ZeRO-3 all ranks generate together."""
-    trainer, sharded = session.trainer, session.engine.endswith("ZeRO-3")
-    if not (session.ranks.is_first or sharded):
-        return
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    made = list(models.sample_texts(model, session.tokenizer, prompts(session), session.options.seed))
-    if session.ranks.is_first:
-        blocks = [f"[{number}] {prompt.strip()} >>>{text.rstrip()}\n" for number, (prompt, text) in enumerate(made, 1)]
-        write_whole(session.run.sample, "\n".join(blocks))
-
-
 def summary(session: Session) -> dict[str, Any]:
     """Return the figures of the result, for run.json and the console."""
     rows = evaluations(session)
@@ -253,4 +223,4 @@ def print_summary(session: Session, waited: dict[str, Any] | None) -> None:
     if run.sample.exists():
         say("\nhow it goes on after >>>, in text that was held out:\n")
         say(textwrap.indent(run.sample.read_text(encoding="utf-8").rstrip(), "  "))
-    say(f"\nmodel   {run.model}\ncurve   {run.curve}\nsample  {run.sample}")
+    say(f"\nmodel   {run.model}\ncurve   {run.curve}\nsamples {run.samples}")

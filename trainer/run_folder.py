@@ -1,4 +1,4 @@
-"""The run folder: runs/<time>-<model>/ with run.json, metrics.jsonl, loss.png, logs, checkpoints, model, sample.
+"""The run folder: runs/<time>-<model>/ with run.json, metrics.jsonl, loss.png, logs, checkpoints, model, samples.
 
 metrics.jsonl grows while the training runs: `tail -f runs/*/metrics.jsonl`.
 """
@@ -81,6 +81,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.metrics = path / "metrics.jsonl"
         self.sample = path / "sample.txt"
+        self.samples = path / "samples"
         self.curve = path / "loss.png"
         self._record: dict[str, Any] = {}
 

@@ -17,9 +17,9 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import TrainingArguments
 
 from trainer import checkpoints, corpus, data, devices, ds_setup, lora, models, outcome, progress
+from trainer.arguments import check_packages, compile_model, training_arguments
 from trainer.causal_trainer import CausalTrainer, Report, Stop
 from trainer.checkpoints import Layout
 from trainer.console import Console
@@ -30,9 +30,9 @@ from trainer.packing import Collator, Rows
 from trainer.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.resume import choose_checkpoint, fit_ranks
 from trainer.run_folder import RunFolder, find_run
+from trainer.samples import Samples
 from trainer.waiting import Waiting
 
-NEVER = 10**9
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -51,9 +51,11 @@ class Session:
 
     def prepare(self) -> None:
         """Do everything up to the first step."""
+        check_packages(self.options, self.ranks.is_first)
+        lora.check(self.options, self.ds_config)
         self._meet()
-        config = models.load_config(self.options)
-        self._make_data(models.choose_sequence_length(self.options, config))
+        self.config = models.load_config(self.options)
+        self._make_data(models.choose_sequence_length(self.options, self.config))
         self._start_engine_libraries()
         self._open_run()
         self._build_trainer()
@@ -81,11 +83,11 @@ class Session:
         """Tokenize once a host; open the result on every rank; make sure that all hosts have the same."""
         options, ranks = self.options, self.ranks
         self.sequence_length = sequence_length
-        if options.model_name_or_path == models.TINY:
+        if vocabulary := models.own_vocabulary(options, self.config):
             own = options.chat_template
             template = models.read_template(Path(own)) if own else models.TINY_TEMPLATE
-            make: Callable[[Any], Any] = partial(models.tiny_tokenizer, template=template)
-            name = f"tiny {models.TINY_VOCABULARY} {template}"
+            make: Callable[[Any], Any] = partial(models.own_tokenizer, template=template, vocabulary=vocabulary)
+            name = f"own {vocabulary} {template}"
         else:
             tokenizer = models.load_tokenizer(options)
             name, make = models.tokenizer_id(tokenizer), lambda texts: tokenizer
@@ -168,17 +170,22 @@ class Session:
         tiny = options.model_name_or_path == models.TINY
         # A tiny model is built before transformers knows of ZeRO-3, so that its weights hang on the seed alone.
         model = models.build_tiny(self.tokenizer, options.seed) if tiny else None
-        arguments = self._arguments()
+        arguments = training_arguments(self)
         check_world_sizes(ranks.world_size, arguments.world_size, engine=ranks.world_size)
         keep_16_bits = self.ds_config is not None  # DeepSpeed keeps 32-bit weights itself; plain PyTorch doesn't
         self.dtype = DTYPES[self.precision] if keep_16_bits else "float32"
-        if model is None:
-            model = models.load_model(options, self.dtype)
-        self.parameters = lora.trained(model)
+        if options.from_config:
+            model = models.build_model(options, self.config, self.tokenizer, self.dtype)
+        elif model is None:
+            here = "cpu" if self.device == "cpu" else f"{self.device}:{ranks.local_rank}"
+            model = models.load_model(options, self.dtype, here if options.qlora else None)
+        self.parameters = model.num_parameters() if options.qlora else lora.trained(model)
         if options.lora:
             transformers.set_seed(options.seed)
             model = lora.add_adapter(model, options)
         self.trained = lora.trained(model)
+        if options.torch_compile:
+            compile_model(model, self.device)
         capacity = None if options.no_packing else self.sequence_length
         self.rows = Rows(self.data.train, capacity, multiple_of=self.rows_a_step)
         eval_rows = Rows(self.data.evaluation, capacity)
@@ -187,33 +194,13 @@ class Session:
         self.trainer = CausalTrainer(
             ranks=ranks, eval_rows=eval_rows, eval_bytes=self.data.facts.eval_bytes, layout=self.layout,
             keep=options.save_total_limit, collate=Collator(self.tokenizer.pad_token_id, capacity),
-            model=model, args=arguments, train_dataset=self.rows,
-            processing_class=self.tokenizer, callbacks=[self.stop, self.report, self.waiting, FirstLook(self)])
+            model=model, args=arguments, train_dataset=self.rows, processing_class=self.tokenizer,
+            callbacks=[self.stop, self.report, self.waiting, FirstLook(self), Samples(self)])
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
         micro_steps = len(self.rows) // (options.per_device_train_batch_size * ranks.world_size)
         epoch_steps = micro_steps // options.gradient_accumulation_steps
         self.steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
-
-    def _arguments(self) -> TrainingArguments:
-        """Return the Trainer's arguments."""
-        o = self.options
-        evaluates = len(self.data.evaluation) > 0
-        return TrainingArguments(
-            output_dir=str(self.run.checkpoints), num_train_epochs=o.num_epochs, max_steps=o.max_steps,
-            per_device_train_batch_size=o.per_device_train_batch_size,
-            per_device_eval_batch_size=o.per_device_train_batch_size,
-            gradient_accumulation_steps=o.gradient_accumulation_steps, learning_rate=o.learning_rate,
-            lr_scheduler_type=o.lr_scheduler_type, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay,
-            max_grad_norm=o.max_grad_norm, bf16=self.precision == "bf16", fp16=self.precision == "fp16",
-            activation_checkpointing=o.gradient_checkpointing, seed=o.seed, use_cpu=self.device == "cpu",
-            logging_steps=o.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
-            eval_strategy="steps" if evaluates else "no", eval_steps=o.eval_steps or NEVER,
-            eval_on_start=evaluates and not self.resume_step, save_steps=o.save_steps or NEVER,
-            save_on_each_node=not self.shared_disk, report_to="none", disable_tqdm=True,
-            remove_unused_columns=False, dataloader_pin_memory=self.device != "cpu",
-            ddp_find_unused_parameters=False, deepspeed=self.ds_config, log_level="error",
-            log_level_replica="error", adam_beta2=o.adam_beta2)
 
     def _check_room(self) -> None:
         """Raise a Fault if a machine lacks the room for the checkpoints that will be there at once."""

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def stay_offline(options: argparse.Namespace) -> None:
     """Switch the Hugging Face hub off unless a name of it is used; never tell it about this machine."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    here = [options.model_name_or_path == "tiny" or os.path.isdir(options.model_name_or_path)]
+    here = [options.model_name_or_path == "tiny" or os.path.exists(options.model_name_or_path)]
     here += [name is None or os.path.exists(name) for name in (options.dataset_path, options.eval_dataset)]
     if all(here):
         os.environ["HF_HUB_OFFLINE"] = "1"
