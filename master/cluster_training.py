@@ -19,14 +19,14 @@ from typing import Any
 from master.access import question
 from master.cluster_job import ClusterJob, Part, Story
 from master.console import one_line, say
-from master.failures import first_cause
+from master.failures import KILLED, first_cause
 from master.hostfile import Slots
 from master.local_training import TRAINER
 from master.node_facts import faults, gpu_faults, here, place_of, torch_faults
 from master.nodes import parse_node
 from master.plain_deepspeed import HOME
 from master.run_fetch import fetch_run
-from master.runs import LAUNCHER, keep_hosts, mark_failed, sign
+from master.runs import LAUNCHER, keep_hosts, mark_failed, memory_advice, sign
 from master.screen import Screen
 from master.ssh_config import Access, SshError
 from master.stalls import StallWatch
@@ -217,5 +217,7 @@ def conclude(training: Training, story: Story, access: Access) -> int:
             say(one_line(f"  {line}"))
         if cause.hint:
             say(f"hint: {cause.hint}")
+        for line in memory_advice(training.run) if cause.hint == KILLED else ():
+            say(one_line(line))
     say(f"all that was said: {shlex.quote(str(training.run / 'logs'))}")
     return 1

@@ -13,6 +13,7 @@ COLLATERAL = re.compile(
     r"Gloo.*(Timed out|Read error|Write error)|DistNetworkError|DistStoreError|rank 0 has gone|"
     r"Socket closed|connectFullMesh.*closed", re.IGNORECASE)
 HINTS: list[tuple[str, str]] = [
+    (r"what saves how much of it", ""),  # the trainer has said all
     (r"CUDA out of memory|OutOfMemoryError|HIP out of memory", "smaller --per_device_train_batch_size or "
      "--sequence_length, or a preset with offload (trainer/configs/)"),
     (r"No space left on device", "make room on that host's disk, or --save_total_limit 1"),

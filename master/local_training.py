@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -16,13 +17,14 @@ from pathlib import Path
 
 from master.access import PASSWORD_VARIABLE
 from master.cluster import empty
-from master.console import say
+from master.console import one_line, say
 from master.hostfile import Slots
 from master.plain_deepspeed import HOME
 from master.processes import Job
-from master.runs import keep_hosts, mark_failed, sign
+from master.runs import keep_hosts, mark_failed, memory_advice, sign
 
 TRAINER = HOME / "trainer" / "train.py"
+KILLED = 256 - signal.SIGKILL  # what DeepSpeed's launcher makes of it
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
 
 
@@ -89,7 +91,7 @@ def explain(code: int) -> str:
     """Return what a failed launcher's exit code means: it reports a rank's signal n as 256 - n."""
     if code < 0:
         return f"DeepSpeed's launcher was killed by signal {-code}"
-    if code == 256 - 9:
+    if code == KILLED:
         return "a rank was killed (SIGKILL); if nobody did, the kernel ran out of memory: sudo dmesg | tail"
     if code > 200:
         return f"a rank was killed by signal {256 - code}"
@@ -120,4 +122,6 @@ def train_here(options: argparse.Namespace, slots: Sequence[int], gpus: int, arg
         if run:
             mark_failed(run, code)
         say(f"training failed after {time.monotonic() - started:.0f} s: {explain(code)}")
+        for line in memory_advice(run) if run and code == KILLED else ():
+            say(one_line(line))
     return code if code in (0, 2) else 1

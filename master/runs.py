@@ -41,6 +41,15 @@ def mark_failed(run: Path, code: int) -> None:
         write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
+def memory_advice(run: Path) -> list[str]:
+    """Return what run.json says would save a host's memory, [] where it says nothing."""
+    try:
+        found = json.loads((run / "run.json").read_text(encoding="utf-8"))["memory"]["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [str(line) for line in found] if isinstance(found, list) else []
+
+
 def started_at(pid: int) -> str | None:
     """Return when a process was started, in the kernel's ticks; None if there is none. Tells it from a later one."""
     try:

@@ -95,7 +95,8 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     flag("--from_config", action="store_true",
          help="random weights in the shape of M's configuration, and a tokenizer trained on the data")
     flag("--config_overrides", metavar="K=V,...", help="other values for it, like hidden_size=512,num_hidden_layers=8")
-    flag("--vocab_size", type=positive, metavar="N", help="tokens of that tokenizer (as the configuration, 32,000 at most)")
+    flag("--vocab_size", type=positive, metavar="N",
+         help="tokens of that tokenizer (as the configuration, 32,000 at most)")
     flag("--attn_implementation", metavar="NAME",
          help="sdpa, flash_attention_2, eager, ... (default: flash attention where installed, else sdpa)")
     flag("--activation_checkpointing", "--gradient_checkpointing", action="store_true",
@@ -137,7 +138,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     flag("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps; overrides epochs if > 0")
     flag("--per_device_train_batch_size", type=positive, metavar="N", help="rows a rank and micro step (8)")
     flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps an optimizer step (1)")
-    flag("--learning_rate", type=float, metavar="R", help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
+    flag("--learning_rate", type=float, metavar="R",
+         help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
     flag("--lr_scheduler_type", default="cosine", metavar="NAME", help="cosine, linear, constant, ... (cosine)")
     flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05; 0.2 for tiny)")
     flag("--weight_decay", type=float, metavar="W", help="decoupled weight decay (0.0)")

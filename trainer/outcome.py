@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer import lora, models, progress, samples
+from trainer import lora, memory, models, progress, samples
 from trainer.checkpoints import write_whole
 from trainer.console import duration, short
 from trainer.conversations import TEXT
@@ -28,13 +28,13 @@ SHOWN = 1000  # characters at each end of the first example
 TOLD_OF = 0.02  # share of the time that goes by in waiting for the slowest rank
 
 
-def flops_per_token(session: Session, model: Any) -> float:
+def flops_per_token(session: Session) -> float:
     """Return the FLOP of a training step per token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
 
     N: parameters without the input embedding, L: layers, H Q: hidden size, T: sequence length. Of a frozen model's
     6 N, the 2 N for the gradients of its weights fall away.
     """
-    config = model.config.get_text_config()
+    config = session.model_config
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.hidden_size * session.sequence_length
     return (4.0 if session.options.lora else 6.0) * (session.parameters - embedding) + attention
@@ -97,7 +97,7 @@ def run_facts(session: Session) -> dict[str, Any]:
             "data_key": session.data.facts.key, "hosts": list(hosts), "slots": dict(hosts),
             "world_size": session.ranks.world_size, "engine": session.engine, "precision": session.precision,
             "parameters": session.parameters, "trained_parameters": session.trained, "lora": session.options.lora,
-            "steps": session.steps, "seed": session.options.seed}
+            "steps": session.steps, "seed": session.options.seed, "memory": memory.described(session)}
 
 
 def keep_ds_config(session: Session) -> None:

@@ -44,6 +44,7 @@ class Session:
     ) -> None:
         self.options, self.ranks, self.console, self.ds_config = options, ranks, console, ds_config
         self.started = time.monotonic()
+        self.began = False
         self.resume_step: int | None = None
         self.universal = False  # the checkpoint is in DeepSpeed's universal form
 
@@ -179,6 +180,7 @@ class Session:
         elif model is None:
             here = "cpu" if self.device == "cpu" else f"{self.device}:{ranks.local_rank}"
             model = models.load_model(options, self.dtype, here if options.qlora else None)
+        self.model_config = model.config.get_text_config()
         self.parameters = model.num_parameters() if options.qlora else lora.trained(model)
         if options.lora:
             transformers.set_seed(options.seed)
@@ -190,7 +192,7 @@ class Session:
         self.rows = Rows(self.data.train, capacity, multiple_of=self.rows_a_step)
         eval_rows = Rows(self.data.evaluation, capacity)
         self.stop = Stop(ranks)
-        self.report = Report(ranks, self.run, self.console, outcome.flops_per_token(self, model), self.peak)
+        self.report = Report(ranks, self.run, self.console, outcome.flops_per_token(self), self.peak)
         self.trainer = CausalTrainer(
             ranks=ranks, eval_rows=eval_rows, eval_bytes=self.data.facts.eval_bytes, layout=self.layout,
             keep=options.save_total_limit, collate=Collator(self.tokenizer.pad_token_id, capacity),
@@ -220,6 +222,7 @@ class Session:
 
     def run_steps(self) -> None:
         """Train."""
+        self.began = True
         if self.ranks.is_first:
             self.run.start(outcome.run_facts(self), self.resume_step)
         tokens = [row.get("tokens", 0) for row in self.run.read_metrics()] if self.resume_step else [0]
@@ -234,8 +237,8 @@ class Session:
         return outcome.finish(self)
 
     def fail(self) -> None:
-        """Say in run.json that the training failed."""
-        if self.ranks.is_first:
+        """Say in run.json that the training failed, if it had begun."""
+        if self.ranks.is_first and self.began:
             self.run.finish("failed", 1)
 
 

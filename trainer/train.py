@@ -84,14 +84,19 @@ def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: 
     from trainer.session import Session
 
     session = Session(options, ranks, console, config)
-    session.prepare()
-    signals.flag = session.stop.flag
     try:
+        session.prepare()
+        signals.flag = session.stop.flag
         session.run_steps()
         signals.finish()
         return session.finish()
-    except BaseException:
+    except BaseException as error:
         session.fail()
+        from trainer import memory
+
+        if memory.ran_out(error):
+            console.keep(traceback.format_exc())
+            raise Fault(memory.explained(session)) from None
         raise
 
 

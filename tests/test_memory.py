@@ -1,0 +1,94 @@
+"""Memory: the estimate against what torch really keeps, what advice saves, and that it is told when memory runs out."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TRAINER, Train
+
+from trainer.memory import Load, advice, needs, ran_out, told
+
+SEVEN_B = Load(weights=7e9, trained=7e9, layers=32, hidden=4096, intermediate=11008, keys=4096, vocabulary=32000,
+               sequence=1024, micro=8, accumulation=2, ranks=4, stage=1, number=2)
+
+
+def kept_for_gradients(layers: int, hidden: int, intermediate: int, keys: int, dtype: torch.dtype) -> int:
+    """Return the bytes that torch keeps of a Llama's forward pass over 2 rows of 64 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=300, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=keys * 4 // hidden)).to(dtype)  # type: ignore[arg-type]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "intermediate", "keys"), [(64, 160, 64), (128, 256, 32)])
+def test_activations_are_what_torch_keeps(dtype: torch.dtype, hidden: int, intermediate: int, keys: int) -> None:
+    a_layer = (kept_for_gradients(3, hidden, intermediate, keys, dtype)
+               - kept_for_gradients(1, hidden, intermediate, keys, dtype)) / 2
+    load = replace(SEVEN_B, layers=1, hidden=hidden, intermediate=intermediate, keys=keys, sequence=64, micro=2,
+                   number=dtype.itemsize)
+    assert needs(load)["activations"] == pytest.approx(a_layer, rel=0.02)
+
+
+def test_a_seven_billion_model_needs_what_the_papers_say() -> None:
+    found = needs(replace(SEVEN_B, ranks=1, stage=0))
+    assert (found["weights"], found["gradients"], found["optimizer states"]) == (14e9, 14e9, 84e9)
+    split = needs(replace(SEVEN_B, stage=3))
+    assert (split["weights"], split["gradients"], split["optimizer states"]) == (3.5e9, 3.5e9, 21e9)
+    assert needs(replace(SEVEN_B, stage=2, offloads=True))["optimizer states"] == 0
+
+
+def test_advice_goes_from_gentle_to_hard_and_leaves_out_what_is_done() -> None:
+    words = [words for words, _ in advice(SEVEN_B, on_gpu=True)]
+    assert words[0] == "--per_device_train_batch_size 4 --gradient_accumulation_steps 4"
+    assert [word.split("/")[-1] for word in words[1:]] == [
+        "--liger", "zero2.json", "--activation_checkpointing", "zero2_offload.json", "zero3.json",
+        "zero3_offload.json", "--lora", "--qlora", "--sequence_length 512"]
+    saved = dict(advice(SEVEN_B, on_gpu=True))
+    assert saved["--config trainer/configs/zero2.json"] == pytest.approx(14e9 * 3 / 4)
+    done = replace(SEVEN_B, checkpoints=True, stage=3, trained=5e7, micro=1)
+    left = [words for words, _ in advice(done, on_gpu=False)]
+    assert not any("zero" in words or "lora" in words or "checkpointing" in words for words in left)
+    assert told(SEVEN_B, on_gpu=True)[0].startswith("a rank needs about ")
+
+
+def test_which_errors_say_so() -> None:
+    assert ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert ran_out(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"))
+    assert not ran_out(RuntimeError("shapes differ")) and not ran_out(OSError("out of memory"))
+
+
+def test_a_training_that_runs_out_says_what_saves_memory(tmp_path: Path, texts: Path, environment: dict[str, Any],
+                                                         train: Train) -> None:
+    run = train("--max_steps", "1", "--sequence_length", "64")  # with data that is tokenized
+    assert json.loads((run.path / "run.json").read_text())["memory"]["host"][-1].startswith("and fewer slots a host")
+    limit = 6 << 30  # of addresses: the libraries take some, the logits of 512 rows more than is left
+    words = [sys.executable, str(TRAINER), "--model_name_or_path", "tiny", "--dataset_path", str(texts),
+             "--sequence_length", "64", "--per_device_train_batch_size", "12000", "--eval_steps", "0",
+             "--eval_fraction", "0", "--output_dir", str(tmp_path / "large")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    assert done.returncode == 1 and "ran out of memory after step 0 of " in done.stderr, done.stderr
+    assert "what saves how much of it, the gentlest first:\n  --per_device_train_batch_size 6000" in done.stderr
+    assert "Traceback" not in done.stderr
