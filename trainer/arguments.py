@@ -39,7 +39,7 @@ def training_arguments(session: Session) -> TrainingArguments:
         logging_nan_inf_filter=False, eval_strategy="steps" if evaluates else "no", eval_steps=o.eval_steps or NEVER,
         eval_on_start=evaluates and not session.resume_step, save_steps=o.save_steps or NEVER,
         save_on_each_node=not session.shared_disk, report_to=o.report_to or "none", run_name=path.name,
-        project="lanspeed", disable_tqdm=True, remove_unused_columns=False,
+        ignore_data_skip=o.streaming, project="lanspeed", disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=session.device != "cpu", ddp_find_unused_parameters=False, deepspeed=session.ds_config,
         log_level="error", log_level_replica="error", adam_beta2=o.adam_beta2)
 

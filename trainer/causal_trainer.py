@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer import checkpoints, progress
+from trainer import checkpoints, progress, stream
 from trainer.checkpoints import Layout
-from trainer.console import Console
 from trainer.fault import Fault
 from trainer.packing import FILLER, IGNORED, Collator, Rows
 from trainer.ranks import Ranks, SharedFlag
-from trainer.run_folder import RunFolder
+from trainer.stream import Stream
 
 
 class CausalTrainer(Trainer):
@@ -54,6 +54,13 @@ class CausalTrainer(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.own_tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         return batches, items
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return batches of rows; a stream is this rank's own already, and not to be shared out again."""
+        if not isinstance(self.train_dataset, Stream):
+            return super().get_train_dataloader()
+        return DataLoader(self.train_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator,
+                          pin_memory=self.args.dataloader_pin_memory)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was measured since the last time, for whoever logs."""
@@ -115,6 +122,9 @@ class CausalTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:
             raise self._save_fault(folder, error) from None
+        if isinstance(self.train_dataset, Stream):
+            a_step = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
+            stream.save(self.train_dataset, self.state.global_step * a_step, folder, self._ranks.rank)
         self._ranks.barrier()
         if writes:
             self._name_latest(folder)
@@ -170,73 +180,3 @@ class Stop(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Finish the last reduction."""
         self.flag.close()
-
-
-class Report(TrainerCallback):
-    """Write metrics.jsonl and show progress. `flops_per_token` and `peak` (FLOP/s) give the MFU if both are known."""
-
-    KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu")
-
-    def __init__(
-        self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float, peak: float | None
-    ) -> None:
-        self._ranks, self._run, self._console = ranks, run, console
-        self._flops_per_token, self._peak = flops_per_token, peak
-        self._trainer: CausalTrainer | None = None
-        self._since = self._paused = 0.0
-        self._counted = 0
-        self.tokens = 0
-
-    def watch(self, trainer: CausalTrainer, tokens_before: int) -> None:
-        """Count `trainer`'s tokens, on top of those of the run that it continues."""
-        self._trainer, trainer.measure = trainer, self._measure
-        self.tokens = tokens_before
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Start the clock and the bar."""
-        self._since = time.monotonic()
-        self._console.start_bar(state.global_step, state.max_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Move the bar."""
-        progress.tell(f"step {state.global_step}/{state.max_steps}", often=True)
-        self._console.show_step(state.global_step, state.max_steps)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
-        """Turn the Trainer's log entry into a line of metrics; all ranks come here at the same step."""
-        logs = others["logs"]
-        if "eval_loss" in logs:
-            self._add({"step": state.global_step, **{k: v for k, v in logs.items() if k.startswith("eval_")}})
-        if "loss" not in logs:
-            return
-        row = {"step": state.global_step, "epoch": round(state.epoch or 0, 4),
-               **{key: logs[key] for key in self.KEPT if key in logs}}
-        self._add(row)
-        self._console.show_metrics(state.global_step, state.max_steps, row)
-
-    def _measure(self) -> dict[str, float]:
-        """Return all ranks' tokens so far and a second since the last call, pauses left out; the MFU if known."""
-        assert self._trainer
-        counted, now, paused = self._trainer.own_tokens, time.monotonic(), self._trainer.paused_s
-        fresh = int(self._ranks.total(counted - self._counted)[0])
-        seconds = now - self._since - (paused - self._paused)
-        self._counted, self._since, self._paused = counted, now, paused
-        self.tokens += fresh
-        rate = fresh / max(seconds, 1e-9)
-        found = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
-        return found | ({"mfu": round(rate * self._flops_per_token / self._peak, 4)} if self._peak else {})
-
-    def _add(self, row: dict[str, Any]) -> None:
-        if self._ranks.is_first:
-            self._run.add_metrics(row)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
-        """Say the evaluation's result."""
-        metrics = others["metrics"]
-        bits = metrics.get("eval_bits_per_byte")
-        extra = f"  {bits:.3f} bits per byte" if bits else ""
-        self._console.say(f"step {state.global_step}: evaluation loss {metrics['eval_loss']:.4f}{extra}")

@@ -6,9 +6,11 @@ in the run folder's logs/<host>.log.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,20 @@ def short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{letter}"
     return f"{count:.0f}"
+
+
+def quieten() -> None:
+    """Silence what libraries say that nobody can do anything about."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
 
 
 class Console:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from trainer.fault import Fault
 from trainer.pieces import tokenize
 from trainer.sources import Source, hashed, open_source
 
-FORMAT = 2  # part of the cache's key: raise it when what is stored changes
+LOOKED_AT = 2000  # documents of a stream
+FORMAT = 3  # part of the cache's key: raise it when what is stored changes
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Facts:
     eval_by_pieces: bool = False
     eval_bytes: int | None = None
     gzip_bits_per_byte: float | None = None
+    held_out: list[str] = field(default_factory=list)  # digests of held-out documents, for data that is streamed
 
 
 @dataclass
@@ -71,7 +75,9 @@ def prepare_dataset(
     evaluation = open_source(options.eval_dataset, options, built_in) if options.eval_dataset else None
     key = hashed(json.dumps(part).encode() for part in (
         FORMAT, source.fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, sequence_length,
-        options.eval_fraction, options.seed, options.text_column))[:32]
+        options.eval_fraction, options.seed, options.text_column, options.streaming))[:32]
+    if options.streaming:
+        source = replace(source, read=partial(first_documents, source.read))
     folder = cache_folder(options) / key
     if (folder / "facts.json").exists():
         say(f"data: {source.name}, tokenized before ({folder})")
@@ -87,6 +93,16 @@ def prepare_dataset(
                 if not (folder / "facts.json").exists():  # else another run was faster
                     raise
     return load_prepared(folder)
+
+
+def first_documents(read: Callable[[], Iterable[str]]) -> Iterable[str]:
+    """Return the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
+    return itertools.islice(read(), LOOKED_AT)
+
+
+def digest_of(text: str) -> str:
+    """Return what a document is known by."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_prepared(folder: Path) -> Prepared:
@@ -118,6 +134,8 @@ def build(
     if held_out is None:
         inside, outside = split(texts["text"], options.eval_fraction, options.seed)
         train, held_out = texts.select(inside), texts.select(outside)
+        if options.streaming:
+            facts.held_out = sorted({digest_of(text) for text in held_out["text"]})
     tokenizer = make_tokenizer(train["text"] if facts.form == TEXT else map(words_of, train["text"]))
     train, facts.cut = tokenize(train, tokenizer, sequence_length, facts.form)
     held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, facts.form)

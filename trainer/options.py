@@ -125,6 +125,8 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     flag("--chat_template", metavar="FILE", help="Jinja template that shows messages (default: the tokenizer's)")
     flag("--sequence_length", type=positive, metavar="N",
          help="tokens a row (default: 1024, 256 for tiny, never more than the model's own limit)")
+    flag("--streaming", action="store_true",
+         help="read the data while training, for more than fits memory or disk (needs --max_steps)")
     flag("--no_packing", action="store_true", help="one document a row, padded to the longest")
     flag("--eval_fraction", type=fraction, default=0.02, metavar="F",
          help="share of the documents held out for evaluation (0.02; 0: none)")
@@ -202,6 +204,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.from_config and (options.lora or options.model_name_or_path == "tiny"):
         raise usage_fault("--from_config trains all of a new model: leave out --lora, and name a configuration that "
                           "isn't tiny")
+    if options.streaming and (options.max_steps < 1 or options.dataset_path is None):
+        raise usage_fault("--streaming reads without end: say --dataset_path D and --max_steps N")
     config = named or options.deepspeed_config
     options.deepspeed = Path(config) if config else (DEFAULT_DS_CONFIG if options.deepspeed else None)
     return options

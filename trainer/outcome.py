@@ -56,7 +56,7 @@ def describe(session: Session) -> None:
     where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
     session.console.block("lanspeed", {
         "model": f"{o.model_name_or_path}, {short(session.parameters)} parameters{adapter}",
-        "data": f"{facts.documents:,} documents{dropped}, {share}",
+        "data": f"{'streamed; the first ' if o.streaming else ''}{facts.documents:,} documents{dropped}, {share}",
         "rows": f"{rows.filled:,} of {session.sequence_length} tokens, {packed}; {facts.cut:,} documents cut",
         "evaluation": f"{held_out} held out" if len(session.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",

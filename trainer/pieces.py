@@ -36,9 +36,7 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT)
         nonlocal cut, done
         progress.tell(f"tokenizing, {(done := done + len(columns['text'])):,} of {len(texts):,} documents", often=True)
         made: dict[str, list[Any]] = {name: [] for name in features}
-        for pieces in each_text(columns["text"], tokenizer, sequence_length) if form == TEXT else (
-                list(conversation_pieces(conversations.encode(text, tokenizer), sequence_length))
-                for text in columns["text"]):
+        for pieces in pieces_of(columns["text"], tokenizer, sequence_length, form):
             cut += len(pieces) > 1
             for piece in pieces:
                 for name, value in piece.items():
@@ -49,6 +47,15 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT)
     pieces = texts.map(batch, batched=True, batch_size=BATCH, remove_columns=["text"], features=features,
                        new_fingerprint=os.urandom(8).hex())
     return pieces, cut
+
+
+def pieces_of(texts: list[str], tokenizer: Any, sequence_length: int, form: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the pieces of each document, as in `tokenize`'s columns."""
+    if form == TEXT:
+        yield from each_text(texts, tokenizer, sequence_length)
+    else:
+        for text in texts:
+            yield list(conversation_pieces(conversations.encode(text, tokenizer), sequence_length))
 
 
 def each_text(texts: list[str], tokenizer: Any, longest: int) -> Iterator[list[dict[str, Any]]]:

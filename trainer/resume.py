@@ -56,6 +56,9 @@ def fit_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] 
     written = Layout(**told)
     if written.world_size == ranks.world_size:
         return False
+    if options.streaming:
+        raise Fault(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: go on with as "
+                    "many", shared=True)
     universal.keep_batch(options, written.batch, ranks.world_size)
     console.say(f"{folder.name} was written by {written.world_size} ranks, {ranks.world_size} go on: "
                 f"{written.batch} rows a step as before, {options.per_device_train_batch_size} micro x "

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 
-from trainer import checkpoints, corpus, data, devices, ds_setup, lora, models, outcome, progress
+from trainer import checkpoints, corpus, data, devices, ds_setup, lora, models, outcome, progress, stream
 from trainer.arguments import check_packages, compile_model, training_arguments
-from trainer.causal_trainer import CausalTrainer, Report, Stop
+from trainer.causal_trainer import CausalTrainer, Stop
 from trainer.checkpoints import Layout
-from trainer.console import Console
+from trainer.console import Console, quieten
 from trainer.fault import Fault
 from trainer.first_look import FirstLook, check_world_sizes
 from trainer.options import fill_defaults
 from trainer.packing import Collator, Rows
 from trainer.ranks import PREPARING_LIMIT_S, Ranks
+from trainer.report import Report
 from trainer.resume import choose_checkpoint, fit_ranks
 from trainer.run_folder import RunFolder, find_run
 from trainer.samples import Samples
@@ -191,12 +190,13 @@ class Session:
         capacity = None if options.no_packing else self.sequence_length
         self.rows = Rows(self.data.train, capacity, multiple_of=self.rows_a_step)
         eval_rows = Rows(self.data.evaluation, capacity)
+        source = stream.open_stream(self, capacity) if options.streaming else self.rows
         self.stop = Stop(ranks)
         self.report = Report(ranks, self.run, self.console, outcome.flops_per_token(self), self.peak)
         self.trainer = CausalTrainer(
             ranks=ranks, eval_rows=eval_rows, eval_bytes=self.data.facts.eval_bytes, layout=self.layout,
             keep=options.save_total_limit, collate=Collator(self.tokenizer.pad_token_id, capacity),
-            model=model, args=arguments, train_dataset=self.rows, processing_class=self.tokenizer,
+            model=model, args=arguments, train_dataset=source, processing_class=self.tokenizer,
             callbacks=[self.stop, self.report, self.waiting, FirstLook(self), Samples(self)])
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
@@ -240,16 +240,3 @@ class Session:
         """Say in run.json that the training failed, if it had begun."""
         if self.ranks.is_first and self.began:
             self.run.finish("failed", 1)
-
-
-def quieten() -> None:
-    """Silence what libraries say that nobody can do anything about."""
-    import logging
-
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer import documents
 from trainer.conversations import Taker
 from trainer.fault import Fault
 
+END = 1 << 16  # bytes
 BUILT_IN = "the documentation that comes with Python"
 
 
@@ -26,6 +29,11 @@ class Source:
     fingerprint: str
     read: Callable[[], Iterable[str]]
     take: Taker
+    read_from: Callable[[int], Iterator[str]] | None = None  # where passing over the first documents is cheaper
+
+    def after(self, number: int) -> Iterator[str]:
+        """Return the documents after the first `number`."""
+        return self.read_from(number) if self.read_from else itertools.islice(self.read(), number, None)
 
 
 def looks_like_path(name: str) -> bool:
@@ -44,7 +52,8 @@ def open_source(name: str | None, options: argparse.Namespace, built_in: Callabl
     if path.exists() or looks_like_path(name):
         files = documents.find_files(path)
         what = f"{path} ({documents.describe(files)})"
-        return Source(what, files_hash(files), lambda: documents.read_documents(files, take), take)
+        fingerprint = ends_hash(files) if options.streaming else files_hash(files)
+        return Source(what, fingerprint, lambda: documents.read_documents(files, take), take)
     return hub_source(name, options, take)
 
 
@@ -52,8 +61,9 @@ def hub_source(name: str, options: argparse.Namespace, take: Taker) -> Source:
     """Return a Hugging Face dataset as a Source."""
     import datasets
 
-    def load(place: str) -> datasets.Dataset:
-        return datasets.load_dataset(place, options.dataset_config, split=options.dataset_split)
+    def load(place: str) -> Any:
+        return datasets.load_dataset(place, options.dataset_config, split=options.dataset_split,
+                                     streaming=options.streaming)
 
     try:
         try:
@@ -67,9 +77,18 @@ def hub_source(name: str, options: argparse.Namespace, take: Taker) -> Source:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Fault(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
-    rows = table.select_columns(take.columns(table.column_names, f"dataset '{name}'"))
-    return Source(f"{name} ({options.dataset_split})", fingerprint or table._fingerprint,
-                  lambda: (take(row, f"dataset '{name}', row {number}") for number, row in enumerate(rows, 1)), take)
+    where = f"dataset '{name}'"
+    if not options.streaming:
+        rows = table.select_columns(take.columns(table.column_names, where))
+        return Source(f"{name} ({options.dataset_split})", fingerprint or table._fingerprint,
+                      lambda: (take(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)), take)
+
+    def read_from(start: int) -> Iterator[str]:
+        for number, row in enumerate(table.skip(start) if start else table, start + 1):
+            yield take(row, f"{where}, row {number}")
+
+    fingerprint = fingerprint or hashed(str(part).encode() for part in (name, options.dataset_config))
+    return Source(f"{name} ({options.dataset_split})", fingerprint, lambda: read_from(0), take, read_from)
 
 
 def hashed(parts: Iterable[bytes]) -> str:
@@ -78,6 +97,20 @@ def hashed(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
+
+
+def ends_hash(files: list[Path]) -> str:
+    """Return a hash of files' names, sizes and ends: to read all of them would take as long as to train."""
+    def parts() -> Iterator[bytes]:
+        for path in files:
+            size = path.stat().st_size
+            yield f"{path.name} {size}".encode()
+            with path.open("rb") as file:
+                yield file.read(END)
+                file.seek(max(size - END, 0))
+                yield file.read(END)
+
+    return hashed(parts())
 
 
 def files_hash(files: list[Path]) -> str:

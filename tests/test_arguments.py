@@ -1,0 +1,92 @@
+"""Flags that make the trainer more than the core: loggers, compiled models, samples, models from a configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Train
+
+from trainer.arguments import check_packages
+from trainer.fault import Fault
+from trainer.models import load_config, own_vocabulary
+from trainer.options import fill_defaults, parse_options
+
+SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2")
+SHAPE = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 128, "n_embd": 768, "n_layer": 12, "n_head": 12}
+SMALLER = ("--from_config", "--config_overrides", "n_embd=32,n_layer=2,n_head=2", "--vocab_size", "400")
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> Path:
+    path = tmp_path / "gpt2.json"
+    path.write_text(json.dumps(SHAPE))
+    return path
+
+
+def test_tensorboard_has_what_metrics_have(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(*SHORT, "--max_steps", "3", "--report_to", "tensorboard")
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    for key in ("loss", "tokens_per_second", "learning_rate"):
+        found = {event.step: event.value for event in events.Scalars(f"train/{key}")}
+        assert found == pytest.approx(run.losses(key), rel=1e-4)
+    assert events.Scalars("eval/bits_per_byte")
+
+
+def test_what_is_not_installed_is_told_before_anything_is_loaded() -> None:
+    options = parse_options(["--model_name_or_path", "x", "--report_to", "wandb", "--liger"])
+    with pytest.raises(Fault, match="--report_to wandb: not installed here: pip install wandb"):
+        check_packages(options, is_first=True)
+    with pytest.raises(Fault, match="--liger: not installed here: pip install liger-kernel"):
+        check_packages(options, is_first=False)  # another rank doesn't log
+
+
+def test_each_evaluation_leaves_samples(train: Train) -> None:
+    run = train(*SHORT, "--max_steps", "4", "--eval_steps", "2")
+    names = sorted(path.name for path in (run.path / "samples").iterdir())
+    assert names == ["step-0000000.txt", "step-0000002.txt", "step-0000004.txt"]
+    last = (run.path / "samples" / names[-1]).read_text()
+    assert last.startswith("after 4 steps\n\n[1] ") and (run.path / "sample.txt").read_text().strip() in last
+    silent = train(*SHORT, "--max_steps", "4", "--eval_steps", "2", "--num_samples", "0", name="silent")
+    assert silent.losses() == run.losses() and not (silent.path / "samples").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("g++")
+def test_a_compiled_model_learns_the_same(train: Train) -> None:
+    plain = train(*SHORT, "--max_steps", "3", "--lr_scheduler_type", "constant")
+    compiled = train(*SHORT, "--max_steps", "3", "--lr_scheduler_type", "constant", "--torch_compile", name="compiled")
+    assert compiled.losses() == pytest.approx(plain.losses(), abs=1e-3)
+    assert (compiled.path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("ranks", "config"), [
+    (1, None), pytest.param(2, "configs/zero3", marks=pytest.mark.slow)])
+def test_a_model_of_a_configuration_begins_anew(train: Train, shape: Path, ranks: int, config: str | None) -> None:
+    run = train(*SHORT, *SMALLER, "--max_steps", "3", model=str(shape), ranks=ranks, config=config)
+    made = json.loads((run.path / "model" / "config.json").read_text())
+    assert (made["model_type"], made["n_embd"], made["n_layer"]) == ("gpt2", 32, 2) and made["vocab_size"] <= 400
+    tokens = json.loads((run.path / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert len(tokens) == made["vocab_size"]
+    again = train(*SHORT, "--max_steps", "1", model=str(run.path / "model"), name="again")
+    assert again.losses("eval_loss")[0] == pytest.approx(run.losses("eval_loss")[3], abs=1e-3)
+
+
+def test_flags_of_new_models(shape: Path) -> None:
+    options = parse_options(["--model_name_or_path", str(shape), "--from_config"])
+    fill_defaults(options)
+    assert own_vocabulary(options, load_config(options)) == 32_000 and options.learning_rate == 6e-4
+    odd = parse_options(["--model_name_or_path", str(shape), "--from_config", "--config_overrides", "n_heads=2"])
+    with pytest.raises(Fault, match="key n_heads isn't in the original config dict"):
+        load_config(odd)
+    for words, reason in ((["--vocab_size", "9"], "--from_config makes one"),
+                          (["--from_config", "--lora"], "trains all of a new model"),
+                          (["--lora", "--qlora"], "keep one")):
+        with pytest.raises(Fault, match=reason):
+            parse_options(["--model_name_or_path", str(shape), *words])
+    with pytest.raises(Fault, match="no such folder"):
+        load_config(parse_options(["--model_name_or_path", str(shape)]))
