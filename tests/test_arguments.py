@@ -72,7 +72,7 @@ def test_a_model_of_a_configuration_begins_anew(train: Train, shape: Path, ranks
     assert (made["model_type"], made["n_embd"], made["n_layer"]) == ("gpt2", 32, 2) and made["vocab_size"] <= 400
     tokens = json.loads((run.path / "model" / "tokenizer.json").read_text())["model"]["vocab"]
     assert len(tokens) == made["vocab_size"]
-    again = train(*SHORT, "--max_steps", "1", model=str(run.path / "model"), name="again")
+    again = train(*SHORT, "--max_steps", "1", model=str(run.path / "model"), name="again", ranks=ranks, config=config)
     assert again.losses("eval_loss")[0] == pytest.approx(run.losses("eval_loss")[3], abs=1e-3)
 
 

@@ -214,6 +214,13 @@ def skip_shared_memory_operator() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def adopt_process_group() -> None:
+    """Have DeepSpeed take torch's process group as its own: ZeRO-3 counts ranks before its engine is there."""
+    import deepspeed
+
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
 def engine_name(ds_config: dict[str, Any] | None) -> str:
     """Return what trains: 'DeepSpeed ZeRO-2', ... or 'PyTorch'."""
     if ds_config is None:

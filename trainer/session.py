@@ -124,6 +124,7 @@ class Session:
         self.waiting = Waiting(self.device)
         if self.ds_config is not None:  # without DeepSpeed gradients go by another way
             self.waiting.install()
+            ds_setup.adopt_process_group()
 
     def _open_run(self) -> None:
         """Agree on the run folder and on the checkpoint to continue from."""
