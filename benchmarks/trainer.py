@@ -1,6 +1,6 @@
 """What the trainer gets done, against what people use today: same model, same documents, same machine, in one run.
 
-    python benchmarks/trainer.py                       # 15 minutes on two cores
+    python benchmarks/trainer.py                       # 20 minutes
     python benchmarks/trainer.py --steps 60 --rounds 1
 
 Peers: transformers' Trainer on text that is concatenated and cut, as run_clm.py does it; TRL's SFTTrainer with its
@@ -30,8 +30,8 @@ from typing import Any
 HOME = Path(__file__).resolve().parent.parent
 sys.path[0] = str(HOME)  # Python puts this script's folder there, in which `trainer` is this file
 
-ROW = 256  # tokens
-ROWS = 8  # a step
+ROW = 1024  # tokens, what each peer takes by default
+ROWS = 2  # a step
 RATE, WARMUP, CLIP = 3e-3, 20, 1.0
 HELD_OUT = 150  # documents
 UNCOUNTED = 10  # first steps, in which memory is got and caches fill
@@ -285,7 +285,7 @@ def measured(name: str, folder: Path, steps: int, tokens: int = 0) -> dict[str, 
 def main() -> int:
     """Print useful tokens per CPU second and wall second, ours as a ratio to each peer's, and the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, metavar="N", help="optimizer steps (150)")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (100)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that each contender trains (3)")
     for hidden in ("--contender", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

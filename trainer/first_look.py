@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from trainer import models, outcome, universal
+from trainer import attention, models, outcome, universal
 from trainer.fault import Fault
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ class FirstLook(TrainerCallback):
         check_world_sizes(
             launcher=session.ranks.world_size, transformers=session.trainer.args.world_size,
             engine=getattr(session.trainer.model_wrapped, "dp_world_size", session.ranks.world_size))
+        device = session.trainer.args.device
+        attention.keep_if_alike(session.trainer.model, session.trainer.logits, len(session.tokenizer), device)
         if not session.options.no_packing:
-            device = session.trainer.args.device
             models.check_isolation(session.trainer.logits, len(session.tokenizer), device)
 
 

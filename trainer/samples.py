@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from trainer import progress
+from trainer import attention, progress
 from trainer.checkpoints import write_whole
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def continuations(model: Any, tokenizer: Any, asked: list[list[int]], seed: int)
     model.eval()
     here = [model.device.index or 0] if model.device.type == "cuda" else []
     eager = torch.compiler.set_stance("force_eager")  # each length would be compiled anew
-    with torch.random.fork_rng(here), torch.no_grad(), eager:
+    with torch.random.fork_rng(here), torch.no_grad(), eager, attention.usual(model):
         torch.manual_seed(seed)
         for prompt in asked:
             ids = torch.tensor([prompt], device=next(model.parameters()).device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from trainer import checkpoints, corpus, data, devices, ds_setup, lora, models, outcome, progress, stream
+from trainer import attention, checkpoints, corpus, data, devices, ds_setup, lora, models, outcome, progress, stream
 from trainer.arguments import check_packages, compile_model, training_arguments
 from trainer.causal_trainer import CausalTrainer, Stop
 from trainer.checkpoints import Layout
@@ -182,6 +182,8 @@ class Session:
             model = models.load_model(options, self.dtype, here if options.qlora else None)
         self.model_config = model.config.get_text_config()
         self.parameters = model.num_parameters() if options.qlora else lora.trained(model)
+        if attention.suits(model, options, self.device, self.sequence_length):
+            attention.switch(model, attention.NAME)
         if options.lora:
             transformers.set_seed(options.seed)
             model = lora.add_adapter(model, options)
