@@ -60,7 +60,8 @@ def test_numbers_and_gradients_are_the_usual_ones(name: str, more: dict[str, Any
 
 
 @pytest.mark.parametrize(("name", "more", "kept"), [
-    ("llama", {}, True), ("gpt2", {}, True), ("opt", {}, False), ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}, False)])
+    ("llama", {}, True), ("gpt2", {}, True), ("opt", {}, False),
+    ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}, False)])
 def test_it_is_given_up_where_it_is_not_the_same(name: str, more: dict[str, Any], kept: bool) -> None:
     model = model_of(name, **more).eval()
 
