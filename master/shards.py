@@ -51,7 +51,7 @@ class Whole:
     def is_complete(self) -> bool:
         """True if no rank's part is missing, or every rank has written the same."""
         parts = {int(found[1]) for name in self.files if (found := PART.search(name))}
-        return not parts or parts == set(range(self.layout["world_size"]))
+        return not parts or (len(parts), max(parts) + 1) == (self.layout["world_size"],) * 2
 
     @property
     def seal(self) -> str:
@@ -75,11 +75,11 @@ def read_seals(text: str) -> Seals:
     """Return what a host says of its checkpoints; what makes no sense is left out."""
     found: Seals = {}
     for block in text.split(SEALED)[1:]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
             seal = json.loads(block)
             int(seal["layout"]["world_size"])
-            if all(re.fullmatch(r"[\w./-]+", name) and ".." not in name and not name.startswith("/")
-                   for name in seal["files"]):
+            if all(re.fullmatch(r"\w[\w./-]*", name) and ".." not in name and int(sums[0]) >= 0
+                   for name, sums in seal["files"].items()):
                 found[int(seal["step"])] = seal
     return found
 
@@ -164,7 +164,7 @@ def _fetch(run: Path, whole: Whole, known: Mapping[str, Any], access: Access, fo
         names = [shlex.quote(name) for name in wanted[session.node]]
         expected = sum(whole.files[name][1][0] for name in wanted[session.node])
         program = (f"{entered(host, known)} && cd {shlex.quote(str(run))}/checkpoints/checkpoint-{whole.step} || exit; "
-                   f"echo '{MARK}'{expected}; tar -cf - {' '.join(names)}; echo {END}$?")
+                   f"echo '{MARK}'{expected}; tar -cf - -- {' '.join(names)}; echo {END}$?")
         try:
             return unpacked(session, program, folder, shown)
         finally:
