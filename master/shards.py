@@ -33,7 +33,7 @@ from master.ssh_config import Access, SshError
 SEAL, SEALED = "complete.json", "@@SEAL "
 PART = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
 SCRATCH = ".gathered"  # in the run folder
-COMING = ".coming"  # there, until all has come
+COMING = ".coming-"  # there, until all has come
 PATIENCE = 600.0  # seconds for a host to put away what it was sent
 BLOCK = 512  # bytes of tar's
 RECORD = 10240
@@ -205,10 +205,12 @@ def _send(run: Path, whole: Whole, known: Mapping[str, Any], access: Access, lac
 
     def work(session: Session) -> None:
         host = str(session.node)
-        program = (f"{entered(host, known)} && mkdir -p {place}/checkpoints && cd {place} && rm -rf {COMING} && "
-                   f"mkdir {COMING} && head -c {size} | tar -xf - -C {COMING} && rm -rf checkpoints/{step} && "
-                   f"mv {COMING}/{step} checkpoints/ && {{ mv -f {COMING}/metrics.jsonl . 2>/dev/null || :; }}; "
-                   f"code=$?; rm -rf {COMING}; echo {END}$code")
+        coming = shlex.quote(COMING + host)  # hosts may share a disk: the first to be done is as good as any
+        program = (f"{entered(host, known)} && mkdir -p {place}/checkpoints && cd {place} && rm -rf {coming} && "
+                   f"mkdir {coming} && head -c {size} | tar -xf - -C {coming} && rm -rf checkpoints/{step} && "
+                   f"{{ mv {coming}/{step} checkpoints/ || [ -f checkpoints/{step}/{SEAL} ]; }} && "
+                   f"{{ mv -f {coming}/metrics.jsonl . 2>/dev/null || :; }}; "
+                   f"code=$?; rm -rf {coming}; echo {END}$code")
         with contextlib.closing(session.open(f"exec sh -c {shlex.quote(program)}")) as channel:
             with tarfile.open(fileobj=cast(IO[bytes], _Sink(channel)), mode="w|", format=tarfile.GNU_FORMAT) as archive:
                 for path, name in members:
