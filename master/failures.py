@@ -69,7 +69,7 @@ def in_words(code: int) -> str:
 
 def excerpt(lines: Sequence[str]) -> tuple[str, ...]:
     """Return the end of what a rank said, from its last traceback on if there is one; the middle of a long one goes."""
-    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
+    starts = [number for number, line in enumerate(lines) if line.startswith(("Traceback", "error: "))]
     part = list(lines[starts[-1] :] if starts else lines[-TAIL:])
     return tuple(part if len(part) <= TAIL else [part[0], "  ...", *part[2 - TAIL :]])
 

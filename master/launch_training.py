@@ -110,7 +110,7 @@ def whole_checkpoint(options: argparse.Namespace, hosts: Sequence[Slots]) -> lis
     Raises RunError where it can't be had.
     """
     before = options.run / "hostfile.txt"
-    if not options.resume or not before.exists():
+    if options.script or not options.resume or not before.exists():
         return []
     from master.shards import bring_together
 

@@ -33,7 +33,7 @@ from master.ssh_config import Access, SshError
 SEAL, SEALED = "complete.json", "@@SEAL "
 PART = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
 SCRATCH = ".gathered"  # in the run folder
-COMING = ".coming-"  # there, until all has come
+METRICS, GOES_ON = "metrics.jsonl", "@@GOES_ON"
 PATIENCE = 600.0  # seconds for a host to put away what it was sent
 BLOCK = 512  # bytes of tar's
 RECORD = 10240
@@ -100,10 +100,11 @@ def newest_whole(seals: Mapping[str, Seals]) -> Whole | None:
     return None
 
 
-def has_all(seal: Mapping[str, Any] | None, whole: Whole) -> bool:
-    """Tell whether a host's seal names every file of a checkpoint."""
-    return seal is not None and all(name in seal["files"] and seal["files"][name][0] == sums[0]
-                                    for name, (_, sums) in whole.files.items())
+def lacks(seal: Mapping[str, Any] | None, whole: Whole) -> list[str]:
+    """Return the files of a checkpoint that a host lacks: all of them if what it has is another's."""
+    if seal is None or seal["layout"] != whole.layout:
+        return list(whole.files)
+    return [name for name, (_, sums) in whole.files.items() if seal["files"].get(name, [-1])[0] != sums[0]]
 
 
 def bring_together(run: Path, before: Sequence[Slots], now: Sequence[Slots], known: Mapping[str, Any],
@@ -115,56 +116,65 @@ def bring_together(run: Path, before: Sequence[Slots], now: Sequence[Slots], kno
     """
     if [(host.host, host.use) for host in before] == [(host.host, host.use) for host in now]:
         return None
-    names = list(dict.fromkeys([host.host for host in (*before, *now)]))
-    program = (f"for seal in {shlex.quote(str(run))}/checkpoints/checkpoint-*/{SEAL}; do "
-               f'[ -f "$seal" ] && echo "{SEALED}" && cat "$seal"; done; exit 0')
-    seals, unreached = _ask(names, known, access, program)
+    seals, unreached = _ask(run, list(dict.fromkeys([host.host for host in (*before, *now)])), known, access)
     whole = newest_whole(seals)
-    if whole is None:
+    newer = sorted({step for each in seals.values() for step in each if whole is None or step > whole.step})
+    if whole is None or (newer and unreached):
         why = "; ".join(unreached) or "no host has a whole one"
         raise RunError(f"{run}: the checkpoint's parts can't be brought to other hosts or slots: {why}")
-    lacking = [host.host for host in now if not has_all(seals.get(host.host, {}).get(whole.step), whole)]
-    if lacking:
-        scratch = run / SCRATCH
+    if newer:
+        say(f"parts of checkpoint-{newer[-1]} are nowhere: checkpoint-{whole.step} is the newest whole one")
+    lacking = {host.host: names for host in now if (names := lacks(seals.get(host.host, {}).get(whole.step), whole))}
+    scratch = run / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        if lacking:
+            _fetch(run, whole, known, access, {name for names in lacking.values() for name in names}, scratch)
+        if lacking or newer:
+            _send(run, whole, known, access, {host.host: lacking.get(host.host, []) for host in now}, newer, scratch)
+    except (OSError, tarfile.TarError) as error:
+        raise RunError(f"{run}: checkpoint-{whole.step} can't be brought together: {error}") from None
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            _fetch(run, whole, known, access, scratch / f"checkpoint-{whole.step}")
-            _send(run, whole, known, access, lacking, scratch)
-        except (OSError, tarfile.TarError) as error:
-            raise RunError(f"{run}: checkpoint-{whole.step} can't be brought together: {error}") from None
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return run / "checkpoints" / f"checkpoint-{whole.step}"
 
 
-def _ask(names: Sequence[str], known: Mapping[str, Any], access: Access, program: str
+def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], access: Access
          ) -> tuple[dict[str, Seals], list[str]]:
-    def work(session: Session) -> Seals:
-        host = str(session.node)
-        done = session.run(f"exec sh -c {shlex.quote(f'{entered(host, known)} && {program}')}", timeout=120)
-        return read_seals(done.out)
+    """Return the seals of each host's checkpoints, and why others can't be asked; RunError if the run goes on there."""
+    program = (f"grep -aqsF {shlex.quote(f'LANSPEED_JOB={run.name}-')} /proc/[0-9]*/environ && echo {GOES_ON}; "
+               f"for seal in {shlex.quote(str(run))}/checkpoints/checkpoint-*/{SEAL}; do "
+               f'[ -f "$seal" ] && echo "{SEALED}" && cat "$seal"; done; exit 0')
+
+    def work(session: Session) -> str:
+        words = f"{entered(str(session.node), known)} && {{ {program}; }}"
+        return session.run(f"exec sh -c {shlex.quote(words)}", timeout=120).out
 
     results = on_all([parse_node(name) for name in names], access, work, question())
-    good = {str(node): result for node, result in results.items() if not isinstance(result, SshError)}
+    for node, result in results.items():
+        if isinstance(result, str) and GOES_ON in result.splitlines():
+            raise RunError(f"{node}: the run goes on there: --stop {shlex.quote(str(run))} ends it")
+    good = {str(node): read_seals(result) for node, result in results.items() if isinstance(result, str)}
     return good, [str(result) for result in results.values() if isinstance(result, SshError)]
 
 
-def _fetch(run: Path, whole: Whole, known: Mapping[str, Any], access: Access, folder: Path) -> None:
-    """Fetch every file from a host that has it."""
+def _fetch(run: Path, whole: Whole, known: Mapping[str, Any], access: Access, names: set[str], scratch: Path) -> None:
+    """Fetch files, each from a host that has it."""
+    folder = scratch / f"checkpoint-{whole.step}"
     wanted: dict[Node, list[str]] = {}
-    for name, (host, _) in whole.files.items():
-        wanted.setdefault(parse_node(host), []).append(name)
-    size = sum(sums[0] for _, sums in whole.files.values())
-    if shutil.disk_usage(run).free < size:
-        raise RunError(f"{run}: {size / 1e9:.1f} GB are needed here for the parts of checkpoint-{whole.step}")
-    say(f"checkpoint-{whole.step}: fetching its parts from {', '.join(map(str, wanted))} ({size / 1e6:.0f} MB)")
+    for name in sorted(names):
+        wanted.setdefault(parse_node(whole.files[name][0]), []).append(name)
+    sizes = {node: sum(whole.files[name][1][0] for name in mine) for node, mine in wanted.items()}
+    total = sum(sizes.values())
+    if shutil.disk_usage(run).free < total:
+        raise RunError(f"{run}: {total / 1e9:.1f} GB are needed here for the parts of checkpoint-{whole.step}")
+    say(f"checkpoint-{whole.step}: fetching its parts from {', '.join(map(str, wanted))} ({total / 1e6:.0f} MB)")
 
     def work(session: Session) -> int:
         host, shown = str(session.node), Progress(str(session.node))
-        names = [shlex.quote(name) for name in wanted[session.node]]
-        expected = sum(whole.files[name][1][0] for name in wanted[session.node])
+        mine = " ".join(map(shlex.quote, wanted[session.node]))
         program = (f"{entered(host, known)} && cd {shlex.quote(str(run))}/checkpoints/checkpoint-{whole.step} || exit; "
-                   f"echo '{MARK}'{expected}; tar -cf - -- {' '.join(names)}; echo {END}$?")
+                   f"echo '{MARK}'{sizes[session.node]}; tar -cf - -- {mine}; echo {END}$?")
         try:
             return unpacked(session, program, folder, shown)
         finally:
@@ -173,14 +183,12 @@ def _fetch(run: Path, whole: Whole, known: Mapping[str, Any], access: Access, fo
     for node, result in on_all(list(wanted), access, work, at_once=1).items():  # one bar at a time
         if isinstance(result, SshError):
             raise RunError(f"{node}: {result}")
-    write_whole(folder / SEAL, whole.seal)
 
 
-def packed(folder: Path, top: Path) -> tuple[list[tuple[Path, str]], int]:
-    """Return a tar's members (path, name) below `top` and its size in bytes."""
-    members = [(path, str(path.relative_to(top))) for path in sorted(folder.rglob("*")) if path.is_file()]
-    size = sum(BLOCK + -(-path.stat().st_size // BLOCK) * BLOCK for path, _ in members) + 2 * BLOCK
-    return members, -(-size // RECORD) * RECORD
+def tar_size(sizes: Sequence[int]) -> int:
+    """Return the bytes of a tar of files of these sizes, whose names are short."""
+    blocks = sum(BLOCK + -(-size // BLOCK) * BLOCK for size in sizes) + 2 * BLOCK
+    return -(-blocks // RECORD) * RECORD
 
 
 class _Sink:
@@ -194,27 +202,36 @@ class _Sink:
         return len(data)
 
 
-def _send(run: Path, whole: Whole, known: Mapping[str, Any], access: Access, lacking: Sequence[str],
-          scratch: Path) -> None:
-    """Send the whole checkpoint, and the metrics so far, to the hosts that lack some of it."""
-    if (run / "metrics.jsonl").exists():
-        shutil.copy(run / "metrics.jsonl", scratch)
-    members, size = packed(scratch, scratch)
+def _send(run: Path, whole: Whole, known: Mapping[str, Any], access: Access, lacking: Mapping[str, Sequence[str]],
+          newer: Sequence[int], scratch: Path) -> None:
+    """Send each host what it lacks and the seal of the whole, last; with the metrics, if it has fewer.
+
+    What there is of newer checkpoints loses its seal. A checkpoint that is cut off on its way has none.
+    """
     step, place = f"checkpoint-{whole.step}", shlex.quote(str(run))
-    say(f"{step}: sending it to {', '.join(lacking)}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / METRICS).write_bytes((run / METRICS).read_bytes() if (run / METRICS).exists() else b"")
+    (scratch / step).mkdir(exist_ok=True)
+    write_whole(scratch / step / SEAL, whole.seal)
+    hosts = [host for host, names in lacking.items() if names]
+    say(f"{step}: sending " + (f"what they lack of it to {', '.join(hosts)}" if hosts else "its seal"))
+    unsealed = "".join(f"rm -f checkpoints/checkpoint-{other}/{SEAL}; " for other in newer)
 
     def work(session: Session) -> None:
-        host = str(session.node)
-        coming = shlex.quote(COMING + host)  # hosts may share a disk: the first to be done is as good as any
-        program = (f"{entered(host, known)} && mkdir -p {place}/checkpoints && cd {place} && rm -rf {coming} && "
-                   f"mkdir {coming} && head -c {size} | tar -xf - -C {coming} && rm -rf checkpoints/{step} && "
-                   f"{{ mv {coming}/{step} checkpoints/ || [ -f checkpoints/{step}/{SEAL} ]; }} && "
-                   f"{{ mv -f {coming}/metrics.jsonl . 2>/dev/null || :; }}; "
-                   f"code=$?; rm -rf {coming}; echo {END}$code")
-        with contextlib.closing(session.open(f"exec sh -c {shlex.quote(program)}")) as channel:
+        host, coming = str(session.node), shlex.quote(f"{METRICS}-{session.node}")
+        members = [METRICS, *(f"{step}/{name}" for name in lacking[host]), f"{step}/{SEAL}"]
+        size = tar_size([(scratch / name).stat().st_size for name in members])
+        clear = f"rm -rf checkpoints/{step}" if len(lacking[host]) == len(whole.files) else ":"
+        program = " && ".join([
+            entered(host, known), f"mkdir -p {place}/checkpoints", f"cd {place}", f"{{ {unsealed}:; }}", clear,
+            f"rm -f checkpoints/{step}/{SEAL}", f"head -c {size} | tar -xf - -C checkpoints",
+            f"mv checkpoints/{METRICS} {coming}",
+            f"if [ $(wc -c < {coming}) -gt $(cat {METRICS} 2>/dev/null | wc -c) ]; "
+            f"then mv -f {coming} {METRICS}; else rm -f {coming}; fi"])
+        with contextlib.closing(session.open(f"exec sh -c {shlex.quote(f'{program}; echo {END}$?')}")) as channel:
             with tarfile.open(fileobj=cast(IO[bytes], _Sink(channel)), mode="w|", format=tarfile.GNU_FORMAT) as archive:
-                for path, name in members:
-                    archive.add(path, name)
+                for name in members:
+                    archive.add(scratch / name, name)
             said = b""
             while END.encode() not in said or not said.endswith(b"\n"):
                 block = channel.receive(PATIENCE)

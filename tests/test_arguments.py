@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import Train
 
-from trainer.arguments import check_packages
+from trainer.arguments import check_packages, compile_model
 from trainer.fault import Fault
-from trainer.models import load_config, own_vocabulary
+from trainer.models import load_config
+from trainer.new_models import overridden, own_vocabulary
 from trainer.options import fill_defaults, parse_options
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2")
@@ -55,6 +56,27 @@ def test_each_evaluation_leaves_samples(train: Train) -> None:
     assert silent.losses() == run.losses() and not (silent.path / "samples").exists()
 
 
+def test_overrides_carry_what_hangs_on_them() -> None:
+    from transformers import GPT2Config, LlamaConfig, Qwen3Config
+
+    qwen = overridden(Qwen3Config(num_hidden_layers=4), "num_hidden_layers=6")
+    assert len(qwen.layer_types) == 6
+    llama = LlamaConfig(hidden_size=4096, num_attention_heads=32)
+    assert overridden(llama, "hidden_size=512").head_dim == 16
+    assert overridden(llama, "hidden_size=512,head_dim=64").head_dim == 64
+    gpt2 = overridden(GPT2Config(), "n_inner=128,hidden_size=64,activation_function=relu")
+    assert (gpt2.n_inner, gpt2.n_embd, gpt2.activation_function) == (128, 64, "relu")
+
+
+@pytest.mark.needs("g++")
+def test_the_flag_compiles() -> None:
+    import torch
+
+    model = torch.nn.Linear(2, 2)
+    compile_model(model, "cpu", one_shape=True)
+    assert model._compiled_call_impl is not None
+
+
 @pytest.mark.slow
 @pytest.mark.needs("g++")
 def test_a_compiled_model_learns_the_same(train: Train) -> None:
@@ -80,9 +102,10 @@ def test_flags_of_new_models(shape: Path) -> None:
     options = parse_options(["--model_name_or_path", str(shape), "--from_config"])
     fill_defaults(options)
     assert own_vocabulary(options, load_config(options)) == 32_000 and options.learning_rate == 6e-4
-    odd = parse_options(["--model_name_or_path", str(shape), "--from_config", "--config_overrides", "n_heads=2"])
-    with pytest.raises(Fault, match="key n_heads isn't in the original config dict"):
-        load_config(odd)
+    for odd, reason in (("n_heads=2", "a key that this configuration has"), ("n_embd", "KEY=VALUE"),
+                        ("n_embd=many", "--config_overrides n_embd=many: ")):
+        with pytest.raises(Fault, match=reason):
+            overridden(load_config(options), odd)
     for words, reason in ((["--vocab_size", "9"], "--from_config makes one"),
                           (["--from_config", "--lora"], "trains all of a new model"),
                           (["--lora", "--qlora"], "keep one")):

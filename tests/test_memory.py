@@ -66,7 +66,9 @@ def test_advice_goes_from_gentle_to_hard_and_leaves_out_what_is_done() -> None:
         "--liger", "zero2.json", "--activation_checkpointing", "zero2_offload.json", "zero3.json",
         "zero3_offload.json", "--lora", "--qlora", "--sequence_length 512"]
     saved = dict(advice(SEVEN_B, on_gpu=True))
-    assert saved["--config trainer/configs/zero2.json"] == pytest.approx(14e9 * 3 / 4)
+    assert saved["--deepspeed_config trainer/configs/zero2.json"] == pytest.approx(14e9 * 3 / 4)
+    assert advice(replace(SEVEN_B, micro=5), on_gpu=True)[0][0].startswith("--per_device_train_batch_size 1 --gradient_"
+                                                                          "accumulation_steps 10")
     done = replace(SEVEN_B, checkpoints=True, stage=3, trained=5e7, micro=1)
     left = [words for words, _ in advice(done, on_gpu=False)]
     assert not any("zero" in words or "lora" in words or "checkpointing" in words for words in left)
@@ -83,7 +85,7 @@ def test_a_training_that_runs_out_says_what_saves_memory(tmp_path: Path, texts: 
                                                          train: Train) -> None:
     run = train("--max_steps", "1", "--sequence_length", "64")  # with data that is tokenized
     assert json.loads((run.path / "run.json").read_text())["memory"]["host"][-1].startswith("and fewer slots a host")
-    limit = 6 << 30  # of addresses: the libraries take some, the logits of 512 rows more than is left
+    limit = 6 << 30  # of addresses: the libraries take some, the logits of so many rows more than is left
     words = [sys.executable, str(TRAINER), "--model_name_or_path", "tiny", "--dataset_path", str(texts),
              "--sequence_length", "64", "--per_device_train_batch_size", "12000", "--eval_steps", "0",
              "--eval_fraction", "0", "--output_dir", str(tmp_path / "large")]

@@ -10,7 +10,7 @@ import pytest
 
 from master.hostfile import Slots
 from master.runs import RunError, memory_advice
-from master.shards import SEALED, bring_together, has_all, newest_whole, packed, read_seals
+from master.shards import SEALED, bring_together, lacks, newest_whole, read_seals, tar_size
 from master.ssh_config import Access
 
 PARTS = "global_step{step}/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -43,11 +43,14 @@ def test_states_that_every_rank_has_need_one_host() -> None:
     assert whole and whole.is_complete
 
 
-def test_who_lacks_some() -> None:
+def test_who_lacks_what() -> None:
     whole = newest_whole({"gpu1": {2: seal(2, 0, 1)}})
-    assert whole and has_all(seal(2, 0, 1), whole)
-    assert not has_all(seal(2, 0), whole) and not has_all(None, whole)
-    assert not has_all(seal(2, 0, 1, more={"model.safetensors": [6, 5]}), whole)
+    assert whole and lacks(seal(2, 0, 1), whole) == []
+    assert lacks(seal(2, 0), whole) == [PARTS.format(step=2, rank=1)] and lacks(None, whole) == list(whole.files)
+    assert lacks(seal(2, 0, 1, more={"model.safetensors": [6, 5]}), whole) == ["model.safetensors"]
+    other = seal(2, 0, 1)
+    other["layout"]["world_size"] = 3
+    assert lacks(other, whole) == list(whole.files)
 
 
 @pytest.mark.parametrize("name", ["../../.ssh/authorized_keys", "/etc/passwd", "a b", "$(reboot)", "-rf", ""])
@@ -65,15 +68,14 @@ def test_a_tar_is_as_long_as_was_said(tmp_path: Path) -> None:
     import io
     import tarfile
 
-    for name, size in (("a", 0), ("sub/b", 511), ("sub/c", 512), ("d", 20_000)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x" * size)
-    members, size = packed(tmp_path, tmp_path)
+    files = {"a": 0, "sub/b": 511, "sub/c": 512, "d": 20_000}
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w|", format=tarfile.GNU_FORMAT) as archive:
-        for path, name in members:
-            archive.add(path, name)
-    assert len(made.getvalue()) == size and len(members) == 4
+        for name, size in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"x" * size)
+            archive.add(tmp_path / name, name)
+    assert len(made.getvalue()) == tar_size(list(files.values()))
 
 
 def test_the_same_hosts_need_nothing_and_a_run_without_checkpoints_says_so(

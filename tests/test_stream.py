@@ -120,6 +120,24 @@ def test_a_streamed_run_goes_on_as_if_never_stopped(train: Train, texts: Path, r
         assert "each with a stream of its own: go on with as many" in other.output
 
 
+def test_few_documents_are_not_evaluated_on_what_is_trained(train: Train, tmp_path: Path) -> None:
+    data = tmp_path / "few.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:20]))
+    run = train("--streaming", "--sequence_length", "32", "--max_steps", "1", data=data)
+    assert "1 documents held out" in run.output
+
+
+@pytest.mark.slow
+def test_another_batch_gives_way_to_the_checkpoints(train: Train) -> None:
+    words = ("--streaming", "--sequence_length", "64", "--save_steps", "2", "--lr_scheduler_type", "constant")
+    whole = train(*words, "--per_device_train_batch_size", "2", "--max_steps", "4", name="whole")
+    train(*words, "--per_device_train_batch_size", "2", "--max_steps", "2", name="parts")
+    parts = train(*words, "--per_device_train_batch_size", "8", "--max_steps", "4", "--resume_from_checkpoint", "auto",
+                  name="parts")
+    assert "2 rows a step as before, 2 micro x 1 accumulation" in parts.output
+    assert parts.losses() == pytest.approx(whole.losses(), abs=1e-5)
+
+
 def test_a_dataset_of_the_hub_is_streamed_from_the_cache(tmp_path: Path) -> None:
     folder = tmp_path / "hf" / "hub" / "datasets--org--small"
     (folder / "blobs").mkdir(parents=True)

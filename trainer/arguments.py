@@ -60,8 +60,11 @@ def place_loggers(path: Any) -> None:
         os.environ.setdefault(name, value)
 
 
-def compile_model(model: Any, device: str) -> None:
-    """Have torch compile the model at its first step. Raises Fault where a compiler is missing."""
+def compile_model(model: Any, device: str, one_shape: bool) -> None:
+    """Have torch compile the model at its first step; `one_shape`: all rows have the same width.
+
+    Raises Fault where a compiler is missing.
+    """
     if device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
         raise Fault("--torch_compile on a CPU needs a C++ compiler: install g++, or leave the flag out", shared=True)
-    model.compile(dynamic=False)  # packed rows all have one shape
+    model.compile(dynamic=False if one_shape else None)

@@ -21,7 +21,7 @@ from trainer.fault import Fault
 from trainer.pieces import tokenize
 from trainer.sources import Source, hashed, open_source
 
-LOOKED_AT = 2000  # documents of a stream
+LOOKED_AT, LOOKED_AT_CHARACTERS = 2000, 20_000_000  # documents of a stream, whichever comes first
 FORMAT = 3  # part of the cache's key: raise it when what is stored changes
 
 
@@ -75,7 +75,8 @@ def prepare_dataset(
     evaluation = open_source(options.eval_dataset, options, built_in) if options.eval_dataset else None
     key = hashed(json.dumps(part).encode() for part in (
         FORMAT, source.fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, sequence_length,
-        options.eval_fraction, options.seed, options.text_column, options.streaming))[:32]
+        options.eval_fraction, options.seed, options.text_column, options.streaming, options.dataset_config,
+        options.dataset_split))[:32]
     if options.streaming:
         source = replace(source, read=partial(first_documents, source.read))
     folder = cache_folder(options) / key
@@ -95,9 +96,14 @@ def prepare_dataset(
     return load_prepared(folder)
 
 
-def first_documents(read: Callable[[], Iterable[str]]) -> Iterable[str]:
-    """Return the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
-    return itertools.islice(read(), LOOKED_AT)
+def first_documents(read: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """Yield the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
+    characters = 0
+    for text in itertools.islice(read(), LOOKED_AT):
+        yield text
+        characters += len(text)
+        if characters > LOOKED_AT_CHARACTERS:
+            return
 
 
 def digest_of(text: str) -> str:
@@ -132,7 +138,8 @@ def build(
     if evaluation and (evaluation.take.form or TEXT) != facts.form:
         raise Fault(f"{evaluation.name} holds {evaluation.take.form}, and {source.name} {facts.form}")
     if held_out is None:
-        inside, outside = split(texts["text"], options.eval_fraction, options.seed)
+        least = 1 if options.streaming and options.eval_fraction else 0  # pieces of what is read again won't do
+        inside, outside = split(texts["text"], options.eval_fraction, options.seed, least)
         train, held_out = texts.select(inside), texts.select(outside)
         if options.streaming:
             facts.held_out = sorted({digest_of(text) for text in held_out["text"]})
@@ -141,7 +148,7 @@ def build(
     held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, facts.form)
     facts.eval_documents = len(held_out)
     facts.gzip_bits_per_byte = gzip_bits(held_out["text"]) if facts.form == TEXT else None
-    if not len(held_out) and options.eval_fraction and len(train) > 1:
+    if not len(held_out) and options.eval_fraction and len(train) > 1 and not options.streaming:
         count = max(1, round(len(train) * options.eval_fraction))
         order = train.train_test_split(test_size=count, seed=options.seed)
         train, held_out_pieces, facts.eval_by_pieces = order["train"], order["test"], True
@@ -195,14 +202,14 @@ def read_texts(source: Source, scratch: Path, name: str) -> Any:
     return table
 
 
-def split(texts: Iterable[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the documents to train on and of those held out, about `share` of all.
+def split(texts: Iterable[str], share: float, seed: int, least: int = 0) -> tuple[list[int], list[int]]:
+    """Return the numbers of the documents to train on and of those held out, about `share` of all, `least` of them.
 
     A document's fate hangs on a hash of seed and text: equal documents stay on the same side, so that nothing held
     out is seen in training. Fewer documents than 1/share hold nothing out.
     """
     scores = [hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest() for text in texts]
-    wanted = int(len(scores) * share)
+    wanted = max(int(len(scores) * share), least)
     if not wanted:
         return list(range(len(scores))), []
     limit = sorted(scores)[wanted - 1]

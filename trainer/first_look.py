@@ -24,7 +24,7 @@ class FirstLook(TrainerCallback):
         session = self._session
         outcome.keep_ds_config(session)
         if session.universal:  # loaded by now, on all ranks
-            universal.part_steps(session.trainer.model_wrapped)
+            universal.own_step_counts(session.trainer.model_wrapped)
             session.ranks.barrier()
             if session.checkpoint and session.writes:
                 universal.forget(session.checkpoint)

@@ -7,6 +7,7 @@ size, i intermediate size, k of keys), and in 16 bits 2 h more for the norms, wh
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 LORA_SHARE = 0.01  # of a model's weights in an adapter of rank 16, about
 NF4 = 0.55  # bytes of a weight in 4 bits with its doubly quantized scales (arXiv 2305.14314)
 TOLD_FROM = 0.02  # of what is needed: less isn't worth a word
+UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
 OUT = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
@@ -75,12 +77,13 @@ def advice(load: Load, on_gpu: bool) -> list[tuple[str, float]]:
 
 def choices(load: Load, on_gpu: bool) -> Iterator[tuple[str, Load]]:
     """Yield flags and the load with them: first what leaves the result as it is, then what costs time, then others."""
-    presets, stage = "--config trainer/configs", load.stage or 0
+    flag = "--config" if "LANSPEED_PLAIN" in os.environ else "--deepspeed_config"  # the launcher's, or the trainer's
+    presets, stage = f"{flag} trainer/configs", load.stage or 0
     if load.micro > 1:
-        half = load.micro // 2
-        more = -(-load.accumulation * load.micro // half)
-        yield (f"--per_device_train_batch_size {half} --gradient_accumulation_steps {more}",
-               replace(load, micro=half, accumulation=more))
+        parts = next(number for number in range(2, load.micro + 1) if load.micro % number == 0)
+        micro, more = load.micro // parts, load.accumulation * parts
+        yield (f"--per_device_train_batch_size {micro} --gradient_accumulation_steps {more}",
+               replace(load, micro=micro, accumulation=more))
     if on_gpu and not load.liger:
         yield "--liger", replace(load, liger=True)
     if load.ranks > 1 and stage < 1:
@@ -108,15 +111,17 @@ def load_of(session: Session) -> Load:
     o, config = session.options, session.model_config
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     stage = None if session.ds_config is None else int(lookup(session.ds_config, "zero_optimization.stage") or 0)
     device = lookup(session.ds_config or {}, "zero_optimization.offload_optimizer.device")
     return Load(
-        session.parameters, session.trained, config.num_hidden_layers, hidden,
-        getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
-        size * (getattr(config, "num_key_value_heads", None) or heads), config.vocab_size, session.sequence_length,
-        o.per_device_train_batch_size, o.gradient_accumulation_steps, session.ranks.world_size, stage,
-        4 if session.precision == "fp32" else 2, NF4 if o.qlora else 0.0, device in ("cpu", "nvme"),
-        o.activation_checkpointing, o.liger)
+        weights=session.parameters, trained=session.trained, layers=config.num_hidden_layers, hidden=hidden,
+        intermediate=max(inner) if isinstance(inner, list) else inner,
+        keys=size * (getattr(config, "num_key_value_heads", None) or heads), vocabulary=config.vocab_size,
+        sequence=session.sequence_length, micro=o.per_device_train_batch_size,
+        accumulation=o.gradient_accumulation_steps, ranks=session.ranks.world_size, stage=stage,
+        number=4 if session.precision == "fp32" else 2, weight=NF4 if o.qlora else 0.0,
+        offloads=device in ("cpu", "nvme"), checkpoints=o.activation_checkpointing, liger=o.liger)
 
 
 def told(load: Load, on_gpu: bool) -> list[str]:
@@ -145,16 +150,26 @@ def ran_out(error: BaseException) -> bool:
 def explained(session: Session) -> str:
     """Return what a rank says whose memory has run out."""
     where = f"{session.ranks.host}: rank {session.ranks.rank} ran out of memory"
-    trainer = getattr(session, "trainer", None)
-    if trainer is None:
+    if not hasattr(session, "run"):
+        return f"{where} as it prepared the data: --streaming holds little of it at once"
+    if not hasattr(session, "steps"):
         return f"{where} as it loaded the model: fewer ranks a host, or ZeRO-3, which loads it in parts"
-    lines = told(load_of(session), session.device != "cpu")
-    return "\n".join([f"{where} after step {trainer.state.global_step} of {session.steps}", *lines])
+    where += f" after step {session.trainer.state.global_step} of {session.steps}"
+    try:
+        return "\n".join([where, *told(load_of(session), session.device != "cpu")])
+    except UNKNOWN_SHAPE:
+        return f"{where}: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps"
 
 
-def described(session: Session) -> dict[str, Any]:
-    """Return what run.json says of memory; "host" has what would save a host's own, should the kernel kill a rank."""
-    load = load_of(session)
+def described(session: Session) -> dict[str, Any] | None:
+    """Return what run.json says of memory; "host" has what would save a host's own, should the kernel kill a rank.
+
+    None for a model whose configuration has other names for its shape.
+    """
+    try:
+        load = load_of(session)
+    except UNKNOWN_SHAPE:
+        return None
     host = told(load, on_gpu=False) if session.device == "cpu" else []
     if host:
         host.append(f"and fewer slots a host: {session.ranks.local_world_size} ranks share the memory of "

@@ -11,7 +11,6 @@ from trainer.fault import Fault
 
 TINY = "tiny"
 TINY_VOCABULARY = 2048
-LARGEST_OWN_VOCABULARY = 32_000
 TRAINED_ON = 20_000_000  # characters; more only takes longer
 # Chosen by what a minute on two cores teaches: fewer weights and more steps beat a bigger model.
 TINY_SHAPE: dict[str, Any] = {
@@ -108,10 +107,7 @@ def load_config(options: argparse.Namespace) -> Any:
     if name.startswith((".", "/", "~")) and not (path.is_dir() or (options.from_config and path.is_file())):
         raise Fault(f"model '{name}': no such folder")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-        if options.config_overrides:
-            config.update_from_string(options.config_overrides)
-        return config
+        return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise Fault(f"model '{name}': {first_line(error)}") from None
 
@@ -140,34 +136,12 @@ def build_tiny(tokenizer: Any, seed: int) -> Any:
         pad_token_id=tokenizer.pad_token_id, **TINY_SHAPE))
 
 
-def own_vocabulary(options: argparse.Namespace, config: Any) -> int | None:
-    """Return the size of the tokenizer that is trained on the data; None where the model brings its own."""
-    if config is None:
-        return TINY_VOCABULARY
-    wanted: int = options.vocab_size or min(config.get_text_config().vocab_size, LARGEST_OWN_VOCABULARY)
-    return wanted if options.from_config else None
+def attention_of(options: argparse.Namespace, dtype: str) -> str | None:
+    """Return the attention that was asked for, else flash attention where it's installed, else None."""
+    from transformers.utils import is_flash_attn_2_available
 
-
-def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype: str) -> Any:
-    """Return a model with random weights in the shape of `config`, its vocabulary the tokenizer's.
-
-    The weights hang on the seed alone; under ZeRO-3 each rank keeps its part. Raises Fault for a shape that can't be.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, set_seed
-
-    text = config.get_text_config()
-    text.vocab_size = len(tokenizer)
-    for part in {id(config): config, id(text): text}.values():
-        part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        part.pad_token_id = tokenizer.pad_token_id
-    set_seed(options.seed)
-    try:
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code)
-    except (ValueError, ImportError, RuntimeError, ZeroDivisionError) as error:
-        raise Fault(f"model '{options.model_name_or_path}': {first_line(error)}", shared=True) from None
+    flash = options.attn_implementation is None and dtype != "float32" and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else options.attn_implementation
 
 
 def load_model(options: argparse.Namespace, dtype: str, in_4_bits_on: Any = None) -> Any:
@@ -178,15 +152,11 @@ def load_model(options: argparse.Namespace, dtype: str, in_4_bits_on: Any = None
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import is_flash_attn_2_available
 
-    attention = options.attn_implementation
-    if attention is None and dtype != "float32" and is_flash_attn_2_available():
-        attention = "flash_attention_2"
     name = options.model_name_or_path
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation=attention,
+            name, dtype=getattr(torch, dtype), attn_implementation=attention_of(options, dtype),
             trust_remote_code=options.trust_remote_code,
             use_safetensors=None if options.allow_pickle else True, **quantized(dtype, in_4_bits_on))
     except (OSError, ValueError, ImportError) as error:

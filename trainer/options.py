@@ -56,6 +56,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Read an integer from 0 up."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
 def fraction(text: str) -> float:
     """Read a number from 0 up to, but without, 1."""
     if not 0 <= float(text) < 1:
@@ -98,7 +105,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     flag("--vocab_size", type=positive, metavar="N",
          help="tokens of that tokenizer (as the configuration, 32,000 at most)")
     flag("--attn_implementation", metavar="NAME",
-         help="sdpa, flash_attention_2, eager, ... (default: flash attention where installed, else sdpa)")
+         help="sdpa, flash_attention_2, eager, ... (flash attention where installed; by documents on a CPU; sdpa)")
     flag("--activation_checkpointing", "--gradient_checkpointing", action="store_true",
          help="less memory for about a third more compute")
     flag("--torch_compile", action="store_true", help="compile the model: minutes before the first step, then faster")
@@ -126,7 +133,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     flag("--sequence_length", type=positive, metavar="N",
          help="tokens a row (default: 1024, 256 for tiny, never more than the model's own limit)")
     flag("--streaming", action="store_true",
-         help="read the data while training, for more than fits memory or disk (needs --max_steps)")
+         help="read the data while training, for more than fits memory or disk (needs --dataset_path and --max_steps)")
     flag("--no_packing", action="store_true", help="one document a row, padded to the longest")
     flag("--eval_fraction", type=fraction, default=0.02, metavar="F",
          help="share of the documents held out for evaluation (0.02; 0: none)")
@@ -164,7 +171,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     flag("--save_total_limit", type=positive, default=2, metavar="N", help="good checkpoints to keep (2)")
     flag("--resume_from_checkpoint", metavar="auto|PATH",
          help="auto: newest good checkpoint of the run folder, else start anew; or a checkpoint or run folder")
-    flag("--num_samples", type=int, default=3, metavar="N",
+    flag("--num_samples", type=natural, default=3, metavar="N",
          help="continuations written to samples/ at each evaluation (3; 0: none)")
     flag("--report_to", nargs="+", default=[], choices=["tensorboard", "wandb", "trackio"], metavar="L",
          help="loggers beside metrics.jsonl: tensorboard, wandb, trackio (none)")

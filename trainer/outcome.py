@@ -105,6 +105,8 @@ def keep_ds_config(session: Session) -> None:
     if session.ds_config is not None and session.ranks.is_first:
         used = dict(session.trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
         used.pop("steps_per_print", None)  # infinity, set by accelerate; not JSON
+        if session.universal:  # that form is gone by then
+            used["checkpoint"] = {key: value for key, value in used["checkpoint"].items() if key != "load_universal"}
         write_whole(session.run.path / "ds_config.json", json.dumps(used, indent=2) + "\n")
 
 

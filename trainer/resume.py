@@ -54,23 +54,25 @@ def fit_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] 
     before = checkpoints.read_layout(folder) if ranks.is_first_here else None
     told = next(each for each in ranks.exchange("written-by", before and vars(before)) if each)
     written = Layout(**told)
-    if written.world_size == ranks.world_size:
+    now = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.world_size
+    if written.world_size == ranks.world_size and written.batch in (0, now):
         return False
-    if options.streaming:
+    if options.streaming and written.world_size != ranks.world_size:
         raise Fault(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: go on with as "
                     "many", shared=True)
     universal.keep_batch(options, written.batch, ranks.world_size)
+    if config is not None:
+        universal.free_batch(config)
     console.say(f"{folder.name} was written by {written.world_size} ranks, {ranks.world_size} go on: "
                 f"{written.batch} rows a step as before, {options.per_device_train_batch_size} micro x "
                 f"{options.gradient_accumulation_steps} accumulation")
+    if written.world_size == ranks.world_size:
+        return False
     lacking = universal.missing_parts(folder, written.world_size) if ranks.is_first_here else None
     if found := [text for text in ranks.exchange("parts", lacking) if text]:
         raise Fault(found[0], shared=True)
     split = any(ranks.exchange("split", ranks.is_first_here and bool(universal.parts(folder))))
-    if config is None:
-        return False
-    universal.free_batch(config)
-    if split:
+    if config is not None and split:
         if writes:
             universal.convert(folder)
         ranks.exchange("universal", True, PREPARING_LIMIT_S)  # a large model's takes long

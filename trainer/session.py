@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from trainer import attention, checkpoints, corpus, data, devices, ds_setup, lora, models, outcome, progress, stream
+from trainer import attention, checkpoints, corpus, data, devices, ds_setup, lora, models, new_models, outcome, progress
+from trainer import stream as streams
 from trainer.arguments import check_packages, compile_model, training_arguments
 from trainer.causal_trainer import CausalTrainer, Stop
 from trainer.checkpoints import Layout
@@ -55,6 +56,8 @@ class Session:
         lora.check(self.options, self.ds_config)
         self._meet()
         self.config = models.load_config(self.options)
+        if self.options.config_overrides:
+            self.config = new_models.overridden(self.config, self.options.config_overrides)
         self._make_data(models.choose_sequence_length(self.options, self.config))
         self._start_engine_libraries()
         self._open_run()
@@ -83,7 +86,7 @@ class Session:
         """Tokenize once a host; open the result on every rank; make sure that all hosts have the same."""
         options, ranks = self.options, self.ranks
         self.sequence_length = sequence_length
-        if vocabulary := models.own_vocabulary(options, self.config):
+        if vocabulary := new_models.own_vocabulary(options, self.config):
             own = options.chat_template
             template = models.read_template(Path(own)) if own else models.TINY_TEMPLATE
             make: Callable[[Any], Any] = partial(models.own_tokenizer, template=template, vocabulary=vocabulary)
@@ -131,7 +134,8 @@ class Session:
         path = Path(self.ranks.exchange("run", str(find_run(self.options)))[0])
         self.run = RunFolder(path)
         self.engine = ds_setup.engine_name(self.ds_config)
-        adapter = f", LoRA of rank {self.options.lora}" if self.options.lora else ""
+        kind = "QLoRA" if self.options.qlora else "LoRA"
+        adapter = f", {kind} of rank {self.options.lora}" if self.options.lora else ""
         self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine + adapter, self.rows_a_step)
         self.checkpoint = choose_checkpoint(self.options, self.run, self.ranks, self.layout, self.console)
         self.resume_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else None
@@ -176,10 +180,11 @@ class Session:
         keep_16_bits = self.ds_config is not None  # DeepSpeed keeps 32-bit weights itself; plain PyTorch doesn't
         self.dtype = DTYPES[self.precision] if keep_16_bits else "float32"
         if options.from_config:
-            model = models.build_model(options, self.config, self.tokenizer, self.dtype)
+            model = new_models.build_model(options, self.config, self.tokenizer, self.dtype)
         elif model is None:
             here = "cpu" if self.device == "cpu" else f"{self.device}:{ranks.local_rank}"
-            model = models.load_model(options, self.dtype, here if options.qlora else None)
+            model = models.load_model(options, DTYPES[self.precision], here) if options.qlora else \
+                models.load_model(options, self.dtype)
         self.model_config = model.config.get_text_config()
         self.parameters = model.num_parameters() if options.qlora else lora.trained(model)
         if attention.suits(model, options, self.device, self.sequence_length):
@@ -189,11 +194,11 @@ class Session:
             model = lora.add_adapter(model, options)
         self.trained = lora.trained(model)
         if options.torch_compile:
-            compile_model(model, self.device)
+            compile_model(model, self.device, one_shape=not options.no_packing)
         capacity = None if options.no_packing else self.sequence_length
         self.rows = Rows(self.data.train, capacity, multiple_of=self.rows_a_step)
         eval_rows = Rows(self.data.evaluation, capacity)
-        source = stream.open_stream(self, capacity) if options.streaming else self.rows
+        source = streams.open_stream(self, capacity) if options.streaming else self.rows
         self.stop = Stop(ranks)
         self.report = Report(ranks, self.run, self.console, outcome.flops_per_token(self), self.peak)
         self.trainer = CausalTrainer(

@@ -61,19 +61,22 @@ def hub_source(name: str, options: argparse.Namespace, take: Taker) -> Source:
     """Return a Hugging Face dataset as a Source."""
     import datasets
 
+    fingerprint = None
+
     def load(place: str) -> Any:
         return datasets.load_dataset(place, options.dataset_config, split=options.dataset_split,
                                      streaming=options.streaming)
 
     try:
         try:
-            table, fingerprint = load(name), None
+            table = load(name)
         except ConnectionError:  # a host without internet, where invoke sync has put the hub's files
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
             table = load(folder)  # whose fingerprint has the path in it, which each host has its own
-            fingerprint = files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
+            if not options.streaming:
+                fingerprint = files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Fault(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
@@ -84,8 +87,12 @@ def hub_source(name: str, options: argparse.Namespace, take: Taker) -> Source:
                       lambda: (take(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)), take)
 
     def read_from(start: int) -> Iterator[str]:
-        for number, row in enumerate(table.skip(start) if start else table, start + 1):
-            yield take(row, f"{where}, row {number}")
+        try:
+            for number, row in enumerate(table.skip(start) if start else table, start + 1):
+                yield take(row, f"{where}, row {number}")
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise Fault(f"{where} can't be read on: {error}: is the network there? --resume_from_checkpoint auto goes "
+                        "on") from None
 
     fingerprint = fingerprint or hashed(str(part).encode() for part in (name, options.dataset_config))
     return Source(f"{name} ({options.dataset_split})", fingerprint, lambda: read_from(0), take, read_from)

@@ -80,7 +80,7 @@ def convert(folder: Path) -> None:
         raise Fault(f"{folder} can't be converted for another number of ranks: {said[-1]}")
 
 
-def part_steps(engine: Any) -> None:
+def own_step_counts(engine: Any) -> None:
     """Give each parameter a step count of its own: at stage 3 DeepSpeed 0.19.8 loads one tensor for all of them, and
     torch's fused Adam counts it up once for each."""
     for state in engine.optimizer.optimizer.state.values():
