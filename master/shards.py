@@ -168,7 +168,7 @@ def _fetch(run: Path, whole: Whole, known: Mapping[str, Any], access: Access, na
     total = sum(sizes.values())
     if shutil.disk_usage(run).free < total:
         raise RunError(f"{run}: {total / 1e9:.1f} GB are needed here for the parts of checkpoint-{whole.step}")
-    say(f"checkpoint-{whole.step}: fetching its parts from {', '.join(map(str, wanted))} ({total / 1e6:.0f} MB)")
+    say(f"checkpoint-{whole.step}: fetching its parts from {', '.join(map(str, wanted))} ({total / 1e6:,.1f} MB)")
 
     def work(session: Session) -> int:
         host, shown = str(session.node), Progress(str(session.node))

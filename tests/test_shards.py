@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,33 @@ def test_the_same_hosts_need_nothing_and_a_run_without_checkpoints_says_so(
     folder.mkdir(parents=True)
     (folder / "complete.json").write_text(json.dumps(seal(4, 0, 1)))
     assert bring_together(run, [here], [Slots("localhost", 1, (0,), "CPU")], {}, Access()) == folder
+
+
+def test_a_newer_one_that_is_not_whole_is_told_and_passed_over(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs") / "20260101-000000-x"
+    for step, ranks in ((4, (0, 1)), (8, (0,))):
+        folder = run / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text(json.dumps(seal(step, *ranks)))
+    before = [Slots("localhost", 2, (0, 1), "CPU")]
+    found = bring_together(run, before, [Slots("localhost", 1, (0,), "CPU")], {}, Access())
+    assert found == run / "checkpoints" / "checkpoint-4" and (found / "complete.json").exists()
+    assert not (run / "checkpoints" / "checkpoint-8" / "complete.json").exists()
+    assert "parts of checkpoint-8 are nowhere: checkpoint-4 is the newest whole one" in capfd.readouterr().err
+
+
+def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs") / "20260101-000000-y"
+    job = subprocess.Popen(["sleep", "60"], env={**os.environ, "LANSPEED_JOB": f"{run.name}-abcdef"})
+    try:
+        with pytest.raises(RunError, match="localhost: the run goes on there: --stop runs/20260101-000000-y ends it"):
+            bring_together(run, [], [Slots("localhost", 1, (0,), "CPU")], {}, Access())
+    finally:
+        job.kill()
+        job.wait()
 
 
 def test_what_a_run_says_of_memory_is_read(tmp_path: Path) -> None:
