@@ -5,9 +5,9 @@
 
 Peers: transformers' Trainer on text that is concatenated and cut, as run_clm.py does it; TRL's SFTTrainer with its
 defaults for data (a document a row, what is longer cut off, padded to the longest), and so many documents a step that
-they have as many tokens; a loop written by hand around deepspeed.initialize, which is given our packed rows. Each makes
-as many optimizer steps in a process of its own with one thread, in turns; float32, AdamW, the same learning rate and
-clipping. Useful tokens are those that carry loss. Then each goes on to as many of them as ours had, and its loss on the
+they have as many tokens; a loop written by hand around deepspeed.initialize, which is given our packed rows. Ours makes
+so many optimizer steps, the others train on as many useful tokens, which are those that carry loss; each by itself with
+one thread, in turns, another seed each round; float32, AdamW, the same learning rate and clipping. Then the loss of the
 same held-out documents is taken.
 """
 
@@ -54,7 +54,7 @@ def make_data(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
 
 
-def contend(name: str, folder: Path, steps: int, tokens: int) -> None:
+def contend(name: str, folder: Path, steps: int, tokens: int, seed: int) -> None:
     """Train as one contender in this process and print what came of it as JSON."""
     import transformers
 
@@ -62,7 +62,7 @@ def contend(name: str, folder: Path, steps: int, tokens: int) -> None:
     zero1 = HOME / "trainer" / "configs" / "zero1.json"
     train = {OURS: lambda *words: ours(*words, None), OURS_DEEPSPEED: lambda *words: ours(*words, zero1),
              **dict(zip(PEERS, (cut, trl, by_hand), strict=True))}[name]
-    clock = Clock(steps, tokens)
+    clock = Clock(steps, tokens, seed)
     model = train(folder, clock)
     wall, cpu, step = clock.rates()
     tokenizer, _ = load(folder)
@@ -71,12 +71,12 @@ def contend(name: str, folder: Path, steps: int, tokens: int) -> None:
     os._exit(0)
 
 
-def measured(name: str, folder: Path, steps: int, tokens: int = 0) -> dict[str, float]:
+def measured(name: str, folder: Path, steps: int, tokens: int, seed: int) -> dict[str, float]:
     """Run one contender in a process of its own; return what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
                    "DS_ACCELERATOR": "cpu", "LANSPEED_CACHE": str(folder / "cache")}
     command = [sys.executable, __file__, "--contender", name, "--folder", str(folder), "--steps", str(steps),
-               "--tokens", str(tokens)]
+               "--tokens", str(tokens), "--seed", str(seed)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -92,10 +92,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that each contender trains (3)")
     for hidden in ("--contender", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, default=0, help=argparse.SUPPRESS)
+    for hidden in ("--tokens", "--seed"):
+        parser.add_argument(hidden, type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        contend(options.contender, Path(options.folder), options.steps, options.tokens)
+        contend(options.contender, Path(options.folder), options.steps, options.tokens, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         compare(Path(scratch), options.steps, options.rounds)
     return 0
@@ -114,7 +115,7 @@ def compare(folder: Path, steps: int, rounds: int) -> None:
     for number in range(rounds):
         tokens = 0
         for name in (OURS, *peers, OURS_DEEPSPEED):
-            found.setdefault(name, []).append(measured(name, folder, steps, tokens))
+            found.setdefault(name, []).append(measured(name, folder, steps, tokens, number))
             tokens = tokens or int(found[name][-1]["tokens"])
             print(f"round {number + 1} of {rounds}: {name} {found[name][-1]}", file=sys.stderr)
     print(f"{'':30} {'tokens/CPU s':>13} {'tokens/s':>9} {'a step':>7} {'loss':>6}   ours: per CPU s, per s")

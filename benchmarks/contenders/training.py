@@ -22,10 +22,13 @@ class Enough(Exception):
 
 
 class Clock:
-    """Counts steps: when each ended, the process' CPU seconds by then, and the useful tokens of each."""
+    """Counts steps: when each ended, the process' CPU seconds by then, and the useful tokens of each.
 
-    def __init__(self, steps: int, tokens: int) -> None:
-        self._steps, self._wanted = steps, tokens
+    It ends after `tokens`, or, where those are 0, after `steps`; rates are of so many steps at most.
+    """
+
+    def __init__(self, steps: int, tokens: int, seed: int) -> None:
+        self._steps, self._wanted, self.seed = steps, tokens, seed
         self.tokens: list[int] = []  # of each batch that was made; one may be ahead of the steps
         self.marks: list[tuple[float, float]] = []
 
@@ -42,12 +45,12 @@ class Clock:
         """Note the end of a step; return whether it was the last."""
         self.marks.append((time.perf_counter(), time.process_time()))
         done = len(self.marks)
-        return done >= self._steps and sum(self.tokens[:done]) >= self._wanted
+        return sum(self.tokens[:done]) >= self._wanted if self._wanted else done >= self._steps
 
     def rates(self) -> tuple[float, float, float]:
         """Return useful tokens per wall second and per CPU second, and per step."""
-        first, last = UNCOUNTED - 1, self._steps - 1
-        tokens = sum(self.tokens[UNCOUNTED : self._steps])
+        first, last = UNCOUNTED - 1, min(self._steps, len(self.marks)) - 1
+        tokens = sum(self.tokens[UNCOUNTED : last + 1])
         wall, cpu = (self.marks[last][kind] - self.marks[first][kind] for kind in (0, 1))
         return tokens / wall, tokens / cpu, tokens / (last - first)
 
@@ -113,7 +116,7 @@ def ours(folder: Path, clock: Clock, engine: Path | None) -> Any:
              "--cache_dir", str(folder / "cache"), "--sequence_length", str(ROW), "--max_steps", "100000",
              "--per_device_train_batch_size", str(ROWS), "--learning_rate", str(RATE), "--warmup_steps", str(WARMUP),
              "--lr_scheduler_type", "constant_with_warmup", "--max_grad_norm", str(CLIP), "--eval_steps", "0",
-             "--save_steps", "0", "--num_samples", "0"]
+             "--save_steps", "0", "--num_samples", "0", "--seed", str(clock.seed)]
     options = parse_options([*words, *(["--deepspeed", str(engine)] if engine else [])])
     ranks = Ranks()
     session = Session(options, ranks, Console(ranks), ds_setup.read_config(engine) if engine else None)
@@ -124,11 +127,11 @@ def ours(folder: Path, clock: Clock, engine: Path | None) -> Any:
     return session.trainer.model
 
 
-def arguments(kind: Any, folder: Path, rows: int = ROWS, **more: Any) -> Any:
+def arguments(kind: Any, folder: Path, clock: Clock, rows: int = ROWS, **more: Any) -> Any:
     """Return a peer's TrainingArguments."""
     return kind(output_dir=str(folder / f"peer-{os.getpid()}"), max_steps=100000, per_device_train_batch_size=rows,
                 learning_rate=RATE, warmup_steps=WARMUP, lr_scheduler_type="constant_with_warmup", max_grad_norm=CLIP,
-                save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=42, **more)
+                save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=clock.seed, **more)
 
 
 def cut(folder: Path, clock: Clock) -> Any:
@@ -141,7 +144,7 @@ def cut(folder: Path, clock: Clock) -> Any:
         [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts_of(folder, "train")))
     rows = [ids[at : at + ROW] for at in range(0, len(ids) - ROW + 1, ROW)]
     table = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * ROW] * len(rows), "labels": rows})
-    trainer = Trainer(model=model, args=arguments(TrainingArguments, folder), train_dataset=table,
+    trainer = Trainer(model=model, args=arguments(TrainingArguments, folder, clock), train_dataset=table,
                       data_collator=clock.counting(default_data_collator), callbacks=[callback(clock)])
     until_enough(trainer.train)
     return model
@@ -157,7 +160,7 @@ def trl(folder: Path, clock: Clock) -> Any:
     mean = statistics.fmean(min(len(ids), ROW) - 1 for ids in tokenizer(texts)["input_ids"])
     trainer = SFTTrainer(
         model=model, processing_class=tokenizer, train_dataset=Dataset.from_dict({"text": texts}),
-        args=arguments(SFTConfig, folder, rows=round(ROWS * ROW / mean), max_length=ROW, bf16=False,
+        args=arguments(SFTConfig, folder, clock, rows=round(ROWS * ROW / mean), max_length=ROW, bf16=False,
                        gradient_checkpointing=False),
         callbacks=[callback(clock)])
     trainer.data_collator = clock.counting(trainer.data_collator)
@@ -180,6 +183,7 @@ def by_hand(folder: Path, clock: Clock) -> Any:
     Ranks()  # sets RANK and the like
     ds_setup.skip_shared_memory_operator()
     tokenizer, model = load(folder)
+    torch.manual_seed(clock.seed)
     options = parse_options(["--model_name_or_path", "x", "--dataset_path", str(folder / "train.jsonl"),
                              "--eval_dataset", str(folder / "eval.jsonl"), "--cache_dir", str(folder / "cache")])
     rows = Rows(prepare_dataset(options, tokenizer_id(tokenizer), lambda _: tokenizer, ROW, say=lambda _: None).train,
