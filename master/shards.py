@@ -104,7 +104,7 @@ def lacks(seal: Mapping[str, Any] | None, whole: Whole) -> list[str]:
     """Return the files of a checkpoint that a host lacks: all of them if what it has is another's."""
     if seal is None or seal["layout"] != whole.layout:
         return list(whole.files)
-    return [name for name, (_, sums) in whole.files.items() if seal["files"].get(name, [-1])[0] != sums[0]]
+    return [name for name, (_, sums) in whole.files.items() if seal["files"].get(name) != sums]
 
 
 def bring_together(run: Path, before: Sequence[Slots], now: Sequence[Slots], known: Mapping[str, Any],

@@ -50,6 +50,7 @@ def test_who_lacks_what() -> None:
     assert whole and lacks(seal(2, 0, 1), whole) == []
     assert lacks(seal(2, 0), whole) == [PARTS.format(step=2, rank=1)] and lacks(None, whole) == list(whole.files)
     assert lacks(seal(2, 0, 1, more={"model.safetensors": [6, 5]}), whole) == ["model.safetensors"]
+    assert lacks(seal(2, 0, 1, more={"model.safetensors": [5, 6]}), whole) == ["model.safetensors"]  # other content
     other = seal(2, 0, 1)
     other["layout"]["world_size"] = 3
     assert lacks(other, whole) == list(whole.files)

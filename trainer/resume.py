@@ -63,10 +63,11 @@ def fit_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] 
     universal.keep_batch(options, written.batch, ranks.world_size)
     if config is not None:
         universal.free_batch(config)
-    console.say(f"{folder.name} was written by {written.world_size} ranks, {ranks.world_size} go on: "
-                f"{written.batch} rows a step as before, {options.per_device_train_batch_size} micro x "
-                f"{options.gradient_accumulation_steps} accumulation")
-    if written.world_size == ranks.world_size:
+    same = written.world_size == ranks.world_size
+    who = "goes on as it was" if same else f"was written by {written.world_size} ranks, {ranks.world_size} go on"
+    console.say(f"{folder.name} {who}: {written.batch} rows a step as before, "
+                f"{options.per_device_train_batch_size} micro x {options.gradient_accumulation_steps} accumulation")
+    if same:
         return False
     lacking = universal.missing_parts(folder, written.world_size) if ranks.is_first_here else None
     if found := [text for text in ranks.exchange("parts", lacking) if text]:
