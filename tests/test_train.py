@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from conftest import HOME, TRAINER, Run, Train
 
 from trainer.checkpoints import list_checkpoints, step_of
+from trainer.signals import Interrupted, SignalWatch
 
 SMALL = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--eval_fraction", "0.1")
 PRESETS = sorted(path.stem for path in (HOME / "trainer" / "configs").glob("*.json"))
@@ -137,7 +138,7 @@ def test_a_resumed_run_makes_the_same_losses(config: str | None, ranks: int, tra
     assert [row.get("tokens") for row in again.metrics] == before[2]
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(train_environment: dict[str, str], path: Path, texts: Path, *words: str) -> Iterator[Any]:
     """A trainer that runs: killed at the end whatever happens."""
     command = [sys.executable, str(TRAINER), "--model_name_or_path", "tiny", "--dataset_path", str(texts),
@@ -185,6 +186,15 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_saved(environment:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 1
     assert "nothing to save" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_signal_that_python_passed_over_is_not_lost() -> None:
+    with SignalWatch() as watch:
+        with contextlib.suppress(Interrupted):  # as in a __del__
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        with pytest.raises(Interrupted):
+            watch.steps_begin(None)  # type: ignore[arg-type]
 
 
 def kill_while_saving(process: Any, checkpoints: Path) -> tuple[int, int]:

@@ -27,7 +27,7 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.flag: SharedFlag | None = None
-        self._asked = False
+        self._asked: int | None = None
         self._finishing = False
 
     def __enter__(self) -> SignalWatch:
@@ -40,14 +40,21 @@ class SignalWatch:
         for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(number, default)
 
+    def steps_begin(self, flag: SharedFlag) -> None:
+        """Say that from now on a signal raises `flag`. Raises Interrupted for one before, should it have been lost:
+        Python passes over what is raised while it clears something away."""
+        self.flag = flag
+        if self._asked is not None:
+            raise Interrupted(self._asked)
+
     def finish(self) -> None:
         """Say that the steps are made."""
         self._finishing = True
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked is not None:
             os._exit(128 + number)
-        self._asked = True
+        self._asked = number
         if self.flag is not None:
             self.flag.raised = True
         elif not self._finishing:

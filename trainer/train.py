@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: 
     session = Session(options, ranks, console, config)
     try:
         session.prepare()
-        signals.flag = session.stop.flag
+        signals.steps_begin(session.stop.flag)
         session.run_steps()
         signals.finish()
         return session.finish()
