@@ -69,16 +69,20 @@ def texts_of(folder: Path, name: str) -> list[str]:
 
 
 def loss_of(model: Any, tokenizer: Any, folder: Path) -> float:
-    """Return the loss a token of the held-out documents' first rows, each document by itself."""
+    """Return the loss a token of the held-out documents, whole, each by itself; of long ones row by row."""
     import torch
+
+    from trainer.pieces import cut_document
 
     model.eval()
     nats, count = 0.0, 0
     with torch.no_grad():
         for text in texts_of(folder, "eval"):
-            ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:ROW]])
-            nats += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * (ids.shape[1] - 1)
-            count += ids.shape[1] - 1
+            whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            for start, end in cut_document(len(whole), ROW):
+                ids = torch.tensor([whole[start:end]])
+                nats += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * (end - start - 1)
+                count += end - start - 1
     return nats / count
 
 
