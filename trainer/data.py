@@ -18,10 +18,11 @@ from typing import Any
 from trainer import corpus
 from trainer.conversations import TEXT, words_of
 from trainer.fault import Fault
+from trainer.models import TRAINED_ON, first_of
 from trainer.pieces import tokenize
 from trainer.sources import Source, hashed, open_source
 
-LOOKED_AT, LOOKED_AT_CHARACTERS = 2000, 20_000_000  # documents of a stream, whichever comes first
+LOOKED_AT = 2000  # documents of a stream, or as many as train a tokenizer if those are fewer
 FORMAT = 3  # part of the cache's key: raise it when what is stored changes
 
 
@@ -97,13 +98,8 @@ def prepare_dataset(
 
 
 def first_documents(read: Callable[[], Iterable[str]]) -> Iterator[str]:
-    """Yield the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
-    characters = 0
-    for text in itertools.islice(read(), LOOKED_AT):
-        yield text
-        characters += len(text)
-        if characters > LOOKED_AT_CHARACTERS:
-            return
+    """Return the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
+    return itertools.islice(first_of(read(), TRAINED_ON), LOOKED_AT)
 
 
 def digest_of(text: str) -> str:

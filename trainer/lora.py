@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import models
+from trainer.ds_setup import lookup
 from trainer.fault import Fault
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ ALPHA = 2  # times the rank: peft scales what is learnt by alpha / rank
 
 def check(options: argparse.Namespace, ds_config: dict[str, Any] | None) -> None:
     """Raise a Fault for an adapter that can't be trained so."""
-    zero = (ds_config or {}).get("zero_optimization")
-    if options.qlora and isinstance(zero, dict) and zero.get("stage") == 3:
+    if options.qlora and lookup(ds_config or {}, "zero_optimization.stage") == 3:
         raise Fault("--qlora: ZeRO-3 can't split weights of 4 bits: take trainer/configs/zero1.json, or --lora",
                     exit_code=2, shared=True)
 
