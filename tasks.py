@@ -182,10 +182,11 @@ def demo(c: Context) -> None:
     run_tool("master.launch_training", "--model", "tiny", *slots, "--", *settings, *after_dashes())
 
 
-@task(auto_shortflags=False, help={"all": "the slow ones and those that need root too"})
+@task(auto_shortflags=False, help={"all": "all of them: the slow ones and those that need root or other programs too"})
 def test(c: Context, all=False):  # type: ignore[no-untyped-def]
-    """Run the tests; flags of pytest follow --."""
-    words = [sys.executable, "-m", "pytest", *(["--all"] if all else []), *after_dashes()]
+    """Run the tests, on all cores; flags of pytest follow --."""
+    cores = ["-n", str(min(len(os.sched_getaffinity(0)), 8)), "--dist", "worksteal"]
+    words = [sys.executable, "-m", "pytest", *cores, *(["--all"] if all else []), *after_dashes()]
     with c.cd(HOME):
         done = c.run(shlex.join(words), pty=sys.stdout.isatty(), warn=True)
     if not done or done.exited:

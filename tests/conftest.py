@@ -1,7 +1,7 @@
 """What all tests share: which of them run here, and ways to start the real trainer.
 
     invoke test            what this machine can do in a few minutes
-    invoke test --all      the slow ones and those that need root too
+    invoke test --all      all of them, the slow ones and those that need root too
 """
 
 from __future__ import annotations
@@ -10,55 +10,85 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_trainer
 from lab.hosts import Lab
 from machines import Machine
-from ssh_server import INSTALL, find_program
+from programs import LAB, as_root, find_program, install_command, may_mount, missing_programs
 
 HOME = Path(__file__).resolve().parent.parent
 TRAINER = HOME / "trainer" / "train.py"
-LEFT_OUT: dict[str, int] = {}
+WARM = "LANSPEED_WARM_TRAINER"  # the socket of the trainer that is loaded, for all of pytest's processes
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests fetch nothing
+SLOW, ROOT, MOUNTS = "slow", "needs root", "needs root that may mount (docker run --privileged)"
+
+
+# -- which tests run ---------------------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="run slow and lab tests too")
-    parser.addoption("--differential", type=int, default=3000, metavar="N",
-                     help="put so many generated configs to DeepSpeed and to us (3000)")
+    parser.addoption("--all", action="store_true", help="run slow tests too, and refuse to leave any out")
+    parser.addoption("--differential", type=int, metavar="N",
+                     help="put so many generated configs to DeepSpeed and to us (500; 3000 with --all)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --all, say before the first test what is missing; start what trainings are forked from."""
+    if hasattr(config, "workerinput") or config.option.collectonly:
+        return  # pytest-xdist's first process has done it
+    if config.getoption("--all"):
+        missing = missing_programs()
+        if missing:
+            raise pytest.UsageError(f"--all needs {', '.join(missing)}: {install_command(missing)}")
+        if not may_mount():
+            raise pytest.UsageError(f"--all {ROOT if os.geteuid() else MOUNTS}: sudo make test ALL=1")
+    folder = tempfile.TemporaryDirectory(prefix="lanspeed-tests-")
+    os.environ[WARM] = f"{folder.name}/trainer"
+    server = warm_trainer.start_server(Path(os.environ[WARM]))
+
+    def end() -> None:
+        server.communicate(timeout=20)
+        folder.cleanup()
+
+    config.add_cleanup(end)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all leave out slow tests, lab tests unless root, and tests of programs that aren't here.
-
-    With it these run, and fail with what to install.
-    """
-    everything = config.getoption("--all") or bool(config.getoption("keyword"))
-    root = os.geteuid() == 0
-    chosen: list[pytest.Item] = []
-    others: list[pytest.Item] = []
+    """Skip what is slow, unless asked for it, and what this machine can't do."""
+    slow = config.getoption("--all") or "slow" in config.option.markexpr
     for item in items:
-        slow, lab = item.get_closest_marker("slow"), item.get_closest_marker("lab")
-        missing = [name for mark in item.iter_markers("needs") for name in mark.args if not find_program(name)]
-        reason = None if everything else "slow" if slow else "lab" if lab and not root else \
-            f"without {missing[0]}" if missing else None
-        (others if reason else chosen).append(item)
+        needs = [name for mark in item.iter_markers("needs") for name in mark.args]
+        whole, root = item.get_closest_marker("lab"), item.get_closest_marker("root")
+        missing = [name for name in [*needs, *(LAB if whole else ())] if not find_program(name)]
+        reason = SLOW if item.get_closest_marker("slow") and not slow else \
+            ROOT if (whole or root) and os.geteuid() else \
+            f"needs {', '.join(sorted(set(missing)))}" if missing else \
+            MOUNTS if (whole or root) and not may_mount() else None
         if reason:
-            LEFT_OUT[reason] = LEFT_OUT.get(reason, 0) + 1
-    if others:
-        config.hook.pytest_deselected(items=others)
-        items[:] = chosen
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say in one line what was left out and how to run it."""
-    if LEFT_OUT:
-        what = ", ".join(f"{count} {name}" for name, count in LEFT_OUT.items())
-        how = "sudo make test ALL=1" if "lab" in LEFT_OUT else "make test ALL=1"
-        how = f"{INSTALL}; {how}" if any(name.startswith("without") for name in LEFT_OUT) else how
-        terminalreporter.write_line(f"left out: {what} (run them: {how})")
+    """Say in one line what was skipped, why, and the command that runs it all."""
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
+    kinds = Counter("programs" if reason.startswith("needs ") and reason not in (ROOT, MOUNTS) else reason
+                    for reason in reasons)
+    missing = missing_programs()
+    names = {SLOW: "are slow", "programs": f"need programs that are missing here ({', '.join(missing)})",
+             ROOT: ROOT.replace("needs", "need"), MOUNTS: MOUNTS.replace("needs", "need")}
+    if kinds:
+        told = ", ".join(f"{count:,} {names.get(kind, kind)}" for kind, count in kinds.most_common())
+        command = f"{install_command(missing)} && " if missing else ""
+        terminalreporter.write_line(f"skipped: {told}. Run all: {command}{as_root()}make test ALL=1")
+
+
+# -- what they use -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -85,15 +115,16 @@ def environment(cache: Path) -> dict[str, str]:
     """An environment for programs under test: no GPU, no hub, a cache of their own, no leftovers of a launcher."""
     kept = {name: value for name, value in os.environ.items()
             if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return {**kept, "LANSPEED_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return {**kept, "LANSPEED_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 class Run:
     """A finished training: its exit code, what it printed, its folder."""
 
-    def __init__(self, done: subprocess.CompletedProcess[str], path: Path) -> None:
-        self.code, self.output, self.path = done.returncode, done.stdout + done.stderr, path
+    def __init__(self, code: int, output: str, path: Path) -> None:
+        self.code, self.output, self.path = code, output, path
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -105,27 +136,58 @@ class Run:
         return {row["step"]: row[key] for row in self.metrics if key in row}
 
 
+LAUNCHERS: dict[str, list[str]] = {
+    "python": [], "torchrun": ["-m", "torch.distributed.run", "--master-port=0", "--rdzv-backend=c10d",
+                               "--rdzv-endpoint=127.0.0.1:0"]}
 Train = Callable[..., Run]
+RunRanks = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path, environment: dict[str, str]) -> RunRanks:
+    """Run a piece of Python in two ranks, run_ranks(code, "its", "words"): what each puts into `told`, by rank.
+
+    The code finds `ranks`, which have met and have a process group on their CPUs.
+    """
+    whole = ("import json, os, sys\nfrom trainer.ranks import Ranks\nranks, told = Ranks(), {}\nranks.meet()\n"
+             "ranks.start_process_group('cpu')\n%s\n"
+             "with open(f'told.{ranks.rank}', 'w') as file:\n    json.dump(told, file)\nos._exit(0)\n")
+
+    def start(code: str, *words: str) -> list[Any]:
+        (tmp_path / "ranks.py").write_text(whole % code)
+        log = tmp_path / "ranks.log"
+        with warm_trainer.Job(os.environ[WARM], [str(tmp_path / "ranks.py"), *words], environment, tmp_path, log,
+                              ranks=2) as job:
+            assert job.wait(120) == 0, log.read_text()
+        return [json.loads((tmp_path / f"told.{rank}").read_text()) for rank in range(2)]
+
+    return start
 
 
 @pytest.fixture
 def train(tmp_path: Path, texts: Path, environment: dict[str, str]) -> Train:
-    """Run the trainer on CPU with `ranks` ranks: train("--max_steps", "4", ranks=2, config="zero1", name="a")."""
+    """Run the trainer on CPU with `ranks` ranks: train("--max_steps", "4", ranks=2, config="zero1", name="a").
+
+    They are forked from a process that has loaded the libraries; `launcher` python or torchrun starts them anew.
+    """
 
     def start(*words: str, ranks: int = 1, config: str | None = None, name: str = "run", model: str = "tiny",
-              data: Path | None = texts, expect: int | None = 0) -> Run:
-        path = tmp_path / name
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0",
-                        "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-        command += [str(TRAINER), "--model_name_or_path", model, "--output_dir", str(path), "--num_samples", "1"]
-        command += ["--dataset_path", str(data)] if data else []
+              data: Path | None = texts, expect: int | None = 0, launcher: str = "") -> Run:
+        path, log = tmp_path / name, tmp_path / f"{name}.log"
+        told = [str(TRAINER), "--model_name_or_path", model, "--output_dir", str(path), "--num_samples", "1"]
+        told += ["--dataset_path", str(data)] if data else []
         if config:
-            command += ["--deepspeed", "--deepspeed_config", str(HOME / "trainer" / f"{config}.json")]
-        done = subprocess.run([*command, "--logging_steps", "1", *words], env=environment, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=300)
-        run = Run(done, path)
+            told += ["--deepspeed", "--deepspeed_config", str(HOME / "trainer" / f"{config}.json")]
+        told += ["--logging_steps", "1", *words]
+        if launcher:
+            command = [sys.executable, *LAUNCHERS[launcher], *([f"--nproc-per-node={ranks}"] if ranks > 1 else [])]
+            with log.open("w") as file:
+                code = subprocess.run([*command, *told], env=environment, cwd=tmp_path, stdout=file,
+                                      stderr=file, timeout=300).returncode
+        else:
+            with warm_trainer.Job(os.environ[WARM], told, environment, tmp_path, log, ranks) as job:
+                code = job.wait(300)
+        run = Run(code, log.read_text(), path)
         assert expect is None or run.code == expect, run.output
         return run
 

@@ -61,7 +61,7 @@ class Machine:
         for name in PLAIN_TOOLS:
             (self.base / name).symlink_to(str(shutil.which(name)))
         self.variables: dict[str, str] = {}
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0  # that the last answer took
 
     def file(self, path: str, text: str = "") -> Path:
         """Put a file below the machine's /."""
@@ -131,10 +131,11 @@ class Machine:
                        "GPU_DETECT_SYSROOT": str(self.root), "GPU_DETECT_TIMEOUT": limit, **self.variables}
         if user:
             command = [str(shutil.which("setpriv")), "--reuid", user, "--regid", user, "--clear-groups", *command]
-        started = time.monotonic()
+        started, before = time.monotonic(), os.times()
         done = subprocess.run([*command, *words], input=sent, env=environment, capture_output=True, text=True,
                               timeout=60, cwd=self.scratch)
-        self.seconds = time.monotonic() - started
+        self.seconds, after = time.monotonic() - started, os.times()
+        self.cpu_seconds = sum(after[2:4]) - sum(before[2:4])
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         assert os.listdir(self.scratch) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -13,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from programs import program
 
-INSTALL = "sudo apt install openssh-server openssh-client zsh tcsh fish dash iproute2 nftables openssl pdsh faketime"
 # What a ProxyCommand does: between its own input and output and a port.
 RELAY = """
 import os, select, socket, sys
@@ -26,19 +25,6 @@ while True:
             sys.exit()
         os.write(1, block) if ready is there else there.sendall(block)
 """
-
-
-def find_program(name: str) -> str | None:
-    """Return a program's path; sshd is where users don't look."""
-    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-
-
-def program(name: str) -> str:
-    """Return a program's path, or fail the test with how to install it."""
-    found = find_program(name)
-    if not found:
-        pytest.fail(f"needs {name}: {INSTALL}")
-    return found
 
 
 def free_port() -> int:
@@ -101,7 +87,7 @@ ForceCommand {command}
     def __exit__(self, *_: object) -> None:
         if self._process:
             self._process.terminate()
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=60)
 
 
 class SshClient:
@@ -155,7 +141,7 @@ def listener(act: Callable[[socket.socket], None]) -> Iterator[int]:
 
 
 def silent(connection: socket.socket) -> None:
-    time.sleep(8)
+    time.sleep(60)
     connection.close()
 
 

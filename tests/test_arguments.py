@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,10 @@ def test_tensorboard_has_what_metrics_have(train: Train) -> None:
     assert events.Scalars("eval/bits_per_byte")
 
 
-def test_what_is_not_installed_is_told_before_anything_is_loaded() -> None:
+def test_what_is_not_installed_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("wandb", "liger_kernel"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there, whether it is or not
+    check_packages(parse_options(["--model_name_or_path", "x", "--report_to", "tensorboard"]), is_first=True)
     options = parse_options(["--model_name_or_path", "x", "--report_to", "wandb", "--liger"])
     with pytest.raises(Fault, match="--report_to wandb: not installed here: pip install wandb"):
         check_packages(options, is_first=True)
@@ -68,20 +72,20 @@ def test_overrides_carry_what_hangs_on_them() -> None:
     assert (gpt2.n_inner, gpt2.n_embd, gpt2.activation_function) == (128, 64, "relu")
 
 
-@pytest.mark.needs("g++")
-def test_the_flag_compiles() -> None:
-    import torch
-
-    model = torch.nn.Linear(2, 2)
-    compile_model(model, "cpu", one_shape=True)
-    assert model._compiled_call_impl is not None
+def test_without_a_compiler_nothing_is_compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Fault, match="needs a C\\+\\+ compiler"):
+        compile_model(None, "cpu", one_shape=True)
 
 
 @pytest.mark.slow
 @pytest.mark.needs("g++")
-def test_a_compiled_model_learns_the_same(train: Train) -> None:
+def test_a_compiled_model_learns_the_same(train: Train, environment: dict[str, str], tmp_path: Path) -> None:
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")
     plain = train(*SHORT, "--max_steps", "3", "--lr_scheduler_type", "constant")
+    assert not list(tmp_path.glob("inductor/**/*.so"))
     compiled = train(*SHORT, "--max_steps", "3", "--lr_scheduler_type", "constant", "--torch_compile", name="compiled")
+    assert list(tmp_path.glob("inductor/**/*.so"))  # what g++ made of the model
     assert compiled.losses() == pytest.approx(plain.losses(), abs=1e-3)
     assert (compiled.path / "model" / "model.safetensors").exists()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 from machines import WAYS, Machine, codes
+from programs import let_others_in
 
 GIB = 1 << 30
 
@@ -53,15 +53,13 @@ def test_a_missing_kfd_device_is_told(machine: Machine, how: str) -> None:
     assert (report.status, report.slots_total, codes(report)) == ("error", 0, ["AMD_NO_KFD"])
 
 
-@pytest.mark.lab
+@pytest.mark.root
+@pytest.mark.needs("setpriv")
 @pytest.mark.parametrize("how", WAYS)
 def test_a_user_outside_the_group_is_told_which(machine: Machine, how: str, tmp_path: Path) -> None:
-    if os.geteuid() != 0 or not shutil.which("setpriv"):
-        pytest.fail("needs root and setpriv: sudo apt install util-linux")
     machine.kfd(1)
     machine.file("/dev/kfd").chmod(0o600)
-    for path in [tmp_path, *tmp_path.parents][:3]:
-        path.chmod(0o755)
+    let_others_in(tmp_path)
     os.chown(machine.scratch, 65534, 65534)
     report = machine.report(how, user="65534")
     assert (report.status, codes(report)) == ("error", ["AMD_KFD_PERMISSION"])

@@ -70,5 +70,5 @@ def test_there_is_always_a_valid_report(
             machine.file(path, text)
         report = machine.report(how, limit="5")
         assert (report.status == "none") == (report.vendor == "NONE")
-        assert machine.seconds < 5 + 3
+        assert machine.seconds < 5 + 30
         assert not list(Path(folder).rglob("pwned"))

@@ -56,7 +56,7 @@ def test_nothing_is_told_at_once(machine: Machine, how: str) -> None:
     report = machine.report(how)
     assert (report.vendor, report.status, report.gpus, codes(report)) == ("NONE", "none", (), [])
     if how == "alone":
-        assert machine.seconds < 0.2
+        assert machine.cpu_seconds < 0.5
 
 
 @pytest.mark.parametrize("tool", ["nvidia-smi", "rocm-smi", "amd-smi"])

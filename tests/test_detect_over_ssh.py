@@ -11,7 +11,7 @@ from ssh_server import SshClient, SshServer
 from master.gpu_report import GpuReport, new_nonce, parse_report
 
 SHELLS = [pytest.param(name, marks=pytest.mark.needs(name)) for name in ("bash", "dash", "zsh", "tcsh", "fish")]
-pytestmark = pytest.mark.needs("sshd", "ssh")
+pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen")
 STREAMED = {"detect_gpus.sh": "exec bash --noprofile --norc -s -- --nonce {}",
             "detect_gpus.py": "exec python3 - --nonce {}"}
 

@@ -31,10 +31,11 @@ def refused_by_us(config: Any, target: Target) -> list[str]:
 
 
 def test_deepspeed_and_we_refuse_the_same(pytestconfig: pytest.Config) -> None:
-    """Both verdicts on some thousand configs; of those that differ the simplest is shown."""
-    count = pytestconfig.getoption("--differential")
+    """Both verdicts on many configs; of those that differ the simplest is shown."""
+    asked = pytestconfig.getoption("--differential")
+    count = asked or (3000 if pytestconfig.getoption("--all") else 500)
 
-    @settings(max_examples=count, derandomize=count == 3000, **LIMITS)
+    @settings(max_examples=count, derandomize=not asked, **LIMITS)
     @given(configs())
     def compare(config: dict[str, Any]) -> None:
         theirs, ours = refusal(config), refused_by_us(config, PLAIN)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
-from test_train import steps_made, wait_until
+from test_stopped_training import steps_made, wait_until
 
 from master import local_training
 from master.processes import running_in_session
@@ -207,7 +207,7 @@ def test_a_signal_saves_on_all_ranks_and_leaves_nothing(number: signal.Signals, 
     with launched(environment, run, texts) as process:
         wait_until(lambda: steps_made(run) >= 3)
         process.send_signal(number)
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
     assert ranks_of(run) == []
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     assert "stopped at step" in (tmp_path / "log.txt").read_text()
@@ -223,7 +223,7 @@ def test_twice_ends_at_once(environment: dict[str, str], tmp_path: Path, texts: 
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 1
+        assert process.wait(45) == 1  # the grace is 60 s
     assert ranks_of(run) == []
 
 
@@ -234,7 +234,7 @@ def test_a_rank_that_dies_ends_the_job(environment: dict[str, str], tmp_path: Pa
         launcher = min(pid for pid in ranks_of(run) if pid != process.pid)
         rank = max(entry.pid for entry in running_in_session(launcher) if entry.parent == launcher)
         os.kill(rank, signal.SIGKILL)
-        assert process.wait(60) == 1
+        assert process.wait(120) == 1
     assert ranks_of(run) == []
     assert "a rank was killed (SIGKILL)" in (tmp_path / "log.txt").read_text()
 
@@ -247,8 +247,8 @@ def test_ranks_don_t_outlive_whoever_started_them(victim: str, environment: dict
         wait_until(lambda: steps_made(run) >= 2)
         launcher = min(pid for pid in ranks_of(run) if pid != process.pid)
         os.kill(process.pid if victim == "tool" else launcher, signal.SIGKILL)
-        wait_until(lambda: not set(ranks_of(run)) - {process.pid}, 40)
-        assert process.wait(10) != 0
+        wait_until(lambda: not set(ranks_of(run)) - {process.pid})
+        assert process.wait(60) != 0
 
 
 def test_a_record_of_a_killed_run_is_completed(tmp_path: Path) -> None:

@@ -54,21 +54,21 @@ def test_a_node_is_measured_until_nobody_listens(tmp_path: Path) -> None:
     assert found["ram_mib"] > found["ram_available_mib"] > 0 and 0 <= found["cpu_percent"] <= 100
     assert process.stdin
     process.stdin.close()
-    assert process.wait(timeout=5) == 0
+    assert process.wait(timeout=60) == 0
     process.stdout.close()  # type: ignore[union-attr]
 
 
 def test_a_tool_that_fails_is_told_of(tmp_path: Path) -> None:
     process = start(tmp_path, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     assert line(process)["problem"] == "Failed to initialize NVML: Driver/library version mismatch"
-    process.communicate(timeout=5)
+    process.communicate(timeout=60)
 
 
 def test_a_tool_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
     process = start(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 300")
     began = time.monotonic()
-    assert line(process)["gpus"] == line(process)["gpus"] == [] and time.monotonic() - began < 5
-    process.communicate(timeout=5)
+    assert line(process)["gpus"] == line(process)["gpus"] == [] and time.monotonic() - began < 60
+    process.communicate(timeout=60)
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
-import sys
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TRAINER, Train
+from conftest import TRAINER, WARM, Train
+from warm_trainer import Job
 
 from trainer.memory import Load, advice, needs, ran_out, told
 
@@ -81,16 +80,30 @@ def test_which_errors_say_so() -> None:
     assert not ran_out(RuntimeError("shapes differ")) and not ran_out(OSError("out of memory"))
 
 
-def test_a_training_that_runs_out_says_what_saves_memory(tmp_path: Path, texts: Path, environment: dict[str, Any],
-                                                         train: Train) -> None:
+# A rank that may have so many bytes more than it has with its libraries loaded: its logits alone want more.
+LIMITED = """
+import os, resource, runpy, sys
+if os.environ.get("RANK", "0") == sys.argv[1]:
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 500_000_000,) * 2)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("ranks", "limited"), [(1, 0), (2, 1)])
+def test_a_rank_that_runs_out_ends_the_training_and_says_what_saves_memory(
+        ranks: int, limited: int, tmp_path: Path, texts: Path, environment: dict[str, Any], train: Train) -> None:
     run = train("--max_steps", "1", "--sequence_length", "64")  # with data that is tokenized
     assert json.loads((run.path / "run.json").read_text())["memory"]["host"][-1].startswith("and fewer slots a host")
-    limit = 6 << 30  # of addresses: the libraries take some, the logits of so many rows more than is left
-    words = [sys.executable, str(TRAINER), "--model_name_or_path", "tiny", "--dataset_path", str(texts),
-             "--sequence_length", "64", "--per_device_train_batch_size", "12000", "--eval_steps", "0",
-             "--eval_fraction", "0", "--output_dir", str(tmp_path / "large")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
-    assert done.returncode == 1 and "ran out of memory after step 0 of " in done.stderr, done.stderr
-    assert "what saves how much of it, the gentlest first:\n  --per_device_train_batch_size 6000" in done.stderr
-    assert "Traceback" not in done.stderr
+    (tmp_path / "limited.py").write_text(LIMITED)
+    words = [str(tmp_path / "limited.py"), str(limited), str(TRAINER), "--model_name_or_path", "tiny",
+             "--dataset_path", str(texts), "--sequence_length", "64", "--per_device_train_batch_size", "1500",
+             "--eval_steps", "0", "--eval_fraction", "0", "--max_steps", "2", "--output_dir", str(tmp_path / "large")]
+    with Job(os.environ[WARM], words, environment, tmp_path, tmp_path / "log", ranks) as job:
+        code, said = job.wait(200), (tmp_path / "log").read_text()
+    assert code == 1 and said.count("ran out of memory") == 1, said
+    assert f"rank {limited} ran out of memory after step 0 of 2\n" in said, said
+    assert "what saves how much of it, the gentlest first:\n  --per_device_train_batch_size 750" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "large" / "run.json").read_text())["status"] == "failed"

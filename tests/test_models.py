@@ -13,6 +13,7 @@ from trainer.fault import Fault
 from trainer.options import parse_options
 from trainer.packing import Collator, Row
 
+ARCHITECTURES = ["tiny", "gpt2", "qwen3", "gpt-neox"]
 TEXTS = ["one two three four five six seven", "eight nine ten", "eleven twelve thirteen fourteen"] * 40
 
 
@@ -42,37 +43,57 @@ def build(name: str, tokenizer: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["tiny", "gpt2", "qwen3", "gpt-neox"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_changing_one_document_of_a_row_changes_no_other(name: str, tokenizer: Any) -> None:
     model = build(name, tokenizer)
     collate = Collator(tokenizer.pad_token_id, 64)
     generator = np.random.default_rng(0)
     first, changed, last = generator.integers(0, 200, (3, 20))
-    alone, packed, other = (collate([Row(list(row))]) for row in ([last], [first, last], [changed, last]))
-    with torch.no_grad():
-        logits = [model(input_ids=b["input_ids"], position_ids=b["position_ids"], use_cache=False).logits[0]
-                  for b in (alone, packed, other)]
-    assert torch.equal(logits[1][20:40], logits[2][20:40])
-    assert torch.allclose(logits[0][:20], logits[1][20:40], atol=2e-6)
-    assert not torch.allclose(logits[1][:20], logits[2][:20], atol=1e-2)
+    for rows in (1, 3):  # the same row several times: a batch has kernels of its own
+        alone, packed, other = (collate([Row(list(row))] * rows) for row in ([last], [first, last], [changed, last]))
+        with torch.no_grad():
+            logits = [model(input_ids=b["input_ids"], position_ids=b["position_ids"], use_cache=False).logits
+                      for b in (alone, packed, other)]
+        assert torch.equal(logits[1][:, 20:40], logits[2][:, 20:40])
+        assert torch.allclose(logits[0][:, :20], logits[1][:, 20:40], atol=2e-6)
+        assert not torch.allclose(logits[1][:, :20], logits[2][:, :20], atol=1e-2)
 
 
-def test_the_check_passes_where_documents_are_apart(tokenizer: Any) -> None:
-    model = build("tiny", tokenizer)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_check_passes_where_documents_are_apart(name: str, rows: int, tokenizer: Any) -> None:
+    model = build(name, tokenizer)
     with torch.no_grad():
         models.check_isolation(
             lambda ids, positions: model(input_ids=ids, position_ids=positions, use_cache=False).logits,
-            len(tokenizer), "cpu")
+            len(tokenizer), "cpu", rows)
 
 
-@pytest.mark.parametrize("name", ["tiny", "gpt2", "qwen3", "gpt-neox"])
-@pytest.mark.parametrize("leak", [{"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones(1, 24)}],
-                         ids=["cache", "mask"])
-def test_the_check_sees_a_leak(leak: dict[str, Any], name: str, tokenizer: Any) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("leak", ["cache", "mask"])
+def test_the_check_sees_a_leak(leak: str, name: str, rows: int, tokenizer: Any) -> None:
     model = build(name, tokenizer)
+    more = {"use_cache": True} if leak == "cache" else {"use_cache": False, "attention_mask": torch.ones(rows, 24)}
     with torch.no_grad(), pytest.raises(Fault, match="train it with --no_packing"):
-        models.check_isolation(
-            lambda ids, positions: model(input_ids=ids, position_ids=positions, **leak).logits, len(tokenizer), "cpu")
+        models.check_isolation(lambda ids, positions: model(input_ids=ids, position_ids=positions, **more).logits,
+                               len(tokenizer), "cpu", rows)
+
+
+@pytest.mark.parametrize("odd", [1, 3])
+def test_the_check_looks_at_as_many_rows_as_are_trained(odd: int, tokenizer: Any) -> None:
+    model = build("tiny", tokenizer)
+
+    def logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Leaks between documents where there are `odd` rows, as a kernel may that has a path of its own for them."""
+        mask = torch.ones_like(ids) if len(ids) == odd else None
+        found: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=mask).logits
+        return found
+
+    with torch.no_grad():
+        models.check_isolation(logits, len(tokenizer), "cpu", 4 - odd)
+        with pytest.raises(Fault, match="train it with --no_packing"):
+            models.check_isolation(logits, len(tokenizer), "cpu", odd)
 
 
 def test_the_tiny_model_hangs_on_the_seed_alone(tokenizer: Any) -> None:
@@ -106,6 +127,37 @@ def test_weights_that_are_not_safetensors_need_a_flag(tokenizer: Any, tmp_path: 
     with pytest.raises(Fault, match="--allow_pickle"):
         models.load_model(parse_options(["--model_name_or_path", str(tmp_path)]), "float32")
     assert models.load_model(parse_options(["--model_name_or_path", str(tmp_path), "--allow_pickle"]), "float32")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_flash_attention_is_taken_where_it_is_there(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.utils
+
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: there)
+    options = parse_options(["--model_name_or_path", "x"])
+    flash = "flash_attention_2" if there else None
+    assert [models.attention_of(options, dtype) for dtype in ("float32", "bfloat16", "float16")] == [None, flash, flash]
+    asked = parse_options(["--model_name_or_path", "x", "--attn_implementation", "eager"])
+    assert models.attention_of(asked, "bfloat16") == "eager"
+
+
+def test_weights_in_4_bits_are_asked_for_on_one_device() -> None:
+    assert models.quantized("bfloat16", None) == {}
+    found = models.quantized("bfloat16", "cuda:1")
+    config = found["quantization_config"]
+    assert found["device_map"] == {"": "cuda:1"}
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    # ZeRO and FSDP move the weights around as numbers of this kind.
+    assert config.bnb_4bit_compute_dtype == config.bnb_4bit_quant_storage == torch.bfloat16
+
+
+def test_weights_in_several_files_are_the_same_weights(tokenizer: Any, tmp_path: Any) -> None:
+    model = build("qwen3", tokenizer)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
+    loaded = models.load_model(parse_options(["--model_name_or_path", str(tmp_path)]), "float32")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(("words", "expected"), [([], 256), (["--sequence_length", "77"], 77)])

@@ -105,7 +105,7 @@ def test_pieces_pass_from_one_to_the_next(start: Any, pieces: Pieces, tmp_path: 
         while one.hear("progress")["missing"]:
             pass
         one.tell({"finish": True})
-        assert one.hear("finished")["kept"] == [] and one.process.wait(timeout=10) == 0
+        assert one.hear("finished")["kept"] == [] and one.process.wait(timeout=60) == 0
         done = subprocess.run(["diff", "-r", str(tmp_path / "data"), str(one.home / "data")])
         assert done.returncode == 0
 
@@ -140,7 +140,7 @@ def test_a_piece_that_was_not_announced_is_refused(start: Any, pieces: Pieces) -
     one.tell({"piece": 0, "bytes": len(data)}, bytes(data))
     with pytest.raises(AssertionError, match="10 came otherwise than announced"):
         one.hear("progress") and one.hear("finished")
-    assert one.process.wait(timeout=10) == 1 and not (one.home / "data" / "10").exists()
+    assert one.process.wait(timeout=60) == 1 and not (one.home / "data" / "10").exists()
 
 
 def test_a_node_whose_copy_is_spoilt_is_passed_over(start: Any, pieces: Pieces) -> None:
@@ -199,7 +199,7 @@ def test_files_become_folders_and_folders_files(start: Any, tmp_path: Path, monk
             pass
         one.tell({"finish": True})
         one.hear("finished")
-        one.process.wait(timeout=10)
+        one.process.wait(timeout=60)
         done = subprocess.run(["diff", "-r", "--no-dereference", str(data), str(one.home / "data")])
         assert done.returncode == 0
 
@@ -258,7 +258,7 @@ def test_it_ends_with_its_master(start: Any, pieces: Pieces) -> None:
     one.announce(pieces, make_pem())
     assert one.process.stdin
     one.process.stdin.close()
-    assert one.process.wait(timeout=10) == 1
+    assert one.process.wait(timeout=60) == 1
 
 
 def test_two_at_once_in_one_home_are_refused(start: Any, pieces: Pieces) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import HOME
 
-from master.node_facts import WORKER, streamed
+from master.node_facts import WORKER, load_worker, streamed
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
@@ -84,12 +84,12 @@ class Node:
 
     def all(self) -> list[dict[str, Any]]:
         found = [event for event in self.events() if event["event"] != "beat"]
-        assert self.process.wait(timeout=20) == 0
+        assert self.process.wait(timeout=60) == 0
         self.assert_gone()
         return found
 
     def assert_gone(self) -> None:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while left := job_of(self.name):
             assert time.monotonic() < end, left
             time.sleep(0.1)
@@ -119,7 +119,7 @@ def test_ranks_that_end_well_are_told_of_in_order(tmp_path: Path) -> None:
 def test_a_rank_that_fails_takes_the_others_along(mode: str, code: int, tmp_path: Path) -> None:
     started = time.monotonic()
     events = Node(tmp_path, mode).all()
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 100  # the others would sleep 300 s
     failed = next(event for event in events if event["event"] == "rank")
     assert (failed["rank"], failed["code"]) == (1, code)
     assert events[-1]["reason"] == "a rank failed" and events[-1]["code"] != 0
@@ -143,7 +143,7 @@ def test_an_order_to_kill_is_followed_at_once(tmp_path: Path) -> None:
     node.until("hello 1")
     node.write(b'{"stop": 60}\n{"kill": true}\n')
     started = time.monotonic()
-    assert node.all()[-1]["reason"] == "stopped" and time.monotonic() - started < 5
+    assert node.all()[-1]["reason"] == "stopped" and time.monotonic() - started < 40  # not the 60 s of the stop
 
 
 @pytest.mark.parametrize("end", ["silence", "closed", "killed"])
@@ -156,12 +156,22 @@ def test_a_master_that_is_gone_ends_the_job(end: str, tmp_path: Path) -> None:
     if end == "killed":  # and this side of the job too, by whatever
         node.process.send_signal(signal.SIGKILL)
         node.process.wait()
-        wait_until_gone = time.monotonic() + 15
+        wait_until_gone = time.monotonic() + 60
         while job_of(node.name) and time.monotonic() < wait_until_gone:
             time.sleep(0.1)
         assert not job_of(node.name)
         return
     assert "master" in node.all()[-1]["reason"]
+
+
+def test_the_way_to_an_address_is_known_without_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    node = load_worker("run_node")
+    assert node.interface_towards("127.0.0.1") == "lo" and node.interface_towards("no-such-host.invalid") is None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        assert node.ipv4_interfaces(probe)["127.0.0.1"] == "lo"
+    if Path("/proc/net/if_inet6").exists() and "::1" in node.ipv6_interfaces():
+        assert node.interface_towards("::1") == "lo"
 
 
 def test_a_node_describes_itself(tmp_path: Path) -> None:

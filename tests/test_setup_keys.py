@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
-from ssh_server import SshClient, SshServer, free_port, make_key, program
+from programs import let_others_in, program
+from ssh_server import SshClient, SshServer, free_port, make_key
 from terminal import type_into
 
 from master.nodes import Node
@@ -146,10 +147,8 @@ def test_without_a_terminal_the_configuration_is_left_alone(lab: Lab) -> None:
     assert "config.d" not in lab.run("--no-config", nodes="gpu1").stderr
 
 
-@pytest.mark.lab
+@pytest.mark.root
 def test_a_full_disk_is_told_and_nothing_is_lost(lab: Lab) -> None:
-    if os.geteuid() != 0:
-        pytest.fail("needs root to mount a small file system: sudo make test ALL=1")
     small = lab.two.home / ".ssh"
     shutil.rmtree(small)
     small.mkdir()
@@ -175,11 +174,8 @@ PASSWORD = "correct horse battery"
 @pytest.fixture
 def account(tmp_path: Path) -> Iterator[str]:
     """A user with a password, for as long as a test runs."""
-    if os.geteuid() != 0:
-        pytest.fail("needs root to add a user: sudo make test ALL=1")
     name, home = f"lanspeed{os.getpid() % 100000}", tmp_path / "account"
-    for path in [tmp_path, *tmp_path.parents][:3]:
-        path.chmod(0o755)
+    let_others_in(tmp_path)
     subprocess.run(["useradd", "-m", "-d", str(home), "-s", "/bin/bash", name], check=True, capture_output=True)
     subprocess.run(["chpasswd"], input=f"{name}:{PASSWORD}\n", text=True, check=True)
     yield name
@@ -197,7 +193,8 @@ def password_server(folder: Path, name: str, home: Path) -> Iterator[SshServer]:
         yield server
 
 
-@pytest.mark.lab
+@pytest.mark.root
+@pytest.mark.needs("useradd")
 def test_one_password_on_the_terminal_does_for_all_hosts(tmp_path: Path, account: str) -> None:
     home = tmp_path / "account"
     with password_server(tmp_path / "1", account, home) as server:
@@ -215,7 +212,8 @@ def test_one_password_on_the_terminal_does_for_all_hosts(tmp_path: Path, account
         assert client.run("gpu1", "id -un").stdout.strip() == account
 
 
-@pytest.mark.lab
+@pytest.mark.root
+@pytest.mark.needs("useradd")
 def test_a_wrong_password_is_tried_once_and_told(tmp_path: Path, account: str) -> None:
     with password_server(tmp_path / "1", account, tmp_path / "account") as server:
         client = SshClient(tmp_path / "client", gpu1=server)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import program
 from ssh_server import (
     RELAY,
     SshClient,
@@ -22,7 +23,6 @@ from ssh_server import (
     half_a_banner,
     listener,
     make_key,
-    program,
     silent,
 )
 
@@ -31,7 +31,7 @@ from master.nodes import Node, read_nodes
 from master.ssh import Result, Session
 from master.ssh_config import Access, SshError
 
-pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen")
+pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen", "ps")
 
 
 def hello(session: Session) -> tuple[str, Result]:
@@ -255,7 +255,7 @@ def test_a_server_that_is_none_is_told_in_time(client: SshClient, act: Callable[
         client.config.write_text(f"Host gpu1\n  Port {port}\n" + client.config.read_text())
         started = time.monotonic()
         refusal(reach(client, "gpu1")["gpu1"], "handshake")
-        assert time.monotonic() - started < 9
+        assert time.monotonic() - started < 30  # not the 60 s of the silent one
 
 
 def test_nobody_there_is_told(client: SshClient) -> None:
@@ -279,12 +279,12 @@ def test_a_port_that_swallows_everything_costs_its_timeout_once(client: SshClien
         client.config.write_text(f"Host dead*\n  HostName 127.0.0.3\n  Port {full.getsockname()[1]}\n"
                                  + client.config.read_text())
         started = time.monotonic()
-        results = reach(client, "dead[1-5]", "gpu1")
-        assert time.monotonic() - started < 5
+        results = reach(client, "dead[1-5]", "gpu1", connect_timeout=8)
+        assert time.monotonic() - started < 30  # one after the other they would take 40
         for filler in fillers:
             filler.close()
     assert results.pop("gpu1")[0] == "paramiko"
-    assert all(isinstance(result, SshError) and "no answer within 2 s" in str(result) for result in results.values())
+    assert all(isinstance(result, SshError) and "no answer within 8 s" in str(result) for result in results.values())
 
 
 @pytest.mark.parametrize(("command", "words"), [

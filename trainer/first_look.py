@@ -34,7 +34,8 @@ class FirstLook(TrainerCallback):
         device = session.trainer.args.device
         attention.keep_if_alike(session.trainer.model, session.trainer.logits, len(session.tokenizer), device)
         if not session.options.no_packing:
-            models.check_isolation(session.trainer.logits, len(session.tokenizer), device)
+            models.check_isolation(session.trainer.logits, len(session.tokenizer), device,
+                                   session.options.per_device_train_batch_size)
 
 
 def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:

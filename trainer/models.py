@@ -177,18 +177,19 @@ def quantized(dtype: str, device: Any) -> dict[str, Any]:
         bnb_4bit_quant_storage=kind)}
 
 
-def check_isolation(forward: Callable[..., Any], vocabulary: int, device: Any) -> None:
+def check_isolation(forward: Callable[..., Any], vocabulary: int, device: Any, rows: int = 1) -> None:
     """Raise a Fault if a document packed behind another can see it.
 
-    The same document is put behind two different ones, in rows of the same shape: its logits must not change.
-    `forward` takes input_ids and position_ids ([1, 24]) and returns logits; on ZeRO-3 every rank must call this.
+    The same documents are put behind different ones, in rows of the same shape: their logits must not change.
+    `forward` takes input_ids and position_ids ([rows, 24]) and returns logits; `rows` are those of a micro batch, since
+    kernels differ for one and for several. On ZeRO-3 every rank must call this.
     """
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    first, other, last = torch.randint(0, vocabulary, (3, 12), generator=generator)
-    positions = torch.arange(12).repeat(2)[None].to(device)
-    behind = [forward(torch.cat([before, last])[None].to(device), positions)[0, 12:].float()
+    first, other, last = torch.randint(0, vocabulary, (3, rows, 12), generator=generator)
+    positions = torch.arange(12).repeat(rows, 2).to(device)
+    behind = [forward(torch.cat([before, last], 1).to(device), positions)[:, 12:].float()
               for before in (first, other)]
     change = (behind[0] - behind[1]).abs().max().item()
     if not change <= 0.01 * behind[0].std().item():

@@ -14,9 +14,11 @@ line {"end": job, "grace": seconds} ends a job whose master has gone. Standard l
 
 from __future__ import annotations
 
+import array
 import base64
 import contextlib
 import ctypes
+import fcntl
 import glob
 import json
 import os
@@ -25,6 +27,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +35,7 @@ import time
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SIOCGIFCONF = 0x8912  # linux/sockios.h
 TICK = 0.1  # seconds between two looks at ranks and logs
 FIRST_TICK = 0.02  # the same until every rank has been seen
 LOOK = 1.0  # seconds between two looks at what the ranks say that they do
@@ -206,17 +210,27 @@ def interface_towards(address: str) -> str | None:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # sends nothing: it asks for the route
             own = probe.getsockname()[0]
-    except OSError:
-        return None
-    try:
-        listed = subprocess.run(["ip", "-o", "addr"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            named = ipv6_interfaces() if family == socket.AF_INET6 else ipv4_interfaces(probe)
     except OSError:
         return None  # the ranks find it themselves
-    for line in listed.stdout.splitlines():
-        words = line.split()
-        if len(words) > 3 and words[3].split("/")[0] == own:
-            return words[1]
-    return None
+    return named.get(own.split("%")[0])
+
+
+def ipv4_interfaces(probe: socket.socket) -> dict[str, str]:
+    """Return this machine's IPv4 addresses, each with its interface (netdevice(7)); `ip` may not be installed."""
+    size = 24 + 2 * struct.calcsize("P")  # of a struct ifreq
+    found = array.array("B", bytes(size * 256))
+    request = struct.pack("iP", len(found), found.buffer_info()[0])
+    used = struct.unpack("iP", fcntl.ioctl(probe, SIOCGIFCONF, request))[0]
+    entries = [found.tobytes()[start : start + size] for start in range(0, used, size)]
+    return {socket.inet_ntoa(entry[20:24]): entry[:16].split(b"\0")[0].split(b":")[0].decode() for entry in entries}
+
+
+def ipv6_interfaces() -> dict[str, str]:
+    """Return this machine's IPv6 addresses, each with its interface."""
+    with open("/proc/net/if_inet6") as file:
+        entries = [line.split() for line in file]
+    return {socket.inet_ntop(socket.AF_INET6, bytes.fromhex(entry[0])): entry[-1] for entry in entries}
 
 
 def environment(job: dict[str, Any]) -> tuple[dict[str, str], str | None]:

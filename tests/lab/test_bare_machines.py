@@ -15,7 +15,7 @@ from lab.bare import hide
 from lab.hosts import Lab
 from lab.test_first_setup import PASSWORD, Desk
 
-pytestmark = [pytest.mark.lab, pytest.mark.slow]
+pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.needs("/usr/bin/python3", "openssl")]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from terminal import type_into
 
 from lab.hosts import NETWORK, Host, Lab
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("/usr/bin/python3", "openssl")]
 PASSWORD = "correct horse battery"
 SYSTEM_PYTHON = "/usr/bin/python3"  # one that every account may read
 
@@ -45,8 +45,6 @@ class Desk:
 @pytest.fixture
 def hosts(lab: Lab) -> list[Host]:
     """gpu1 with two GPUs, gpu2 of whose two one is lost; gpu3 has an address and no machine."""
-    if not Path(SYSTEM_PYTHON).exists():
-        pytest.fail(f"needs {SYSTEM_PYTHON}: sudo apt install python3")
     found = []
     for name, gpus in (("gpu1", [nvidia_gpu(0), nvidia_gpu(1)]),
                        ("gpu2", [nvidia_gpu(0), "Unable to determine the device handle for GPU1: 0000:02:00.0: "

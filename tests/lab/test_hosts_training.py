@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,12 +43,11 @@ def test_a_rank_that_is_killed_ends_the_job_and_is_named(victim: str, desk: Desk
     job = desk.start(*SMALL, "--max_steps", "100000")
     wait_for_steps(desk, job)
     os.kill(ranks_on(desk, victim)[0], signal.SIGKILL)
-    killed = time.monotonic()
-    wait_for(lambda: not job_processes(desk), 15)
-    assert time.monotonic() - killed < 6
-    output, _ = job.communicate(timeout=30)
+    wait_for(lambda: not job_processes(desk))
+    output, _ = job.communicate(timeout=60)
     rank = list(desk.hosts).index(victim)
     assert job.returncode == 1 and f": {victim}, rank {rank}: killed by SIGKILL" in output, output
+    assert "no sign of life" not in output  # the others ended at once, not because a host had fallen silent
     assert "ran out of memory" in output and "Traceback" not in output.split("training failed")[0]
 
 
@@ -56,11 +55,8 @@ def test_a_machine_that_vanishes_ends_the_job(desk: Desk) -> None:
     job = desk.start(*SMALL, "--max_steps", "100000")
     wait_for_steps(desk, job)
     desk.lab.switch.network("ip link set port12 down")
-    cut = time.monotonic()
-    wait_for(lambda: not job_processes(desk), 40)
-    print(f"clean after {time.monotonic() - cut:.1f} s")
-    assert time.monotonic() - cut < 20
-    output, _ = job.communicate(timeout=40)
+    wait_for(lambda: not job_processes(desk))
+    output, _ = job.communicate(timeout=120)
     assert job.returncode == 1 and ": gpu2: connection: no sign of life for 12 s" in output, output
 
 
@@ -79,7 +75,8 @@ def test_an_exception_is_shown_with_its_end(desk: Desk) -> None:
 
 def test_of_two_jobs_on_the_same_machines_one_is_stopped(desk: Desk) -> None:
     script = desk.folder / "mine.py"
-    script.write_text("import os, sys, time\nprint('up', os.environ['RANK'], flush=True)\ntime.sleep(8)\n"
+    script.write_text("import os, time\nprint('up', os.environ['RANK'], flush=True)\n"
+                      f"while not os.path.exists({str(desk.folder / 'enough')!r}):\n    time.sleep(0.1)\n"
                       "print('done', flush=True)\n")
     stays = desk.start("--script", str(script))
     wait_for(lambda: len(job_processes(desk)) >= 4)
@@ -88,7 +85,8 @@ def test_of_two_jobs_on_the_same_machines_one_is_stopped(desk: Desk) -> None:
     wait_for(lambda: len(set(job_processes(desk)) - first) >= 4)
     os.kill(next(pid for pid in job_processes(desk) if pid not in first and b"\0RANK=" in Path(
         f"/proc/{pid}/environ").read_bytes()), signal.SIGKILL)
-    assert goes.wait(timeout=30) == 1
+    assert goes.wait(timeout=60) == 1
+    (desk.folder / "enough").touch()
     output, _ = stays.communicate(timeout=60)
     assert stays.returncode == 0 and "done" in output, output
     goes.communicate()
@@ -126,8 +124,8 @@ def test_a_master_that_dies_ends_the_job(desk: Desk) -> None:
     wait_for_steps(desk, job)
     for pid in launchers(desk):
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not job_processes(desk), 20)
-    job.communicate(timeout=30)
+    wait_for(lambda: not job_processes(desk))
+    job.communicate(timeout=60)
 
 
 def test_ctrl_c_saves_on_all_machines(desk: Desk) -> None:
@@ -180,8 +178,9 @@ def test_silence_is_told_of(desk: Desk) -> None:
     script = desk.folder / "mine.py"
     script.write_text("import time\nprint('up', flush=True)\ntime.sleep(6)\n")
     code, output = desk.run("--stall-timeout", "2", "--script", str(script))
-    assert code == 0 and "NOTHING HAPPENS for 2 s: no step, evaluation, save or word. Last signs" in output, output
-    assert "of life: gpu1: a line, 2 s ago" in output
+    assert code == 0, output
+    assert re.search(r"NOTHING HAPPENS for \d s: no step, evaluation, save or word. Last signs", output), output
+    assert re.search(r"of life: gpu1: a line, \d s ago", output)
 
 
 def test_hosts_that_do_not_reach_each_other_are_named_before_anything_is_loaded(desk: Desk) -> None:

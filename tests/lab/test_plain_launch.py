@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
-from ssh_server import make_key, program
+from ssh_server import make_key
 
 from lab.hosts import Lab
 
-pytestmark = [pytest.mark.lab, pytest.mark.slow]
+pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.needs("pdsh")]
 
 
 def test_a_hostfile_of_two_machines_trains(lab: Lab, texts: Path, cache: Path) -> None:
-    program("pdsh")
     home, desk = lab.master.homes / "root", lab.folder / "desk"
     desk.mkdir()
     (home / ".ssh").mkdir(mode=0o700)

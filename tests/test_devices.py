@@ -1,0 +1,64 @@
+"""`devices.py`: which device and precision the ranks share, and how fast it could be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trainer.devices import choose_precision, common_device, device_facts, device_peak, peak_flops
+from trainer.fault import Fault
+
+CPU: dict[str, Any] = {"type": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False}
+V100: dict[str, Any] = {"type": "cuda", "name": "Tesla V100-SXM2-32GB", "count": 1, "bf16": False, "fp16": True}
+H100: dict[str, Any] = {"type": "cuda", "name": "NVIDIA H100 80GB HBM3", "count": 8, "bf16": True, "fp16": True}
+
+
+def test_this_machine_s_device_is_what_torch_finds() -> None:
+    import torch
+
+    found = device_facts()
+    assert found.keys() == CPU.keys()
+    accelerator = torch.accelerator.current_accelerator()
+    assert found["type"] == (accelerator.type if accelerator else "cpu")
+    if found["type"] == "cpu":
+        assert found == CPU
+
+
+def test_ranks_share_one_kind_of_device() -> None:
+    assert common_device([H100, V100], ["gpu1", "gpu2"]) == "cuda"
+    assert common_device([CPU], ["gpu1"]) == "cpu"
+    with pytest.raises(Fault, match=r"different devices: cpu on gpu2; cuda on gpu1, gpu3. Is a GPU driver broken"):
+        common_device([H100, CPU, CPU, V100], ["gpu1", "gpu2", "gpu2", "gpu3"])
+
+
+@pytest.mark.parametrize(("wanted", "facts", "expected"), [
+    ("auto", [H100, H100], "bf16"), ("auto", [H100, V100], "fp16"), ("auto", [CPU], "fp32"),
+    ("auto", [H100, CPU], "fp32"), ("bf16", [CPU], "bf16"), ("fp32", [H100], "fp32"), ("fp16", [V100], "fp16")])
+def test_auto_takes_what_is_fast_on_every_rank(wanted: str, facts: list[dict[str, Any]], expected: str) -> None:
+    assert choose_precision(wanted, facts) == expected
+
+
+def test_fp16_is_refused_where_one_rank_has_no_gpu() -> None:
+    with pytest.raises(Fault, match="fp16 needs a GPU on every rank"):
+        choose_precision("fp16", [H100, CPU])
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.0),
+    ("Tesla V100-SXM2-32GB", 125.0), ("NVIDIA A100-SXM4-80GB", 312.0),
+    ("NVIDIA A10G", 70.0), ("NVIDIA A10", 125.0), ("NVIDIA L40S", 362.0),
+    ("NVIDIA L4", 121.0), ("NVIDIA GeForce RTX 3090", 71.0), ("NVIDIA GeForce RTX 3090 Ti", 80.0),
+    ("NVIDIA GeForce RTX 4070 Ti", 80.2), ("NVIDIA RTX A6000", 154.8), ("AMD Instinct MI300X", 1307.4),
+    # Other chips than those of nearly the same name.
+    ("NVIDIA GeForce RTX 4080 SUPER", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3080 Ti", None), ("NVIDIA T400", None),
+    ("NVIDIA A1000", None), ("CPU", None), ("Some GPU", None)])
+def test_a_device_s_peak_is_that_of_its_data_sheet_or_unknown(name: str, peak: float | None) -> None:
+    assert device_peak(name) == peak
+
+
+def test_the_peak_of_all_ranks_is_their_sum_where_each_is_known() -> None:
+    assert peak_flops([H100, V100], "fp16") == (989.0 + 125.0) * 1e12
+    assert peak_flops([H100, CPU], "bf16") is None
+    assert peak_flops([H100], "fp32") is None
