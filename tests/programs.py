@@ -1,4 +1,7 @@
-"""Programs of the system that tests use: where they are, which are missing here, and what installs them."""
+"""Programs of the system that tests use: where they are, which are missing here, and what installs them.
+
+    python tests/programs.py        print the Debian packages that are missing
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,12 @@ def missing_programs() -> list[str]:
 
 def install_command(names: list[str]) -> str:
     """Return the command that installs programs."""
-    return f"{as_root()}apt install {' '.join(sorted({PACKAGES[name] for name in names}))}"
+    return f"{as_root()}apt install {' '.join(packages(names))}"
+
+
+def packages(names: list[str]) -> list[str]:
+    """Return the Debian packages that have programs."""
+    return sorted({PACKAGES[name] for name in names})
 
 
 def as_root() -> str:
@@ -65,3 +73,7 @@ def let_others_in(folder: Path) -> None:
     for path in (folder, *folder.parents):
         if top in path.parents:
             path.chmod(path.stat().st_mode | 0o055)
+
+
+if __name__ == "__main__":
+    print(*packages(missing_programs()))

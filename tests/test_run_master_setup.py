@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
+from machines import Machine, nvidia_gpu
 
 from master.hostfile import Slots
 from master.plain_deepspeed import launcher_words, trainer_words
@@ -37,8 +38,16 @@ def test_a_hostfile_and_its_command_are_shown(tmp_path: Path) -> None:
     assert not (tmp_path / "generate_hostfile.sh").exists()
 
 
-def test_exit_codes_are_those_of_the_tool(tmp_path: Path) -> None:
-    assert run(tmp_path, "--nodes", "localhost").returncode in (0, 1)  # without a GPU there is no hostfile
+def test_exit_codes_are_those_of_the_tool(tmp_path: Path, machine: Machine) -> None:
+    path = f"{machine.bin}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    seen = {"GPU_DETECT_SYSROOT": str(machine.root), "PATH": path}
+    machine.tool("nvidia-smi", ("*", "No devices were found", 6))
+    none = run(tmp_path, "--nodes", "localhost", **seen)
+    assert none.returncode == 1 and not (tmp_path / "hostfile.txt").exists(), none.stderr
+    machine.nvidia(nvidia_gpu(0))
+    one = run(tmp_path, "--nodes", "localhost", **seen)
+    assert one.returncode == 0, one.stderr
+    assert "localhost slots=1 type=NVIDIA" in (tmp_path / "hostfile.txt").read_text()
     assert run(tmp_path, "--nodes", "a b;c").returncode == 2
     assert run(tmp_path, "--help").stdout.startswith("usage: generate_hostfile.py")
 

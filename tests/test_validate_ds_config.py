@@ -181,10 +181,11 @@ def test_fix_takes_care_of_the_file(tmp_path: Path) -> None:
 def test_what_the_system_does_is_no_traceback(tmp_path: Path) -> None:
     text = '{"train_batch_size": 1}'
     (tmp_path / "a.json").write_text(text)
-    for command in (f"{sys.executable} {TOOL} <&-", f"{sys.executable} {TOOL} {tmp_path}/a.json > /dev/full",
-                    f"{sys.executable} {TOOL} --json {tmp_path}/a.json | true", f"{sys.executable} {TOOL} {tmp_path}"):
+    for words, code in (("<&-", 2), (f"{tmp_path}/a.json > /dev/full", 1), (f"--json {tmp_path}/a.json | true", 0),
+                        (f"{tmp_path}", 1)):
+        command = f"{sys.executable} {TOOL} {words}"
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
-        assert "Traceback" not in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and done.returncode == code, (command, done)
     done = subprocess.run([sys.executable, TOOL, tmp_path], capture_output=True, text=True)
     assert done.stdout.splitlines()[0].endswith(": error $: Is a directory. Name a file that can be read [parse]")
 
