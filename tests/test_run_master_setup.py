@@ -39,13 +39,12 @@ def test_a_hostfile_and_its_command_are_shown(tmp_path: Path) -> None:
 
 
 def test_exit_codes_are_those_of_the_tool(tmp_path: Path, machine: Machine) -> None:
-    path = f"{machine.bin}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    seen = {"GPU_DETECT_SYSROOT": str(machine.root), "PATH": path}
+    root, path = str(machine.root), f"{machine.bin}:{Path(sys.executable).parent}:/usr/bin:/bin"
     machine.tool("nvidia-smi", ("*", "No devices were found", 6))
-    none = run(tmp_path, "--nodes", "localhost", **seen)
+    none = run(tmp_path, "--nodes", "localhost", GPU_DETECT_SYSROOT=root, PATH=path)
     assert none.returncode == 1 and not (tmp_path / "hostfile.txt").exists(), none.stderr
     machine.nvidia(nvidia_gpu(0))
-    one = run(tmp_path, "--nodes", "localhost", **seen)
+    one = run(tmp_path, "--nodes", "localhost", GPU_DETECT_SYSROOT=root, PATH=path)
     assert one.returncode == 0, one.stderr
     assert "localhost slots=1 type=NVIDIA" in (tmp_path / "hostfile.txt").read_text()
     assert run(tmp_path, "--nodes", "a b;c").returncode == 2
