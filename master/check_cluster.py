@@ -25,13 +25,13 @@ from typing import Any
 from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags, question
 from master.cluster import ClusterError, add_node_flags, chosen_nodes, read_cluster, write_cluster
 from master.console import Answers, one_line, say
+from master.core.paths import ROOT
 from master.fleet import on_all
 from master.hostfile import HostfileError, read_hostfile
 from master.network_probe import RENDEZVOUS, Pair, probe
 from master.node_facts import BUSY, ask, here, place_of
 from master.nodes import Node, NodeError
 from master.parity import Finding, agreement, differences, gathered, prepared, troubles, unlike_here
-from master.plain_deepspeed import HOME
 from master.ssh import Session
 from master.ssh_config import Access, SshError
 from master.survey import survey
@@ -175,7 +175,7 @@ def check(options: argparse.Namespace) -> int:
     access, wanted = access_of(options), wanted_of(nodes, options)
     facts, findings = ask_nodes(nodes, known, wanted, access)
     pairs: list[Pair] = []
-    findings += judge(facts) + unlike_here(facts, here({**wanted, "folder": str(HOME)})["content"])
+    findings += judge(facts) + unlike_here(facts, here({**wanted, "folder": str(ROOT)})["content"])
     if len(facts) > 1 and not options.fast:
         places = {node: place_of(known.get(str(node), {})) for node in nodes if str(node) in facts}
         addresses = addresses_of(facts, known)
@@ -197,8 +197,8 @@ def check(options: argparse.Namespace) -> int:
 def add_up(hostfile: Path, hosts: Sequence[str], options: argparse.Namespace, access: Access
            ) -> tuple[str, Finding | None]:
     """Have all slots of these hosts add up a number, as the trainer does; return what came of it, or the fault."""
-    words = [sys.executable, str(HOME / "master" / "launch_training.py"), "--hostfile", str(hostfile.absolute()),
-             "--script", str(HOME / "trainer" / "first_sum.py"), "--include", "@".join(hosts), *access_words(options)]
+    words = [sys.executable, str(ROOT / "master" / "launch_training.py"), "--hostfile", str(hostfile.absolute()),
+             "--script", str(ROOT / "trainer" / "first_sum.py"), "--include", "@".join(hosts), *access_words(options)]
     password = {PASSWORD_VARIABLE: access.password} if access.password else {}
     with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:  # where the run's folder goes
         done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from master.core.paths import SCHEMAS
 from master.files import write_whole
 from master.hostfile import read_hostfile
 from master.nodes import Node, parse_node, read_nodes
 
 GIGABIT = 1000.0  # Mbit/s: what a link of unknown speed is taken for
-SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "cluster.schema.json"
+SCHEMA = SCHEMAS / "cluster.schema.json"
 
 
 class ClusterError(ValueError):

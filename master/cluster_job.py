@@ -20,9 +20,10 @@ from types import FrameType
 from typing import Any, Protocol
 
 from master.channels import Channel
+from master.core.paths import WORKER
 from master.failures import End
 from master.fleet import Ask, on_all
-from master.node_facts import WORKER, Place, ask, ask_gpus, streamed
+from master.node_facts import Place, ask, ask_gpus, streamed
 from master.nodes import Node
 from master.ssh import Session
 from master.ssh_config import Access, SshError

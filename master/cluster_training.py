@@ -19,12 +19,11 @@ from typing import Any
 from master.access import question
 from master.cluster_job import ClusterJob, Part, Story
 from master.console import one_line, say
+from master.core.paths import ROOT, TRAINER
 from master.failures import KILLED, first_cause
 from master.hostfile import Slots
-from master.local_training import TRAINER
 from master.node_facts import faults, gpu_faults, here, place_of, torch_faults
 from master.nodes import parse_node
-from master.plain_deepspeed import HOME
 from master.run_fetch import fetch_run
 from master.runs import LAUNCHER, keep_hosts, mark_failed, memory_advice, sign
 from master.screen import Screen
@@ -88,7 +87,7 @@ class Training:
         """Return the job, or None after telling what stands against it."""
         mark = self.run.absolute() / f".{self.name}"
         found = [str(error) for error in unreached.values()]
-        found += [str(fault) for fault in faults(facts, here({"folder": str(HOME)}))]
+        found += [str(fault) for fault in faults(facts, here({"folder": str(ROOT)}))]
         found += [str(fault) for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
                   for fault in gpu_faults(str(part.node), part.slots, gpus)]
         found += [str(fault) for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))

@@ -12,13 +12,13 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path as File
 from typing import Any
 
+from master.core.paths import SCHEMAS
 from master.ds_problem import PARSE, Fix, Problem, shown
 from master.json_text import Path
 
-SCHEMA = File(__file__).resolve().parent.parent / "schemas" / "ds_config.schema.json"
+SCHEMA = SCHEMAS / "ds_config.schema.json"
 COMMENT = re.compile(r"^(_|//|\$comment|comment)")
 TRUE, FALSE = {"1", "on", "t", "true", "y", "yes"}, {"0", "off", "f", "false", "n", "no"}
 NOUNS = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false",

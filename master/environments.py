@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from master.core.paths import ROOT
 from master.gpu_report import GpuReport
 from master.node_facts import Place, ask, here, torch_faults, version_faults
-from master.plain_deepspeed import HOME
 from master.ssh import Session
 from master.ssh_config import SshError
 from master.survey import survey
@@ -83,7 +83,7 @@ class Recipe:
 def requirements() -> list[str]:
     """Return what a node needs, from setup.cfg."""
     parser = configparser.ConfigParser()
-    parser.read(HOME / "setup.cfg")
+    parser.read(ROOT / "setup.cfg")
     lines = parser["options"]["install_requires"] + parser["options.extras_require"]["train"]
     return [line for line in lines.split("\n") if line]
 
@@ -118,7 +118,7 @@ def fill(folder: Path, index_url: str, say: Callable[[str], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     say(f"fetching wheels into {folder}")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "-w", str(folder),
-               "--find-links", str(folder), "-c", str(HOME / "constraints.txt"), *requirements(),
+               "--find-links", str(folder), "-c", str(ROOT / "constraints.txt"), *requirements(),
                *(["--index-url", index_url] if index_url else [])]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
@@ -130,7 +130,7 @@ def fill(folder: Path, index_url: str, say: Callable[[str], None]) -> None:
 def lacking(folder: Path) -> str:
     """Return why a folder of wheels is not enough, "" if it is."""
     command = [find_uv(), "pip", "compile", "--no-config", "--quiet", "--no-index", "--find-links", str(folder),
-               "-c", str(HOME / "constraints.txt"), "--python", sys.executable, "-o", "/dev/null", "-"]
+               "-c", str(ROOT / "constraints.txt"), "--python", sys.executable, "-o", "/dev/null", "-"]
     done = subprocess.run(command, input="\n".join(requirements()), capture_output=True, text=True)
     return last_line(done.stderr) if done.returncode else ""
 
@@ -199,7 +199,7 @@ def install_words(recipe: Recipe, roots: Mapping[str, str], vendor: str) -> list
     else:  # uv knows PyTorch's indices, and finds the driver's CUDA, ROCm or XPU
         source = ["--torch-backend", "cpu" if vendor == "NONE" else "auto"]
     words = [*source, "-c", f"{roots['checkout']}/constraints.txt", *requirements()]
-    constraints = (HOME / "constraints.txt").read_text(encoding="utf-8")
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     short = hashlib.sha256(json.dumps([words, constraints, recipe.python, recipe.wheels]).encode()).hexdigest()[:16]
     return [short, *words]
 

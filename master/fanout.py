@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from master.core.paths import WORKER
 from master.fleet import Ask, on_all
 from master.job_key import make_pem
-from master.node_facts import WORKER, streamed
+from master.node_facts import streamed
 from master.nodes import Node
 from master.pieces import Pieces
 from master.seats import LONGEST, Seat

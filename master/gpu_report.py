@@ -11,10 +11,11 @@ import json
 import re
 import secrets
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-SCHEMA = Path(__file__).resolve().parent.parent / "schemas" / "gpu_report.schema.json"
+from master.core.paths import SCHEMAS
+
+SCHEMA = SCHEMAS / "gpu_report.schema.json"
 TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])|\r")
 # The codes that a healthy machine may have, as the schema tells them from faults.
 NOTICES = {"MIG_ENABLED", "PARTITIONED", "IGPU_PRESENT", "IGPU_ONLY", "MIXED_MODELS", "MIXED_VENDORS", "GPU_BUSY",

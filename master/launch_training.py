@@ -23,12 +23,11 @@ from pathlib import Path
 from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags
 from master.cluster import ClusterError, empty, read_cluster
 from master.console import say
+from master.core.paths import PRESETS, ROOT, TRAINER
 from master.hostfile import HostfileError, Slots, read_hostfile, select
-from master.local_training import TRAINER, choose_slots, count_gpus, shown, train_here
-from master.plain_deepspeed import HOME, default_config, first_address, is_only_here, launcher_words
+from master.local_training import choose_slots, count_gpus, shown, train_here
+from master.plain_deepspeed import default_config, first_address, is_only_here, launcher_words
 from master.runs import RunError, find_run, new_run_path, place_of_run, refuse_twice, trainer_words
-
-PRESETS = HOME / "trainer" / "configs"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,7 +124,7 @@ def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
     """Train on a hostfile's hosts; return the exit code. Raises what `main` catches."""
     from master.cluster_training import train_on_hosts
 
-    config = existing(options.config or HOME / default_config(hosts)).absolute()
+    config = existing(options.config or ROOT / default_config(hosts)).absolute()
     if not options.script:
         check_config(config, sum(len(host.use) for host in hosts))
     for name in ("model", "dataset"):  # the ranks start elsewhere
@@ -170,7 +169,7 @@ def launch(options: argparse.Namespace) -> int:
         return launch_on_hosts(options, hosts)
     gpus = count_gpus() if not hosts or hosts[0].vendor != "CPU" else 0
     slots = list(hosts[0].use) if hosts else choose_slots(options.slots, gpus)
-    config = existing(options.config or (HOME / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json"))
+    config = existing(options.config or (ROOT / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json"))
     check_config(config, len(slots))
     run, place = place_of_run(options)
     if options.restarts:
@@ -208,7 +207,7 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
     options.hostfile = folder / "hostfile.txt"
     if Path("cluster.json").exists():  # which knows where lanspeed lives on the hosts
         shutil.copy("cluster.json", folder)
-    command = [sys.executable, str(HOME / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
+    command = [sys.executable, str(ROOT / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
                "--output", str(options.hostfile), *access_words(options)]
     if options.slots:
         command += ["--cpu-slots", str(options.slots)]

@@ -18,12 +18,11 @@ from pathlib import Path
 from master.access import PASSWORD_VARIABLE
 from master.cluster import empty
 from master.console import one_line, say
+from master.core.paths import TRAINER
 from master.hostfile import Slots
-from master.plain_deepspeed import HOME
 from master.processes import Job
 from master.runs import keep_hosts, mark_failed, memory_advice, sign
 
-TRAINER = HOME / "trainer" / "train.py"
 KILLED = 256 - signal.SIGKILL  # what DeepSpeed's launcher makes of it
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
 

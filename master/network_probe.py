@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from master.channels import Channel
+from master.core.paths import WORKER
 from master.fleet import Ask, on_all
-from master.node_facts import WORKER, Place, streamed
+from master.node_facts import Place, streamed
 from master.nodes import Node
 from master.ssh import Session
 from master.ssh_config import Access, SshError

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from master.core.paths import ROOT, WORKER
 from master.ssh import Session
 from master.ssh_config import SshError
 from master.survey import survey
 
-WORKER = Path(__file__).resolve().parent.parent / "worker"
 MARK = "@@NODE_FACTS "
 NOT_FOUND = (126, 127)  # what a shell says of a program that isn't there, or isn't one
 LITTLE_ROOM = 2 << 30  # bytes
@@ -37,7 +37,7 @@ class Place:
     def there(self, word: str) -> str:
         """Return a word of a command as the node has it: this machine's paths become the node's."""
         head, equals, tail = word.partition("=") if word.startswith("--") else ("", "", word)
-        for here, there in sorted([*self.paths, (str(WORKER.parent), self.folder)], key=lambda pair: -len(pair[0])):
+        for here, there in sorted([*self.paths, (str(ROOT), self.folder)], key=lambda pair: -len(pair[0])):
             if tail == here or tail.startswith(here + "/"):
                 return head + equals + there + tail[len(here) :]
         return word
@@ -45,7 +45,7 @@ class Place:
 
 def place_of(known: Mapping[str, Any]) -> Place:
     """Return a host's place by what cluster.json says of it; this machine's path where it says nothing."""
-    return Place(known.get("dir") or str(WORKER.parent), known.get("python") or sys.executable,
+    return Place(known.get("dir") or str(ROOT), known.get("python") or sys.executable,
                  tuple(known.get("paths", {}).items()))
 
 

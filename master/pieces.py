@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from master.core.paths import ROOT
 from master.files import write_whole
 from master.node_facts import load_worker
-from master.plain_deepspeed import HOME
 from master.trees import Item, Tree, TreeError
 
 CACHE = "digests.json"
@@ -107,7 +107,7 @@ class Pieces:
                 entries.append([item.path, item.mode, item.size, self._digests[at]])
                 at += 1
             found.append({"name": tree.name, "roots": tree.roots, "whole": tree.whole, "code": tree.name == "checkout",
-                          "key": f"{socket.gethostname()}:{HOME} {tree.name}",
+                          "key": f"{socket.gethostname()}:{ROOT} {tree.name}",
                           "entries": [*entries, *map(list, tree.links)]})
         return found
 

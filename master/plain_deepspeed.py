@@ -8,8 +8,6 @@ from pathlib import Path
 from master.cluster import read_cluster
 from master.hostfile import Slots, include_filter
 
-HOME = Path(__file__).resolve().parent.parent
-
 
 def is_only_here(hosts: Sequence[Slots]) -> bool:
     """Tell whether a hostfile names this machine and no other."""

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from master.cluster import ClusterError
+from master.core.paths import ROOT
 from master.hostfile import HostfileError, read_hostfile
-from master.plain_deepspeed import HOME, first_address, launcher_words, trainer_words
+from master.plain_deepspeed import first_address, launcher_words, trainer_words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     path = options.hostfile.absolute()
-    hostfile = path.relative_to(HOME) if path.is_relative_to(HOME) else path
+    hostfile = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     words = launcher_words(hostfile, hosts, address) + trainer_words(hosts, options.model)
     variable = "DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else ""
     print("To train on these hosts (lanspeed at the same path on each, MODEL a Hugging Face name or a folder):")
-    if Path.cwd() != HOME:
-        print(f"  cd {shlex.quote(str(HOME))}")
+    if Path.cwd() != ROOT:
+        print(f"  cd {shlex.quote(str(ROOT))}")
     print(f"  invoke train --model {shlex.quote(options.model)} --hostfile {shlex.quote(str(hostfile))}")
     print("which is, with plain DeepSpeed:")
     print(f"  {variable}{shlex.join(words)}")

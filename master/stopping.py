@@ -18,9 +18,10 @@ from master.access import access_of, question
 from master.channels import Channel
 from master.cluster import read_cluster
 from master.console import say
+from master.core.paths import WORKER
 from master.fleet import on_all
 from master.hostfile import read_hostfile
-from master.node_facts import WORKER, place_of, streamed
+from master.node_facts import place_of, streamed
 from master.nodes import parse_node
 from master.runs import find_run, launcher_of, signed
 from master.ssh import Session

@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from master.core.paths import WORKER
 from master.gpu_report import GpuReport, ReportError, new_nonce, parse_report
 from master.ssh import Result, Session
 from master.ssh_config import SshError
 
-WORKER = Path(__file__).resolve().parent.parent / "worker"
 NOT_FOUND = 127
 # Runs before the detector in the same bash: where the host was reached, and its network cards' addresses.
 FACTS = r"""

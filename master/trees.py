@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from master.plain_deepspeed import HOME
+from master.core.paths import ROOT
 
 CODE = ("master", "worker", "trainer", "schemas")
 NOT_CODE = {".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
@@ -92,10 +92,10 @@ def stays_inside(link: str, top: str) -> bool:
 
 def checkout(folder: str, without: Sequence[Path] = ()) -> Tree:
     """Return lanspeed as it stands here: what git tracks (without git all but what is made), without these paths."""
-    top = str(HOME)
+    top = str(ROOT)
     tree = Tree("checkout", [folder] if folder else [top, "~/lanspeed"], top, whole=True)
     for name in tracked(top) or files_of_code(top):
-        path = HOME / name
+        path = ROOT / name
         if os.path.lexists(path) and not any(path.is_relative_to(other) for other in without):
             tree.add(name, str(path), top)
     return tree
@@ -133,8 +133,8 @@ def named(path: Path, folder: str = "") -> Tree:
     """
     own = f"~/lanspeed-data/{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}/{path.name}"
     places = [str(path), own]
-    if path.is_relative_to(HOME):
-        below = path.relative_to(HOME)
+    if path.is_relative_to(ROOT):
+        below = path.relative_to(ROOT)
         places = [f"{folder}/{below}"] if folder else [str(path), f"~/lanspeed/{below}"]
     if path.is_dir():
         tree = Tree(str(path), places, str(path), whole=True)
@@ -156,7 +156,7 @@ def collect(folder: str, paths: Iterable[Path], names: Iterable[tuple[str, str]]
     for path in sorted({Path(os.path.abspath(path.expanduser())) for path in paths}):
         if not path.exists():
             raise TreeError(f"{path}: there is no such file or folder")
-        if HOME.is_relative_to(path):
+        if ROOT.is_relative_to(path):
             raise TreeError(f"{path}: lanspeed itself is in there: name what you mean below it")
         if not any(path.is_relative_to(other) for other in places):
             places.append(path)

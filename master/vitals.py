@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from master.core.paths import WORKER
 from master.fleet import Ask, on_all
-from master.node_facts import WORKER, Place, streamed
+from master.node_facts import Place, streamed
 from master.nodes import Node
 from master.ssh import Session
 from master.ssh_config import Access, SshError

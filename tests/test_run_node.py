@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from conftest import HOME
 
-from master.node_facts import WORKER, load_worker, streamed
+from master.core.paths import WORKER
+from master.node_facts import load_worker, streamed
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
