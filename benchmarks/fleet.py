@@ -29,9 +29,9 @@ sys.path[:0] = [str(HOME), str(HOME / "tests")]
 OURS = """
 import sys
 from pathlib import Path
-from master.fleet import on_all
-from master.nodes import read_nodes
-from master.ssh_config import Access
+from master.ssh.run_on_all import on_all
+from master.ssh.node_names import read_nodes
+from master.ssh.route import Access
 access = Access(ssh_config=Path(sys.argv[1]), connect_timeout=3, timeout=60)
 found = on_all(read_nodes(sys.argv[2:]), access, lambda session: session.run("echo ok").out)
 print(sum(str(result) == "ok\\n" for result in found.values()))

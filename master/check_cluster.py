@@ -22,23 +22,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags, question
-from master.cluster import ClusterError, add_node_flags, chosen_nodes, read_cluster, write_cluster
-from master.console import Answers, one_line, say
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from master.check.consistency import Finding, agreement, differences, gathered, prepared, troubles, unlike_here
+from master.check.network_test import RENDEZVOUS, Pair, judge_network, probe
 from master.core.paths import ROOT
-from master.fleet import on_all
-from master.hostfile import HostfileError, read_hostfile
-from master.network_probe import RENDEZVOUS, Pair, probe
-from master.node_facts import BUSY, ask, here, place_of
-from master.nodes import Node, NodeError
-from master.parity import Finding, agreement, differences, gathered, prepared, troubles, unlike_here
-from master.ssh import Session
-from master.ssh_config import Access, SshError
-from master.survey import survey
+from master.core.terminal import HostTable, one_line, say
+from master.inventory.cluster_file import ClusterError, add_node_flags, chosen_nodes, read_cluster, write_cluster
+from master.inventory.gpu_query import survey
+from master.inventory.hostfile import HostfileError, read_hostfile
+from master.inventory.node_facts import BUSY, ask, here, place_of
+from master.ssh.node_names import Node, NodeError
+from master.ssh.options import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags, question
+from master.ssh.route import Access, SshError
+from master.ssh.run_on_all import on_all
+from master.ssh.session import Session
 
 LEVELS = ("error", "warning", "info")
-FULL_SPEED = 0.75  # of a card's own speed that a pair should reach
-ODD = 0.5  # of the median pair's rate, below which a pair is named
 FACTS_KEPT = ("packages", "python", "cores", "ram_bytes", "disks", "nics", "nccl", "driver", "glibc", "os")
 
 
@@ -86,11 +87,11 @@ def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], wanted: Mapping[s
         facts["clock_skew_s"] = round(skew, 3) if abs(skew) > (after - before) / 2 else 0.0
         return prepared(facts, known.get(str(session.node), {}).get("address") or address)
 
-    with Answers(nodes) as answers:
+    with HostTable([str(node) for node in nodes]) as answers:
         def tell(node: Node, result: dict[str, Any] | SshError) -> None:
             failed = isinstance(result, SshError)
             text = str(result).removeprefix(f"{node}: ") if failed else "asked"
-            answers.tell(node, "failed" if failed else "ok", text, failed=failed)
+            answers.tell(str(node), "failed" if failed else "ok", text, failed=failed)
 
         found = on_all(nodes, access, work, answers.paused(question()), tell)
     facts = {str(node): result for node, result in found.items() if not isinstance(result, SshError)}
@@ -106,35 +107,6 @@ def judge(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         found += troubles(host, each, each["clock_skew_s"])
         found += [Finding("error", (host,), message, "a GPU is missing there", "invoke detect there says more")
                   for message in each["problems"]]
-    return found
-
-
-def judge_network(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]],
-                  addresses: Mapping[str, str]) -> list[Finding]:
-    """Return which host doesn't reach which, and which pairs are slower than their cards or than the others."""
-    found = [Finding("error", (host,), why, "the network can't be tried from there", "") for host, why in lost.items()]
-    for pair in pairs:
-        for fault in pair.faults:
-            found.append(Finding("error", (pair.source,), f"{pair.target} {fault}",
-                                 "the ranks can't meet, or hang at the first sum",
-                                 f"open {pair.target}'s firewall for {addresses[pair.source]}, as by "
-                                 f"sudo ufw allow from {addresses[pair.source]} there"))
-    rates = sorted(pair.alone for pair in pairs if pair.alone)
-    usual = rates[len(rates) // 2] if rates else 0.0
-    for pair in pairs:
-        cards = [facts[host]["card"] for host in (pair.source, pair.target) if host in facts]
-        speeds = [card["mbit"] for card in cards if card and card["mbit"]]
-        expected = min(speeds) * 1e6 / 8 if len(speeds) == 2 else None  # bytes a second, by the slower card
-        if pair.alone is None:
-            continue
-        if pair.alone < ODD * usual:
-            found.append(Finding("warning", (pair.source, pair.target),
-                                 f"{pair.alone / 1e6:.1f} MB/s, the usual pair has {usual / 1e6:.1f}",
-                                 "every step waits for the slowest pair", "look at its cable, port and card"))
-        elif expected and pair.alone < FULL_SPEED * expected:
-            found.append(Finding("warning", (pair.source, pair.target),
-                                 f"{pair.alone / 1e6:.1f} MB/s of the {expected / 1e6:.0f} that their cards could",
-                                 "sums take longer than they need", "look at cables, the switch and other traffic"))
     return found
 
 

@@ -11,20 +11,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from master.access import AccessError, access_of, add_access_flags, question
-from master.cluster import ClusterError, empty, merge, read_cluster, write_cluster
-from master.console import Answers, say
-from master.fleet import on_all
-from master.gpu_report import GpuReport, ReportError, check_report
-from master.hostfile import HostfileError, Slots, differences, read_hostfile, render_hostfile, write_hostfile
-from master.nodes import Node, NodeError, read_nodes
-from master.roster import Answer, choose_vendor, note_on, slots_of, twins, unfit_name, with_own_address
-from master.ssh_config import SshError
-from master.survey import Survey, survey
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from master.core.terminal import HostTable, say
+from master.inventory.cluster_file import ClusterError, empty, merge, read_cluster, write_cluster
+from master.inventory.gpu_query import Survey, survey
+from master.inventory.gpu_report import GpuReport, ReportError, check_report
+from master.inventory.hostfile import HostfileError, Slots, differences, read_hostfile, render_hostfile, write_hostfile
+from master.inventory.slot_selection import (
+    Answer,
+    choose_vendor,
+    note_on,
+    slots_of,
+    twins,
+    unfit_name,
+    with_own_address,
+)
+from master.ssh.node_names import Node, NodeError, read_nodes
+from master.ssh.options import AccessError, access_of, add_access_flags, question
+from master.ssh.route import SshError
+from master.ssh.run_on_all import on_all
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,14 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
 def ask_hosts(nodes: Sequence[Node], options: argparse.Namespace) -> list[Answer]:
     """Return what each host answered, in order; show each as it comes."""
     access = access_of(options)
-    with Answers(nodes) as answers:
+    with HostTable([str(node) for node in nodes]) as answers:
 
         def tell(node: Node, result: Survey | SshError) -> None:
             answer = answer_of(node, result)
             if answer.found:
-                answers.tell(node, answer.found.way, note_on(answer.found.report))
+                answers.tell(str(node), answer.found.way, note_on(answer.found.report))
             else:
-                answers.tell(node, "failed", (answer.fault or "").removeprefix(f"{node}: "), failed=True)
+                answers.tell(str(node), "failed", (answer.fault or "").removeprefix(f"{node}: "), failed=True)
 
         found = on_all(nodes, access, lambda session: survey(session, options.script_path),
                        answers.paused(question()), tell)

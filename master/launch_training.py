@@ -20,14 +20,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from master.access import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags
-from master.cluster import ClusterError, empty, read_cluster
-from master.console import say
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from master.core.paths import PRESETS, ROOT, TRAINER
-from master.hostfile import HostfileError, Slots, read_hostfile, select
-from master.local_training import choose_slots, count_gpus, shown, train_here
-from master.plain_deepspeed import default_config, first_address, is_only_here, launcher_words
-from master.runs import RunError, find_run, new_run_path, place_of_run, refuse_twice, trainer_words
+from master.core.terminal import say
+from master.inventory.cluster_file import ClusterError, empty, read_cluster
+from master.inventory.hostfile import HostfileError, Slots, read_hostfile, select
+from master.ssh.options import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags
+from master.training.deepspeed_command import default_config, first_address, is_only_here, launcher_words
+from master.training.local_run import choose_slots, count_gpus, shown, train_here
+from master.training.processes import detach
+from master.training.run_folder import RunError, find_run, new_run_path, place_of_run, refuse_twice, trainer_words
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,8 +81,8 @@ class ConfigError(Exception):
 
 def check_config(config: Path, ranks: int) -> None:
     """Say what is wrong with a config; raise ConfigError if DeepSpeed or the Trainer would refuse it."""
-    from master.ds_config import Target, check  # here: it takes a tenth of a second to load
-    from master.json_text import Document, TextError
+    from master.ds_config.checker import Target, check
+    from master.ds_config.json_text import Document, TextError
 
     try:
         document = Document(config.read_text(encoding="utf-8"))
@@ -111,7 +115,7 @@ def whole_checkpoint(options: argparse.Namespace, hosts: Sequence[Slots]) -> lis
     before = options.run / "hostfile.txt"
     if options.script or not options.resume or not before.exists():
         return []
-    from master.shards import bring_together
+    from master.training.checkpoint_transfer import bring_together
 
     options.access = options.access or access_of(options)
     clusters = [read_cluster(before.with_name("cluster.json")), options.cluster]
@@ -122,7 +126,7 @@ def whole_checkpoint(options: argparse.Namespace, hosts: Sequence[Slots]) -> lis
 
 def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
     """Train on a hostfile's hosts; return the exit code. Raises what `main` catches."""
-    from master.cluster_training import train_on_hosts
+    from master.training.cluster_run import train_on_hosts
 
     config = existing(options.config or ROOT / default_config(hosts)).absolute()
     if not options.script:
@@ -183,22 +187,6 @@ def launch(options: argparse.Namespace) -> int:
     return train_here(options, slots, gpus, trainer_line(options, config) + place, run, config)
 
 
-def detach(run: Path) -> bool:
-    """Go on in a process that no terminal ends; return True there, False in the one that was started."""
-    run.mkdir(parents=True, exist_ok=True)
-    log = run / "launch.log"
-    sys.stdout.flush()
-    if os.fork():
-        say(f"detached: {run}\n  follow it: tail -f {log}\n  stop it: python master/launch_training.py --stop {run}")
-        return False
-    os.setsid()
-    with open(os.devnull) as nothing, open(log, "a", encoding="utf-8") as file:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    return True
-
-
 def launch_on_nodes(options: argparse.Namespace) -> int:
     """Write the hostfile of --nodes into the run folder by generate_hostfile.py; train if no host failed."""
     options.access = access_of(options)  # a password is asked for once, and never in an argument
@@ -235,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         if options.stop is not None:
-            from master.stopping import stop
+            from master.training.stop_run import stop
 
             return stop(options.stop or None, options)
         options.run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")

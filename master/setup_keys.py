@@ -17,15 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from master import ssh_hosts
-from master.access import OWN_KEY, AccessError, access_of, add_access_flags, question
-from master.console import Answers, say
-from master.fleet import on_all
-from master.key_pair import KeyPair, KeyPairError, add_to_agent, find_pair, has_passphrase, make_pair
-from master.nodes import Node, NodeError, read_nodes
-from master.remote_keys import install_key, key_is_there, remove_key
-from master.ssh import Session
-from master.ssh_config import Access, SshError
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from master.core.terminal import HostTable, say
+from master.keys import host_blocks
+from master.keys.authorized_keys import install_key, key_is_there, remove_key
+from master.keys.key_pair import KeyPair, KeyPairError, add_to_agent, find_pair, has_passphrase, make_pair
+from master.ssh.node_names import Node, NodeError, read_nodes
+from master.ssh.options import OWN_KEY, AccessError, access_of, add_access_flags, question
+from master.ssh.route import Access, SshError
+from master.ssh.run_on_all import on_all
+from master.ssh.session import Session
 
 
 @dataclass
@@ -88,15 +91,15 @@ def visit_once(
     nodes: Sequence[Node], access: Access, pair: KeyPair | None, options: argparse.Namespace, may_ask: bool
 ) -> dict[Node, Outcome | SshError]:
     """Visit hosts side by side, and show each as it answers; `may_ask`: a password is asked for where no key fits."""
-    with Answers(nodes) as answers:
+    with HostTable([str(node) for node in nodes]) as answers:
 
         def tell(node: Node, result: Outcome | SshError) -> None:
             if isinstance(result, SshError) and result.stage == "authentication" and may_ask and not access.only:
-                answers.tell(node, "no key", "takes none of the keys here: its password will be asked for")
+                answers.tell(str(node), "no key", "takes none of the keys here: its password will be asked for")
             elif isinstance(result, SshError):
-                answers.tell(node, "failed", str(result).removeprefix(f"{node}: "), failed=True)
+                answers.tell(str(node), "failed", str(result).removeprefix(f"{node}: "), failed=True)
             else:
-                answers.tell(node, result.way, result.done)
+                answers.tell(str(node), result.way, result.done)
 
         return on_all(nodes, access, lambda session: visit(session, pair, options), answers.paused(question()), tell)
 
@@ -147,9 +150,9 @@ def update_config(outcomes: Sequence[Outcome], options: argparse.Namespace, key:
     config = options.ssh_config or Path.home() / ".ssh" / "config"
     good = [outcome.node for outcome in outcomes if not outcome.fault and not outcome.node.is_local]
     if options.remove:
-        changes = ssh_hosts.plan(config, [], [ssh_hosts.alias_of(node) for node in good])
+        changes = host_blocks.plan(config, [], [host_blocks.alias_of(node) for node in good])
     else:
-        changes = ssh_hosts.plan(config, [ssh_hosts.block_of(node, options.ssh_user, options.ssh_port, key)
+        changes = host_blocks.plan(config, [host_blocks.block_of(node, options.ssh_user, options.ssh_port, key)
                                           for node in good])
     if not changes:
         return
@@ -168,7 +171,7 @@ def update_config(outcomes: Sequence[Outcome], options: argparse.Namespace, key:
               flush=True)
         if sys.stdin.readline().strip().lower() not in ("yes", "y"):
             return
-    ssh_hosts.apply(changes)
+    host_blocks.apply(changes)
 
 
 def show(outcomes: Sequence[Outcome]) -> None:

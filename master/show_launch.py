@@ -11,10 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from master.cluster import ClusterError
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from master.core.paths import ROOT
-from master.hostfile import HostfileError, read_hostfile
-from master.plain_deepspeed import first_address, launcher_words, trainer_words
+from master.inventory.cluster_file import ClusterError
+from master.inventory.hostfile import HostfileError, read_hostfile
+from master.training.deepspeed_command import first_address, launcher_words, trainer_words
 
 
 def main(argv: Sequence[str] | None = None) -> int:

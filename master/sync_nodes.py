@@ -22,27 +22,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from master.access import AccessError, access_of, add_access_flags, question
-from master.cluster import ClusterError, add_node_flags, chosen_nodes, read_cluster, speed_of, write_cluster
-from master.console import one_line, say
-from master.environments import ROOM, Recipe, fill, make, tools, wheels
-from master.fanout import Fanout, Seat
-from master.fleet import on_all
-from master.hostfile import HostfileError
-from master.nodes import Node, NodeError
-from master.outcomes import Outcome, line_of, outcome_of
-from master.pieces import Pieces
-from master.ssh import Session
-from master.ssh_config import Access, SshError
-from master.sync_screen import SyncScreen
-from master.trees import Tree, TreeError, collect
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from master.core.terminal import one_line, say
+from master.inventory import cluster_file
+from master.inventory.cluster_file import ClusterError, read_cluster, write_cluster
+from master.inventory.hostfile import HostfileError
+from master.ssh.node_names import Node, NodeError
+from master.ssh.options import AccessError, access_of, add_access_flags, question
+from master.ssh.route import Access, SshError
+from master.ssh.run_on_all import on_all
+from master.ssh.session import Session
+from master.sync.chunks import Pieces
+from master.sync.environments import ROOM, Recipe, fill, make, tools, wheels
+from master.sync.file_trees import Tree, TreeError, collect
+from master.sync.progress import SyncScreen
+from master.sync.relay import Fanout, Seat
+from master.sync.report import Outcome, line_of, outcome_of
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this tool's flags."""
     parser = argparse.ArgumentParser(
         prog="sync_nodes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_node_flags(parser)
+    cluster_file.add_node_flags(parser)
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder, or a Hugging Face name (from the cache here, or fetched once)")
     flag("--dataset", metavar="D", help="a file, a folder, or a Hugging Face name")
@@ -134,7 +138,7 @@ def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> N
 
 def sync(options: argparse.Namespace) -> int:
     """Do it; return the exit code. Raises what `main` catches."""
-    nodes, path = chosen_nodes(options.nodes, options.hostfile)
+    nodes, path = cluster_file.chosen_nodes(options.nodes, options.hostfile)
     if len(nodes) == 1 and nodes[0].is_local:
         trees_of(options)
         print("localhost: nothing to do: it is all here")
@@ -156,7 +160,7 @@ def sync(options: argparse.Namespace) -> int:
             fanout.plan(pieces, lambda seat: room(known.get(seat.host, {}), options), options.overwrite,
                         options.dry_run)
             if not options.dry_run:
-                fanout.spread(lambda seat: -speed_of(known.get(seat.host, {}), cluster))
+                fanout.spread(lambda seat: -cluster_file.speed_of(known.get(seat.host, {}), cluster))
     found = {host: outcome_of(seat, pieces.trees) for host, seat in fanout.seats.items()}
     if not options.dry_run and not options.no_env:
         ready = [node for node in nodes if found[str(node)].folder and not found[str(node)].error]

@@ -21,13 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from master.cluster import ClusterError, read_cluster
-from master.console import one_line, say
-from master.ds_problem import LEVELS, PARSE, Problem, Target
-from master.files import write_whole
-from master.gpu_report import ReportError, check_report
-from master.hostfile import HostfileError, read_hostfile
-from master.json_text import Document, TextError
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from master.core.atomic_write import write_whole
+from master.core.terminal import one_line, say
+from master.ds_config.json_text import Document, TextError
+from master.ds_config.problem import LEVELS, PARSE, Problem, Target
+from master.inventory.cluster_file import ClusterError, read_cluster
+from master.inventory.gpu_report import ReportError, check_report
+from master.inventory.hostfile import HostfileError, read_hostfile
 
 
 @dataclass
@@ -100,7 +103,7 @@ def with_slots(host: dict[str, Any], use: Sequence[int]) -> dict[str, Any]:
 
 def look_at(name: str, target: Target) -> Verdict:
     """Read and check one config; a file that can't be read is a finding too."""
-    from master.ds_config import check
+    from master.ds_config.checker import check
 
     shown = "stdin" if name == "-" else name
     try:
@@ -150,7 +153,7 @@ def print_json(verdicts: Sequence[Verdict]) -> None:
 
 def mendable(verdict: Verdict, target: Target) -> bool:
     """Tell whether --fix would change a file."""
-    from master.ds_mends import mend
+    from master.ds_config.fixes import mend
 
     if not verdict.text or not any(problem.fix for problem in verdict.problems):
         return False
@@ -159,7 +162,7 @@ def mendable(verdict: Verdict, target: Target) -> bool:
 
 def offer_mends(verdict: Verdict, target: Target, ask: bool) -> Verdict:
     """Show what --fix would change in a file, ask, write it; return what is left."""
-    from master.ds_mends import mend
+    from master.ds_config.fixes import mend
 
     try:
         text, done = mend(verdict.text or "", target)

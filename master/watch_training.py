@@ -19,14 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from master.access import AccessError, access_of, add_access_flags, question
-from master.cluster import ClusterError, read_cluster
-from master.console import is_terminal, one_line, say
-from master.hostfile import HostfileError, read_hostfile
-from master.node_facts import place_of
-from master.nodes import parse_node
-from master.runs import RunError, find_run, launcher_of
-from master.vitals import Vitals
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from master.core.terminal import is_terminal, one_line, say
+from master.inventory.cluster_file import ClusterError, read_cluster
+from master.inventory.hostfile import HostfileError, read_hostfile
+from master.inventory.node_facts import place_of
+from master.ssh.node_names import parse_node
+from master.ssh.options import AccessError, access_of, add_access_flags, question
+from master.training.host_metrics import Vitals
+from master.training.run_folder import RunError, find_run, launcher_of
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -201,8 +201,14 @@ def machine(tmp_path: Path) -> Machine:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    """A network of machines of its own, with a master and whatever a test adds; needs root."""
-    whole = Lab(tmp_path)
-    yield whole
-    whole.end()
+def lab() -> Iterator[Lab]:
+    """A network of machines of its own, with a master and whatever a test adds; needs root.
+
+    Its folder is not below pytest's, which other accounts may not enter once another pytest has started.
+    """
+    with tempfile.TemporaryDirectory(prefix="lanspeed-lab-") as folder:
+        whole = Lab(Path(folder))
+        try:
+            yield whole
+        finally:
+            whole.end()

@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from master.ds_schema import schema
+from master.ds_config.schema import schema
 
 # What people write where something else is wanted.
 SLIPS = st.sampled_from([

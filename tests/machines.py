@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from master.gpu_report import GpuReport, parse_report
+from master.inventory.gpu_report import GpuReport, parse_report
 
 WORKER = Path(__file__).resolve().parent.parent / "worker"
 WAYS = ["py", "sh", "alone"]

@@ -1,4 +1,4 @@
-"""The shape that the project keeps: who imports whom, what files are called, how long they are."""
+"""The shape that the project keeps: packages, who imports whom, what files are called, how long they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import pytest
 
 HOME = Path(__file__).resolve().parent.parent
 FOLDERS = [HOME / name for name in ("master", "worker", "trainer", "benchmarks", "tests") if (HOME / name).is_dir()]
+# Packages of master/, lowest first: each imports from those above it in this list, none from one in its own line.
+LAYERS = [["core"], ["ssh"], ["inventory"], ["keys", "sync", "check", "training", "ds_config", "plan"], ["tool"]]
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "accelerate", "matplotlib", "paramiko"}
+PARAMIKO = {"master.ssh.paramiko_session", "master.ssh.authentication"}  # imported only when a host is reached
 
 
 def sources(*folders: str) -> list[Path]:
@@ -21,8 +25,20 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(HOME))
 
 
+def module_of(path: Path) -> str:
+    """The name that a file is imported by."""
+    parts = path.relative_to(HOME).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_of(module: str) -> str:
+    """The package of master/ that a module is in; "tool" for a script at the top."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 or (HOME / "master" / parts[-1]).is_dir() else "tool"
+
+
 def imports(path: Path, top_level: bool = False) -> set[str]:
-    """The modules that a file imports, anywhere or at its top level."""
+    """The modules that a file imports, anywhere (in functions and for types too) or at its top level."""
     tree = ast.parse(path.read_text())
     found = set()
     for node in tree.body if top_level else ast.walk(tree):
@@ -31,6 +47,12 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+MODULES = {module_of(path): path for path in sources("master", "trainer")}
+# Each module -> those of ours that it imports; a package's own name says nothing (its __init__ is empty).
+GRAPH = {module: {name for name in imports(path) if name in MODULES and MODULES[name].stem != "__init__"}
+         for module, path in MODULES.items()}
 
 
 def is_tool(path: Path) -> bool:
@@ -42,7 +64,7 @@ def test_every_file_opens_with_a_docstring_and_is_short(path: Path) -> None:
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text))
     if path.parent.name != "worker":  # a worker's script travels alone, and holds all that it needs
-        assert len(text.splitlines()) <= (330 if path.parent.name == "tests" else 260)
+        assert len(text.splitlines()) <= (330 if "tests" in path.parts else 250)
 
 
 @pytest.mark.parametrize("path", sources("worker"), ids=name_of)
@@ -55,21 +77,55 @@ def test_the_trainer_imports_nothing_of_the_master(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & {"master", "worker"}
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("master.")])
+def test_packages_of_the_master_import_one_way(module: str) -> None:
+    own = package_of(module)
+    if MODULES[module].stem == "__init__":
+        return
+    for name in sorted(GRAPH[module]):
+        other = package_of(name)
+        assert other == own or LEVEL[other] < LEVEL[own], f"{module} ({own}) imports {name} ({other})"
+        assert other != "tool", f"{module} imports the tool {name}"
+
+
+def test_nothing_is_imported_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, way: list[str]) -> None:
+        assert module not in way, " imports ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for name in sorted(GRAPH[module]):
+                visit(name, [*way, module])
+            done.add(module)
+
+    for module in GRAPH:
+        if module.startswith("master"):
+            visit(module, [])
+
+
+@pytest.mark.parametrize("path", [path for path in sources("master") if path.name == "__init__.py"], ids=name_of)
+def test_a_package_says_what_it_is_for_and_is_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) == 1  # its contract, and nothing that is handed on
+    assert len(list(path.parent.glob("*.py"))) <= 14
+
+
+@pytest.mark.parametrize("path", sorted((HOME / "master").glob("*.py")), ids=name_of)
+def test_at_the_top_of_the_master_there_are_only_tools(path: Path) -> None:
+    assert is_tool(path) or path.name == "__init__.py"
+
+
 @pytest.mark.parametrize("path", sources("master"), ids=name_of)
 def test_the_master_imports_nothing_heavy_before_it_must(path: Path) -> None:
-    first = imports(path, top_level=True)
-    # These two are themselves imported only when a host is reached.
-    own = {"paramiko"} if path.name in ("ssh_paramiko.py", "ssh_login.py") else set()
-    assert not {name.split(".")[0] for name in first} & (HEAVY - own)
-    assert path.name in ("ssh_paramiko.py", "ssh_login.py") or not {"master.ssh_paramiko", "master.ssh_login"} & first
-    tools = {f"master.{tool.stem}" for tool in sources("master") if is_tool(tool)}
-    assert not imports(path) & tools
+    first, lazily = imports(path, top_level=True), module_of(path) in PARAMIKO
+    assert not {name.split(".")[0] for name in first} & (HEAVY - ({"paramiko"} if lazily else set()))
+    assert lazily or not PARAMIKO & first
 
 
 @pytest.mark.parametrize("path", sources("master", "trainer", "worker"), ids=name_of)
 def test_no_file_hides_a_module_of_the_standard_library(path: Path) -> None:
     assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names
-    assert path.stem not in {"utils", "common", "helpers"}
+    assert path.parent.name not in sys.stdlib_module_names
+    assert not {path.stem, path.parent.name} & {"utils", "common", "helpers"}
 
 
 @pytest.mark.parametrize("path", [path for path in sources("master", "trainer") if is_tool(path)], ids=name_of)

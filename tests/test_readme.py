@@ -66,7 +66,9 @@ def test_the_tree_has_each_source_file_and_no_other(folder: str) -> None:
     block = re.search(rf"^{folder}/.*\n(?: .*\n)*", tree, re.M)
     assert block
     named = set(re.findall(r"[\w.]+\.(?:py|sh|json)\b", block[0]))
-    assert named == {path.name for path in (HOME / folder).glob("*.*")} - {"__init__.py"}
+    found = [path for path in (HOME / folder).rglob("*.*")
+             if path.parent.name not in ("rules", "configs", "__pycache__")]
+    assert named == {path.name for path in found} - {"__init__.py"}
 
 
 def test_each_preset_stands_in_the_table() -> None:

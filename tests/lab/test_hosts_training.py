@@ -66,7 +66,7 @@ def test_an_exception_is_shown_with_its_end(desk: Desk) -> None:
                       "time.sleep(1)\nif os.environ['RANK'] == '1':\n"
                       "    raise MemoryError('CUDA out of memory: 2 GiB')\n"
                       "time.sleep(600)\n")
-    code, output = desk.run("--script", str(script), "--", "--mine", "two words", seconds=60)
+    code, output = desk.run("--script", str(script), "--", "--mine", "two words")
     assert code == 1, output
     assert "rank 0 ['--local_rank=0', '--mine', 'two words']" in output
     assert ": gpu2, rank 1: ended with exit code 1\n  Traceback (most recent call last):" in output
@@ -99,11 +99,11 @@ def test_uneven_slots_and_this_machine_as_a_node(lab: Lab, texts: Path, cache: P
     script.write_text("import os, torch.distributed as d\nd.init_process_group('gloo')\n"
                       "names = [None] * 3\nd.all_gather_object(names, os.uname().nodename)\n"
                       "print(names, flush=True)\nd.barrier()\nd.destroy_process_group()\n")
-    code, output = desk.run("--script", str(script), seconds=90)
+    code, output = desk.run("--script", str(script))
     assert code == 0 and "['master', 'gpu1', 'gpu1']" in output, output
     (desk.folder / "hostfile.txt").write_text("gpu1 slots=2 type=CPU\n")
     script.write_text("import os\nprint(os.uname().nodename, os.environ['MASTER_ADDR'])\n")
-    code, output = desk.run("--script", str(script), seconds=90)
+    code, output = desk.run("--script", str(script))
     assert code == 0 and "gpu1 127.0.0.1" in output, output
     assert_nothing_left(desk)
 
@@ -140,7 +140,7 @@ def test_ctrl_c_saves_on_all_machines(desk: Desk) -> None:
 
 def test_what_stands_against_a_start_is_told_by_host(desk: Desk) -> None:
     desk.lab.switch.network("ip link set port12 down")
-    code, output = desk.run("--connect-timeout", "3", *SMALL, seconds=60)
+    code, output = desk.run("--connect-timeout", "3", *SMALL)
     assert code == 1 and "gpu2: TCP" in output and "nothing was started" in output
     assert not (desk.folder / "runs").exists() or not list((desk.folder / "runs").iterdir())
 

@@ -1,0 +1,1 @@
+"""Hosts compared with each other, and the network between them measured."""

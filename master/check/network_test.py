@@ -1,0 +1,199 @@
+"""The network between nodes, tried from each to each: worker/probe_network.py on all of them, told what to do.
+
+A port that one node can't reach on another, the rate and the round trip of each pair, and of all pairs at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shlex
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from master.check.consistency import Finding
+from master.core.paths import WORKER
+from master.inventory.node_facts import Place, streamed
+from master.ssh.channel import Channel
+from master.ssh.node_names import Node
+from master.ssh.route import Access, SshError
+from master.ssh.run_on_all import Ask, on_all
+from master.ssh.session import Session
+
+ANSWER = 15.0  # seconds that a node may take beyond the work itself
+SENDING = 2.0  # seconds that each pair sends, after half a second to get warm
+RENDEZVOUS = 29500  # DeepSpeed's and torchrun's port of rank 0
+FULL_SPEED = 0.75  # of a card's own speed that a pair should reach
+ODD = 0.5  # of the median pair's rate, below which a pair is named
+
+
+@dataclass
+class Pair:
+    """What one node found of another: the round trip, bytes a second alone and while all send (None unmeasured)."""
+
+    source: str
+    target: str
+    latency_s: float | None = None
+    alone: float | None = None
+    together: float | None = None
+    faults: list[str] = field(default_factory=list)
+
+
+class Talk:
+    """A node that follows orders; one that is lost answers None from then on."""
+
+    def __init__(self, host: str, channel: Channel) -> None:
+        self.host, self._channel, self._rest = host, channel, b""
+        self.lost: str | None = None
+        self.ports: list[int | None] = []
+
+    def tell(self, **order: Any) -> None:
+        """Send an order; without one, a sign of life."""
+        if not self.lost:
+            try:
+                self._channel.send((json.dumps(order) if order else "").encode() + b"\n")
+            except SshError as error:
+                self.lost = error.fault
+
+    def hear(self, event: str, seconds: float) -> dict[str, Any] | None:
+        """Return the answer, None if none comes in time."""
+        end = time.monotonic() + seconds
+        while not self.lost:
+            *lines, self._rest = self._rest.split(b"\n")
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    found: dict[str, Any] = json.loads(line)
+                    if found.get("event") == event:
+                        return found
+            left = end - time.monotonic()
+            try:
+                block = self._channel.receive(left) if left > 0 else None
+            except SshError as error:
+                self.lost = error.fault
+                break
+            if not block:
+                self.lost = (self._channel.complaints()[-200:] if block == b"" else "") or "it gives no answer"
+                break
+            self._rest += block
+        return None
+
+
+def probe(places: Mapping[Node, Place], addresses: Mapping[str, str], access: Access, rates: bool,
+          question: Ask | None, say: Callable[[str], None]) -> tuple[list[Pair], dict[str, str]]:
+    """Return what each node found of each other one, and the nodes that couldn't take part, with why.
+
+    addresses: by host, the one on which it will be reached. With `rates` each pair sends alone, then all in a ring.
+    """
+    talks: dict[str, Talk] = {}
+    lost: dict[str, str] = {}
+    arrived, finished = threading.Semaphore(0), threading.Event()
+
+    def work(session: Session) -> None:
+        script = WORKER / "probe_network.py"
+        command = f"exec {shlex.quote(places[session.node].python)} {streamed(script)}"
+        with contextlib.closing(session.open(command)) as channel:
+            channel.send(script.read_bytes())
+            talks[str(session.node)] = Talk(str(session.node), channel)
+            arrived.release()
+            finished.wait()
+
+    def done(node: Node, result: object) -> None:
+        if isinstance(result, SshError):
+            lost[str(node)] = f"{result.stage}: {result.fault}"
+            arrived.release()
+
+    fleet = threading.Thread(target=on_all, args=(list(places), access, work, question, done),
+                             kwargs={"at_once": len(places)}, daemon=True)
+    fleet.start()
+    try:
+        for _ in places:
+            arrived.acquire()
+        pairs = converse([talks[str(node)] for node in places if str(node) in talks], addresses, rates, say)
+    finally:
+        finished.set()
+        fleet.join(timeout=ANSWER)
+    return pairs, {**lost, **{host: talk.lost for host, talk in talks.items() if talk.lost}}
+
+
+def converse(talks: Sequence[Talk], addresses: Mapping[str, str], rates: bool, say: Callable[[str], None]
+             ) -> list[Pair]:
+    """Have every node listen, then reach every other, then send."""
+    token = secrets.token_hex(16)
+    for talk in talks:
+        talk.tell(listen=[RENDEZVOUS, 0], token=token)
+    for talk in talks:
+        talk.ports = (talk.hear("ready", ANSWER) or {"ports": []})["ports"]
+    up = [talk for talk in talks if not talk.lost]
+    pairs = {(one.host, other.host): Pair(one.host, other.host) for one in up for other in up if one is not other}
+    for one in up:
+        one.tell(connect=[[other.host, addresses[other.host], port] for other in up if other is not one
+                          for port in other.ports if port])
+    for one in up:
+        for result in (one.hear("reached", ANSWER) or {"results": []})["results"]:
+            pair = pairs[one.host, result["name"]]
+            if result["fault"]:
+                pair.faults.append(f"port {result['port']}: {result['fault']}")
+            else:
+                pair.latency_s = min(result["latency_s"], pair.latency_s or result["latency_s"])
+    if rates:
+        measure([talk for talk in up if not talk.lost], addresses, pairs, say)
+    return list(pairs.values())
+
+
+def measure(up: Sequence[Talk], addresses: Mapping[str, str], pairs: Mapping[tuple[str, str], Pair],
+            say: Callable[[str], None]) -> None:
+    """Let each pair send alone, in both directions, then every node to the next, as an all-reduce's ring does."""
+    def rate(one: Talk) -> float | None:
+        found = one.hear("rate", SENDING + ANSWER) or {"bytes_per_s": None}
+        value: float | None = found["bytes_per_s"]
+        return value
+
+    for (source, target), pair in pairs.items():
+        one, other = (next((talk for talk in up if talk.host == host), None) for host in (source, target))
+        if not one or not other or pair.latency_s is None or not other.ports[-1]:
+            continue
+        for talk in up:
+            talk.tell()
+        one.tell(send=[addresses[target], other.ports[-1]], seconds=SENDING)
+        pair.alone = rate(one)
+        if pair.alone:
+            say(f"{source} -> {target}: {pair.alone / 1e6:.1f} MB/s, {pair.latency_s * 1e3:.2f} ms")
+    ring = [(one, up[(number + 1) % len(up)]) for number, one in enumerate(up)] if len(up) > 1 else []
+    ring = [(one, other) for one, other in ring if pairs[one.host, other.host].latency_s is not None]
+    for one, other in ring:
+        one.tell(send=[addresses[other.host], other.ports[-1]], seconds=SENDING)
+    for one, other in ring:
+        pairs[one.host, other.host].together = rate(one)
+
+
+def judge_network(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]],
+                  addresses: Mapping[str, str]) -> list[Finding]:
+    """Return which host doesn't reach which, and which pairs are slower than their cards or than the others."""
+    found = [Finding("error", (host,), why, "the network can't be tried from there", "") for host, why in lost.items()]
+    for pair in pairs:
+        for fault in pair.faults:
+            found.append(Finding("error", (pair.source,), f"{pair.target} {fault}",
+                                 "the ranks can't meet, or hang at the first sum",
+                                 f"open {pair.target}'s firewall for {addresses[pair.source]}, as by "
+                                 f"sudo ufw allow from {addresses[pair.source]} there"))
+    rates = sorted(pair.alone for pair in pairs if pair.alone)
+    usual = rates[len(rates) // 2] if rates else 0.0
+    for pair in pairs:
+        cards = [facts[host]["card"] for host in (pair.source, pair.target) if host in facts]
+        speeds = [card["mbit"] for card in cards if card and card["mbit"]]
+        expected = min(speeds) * 1e6 / 8 if len(speeds) == 2 else None  # bytes a second, by the slower card
+        if pair.alone is None:
+            continue
+        if pair.alone < ODD * usual:
+            found.append(Finding("warning", (pair.source, pair.target),
+                                 f"{pair.alone / 1e6:.1f} MB/s, the usual pair has {usual / 1e6:.1f}",
+                                 "every step waits for the slowest pair", "look at its cable, port and card"))
+        elif expected and pair.alone < FULL_SPEED * expected:
+            found.append(Finding("warning", (pair.source, pair.target),
+                                 f"{pair.alone / 1e6:.1f} MB/s of the {expected / 1e6:.0f} that their cards could",
+                                 "sums take longer than they need", "look at cables, the switch and other traffic"))
+    return found

@@ -1,0 +1,1 @@
+"""A DeepSpeed config: its text read, its problems found, and those with one safe fix fixed."""

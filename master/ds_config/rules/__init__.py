@@ -1,0 +1,1 @@
+"""Tables of small rules about DeepSpeed configs, one file a subject; `master/ds_config/checker.py` runs them all."""

@@ -1,0 +1,1 @@
+"""What is known of each host: its GPUs, its slots, its software, where lanspeed is there."""

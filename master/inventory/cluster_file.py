@@ -1,0 +1,99 @@
+"""cluster.json: what is known of each host, written beside the hostfile; schemas/cluster.schema.json describes it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from master.core.atomic_write import write_whole
+from master.core.paths import SCHEMAS
+from master.inventory.hostfile import read_hostfile
+from master.ssh.node_names import Node, parse_node, read_nodes
+
+GIGABIT = 1000.0  # Mbit/s: what a link of unknown speed is taken for
+SCHEMA = SCHEMAS / "cluster.schema.json"
+
+
+class ClusterError(ValueError):
+    """A cluster.json that can't be used; the message begins with its path."""
+
+
+def add_node_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `chosen_nodes` reads."""
+    flag = parser.add_argument
+    flag("--nodes", nargs="+", metavar="N", default=[], help="hosts: names, user@host:port, ranges gpu[1-4], @file")
+    flag("--hostfile", type=Path, metavar="H", help="the hosts of a hostfile (default: hostfile.txt)")
+
+
+def chosen_nodes(words: Sequence[str], hostfile: Path | None) -> tuple[list[Node], Path]:
+    """Return the hosts that --nodes, else a hostfile (default: hostfile.txt), names, and their cluster.json's path."""
+    path = hostfile or Path("hostfile.txt")
+    nodes = read_nodes(words) if words else [parse_node(host.host) for host in read_hostfile(path)]
+    return nodes, path.with_name("cluster.json")
+
+
+def empty() -> dict[str, Any]:
+    """Return a cluster of no hosts."""
+    return {"schema": "cluster/1", "hosts": [], "pairs": []}
+
+
+def read_cluster(path: Path) -> dict[str, Any]:
+    """Return a checked cluster.json; an empty one if there is none. Raises ClusterError with the first fault's path."""
+    import jsonschema
+
+    try:
+        cluster = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return empty()
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ClusterError(f"{path}: {reason}: delete it, it is written anew") from None
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    faults = sorted(validator.iter_errors(cluster), key=lambda fault: [str(part) for part in fault.absolute_path])
+    if faults:
+        raise ClusterError(f"{path}: {faults[0].json_path}: {faults[0].message[:200]}: delete it, it is written anew")
+    return cluster
+
+
+def speed_of(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> float:
+    """Return how fast a host takes data, in Mbit/s: as measured, else as its network card says."""
+    rates = [pair["bandwidth_bytes_per_s"] for pair in cluster["pairs"]
+             if pair["to"] == known.get("name") and pair["bandwidth_bytes_per_s"]]
+    if rates:
+        return float(max(rates)) * 8 / 1e6
+    for card in known.get("facts", {}).get("nics") or []:
+        if card["mbit"] and known.get("address") in [word.split("/")[0] for word in card["addresses"]]:
+            return float(card["mbit"])
+    return GIGABIT
+
+
+def merge(cluster: dict[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the cluster with these hosts and no others; facts and places that are known of them stay."""
+    old = {host["name"]: host for host in cluster["hosts"]}
+    kept = [{**host, **{key: old[host["name"]][key] for key in ("facts", "dir", "python", "paths")
+                       if key in old.get(host["name"], {})}}
+            for host in hosts]
+    names = {host["name"] for host in hosts}
+    pairs = [pair for pair in cluster["pairs"] if {pair["from"], pair["to"]} <= names]
+    return {**cluster, "hosts": kept, "pairs": pairs}
+
+
+def write_cluster(path: Path, cluster: dict[str, Any]) -> None:
+    """Write cluster.json unless only the times of reading would change."""
+    try:
+        if untimed(json.loads(path.read_text(encoding="utf-8"))) == untimed(cluster):
+            return
+    except (OSError, ValueError):
+        pass
+    write_whole(path, json.dumps(cluster, indent=1) + "\n")
+
+
+def untimed(value: Any) -> Any:
+    """Return a cluster without what differs at every reading: times, free memory, other programs' memory."""
+    if isinstance(value, dict):
+        passing = ("read_at", "memory_free_mib", "busy_mib")
+        return {key: untimed(part) for key, part in value.items() if key not in passing}
+    return [untimed(part) for part in value] if isinstance(value, list) else value

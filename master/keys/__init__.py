@@ -1,0 +1,1 @@
+"""Key login set up on hosts, and taken away again."""

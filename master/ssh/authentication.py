@@ -1,0 +1,129 @@
+"""Logging in by paramiko: what is offered in which order, every private key loaded once.
+
+The key named by flag, the agent's, the configured files, lanspeed's own, the password.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import paramiko
+import paramiko.agent
+
+from master.ssh.route import Access, Route, SshError
+
+_loading = threading.Lock()
+
+
+def words_of(error: BaseException) -> str:
+    """Return what an exception says, or its kind."""
+    return str(error) or type(error).__name__
+
+
+@functools.lru_cache(maxsize=256)
+def _load(path: Path) -> paramiko.PKey | str:
+    try:
+        key = paramiko.PKey.from_path(path)
+        certificate = path.with_name(path.name + "-cert.pub")
+        if certificate.exists():
+            key.load_certificate(str(certificate))
+        return key
+    except Exception as error:  # paramiko and cryptography raise a dozen kinds for keys that they can't take
+        if isinstance(error, paramiko.PasswordRequiredException) or "password" in str(error).lower():
+            return f"{path} has a passphrase and isn't in the agent: ssh-add {path}"
+        return f"{path} can't be used here: {words_of(error)}"
+
+
+def load_key(path: Path) -> paramiko.PKey | str:
+    """Return a private key, or why it can't be used; each file is read once (an RSA key takes half a second)."""
+    with _loading:
+        return _load(path)
+
+
+class Agent(paramiko.agent.AgentSSH):
+    """An ssh agent at a socket of our choice; paramiko's own looks at SSH_AUTH_SOCK only."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(10)
+        connection.connect(path)
+        self._connect(connection)
+
+    def close(self) -> None:
+        """Close the connection to the agent."""
+        self._close()
+
+
+def offers(route: Route, access: Access, notes: list[str]) -> Iterator[tuple[str, paramiko.PKey]]:
+    """Yield (what it is called, key) in the order in which keys are offered; why one isn't goes to `notes`."""
+    offered: set[str] = set()
+    files = list(dict.fromkeys([*([access.key] if access.key else []), *route.key_files]))
+
+    def from_file(path: Path) -> Iterator[tuple[str, paramiko.PKey]]:
+        key = load_key(path) if path.exists() else f"{path}: no such file" if path == access.key else None
+        if isinstance(key, str):
+            notes.append(key)
+        elif key is not None and key.get_base64() not in offered:
+            offered.add(key.get_base64())
+            yield str(path), key
+
+    if access.key and access.only != "password":
+        yield from from_file(access.key)
+    if access.only:
+        return
+    if route.agent:
+        wanted = {public_blob(path) for path in files}
+        with contextlib.suppress(OSError, paramiko.SSHException), contextlib.closing(Agent(route.agent)) as agent:
+            keys = sorted(agent.get_keys(), key=lambda key: key.get_base64() not in wanted)
+            for key in keys:
+                blob = key.get_base64()
+                if blob not in offered and (blob in wanted or not route.only_key_files):
+                    offered.add(blob)
+                    yield f"agent: {key.comment or key.get_name()}", key
+    for path in files:
+        yield from from_file(path)
+
+
+def public_blob(path: Path) -> str:
+    """Return the base64 blob of a private key's public half, '' if there is no .pub file."""
+    try:
+        return path.with_name(path.name + ".pub").read_text().split()[1]
+    except (OSError, IndexError, UnicodeDecodeError):
+        return ""
+
+
+def log_in(transport: paramiko.Transport, route: Route, access: Access) -> str:
+    """Authenticate; return what let us in. Raises SshError with all that was tried."""
+    host, notes, tried = str(route.node), [], []  # type: ignore[var-annotated]
+    try:
+        for name, key in offers(route, access, notes):
+            try:
+                if not transport.auth_publickey(route.user, key):
+                    return name
+                notes.append(f"{name} is accepted, and the server wants more than a key")
+            except paramiko.BadAuthenticationType as refusal:
+                notes.append(f"the server takes no keys, only {', '.join(refusal.allowed_types)}")
+                break
+            except paramiko.AuthenticationException:
+                tried.append(name)
+        if access.password is not None:
+            try:
+                if not transport.auth_password(route.user, access.password):
+                    return "password"
+            except paramiko.BadAuthenticationType as refusal:
+                notes.append(f"the server takes no passwords, only {', '.join(refusal.allowed_types)}")
+            except paramiko.AuthenticationException:
+                tried.append("password")
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        notes.append(f"the server closed the connection ({words_of(error)})")
+        if len(tried) > 2:
+            notes.append("too many keys were offered: name one with --ssh-key, or set IdentitiesOnly")
+    what = f"refused {', '.join(tried)}" if tried else "no key to offer"
+    raise SshError(host, "authentication", f"user {route.user}: " + "; ".join([what, *notes]),
+                   "install a key there (ssh-copy-id), or --ssh-password")

@@ -1,0 +1,197 @@
+"""Sessions by paramiko: one connection a host, its key verified; authentication.py logs in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import IO, Any
+
+import paramiko
+
+from master.ssh.authentication import words_of
+from master.ssh.channel import Channel, SshChannel
+from master.ssh.known_hosts import CHANGED, REVOKED, Entry, HostKey, judge, kinds_first
+from master.ssh.node_names import Node
+from master.ssh.route import Access, BeyondParamiko, Route, SshError
+from master.ssh.session import OUTPUT_LIMIT, Result
+
+BANNER_TRIES = 3  # a server that is asked by many at once (MaxStartups) closes before its banner
+logging.getLogger("paramiko").addHandler(logging.NullHandler())  # its words are in the errors raised here
+
+
+class ParamikoSession:
+    """An authenticated connection."""
+
+    way = "paramiko"
+
+    def __init__(self, node: Node, transport: paramiko.Transport, key: HostKey, access: Access) -> None:
+        self.node, self._transport, self._access = node, transport, access
+        self.fingerprint: str | None = key.fingerprint
+
+    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> Result:
+        """Run a command in a channel of its own."""
+        seconds = timeout or self._access.timeout
+        host = str(self.node)
+        try:
+            with contextlib.closing(self._transport.open_session(timeout=self._access.connect_timeout)) as channel:
+                channel.exec_command(command)
+                return converse(channel, stdin, seconds, host)
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise SshError(host, "command", f"the connection broke: {words_of(error)}") from None
+
+    def open(self, command: str) -> Channel:
+        """Start a command in a channel of its own."""
+        try:
+            channel = self._transport.open_session(timeout=self._access.connect_timeout)
+            return SshChannel(channel, command, str(self.node))
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise SshError(str(self.node), "command", f"the connection broke: {words_of(error)}") from None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._transport.close()
+
+
+def converse(channel: paramiko.Channel, stdin: bytes, seconds: float, host: str) -> Result:
+    """Send the input, collect both outputs and the exit code; raise SshError past the bounds."""
+    deadline, sent = time.monotonic() + seconds, 0
+    out, err = bytearray(), bytearray()
+    channel.setblocking(False)
+    while True:
+        if sent < len(stdin) and channel.send_ready():
+            with contextlib.suppress(socket.timeout):
+                sent += channel.send(stdin[sent : sent + 32768])
+        if sent >= len(stdin) and not channel.eof_sent:
+            channel.shutdown_write()
+        while channel.recv_ready():
+            out += channel.recv(65536)
+        while channel.recv_stderr_ready():
+            err += channel.recv_stderr(65536)
+        if len(out) + len(err) > OUTPUT_LIMIT:
+            raise SshError(host, "command", f"printed more than {OUTPUT_LIMIT >> 20} MiB")
+        if channel.exit_status_ready() and channel.eof_received and not (
+                channel.recv_ready() or channel.recv_stderr_ready()):
+            break
+        if channel.closed:
+            raise SshError(host, "command", "the connection was cut before its end")
+        if time.monotonic() >= deadline:
+            raise SshError(host, "command", f"no end after {seconds:g} s", "--timeout gives it more")
+        select.select([channel], [], [], 0.02 if sent < len(stdin) or channel.eof_received else 0.5)
+    return Result(channel.recv_exit_status(), out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
+
+
+# -- the handshake -----------------------------------------------------------------------------------------------------
+
+
+def handshake(route: Route, access: Access, entries: Sequence[Entry]) -> tuple[paramiko.Transport, HostKey, str]:
+    """Connect and exchange keys; return the connection, the host's key and whether it's known (see host_keys.judge).
+
+    `entries` is what is known of the host. Raises SshError, also for a key that changed or was revoked, and
+    BeyondParamiko for a server that has no cipher or key exchange in common with paramiko.
+    """
+    host = str(route.node)
+    for attempt in range(1, BANNER_TRIES + 1):
+        connection = dial(route, access)
+        transport = paramiko.Transport(connection)
+        transport.auth_timeout = access.connect_timeout
+        # start_client's limit must be the one that ends the wait: paramiko's own would call it a bad banner
+        transport.banner_timeout = transport.handshake_timeout = access.connect_timeout + 10
+        options = transport.get_security_options()
+        options.key_types = kinds_first(entries, options.key_types)
+        try:
+            transport.start_client(timeout=access.connect_timeout)
+            if not transport.initial_kex_done:
+                raise paramiko.SSHException(f"no answer within {access.connect_timeout:g} s")
+            break
+        except paramiko.IncompatiblePeer as error:
+            transport.close()
+            raise BeyondParamiko(words_of(error)) from None
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            transport.close()
+            closed = isinstance(error.__context__ or error, EOFError) or "banner" in str(error)
+            if not closed or attempt == BANNER_TRIES or "no answer" in str(error):
+                if isinstance(connection, ProxySocket) and connection.last_words:
+                    raise SshError(host, "jump host", connection.last_words, f"by hand: ssh {host}") from None
+                raise SshError(host, "handshake", words_of(error),
+                               "is that an SSH server, and not overloaded?") from None
+            time.sleep(random.uniform(0.3, 1.0))  # noqa: S311, spreads the retries
+    remote = transport.get_remote_server_key()
+    key = HostKey(remote.get_name(), remote.get_base64())
+    verdict, place = judge(key, entries)
+    if verdict in (CHANGED, REVOKED):
+        transport.close()
+        mend = ("ask whoever runs it; if the machine was set up anew: ssh-keygen -R "
+                f"'{route.host_key_name}' -f {place.rpartition(':')[0]}") if verdict == CHANGED else ""
+        raise SshError(host, "host key", f"{key.kind} {key.fingerprint} is not the one in {place}" if verdict == CHANGED
+                       else f"{key.fingerprint} is marked as revoked in {place}", mend)
+    transport.set_keepalive(15)
+    return transport, key, verdict
+
+
+class ProxySocket(socket.socket):
+    """The way to a host through a proxy command: a socket pair whose other end is the command's input and output."""
+
+    _process: subprocess.Popen[bytes] | None = None
+    _words: IO[bytes]
+    last_words = ""
+
+    @classmethod
+    def start(cls, command: str) -> ProxySocket:
+        """Start a command, read by a shell as OpenSSH has it, and return the socket that leads to it."""
+        ours, theirs = socket.socketpair()
+        found = cls(fileno=ours.detach())
+        found._words = tempfile.TemporaryFile()  # noqa: SIM115, what it complains of; closed with the socket
+        with theirs:
+            found._process = subprocess.Popen(["sh", "-c", f"exec {command}"], stdin=theirs.fileno(),
+                                              stdout=theirs.fileno(), stderr=found._words, start_new_session=True)
+        return found
+
+    def close(self) -> None:
+        """Close the socket and end the command."""
+        super().close()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=2)
+                break
+        with self._words as words:
+            words.seek(0)
+            self.last_words = (words.read(4096).decode("utf-8", "replace").strip().splitlines() or [""])[-1]
+
+
+def dial(route: Route, access: Access) -> Any:
+    """Return a connected socket, or a proxy command's."""
+    host = str(route.node)
+    if route.proxy:
+        return ProxySocket.start(route.proxy)
+    try:
+        found = socket.getaddrinfo(route.address, route.port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        raise SshError(host, "name lookup", f"{route.address}: {getattr(error, 'strerror', error)}",
+                       "give its address, or a Host block in ~/.ssh/config") from None
+    fault: OSError = OSError("no address")
+    for family, kind, protocol, _, address in found:
+        connection = socket.socket(family, kind, protocol)
+        connection.settimeout(access.connect_timeout)
+        try:
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            connection.close()
+            fault = error
+    text = f"no answer within {access.connect_timeout:g} s" if isinstance(fault, TimeoutError) else fault.strerror
+    raise SshError(host, "TCP", f"{route.address} port {route.port}: {text or words_of(fault)}",
+                   "is it on, and does sshd listen there?")

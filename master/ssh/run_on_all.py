@@ -1,0 +1,161 @@
+"""Work on many hosts side by side: reach each, verify its key, log in, do the work. A host's failure is its own.
+
+Hosts whose keys are unknown wait for one question about all of them; the others don't wait for it.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from master.ssh.known_hosts import UNKNOWN, HostKey, add_entry, entries_for
+from master.ssh.node_names import Node
+from master.ssh.route import Access, BeyondParamiko, Route, SshError, resolve
+from master.ssh.session import LocalSession, OpenSshSession, Session
+
+if TYPE_CHECKING:
+    import paramiko
+
+T = TypeVar("T")
+AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A host that answered with a key that nobody knows yet."""
+
+    route: Route
+    key: HostKey
+
+
+@dataclass
+class _Waiting:
+    """A connection that waits for the answer to the question about its host's key."""
+
+    stranger: Stranger
+    transport: paramiko.Transport
+
+
+Ask = Callable[[Sequence[Stranger]], bool]
+
+
+def on_all(
+    nodes: Sequence[Node], access: Access, work: Callable[[Session], T], ask: Ask | None = None,
+    done: Callable[[Node, T | SshError], None] = lambda node, result: None, at_once: int = AT_ONCE,
+) -> dict[Node, T | SshError]:
+    """Do `work` with a session on every node; return its results, or why there is none, in the nodes' order.
+
+    `ask` decides on unknown host keys, all at once (None refuses them), as soon as every node was reached or not;
+    `done` is told of each result as it comes, from the thread that made it. Work that waits for that of other nodes
+    needs all of them `at_once`.
+    """
+    results: dict[Node, T | SshError] = {}
+    reached: queue.SimpleQueue[tuple[Node, _Waiting | None]] = queue.SimpleQueue()
+
+    def finish(node: Node, task: Callable[[], Session | _Waiting]) -> T | SshError | _Waiting:
+        session = None
+        try:
+            try:
+                session = task()
+            finally:
+                reached.put((node, session if isinstance(session, _Waiting) else None))
+            if isinstance(session, _Waiting):
+                return session
+            try:
+                result: T | SshError = work(session)
+            finally:
+                session.close()
+        except SshError as error:
+            result = error
+        except Exception as error:  # what a hostile server can make a library raise must not cost the other hosts
+            result = SshError(str(node), "internal", f"{type(error).__name__}: {error}")
+        done(node, result)
+        return result
+
+    with ThreadPoolExecutor(min(at_once, max(1, len(nodes)))) as pool:
+        tasks: dict[Node, Future[T | SshError | _Waiting]] = {
+            node: pool.submit(finish, node, partial(start, node, access, ask is not None)) for node in nodes}
+        answers = dict(reached.get() for _ in nodes)
+        waiting = {node: one for node in nodes if (one := answers[node])}
+        trusted = bool(waiting) and ask is not None and ask([one.stranger for one in waiting.values()])
+        tasks |= {node: pool.submit(finish, node, partial(go_on, one, access, trusted))
+                  for node, one in waiting.items()}
+        for node, future in tasks.items():
+            result = future.result()
+            assert not isinstance(result, _Waiting)
+            results[node] = result
+    return {node: results[node] for node in nodes}
+
+
+def start(node: Node, access: Access, may_ask: bool) -> Session | _Waiting:
+    """Reach a node; return a session, or a connection that waits for word on its host key."""
+    if node.is_local:
+        return LocalSession(node, access)
+    from master.ssh.paramiko_session import handshake
+
+    route = resolve(node, access)
+    entries = entries_for(route.host_key_name, route.known_hosts)
+    if route.needs_openssh or any(entry.marker == "@cert-authority" for entry in entries):
+        return OpenSshSession(route, access)
+    try:
+        transport, key, verdict = handshake(route, access, entries)
+    except BeyondParamiko:
+        return OpenSshSession(route, access)
+    if verdict == UNKNOWN:
+        if route.host_keys == "ask" and may_ask:
+            return _Waiting(Stranger(route, key), transport)
+        if route.host_keys != "accept-new":
+            transport.close()
+            raise unknown_key(route, key)
+        add_entry(route.new_keys_file, route.host_key_name, key)
+    return log_in_by_any_way(transport, route, key, access)
+
+
+def go_on(waiting: _Waiting, access: Access, trusted: bool) -> Session:
+    """Continue with a host after the question; if it didn't wait so long, connect to it anew."""
+    from master.ssh.paramiko_session import handshake
+
+    route, key, transport = waiting.stranger.route, waiting.stranger.key, waiting.transport
+    if not trusted:
+        transport.close()
+        raise unknown_key(route, key)
+    add_entry(route.new_keys_file, route.host_key_name, key)
+    if not transport.is_active():
+        entries = entries_for(route.host_key_name, route.known_hosts)
+        transport, key, verdict = handshake(route, access, entries)
+        if verdict == UNKNOWN:
+            transport.close()
+            raise unknown_key(route, key)
+    return log_in_by_any_way(transport, route, key, access)
+
+
+def unknown_key(route: Route, key: HostKey) -> SshError:
+    """Return the error for a host key that nobody vouched for."""
+    return SshError(str(route.node), "host key", f"unknown: {key.kind} {key.fingerprint}",
+                    "compare it with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on the host, then "
+                    "--host-keys accept-new")
+
+
+def log_in_by_any_way(transport: paramiko.Transport, route: Route, key: HostKey, access: Access) -> Session:
+    """Return an authenticated session, by OpenSSH's client where paramiko finds no key that fits."""
+    from master.ssh.authentication import log_in
+    from master.ssh.paramiko_session import ParamikoSession
+
+    try:
+        log_in(transport, route, access)
+        return ParamikoSession(route.node, transport, key, access)
+    except SshError as refusal:
+        transport.close()
+        if access.only == "password":  # which OpenSSH's client would ask for on a terminal
+            raise
+        try:
+            return OpenSshSession(route, access)
+        except SshError:
+            raise refusal from None
+    except BaseException:
+        transport.close()
+        raise

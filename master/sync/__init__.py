@@ -1,0 +1,1 @@
+"""Files and environments brought to hosts: code, model, data, Python packages."""

@@ -1,0 +1,247 @@
+"""An environment on a node, equal to this machine's: what constraints.txt names, PyTorch for the node's own hardware.
+
+uv makes it: one program that is sent along, needs neither pip nor venv nor root there, and fetches a Python where none
+fits. Nothing is changed that lanspeed didn't make.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import functools
+import hashlib
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from master.core.paths import ROOT
+from master.inventory.gpu_query import survey
+from master.inventory.gpu_report import GpuReport
+from master.inventory.node_facts import Place, ask, here, torch_faults, version_faults
+from master.ssh.route import SshError
+from master.ssh.session import Session
+from master.sync.file_trees import Item, Tree, TreeError
+
+GB = 1_000_000_000
+# Bytes of an environment: 1.3 GB was measured with a CPU's PyTorch; of the others it is a guess.
+ROOM = {"NONE": 3 * GB, "other": 10 * GB}
+PATIENCE = 1800.0  # seconds: gigabytes over a slow line
+MARK = "@@ENV "
+COMPLAINTS = ("ERROR", "error", "\N{MULTIPLICATION SIGN}")  # how pip's and uv's lines begin that say what is wrong
+NO_PYTHON = re.compile("No interpreter found|python-build-standalone")  # that is from where uv would fetch one
+TOOLS, WHEELS = "~/.lanspeed/tools", "~/.lanspeed/wheels"
+# $1: the checkout, $2: uv, $3: which Python, $4: what is wanted, in short; the rest: what uv pip install is told.
+SCRIPT = r"""
+root=$1 uv=$2 python=$3 wanted=$4; shift 4
+umask 022
+exec 3<&0
+( cat <&3 >/dev/null; kill -TERM 0 ) &  # whoever asked for this has gone: nothing goes on
+watch=$!
+trap 'kill $watch 2>/dev/null' EXIT
+say() { printf '\n@@ENV %s\n' "$*"; }
+venv=$root/.venv
+if [ -e "$venv" ] && [ ! -e "$venv/lanspeed.json" ]; then venv=$root/.venv-lanspeed; fi
+mark=$venv/lanspeed.json
+if [ -e "$venv" ] && [ ! -e "$mark" ]; then echo "error: lanspeed did not make $venv: move it away" >&2; exit 1; fi
+if grep -qs "\"$wanted\"" "$mark" && "$venv/bin/python" -c ''; then say there "$venv"; exit 0; fi
+export UV_CACHE_DIR=$HOME/.lanspeed/cache UV_PYTHON_INSTALL_DIR=$HOME/.lanspeed/python UV_NO_PROGRESS=1
+if [ -e "$venv" ] && ! "$venv/bin/python" -c '' 2>/dev/null; then rm -rf "$venv"; fi
+mkdir -p "$venv" && echo '{"wanted": null}' > "$mark" || exit 1
+"$uv" venv --no-config --quiet --allow-existing --python "$python" "$venv" || exit 1
+"$uv" pip install --no-config --python "$venv/bin/python" "$@" || exit 1
+"$venv/bin/python" - "$root" "$mark" "$wanted" <<'END' || exit 1
+import json, sys, sysconfig
+root, mark, wanted = sys.argv[1:]
+with open(sysconfig.get_path("purelib") + "/lanspeed.pth", "w") as file:
+    file.write(root + "\n")
+with open(mark, "w") as file:
+    json.dump({"wanted": wanted}, file)
+END
+rm -rf "$UV_CACHE_DIR"
+say made "$venv"
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the flags say: which Python, from where packages come ("" for PyPI and PyTorch's own index)."""
+
+    python: str
+    index_url: str = ""
+    wheels: str = ""  # digest of the wheels' names, where they come from here
+
+
+def requirements() -> list[str]:
+    """Return what a node needs, from setup.cfg."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    lines = parser["options"]["install_requires"] + parser["options.extras_require"]["train"]
+    return [line for line in lines.split("\n") if line]
+
+
+def find_uv() -> str:
+    """Return the path of uv here; raise TreeError if there is none."""
+    with contextlib.suppress(ImportError, FileNotFoundError):
+        import uv
+
+        return str(uv.find_uv_bin())
+    raise TreeError("uv is missing here: make install")
+
+
+def tools() -> Tree:
+    """Return uv as it goes to the nodes."""
+    path = find_uv()
+    return Tree("tools", [TOOLS], items=[Item("uv", path, 0o755, Path(path).stat().st_size)])
+
+
+def wheels(folder: Path) -> Tree:
+    """Return a folder of wheels as it goes to the nodes."""
+    tree = Tree("wheels", [WHEELS], whole=True)
+    for path in sorted(folder.glob("*.whl")):
+        tree.add(path.name, str(path), str(folder))
+    return tree
+
+
+def fill(folder: Path, index_url: str, say: Callable[[str], None]) -> None:
+    """Fetch what a folder of wheels lacks, for this machine's kind and Python. Raises TreeError."""
+    if not lacking(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"fetching wheels into {folder}")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "-w", str(folder),
+               "--find-links", str(folder), "-c", str(ROOT / "constraints.txt"), *requirements(),
+               *(["--index-url", index_url] if index_url else [])]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise TreeError(f"--wheelhouse {folder}: {last_line(done.stderr)}")
+    if why := lacking(folder):
+        raise TreeError(f"--wheelhouse {folder}: {why}")
+
+
+def lacking(folder: Path) -> str:
+    """Return why a folder of wheels is not enough, "" if it is."""
+    command = [find_uv(), "pip", "compile", "--no-config", "--quiet", "--no-index", "--find-links", str(folder),
+               "-c", str(ROOT / "constraints.txt"), "--python", sys.executable, "-o", "/dev/null", "-"]
+    done = subprocess.run(command, input="\n".join(requirements()), capture_output=True, text=True)
+    return last_line(done.stderr) if done.returncode else ""
+
+
+def last_line(text: str) -> str:
+    """Return the last words of a program that failed."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith(COMPLAINTS)), lines[-1] if lines else "?")[:300]
+
+
+def make(session: Session, recipe: Recipe, roots: Mapping[str, str], hello: Mapping[str, Any],
+         say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
+    """Make the environment on a node unless it is there; return its Python and a word on what was done.
+
+    `hello`: what the node said of itself (its machine, its own uv); `say` is told what goes on; `stop` ends it. Raises
+    SshError with the mend.
+    """
+    machine, own_uv = hello["machine"], hello.get("uv")
+    host, root, report = str(session.node), roots["checkout"], survey(session).report
+    theirs = f"{root}/.venv/bin/python"
+    mine = session.run(f"test -e {shlex.quote(root)}/.venv/lanspeed.json").code == 0
+    if not mine and not unlike(session, Place(root, theirs), report):
+        return theirs, "its own environment is equal"
+    uv = f"{roots['tools']}/uv" if machine == platform.machine() else own_uv
+    if not isinstance(uv, str):
+        raise SshError(host, "environment", f"it is {machine}, and the uv here is for {platform.machine()}",
+                       "python3 -m pip install --user uv there")
+    words = [root, uv, recipe.python, *install_words(recipe, roots, report.vendor)]
+    word, venv = run(session, words, say, stop)
+    python = f"{venv}/bin/python"
+    fault = unlike(session, Place(root, python), report)
+    if fault and word == "there":  # somebody has changed it since
+        word, _ = run(session, [root, uv, recipe.python, words[3] + "-again", "--reinstall", *words[4:]], say, stop)
+        fault = unlike(session, Place(root, python), report)
+    if fault:
+        raise SshError(host, "environment", fault, "does this machine itself follow constraints.txt (make install), "
+                       "and --index-url or --wheelhouse hold what is meant?")
+    return python, "environment there" if word == "there" else "environment made"
+
+
+@functools.cache
+def own_facts() -> dict[str, Any]:
+    """Return this machine's facts, which are read once for all hosts."""
+    return here({})
+
+
+def unlike(session: Session, place: Place, report: GpuReport) -> str:
+    """Return what a node's environment has otherwise than this machine's, or can't do with its GPUs; "" if nothing."""
+    host, gpus = str(session.node), report.vendor != "NONE" and bool(report.slots_use)
+    try:
+        facts = ask(session, place, {"torch": gpus})
+    except SshError as error:
+        return error.fault
+    found = version_faults(host, facts, own_facts())
+    if gpus and facts["torch"]:
+        found += torch_faults(host, report.slots_use, facts["torch"])
+    return found[0].text.partition(": invoke sync")[0] if found else ""
+
+
+def install_words(recipe: Recipe, roots: Mapping[str, str], vendor: str) -> list[str]:
+    """Return what is wanted, in short, and what uv pip install is told."""
+    if recipe.wheels:
+        source = ["--no-index", "--find-links", roots["wheels"]]
+    elif recipe.index_url:
+        source = ["--default-index", recipe.index_url]
+    else:  # uv knows PyTorch's indices, and finds the driver's CUDA, ROCm or XPU
+        source = ["--torch-backend", "cpu" if vendor == "NONE" else "auto"]
+    words = [*source, "-c", f"{roots['checkout']}/constraints.txt", *requirements()]
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    short = hashlib.sha256(json.dumps([words, constraints, recipe.python, recipe.wheels]).encode()).hexdigest()[:16]
+    return [short, *words]
+
+
+def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
+    """Run the script; return its word ("made", "there") and the environment's path. Raises SshError."""
+    host, out, end = str(session.node), b"", time.monotonic() + PATIENCE
+    with contextlib.closing(session.open(f"exec sh -c {shlex.quote(SCRIPT)} sh {shlex.join(words)}")) as channel:
+        while (block := channel.receive(1.0)) != b"":
+            out += block or b""
+            if stop.is_set():
+                raise SshError(host, "environment", "stopped")
+            if time.monotonic() > end:
+                raise SshError(host, "environment", f"not done after {PATIENCE:.0f} s", "run it again: it goes on")
+            if said := [line for line in channel.complaints().splitlines() if line.strip()[:1].isalpha()]:
+                say(said[-1].strip())  # not the list of packages
+        said = channel.complaints().splitlines()
+    for line in out.decode("utf-8", "replace").splitlines():
+        if line.startswith(MARK):
+            word, _, venv = line.removeprefix(MARK).partition(" ")
+            return word, venv
+    raise SshError(host, "environment", complaint(said), mend_of("\n".join(said)))
+
+
+def complaint(said: Sequence[str]) -> str:
+    """Return what uv complains of: its error, and the first cause that it gives."""
+    if NO_PYTHON.search("\n".join(said)):
+        return "no Python there that fits, and none can be fetched"
+    first = next((number for number, line in enumerate(said) if line.lstrip().startswith(COMPLAINTS)), None)
+    if first is None:
+        return (said[-1] if said else "it ended without a word")[:300]
+    causes = [line.split("cause:", 1)[1].strip() for line in said[first + 1 :] if line.strip().startswith("cause:")]
+    return ": ".join([said[first].strip().removeprefix("error: "), *causes[:1]])[:300]
+
+
+def mend_of(said: str) -> str:
+    """Return what helps against what uv says."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if NO_PYTHON.search(said):
+        return f"sudo apt install python{version} there, or --python PATH of one"
+    if "No space left" in said:
+        return "make room there; what was fetched is kept"
+    if "dns error" in said or "Connect" in said or "Request failed" in said:
+        return "without internet there: --wheelhouse DIR sends wheels from here"
+    return ""

@@ -1,0 +1,109 @@
+"""What a person sees while nodes get their files: a bar a host on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from master.core.terminal import is_terminal, one_line, say
+
+if TYPE_CHECKING:
+    from master.ssh.run_on_all import Ask, Stranger
+    from master.sync.relay import Seat
+
+TOLD_EVERY = 10.0  # seconds between two lines, without a terminal
+WINDOW = 5.0  # seconds over which a rate is measured
+
+
+class SyncScreen:
+    """Use as a context manager; its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told = time.monotonic()
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._marks: dict[str, list[tuple[float, int]]] = {}
+        self._said: dict[str, str] = {}
+
+    def __enter__(self) -> SyncScreen:
+        if is_terminal():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bars = Progress(TextColumn("{task.fields[host]}", markup=False), BarColumn(bar_width=30),
+                                  TextColumn("{task.description}", markup=False),
+                                  console=Console(stderr=True, highlight=False), transient=True)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def paused(self, ask: Ask | None) -> Ask | None:
+        """Return a question that is asked without moving lines in its way."""
+        if ask is None or self._bars is None:
+            return ask
+
+        def asking(strangers: Sequence[Stranger]) -> bool:
+            self._bars.stop()
+            try:
+                return ask(strangers)
+            finally:
+                self._bars.start()
+
+        return asking
+
+    def reading(self, done: int, total: int) -> None:
+        """So many bytes of what is here have been read, for their digests."""
+        self._show({"here": (done, total, f"reading {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")}, quick=done < total)
+
+    def rows(self, seats: Sequence[Seat]) -> None:
+        """Show how far each node is."""
+        if "here" in self._tasks:
+            self._bars.remove_task(self._tasks.pop("here"))
+        self._show({seat.host: (seat.written, seat.total, self._words(seat)) for seat in seats})
+
+    def environment(self, host: str, text: str) -> None:
+        """Show what goes on with an environment."""
+        with self._lock:
+            if self._said.get(host) == text:
+                return
+            self._said[host] = text
+        if self._bars:
+            self._show({host: (0, None, text)})
+        else:
+            say(one_line(f"{host}: {text}"))
+
+    def _show(self, rows: dict[str, tuple[int, int | None, str]], quick: bool = True) -> None:
+        with self._lock:
+            if self._bars:
+                for host, (done, total, words) in rows.items():
+                    text = one_line(words)[:300]
+                    if host not in self._tasks:
+                        self._tasks[host] = self._bars.add_task("", host=host, total=total)
+                    self._bars.update(self._tasks[host], completed=done, total=total, description=text)
+            elif quick and time.monotonic() - self._told > TOLD_EVERY:
+                self._told = time.monotonic()
+                say("; ".join(one_line(f"{host} {text}") for host, (_, _, text) in rows.items()))
+
+    def _words(self, seat: Seat) -> str:
+        if seat.fault:
+            return seat.fault
+        if seat.same_home:
+            return f"has the home of {seat.same_home}"
+        if "plan" not in seat.said:
+            looked = seat.said.get("examining", {}).get("bytes", 0)
+            return f"looking at what is there ({looked / 1e6:,.0f} MB)" if looked else "being reached"
+        if seat.written >= seat.total:
+            return f"{seat.total / 1e6:,.1f} MB there"
+        now, marks = time.monotonic(), self._marks.setdefault(seat.host, [])
+        marks.append((now, seat.written))
+        while len(marks) > 2 and now - marks[0][0] > WINDOW:
+            del marks[0]
+        rate = (seat.written - marks[0][1]) / max(now - marks[0][0], 0.1)
+        left = f", {(seat.total - seat.written) / rate:,.0f} s left" if rate else ""
+        return f"{seat.written / 1e6:,.0f} of {seat.total / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s{left}"

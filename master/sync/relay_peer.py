@@ -1,0 +1,100 @@
+"""A node that gets files: its channel, what it has said, how far it is. What it says is checked before it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from master.ssh.channel import Channel
+from master.ssh.node_names import Node
+from master.ssh.route import SshError
+
+# The events of worker/receive_files.py and what each must hold.
+EVENTS: dict[str, dict[str, type]] = {
+    "hello": {"id": str, "home": str, "machine": str, "meet": str}, "sees": {"there": bool}, "alive": {},
+    "examining": {"bytes": int}, "plan": {"roots": dict, "missing": list, "bytes": int, "faults": list},
+    "listening": {"port": int}, "progress": {"bytes": int, "missing": int}, "lost": {"peer": str, "text": str},
+    "orphan": {"missing": list}, "finished": {"deleted": int, "kept": list, "left": list}, "failed": {"text": str},
+    "over": {"text": str}}
+LONGEST = 32 << 20  # bytes of one event
+
+
+@dataclass
+class Seat:
+    """A node in the chain; `fault` once it is out, `same_home` of another node, which gets the files for both."""
+
+    node: Node
+    channel: Channel | None = None
+    address: str | None = None  # at which the others may reach it
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last event of each kind
+    heard: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)  # when it last got something
+    missing: int = 0  # pieces
+    written: int = 0  # bytes
+    same_home: str = ""
+    fault: str | None = None
+    fed: bool = False  # from here, and not by the node before it
+    over: bool = False
+    sending: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def host(self) -> str:
+        """The node as it was named."""
+        return str(self.node)
+
+    @property
+    def takes_part(self) -> bool:
+        """True while it belongs to the chain."""
+        return self.fault is None and not self.same_home
+
+    @property
+    def total(self) -> int:
+        """Bytes that it lacked."""
+        return int(self.said.get("plan", {}).get("bytes", 0))
+
+    def tell(self, order: Mapping[str, Any] | bytes = b"", data: bytes = b"") -> None:
+        """Send an order (as JSON already, or not yet) and the bytes that go with it; an empty one is a sign of life.
+
+        A connection that breaks shows elsewhere.
+        """
+        line = order if isinstance(order, bytes) else json.dumps(order).encode()
+        with self.sending, contextlib.suppress(SshError):
+            if self.channel and not self.over:
+                self.channel.send(line + b"\n" + data)
+
+    def hear(self, event: Mapping[str, Any], trees: Collection[str], pieces: int) -> None:
+        """Take in an event; raise ValueError for one that makes no sense with these trees and so many pieces."""
+        kind = event.get("event")
+        if not isinstance(kind, str) or kind not in EVENTS:
+            raise ValueError("unknown event")
+        for name, form in EVENTS[kind].items():
+            if type(event.get(name)) is not form:
+                raise ValueError(f"{kind} without {name}")
+        numbers = [event[name] for name, form in EVENTS[kind].items() if form is int]
+        if any(not 0 <= number < 1 << 60 for number in numbers) or not 0 < event.get("port", 1) < 65536:
+            raise ValueError(f"{kind} with odd numbers")
+        for name, form in EVENTS[kind].items():
+            if form is list and not all(isinstance(each, int) if name == "missing" else isinstance(each, str)
+                                        for each in event[name]):
+                raise ValueError(f"{kind} with an odd list")
+        if kind in ("plan", "orphan") and any(not 0 <= number < pieces for number in event["missing"]):
+            raise ValueError(f"{kind} with unknown pieces")
+        if kind == "plan" and (set(event["roots"]) != set(trees) or not all(
+                isinstance(root, str) for root in event["roots"].values())):
+            raise ValueError("plan with odd roots")
+        self.heard = time.monotonic()
+        if kind == "hello" and isinstance(address := event.get("address"), str):
+            self.address = self.address or address
+        elif kind == "plan":
+            self.missing, self.fault = len(event["missing"]), "; ".join(event["faults"]) or self.fault
+        elif kind == "progress":
+            self.moved = self.heard if event["bytes"] != self.written else self.moved
+            self.written, self.missing = event["bytes"], event["missing"]
+        elif kind in ("failed", "over") and self.takes_part and "finished" not in self.said:
+            self.fault = event["text"]
+        self.said[kind] = dict(event)

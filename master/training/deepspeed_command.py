@@ -1,0 +1,53 @@
+"""The plain `deepspeed` command for a hostfile's hosts, with the flags that its launcher leaves to whoever types it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from master.inventory.cluster_file import read_cluster
+from master.inventory.hostfile import Slots, include_filter
+
+
+def is_only_here(hosts: Sequence[Slots]) -> bool:
+    """Tell whether a hostfile names this machine and no other."""
+    return [host.host for host in hosts] == ["localhost"]
+
+
+def default_config(hosts: Sequence[Slots]) -> str:
+    """Return the preset that suits these hosts, below the project's folder.
+
+    Across a LAN ZeRO-1: stages 2 and 3 send gradients at every micro step.
+    """
+    if hosts[0].vendor == "CPU":
+        return "trainer/configs/cpu.json"
+    return "trainer/configs/zero1.json" if len(hosts) > 1 else "trainer/ds_config.json"
+
+
+def first_address(hosts: Sequence[Slots], hostfile: Path) -> str | None:
+    """Return the first host's address for the others, from cluster.json beside the hostfile. Raises ClusterError."""
+    known = read_cluster(hostfile.with_name("cluster.json"))["hosts"]
+    addresses: dict[str, str | None] = {host["name"]: host["address"] for host in known}
+    return addresses.get(hosts[0].host)
+
+
+def launcher_words(hostfile: Path, hosts: Sequence[Slots], address: str | None) -> list[str]:
+    """Return the command up to the script.
+
+    --master_addr: without it DeepSpeed takes the first word of `hostname -I` on the first host, which may be a bridge.
+    --force_multi: with a single remote host DeepSpeed trains on this machine instead.
+    --no_ssh_check: without it DeepSpeed logs in to this machine before it trains on it.
+    """
+    include = include_filter(hosts)
+    if is_only_here(hosts):
+        return ["deepspeed", f"--hostfile={hostfile}", *([f"--include={include}"] if include else []),
+                "--no_ssh_check", "--master_addr=127.0.0.1"]
+    far = len(hosts) == 1
+    return ["deepspeed", f"--hostfile={hostfile}", *([f"--include={include}"] if include else []),
+            *([f"--master_addr={address}"] if address else []), *(["--force_multi"] if far else [])]
+
+
+def trainer_words(hosts: Sequence[Slots], model: str) -> list[str]:
+    """Return the script and its flags, as typed in the project's folder."""
+    return ["trainer/train.py", "--model_name_or_path", model, "--deepspeed", "--deepspeed_config",
+            default_config(hosts)]

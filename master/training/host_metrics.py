@@ -1,0 +1,85 @@
+"""How busy a run's hosts are now: worker/measure_node.py, streamed to each over SSH, tells it every few seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from master.core.paths import WORKER
+from master.inventory.node_facts import Place, streamed
+from master.ssh.node_names import Node
+from master.ssh.route import Access, SshError
+from master.ssh.run_on_all import Ask, on_all
+from master.ssh.session import Session
+
+MARK = b"@@MEASURED "
+SILENCE = 15.0  # seconds without a line after which a host counts as lost
+BEAT = 5.0  # seconds between two signs of life to the host
+
+
+class Vitals:
+    """Asks hosts until it is closed; `latest` may be read at any time."""
+
+    def __init__(self, places: dict[Node, Place], access: Access, every: float) -> None:
+        self._places, self._access, self._every = places, access, every
+        self._closed = threading.Event()
+        self._latest: dict[str, dict[str, Any]] = {str(node): {} for node in places}
+        self._thread: threading.Thread | None = None
+
+    def start(self, question: Ask | None) -> Vitals:
+        """Begin; `question` decides on unknown host keys."""
+        def lost(node: Node, result: object) -> None:
+            if isinstance(result, SshError):
+                self._latest[str(node)] = {"fault": f"{result.stage}: {result.fault}"}
+
+        nodes: Sequence[Node] = list(self._places)
+        self._thread = threading.Thread(
+            target=lambda: on_all(nodes, self._access, self._work, question, lost, at_once=len(nodes)), daemon=True)
+        self._thread.start()
+        return self
+
+    def latest(self) -> dict[str, dict[str, Any]]:
+        """Return each host's newest measurement, {} before the first, {"fault": why} if it can't be asked."""
+        return dict(self._latest)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until every host has said something, no longer than so many seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not all(self._latest.values()):
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Let go of the hosts."""
+        self._closed.set()
+        if self._thread:
+            self._thread.join(timeout=5)
+
+    def _work(self, session: Session) -> None:
+        script, host = WORKER / "measure_node.py", str(session.node)
+        command = f"exec {shlex.quote(self._places[session.node].python)} {streamed(script)} {self._every}"
+        heard = spoken = time.monotonic()
+        rest = b""
+        with contextlib.closing(session.open(command)) as channel:
+            channel.send(script.read_bytes())
+            while not self._closed.is_set():
+                block = channel.receive(0.2)
+                now = time.monotonic()
+                if block == b"":
+                    raise SshError(host, "connection", channel.complaints()[-200:] or "it has ended")
+                if block:
+                    heard = now
+                    *lines, rest = (rest + block).split(b"\n")
+                    for line in lines:
+                        if line.startswith(MARK):
+                            with contextlib.suppress(ValueError):
+                                self._latest[host] = json.loads(line[len(MARK) :])
+                if now - heard > SILENCE:
+                    raise SshError(host, "connection", f"no word for {SILENCE:.0f} s")
+                if now - spoken > BEAT:
+                    channel.send(b"\n")
+                    spoken = now

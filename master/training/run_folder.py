@@ -1,0 +1,143 @@
+"""Run folders, as the master sees them: their names, who runs them now, how to repeat one, and what became of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from master.core.atomic_write import write_whole
+from master.inventory.cluster_file import merge, write_cluster
+from master.inventory.hostfile import Slots, render_hostfile
+
+LAUNCHER = "launcher.json"
+
+
+class RunError(ValueError):
+    """A run that isn't there, or can't be repeated."""
+
+
+def new_run_path(model: str) -> Path:
+    """Return runs/<time>-<model>, the folder of a run that starts now."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+
+def mark_failed(run: Path, code: int) -> None:
+    """Complete the run.json of a run whose ranks were killed; one that is complete, or isn't there, is left alone."""
+    path = run / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if record.get("status") == "running":
+        record.update(status="failed", exit=code, ended=time.time())
+        write_whole(path, json.dumps(record, indent=1) + "\n")
+
+
+def memory_advice(run: Path) -> list[str]:
+    """Return what run.json says would save a host's memory, [] where it says nothing."""
+    try:
+        found = json.loads((run / "run.json").read_text(encoding="utf-8"))["memory"]["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [str(line) for line in found] if isinstance(found, list) else []
+
+
+def started_at(pid: int) -> str | None:
+    """Return when a process was started, in the kernel's ticks; None if there is none. Tells it from a later one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def sign(run: Path, job: str | None = None) -> None:
+    """Leave word in a run folder that this process runs it, and as which job on its hosts (None: as before)."""
+    run.mkdir(parents=True, exist_ok=True)
+    mine = {"pid": os.getpid(), "started": started_at(os.getpid()), "job": job or signed(run).get("job")}
+    write_whole(run / LAUNCHER, json.dumps(mine) + "\n")
+
+
+def keep_hosts(run: Path, hosts: Sequence[Slots], cluster: dict[str, Any]) -> None:
+    """Write hostfile.txt and cluster.json as used into a run folder, by which it is watched, stopped and resumed."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / "hostfile.txt", render_hostfile(hosts, {}))
+    names = {host.host for host in hosts}
+    write_cluster(run / "cluster.json", merge(cluster, [each for each in cluster["hosts"] if each["name"] in names]))
+
+
+def signed(run: Path) -> dict[str, Any]:
+    """Return what was left by whoever ran it last, {} if nothing."""
+    try:
+        found = json.loads((run / LAUNCHER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def launcher_of(run: Path) -> int | None:
+    """Return the process that runs a run now, None if nobody does."""
+    word = signed(run)
+    pid = word.get("pid")
+    alive = isinstance(pid, int) and started_at(pid) is not None and started_at(pid) == word.get("started")
+    return pid if alive else None
+
+
+def refuse_twice(run: Path) -> None:
+    """Raise RunError if a run is being trained now."""
+    if (pid := launcher_of(run)) is not None:
+        raise RunError(f"{run}: process {pid} trains it now: --stop {shlex.quote(str(run))} first")
+
+
+def find_run(name: str | None, running: bool = False) -> Path:
+    """Return the run that a path or name means, without one the newest (that runs now). Raises RunError."""
+    if name:
+        for path in (Path(name), Path("runs") / name):
+            if path.is_dir():
+                return path
+        raise RunError(f"{name}: no such run: ls runs")
+    found = sorted(path for path in Path("runs").glob("*-*-*")
+                   if path.is_dir() and (not running or launcher_of(path) is not None))
+    if not found:
+        raise RunError("nothing runs here" if running else "no runs here")
+    return found[-1]
+
+
+def place_of_run(options: argparse.Namespace) -> tuple[Path | None, list[str]]:
+    """Return the run folder (None where the trainer finds it) and the flags that tell the trainer."""
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--output_dir", "--output-dir", type=Path)
+    named.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
+    found, _ = named.parse_known_args(options.trainer_flags)
+    if options.resume:
+        return options.run, ["--output_dir", str(options.run), "--resume_from_checkpoint", str(options.run)]
+    if found.output_dir or found.resume_from_checkpoint == "auto":
+        return found.output_dir, []
+    if found.resume_from_checkpoint:
+        path = Path(found.resume_from_checkpoint)
+        path = path.parent.parent if path.name.startswith("checkpoint-") else path
+        return path if path.is_dir() else None, []
+    return options.run, ["--output_dir", str(options.run)]
+
+
+def trainer_words(run: Path) -> list[str]:
+    """Return the trainer's flags that a run was started with, but for those of its place. Raises RunError."""
+    try:
+        command = shlex.split(json.loads((run / "run.json").read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{run}/run.json: {getattr(error, 'strerror', None) or error}: name the model") from None
+    words, skip = [], False
+    for word in command[1:]:
+        drops = word.startswith(("--output_dir", "--output-dir", "--resume_from_checkpoint", "--local_rank",
+                                 "--local-rank"))
+        if not (drops or skip):
+            words.append(word)
+        skip = drops and "=" not in word
+    return words

@@ -1,0 +1,246 @@
+"""One training over several hosts: a session a host, one job, one end.
+
+A thread a host holds the connection and speaks with worker/run_node.py there; this one decides. When something fails,
+every other host is told at once; a host that says nothing for a while counts as lost, and ends its part by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import shlex
+import signal
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+from master.core.paths import WORKER
+from master.inventory.node_facts import Place, ask, ask_gpus, streamed
+from master.ssh.channel import Channel
+from master.ssh.node_names import Node
+from master.ssh.route import Access, SshError
+from master.ssh.run_on_all import Ask, on_all
+from master.ssh.session import Session
+from master.training.hang_detector import StallWatch
+from master.training.root_cause import End
+
+BEAT = 3.0  # seconds between two signs of life, both ways
+SILENCE = 12.0  # seconds without one after which the other side counts as gone
+KEPT = 200  # lines of each rank that are kept for the report of a failure
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one host does: its slots, where lanspeed lives there."""
+
+    node: Node
+    slots: tuple[int, ...]
+    place: Place
+
+
+@dataclass
+class Story:
+    """What happened: ends of ranks, hosts that were lost, the last lines by host and rank, reasons of an early end."""
+
+    ends: list[End] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    said: dict[tuple[str, int | None], deque[str]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT)))
+    codes: dict[str, int] = field(default_factory=dict)
+    asked_to_stop: bool = False
+    first_failure_at: float | None = None
+
+
+Settle = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
+
+
+class Screen(Protocol):
+    """Where the ranks' words go (rank None: the launcher's), and the metrics of a run folder elsewhere."""
+
+    def show(self, host: str, rank: int | None, text: str) -> None: ...
+
+    def add_metrics(self, line: str | None) -> None: ...
+
+    def show_progress(self, rank: int, text: str) -> None: ...
+
+    def pass_time(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ClusterJob:
+    """`settle` is given every host's facts and returns what run_node.py is told, or None to call it off."""
+
+    def __init__(self, parts: Sequence[Part], access: Access, wanted: dict[str, Any], name: str, grace: float,
+                 stalls: StallWatch, settle: Settle) -> None:
+        self._parts = {str(part.node): part for part in parts}
+        self._access, self._wanted, self._name, self._grace, self._settle = access, wanted, name, grace, settle
+        self._stalls = stalls
+        self._events: queue.Queue[tuple[str, str, Any]] = queue.Queue()
+        self._orders: dict[str, queue.Queue[dict[str, Any]]] = {host: queue.Queue() for host in self._parts}
+        self._decided = threading.Event()
+        self._job: dict[str, Any] | None = None
+        self._signals = 0
+        self.story = Story()
+
+    def run(self, question: Ask | None, screen: Screen, say: Callable[[str], None]) -> Story | None:
+        """Run to the end and return what happened; None if it was called off before it began."""
+        before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+        started = time.monotonic()
+        fleet = threading.Thread(target=self._reach_all, args=(question,), daemon=True)
+        fleet.start()
+        try:
+            if not self._gather():
+                return None
+            self._follow(started, screen, say)
+            return self.story
+        finally:
+            screen.close()
+            self._decided.set()
+            fleet.join(timeout=SILENCE + 10)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def asked(self) -> bool:
+        """True once somebody has asked for the end."""
+        return self._signals > 0
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+
+    # -- this thread: decisions ----------------------------------------------------------------------------------------
+
+    def _gather(self) -> bool:
+        """Wait for every host's facts or fault; have it settled; let the hosts go on. False: called off."""
+        facts: dict[str, dict[str, Any]] = {}
+        faults: dict[str, SshError] = {}
+        while len(facts) + len(faults) < len(self._parts) and not self._signals:
+            with contextlib.suppress(queue.Empty):
+                host, kind, content = self._events.get(timeout=0.2)
+                if kind == "facts":
+                    facts[host] = content
+                elif isinstance(content, SshError):
+                    faults[host] = content
+        self._job = None if self._signals else self._settle(facts, faults)
+        self._decided.set()
+        return self._job is not None
+
+    def _follow(self, started: float, screen: Screen, say: Callable[[str], None]) -> None:
+        """Take in what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
+        running, told = set(self._parts), 0
+        while running:
+            since = time.monotonic() - started
+            screen.pass_time()
+            if stalled := self._stalls.overdue(since):
+                say(stalled)
+            if self._signals > told:
+                told = self._signals
+                self.story.asked_to_stop = True
+                say(f"stopping: the ranks may take {self._grace:.0f} s to save; once more kills them" if told == 1
+                    else "killing them")
+                self._tell(running, {"stop": self._grace} if told == 1 else {"kill": True})
+            try:
+                host, kind, content = self._events.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if kind == "over":
+                running.discard(host)
+                if isinstance(content, SshError) and host not in self.story.codes:
+                    self.story.lost[host] = f"{content.stage}: {content.fault}"
+                    self._fail(host, since, running, f"{host} was lost")
+            elif kind == "event":
+                self._take(host, content, since, running, screen)
+
+    def _take(self, host: str, event: dict[str, Any], since: float, running: set[str], screen: Screen) -> None:
+        kind = event.get("event")
+        if kind == "line":
+            self._stalls.line(host, since)
+            self.story.said[host, event["rank"]].append(event["text"])
+            screen.show(host, event["rank"], event["text"])
+        elif kind == "progress":
+            self._stalls.progress(host, event["rank"], since, event["text"])
+            screen.show_progress(event["rank"], event["text"])
+        elif kind == "metrics":
+            screen.add_metrics(None if event.get("fresh") else event["text"])
+        elif kind == "rank":
+            self.story.ends.append(End(host, event["rank"], event["code"], since, event["asked"]))
+            if event["code"]:
+                self._fail(host, since, running, f"rank {event['rank']} on {host} failed")
+        elif kind == "ended":
+            self.story.codes[host] = event["code"]
+            if event["code"] and not event["reason"]:
+                self._fail(host, since, running, f"DeepSpeed's launcher on {host} failed")
+        elif kind == "failed":
+            self.story.lost[host] = event["text"]
+            self._fail(host, since, running, f"{host}: {event['text']}")
+
+    def _fail(self, host: str, since: float, running: set[str], why: str) -> None:
+        """Note the first failure and end the job everywhere else."""
+        if self.story.first_failure_at is None:
+            self.story.first_failure_at = since
+            self._tell(running - {host}, {"fail": why})
+
+    def _tell(self, hosts: set[str], order: dict[str, Any]) -> None:
+        for host in hosts:
+            self._orders[host].put(order)
+
+    # -- a thread a host -----------------------------------------------------------------------------------------------
+
+    def _reach_all(self, question: Ask | None) -> None:
+        def done(node: Node, result: object) -> None:
+            self._events.put((str(node), "over", result))
+
+        on_all([part.node for part in self._parts.values()], self._access, self._work, question, done,
+               at_once=len(self._parts))
+
+    def _work(self, session: Session) -> None:
+        host = str(session.node)
+        part = self._parts[host]
+        facts = ask(session, part.place, self._wanted)
+        gpus = ask_gpus(session) if self._wanted.get("gpus") else None
+        self._events.put((host, "facts", {**facts, "gpus": gpus}))
+        self._decided.wait()
+        if self._job is None:
+            return
+        command = f"exec {shlex.quote(part.place.python)} {streamed(WORKER / 'run_node.py')}"
+        with contextlib.closing(session.open(command)) as channel:
+            job = {**self._job, "job": self._name, "python": part.place.python, "patience": SILENCE,
+                   "node_rank": list(self._parts).index(host), "folder": self._job["folders"][host],
+                   "script": self._job["scripts"][host], "log": self._job["logs"][host],
+                   "arguments": [part.place.there(word) for word in self._job["arguments"]]}
+            channel.send((WORKER / "run_node.py").read_bytes() + json.dumps(job).encode() + b"\n")
+            self._converse(host, channel)
+
+    def _converse(self, host: str, channel: Channel) -> None:
+        """Hand events to the deciding thread, orders to the host, until it has ended; raise SshError if it is lost."""
+        rest, heard, spoken, ended = b"", time.monotonic(), time.monotonic(), False
+        while True:
+            block = channel.receive(0.1)
+            now = time.monotonic()
+            if block:
+                heard = now
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    with contextlib.suppress(ValueError):
+                        event = json.loads(line.decode("utf-8", "replace"))
+                        ended = ended or event.get("event") in ("ended", "failed")
+                        self._events.put((host, "event", event))
+            if ended:
+                return
+            if block == b"":
+                raise SshError(host, "connection", channel.complaints()[-300:] or "it has ended")
+            if now - heard > SILENCE:
+                raise SshError(host, "connection", f"no sign of life for {SILENCE:.0f} s")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    channel.send(json.dumps(self._orders[host].get_nowait()).encode() + b"\n")
+                    spoken = now
+            if now - spoken > BEAT:
+                channel.send(b'{"beat": 1}\n')
+                spoken = now

@@ -1,0 +1,81 @@
+"""`watch_training.py`: what it says of a run that goes on, has ended, or isn't there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HOME
+
+from master.training.run_folder import RunError, find_run, launcher_of, sign, trainer_words
+from master.watch_training import host_lines
+
+TOOL = HOME / "master" / "watch_training.py"
+
+
+def watch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, *words], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def make_run(folder: Path, status: str, name: str = "20260101-000000-tiny") -> Path:
+    run = folder / "runs" / name
+    (run / "logs").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"status": status, "steps": 10, "world_size": 2, "command": (
+        "trainer/train.py --local_rank=0 --model_name_or_path tiny --output_dir runs/x --max_steps 10 "
+        "--resume_from_checkpoint=auto --dataset_path 'my notes'")}))
+    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 4321.0}\n{"step": 4, "eval_l')
+    (run / "logs" / "gpu1.log").write_text("10:00:00 [0] step 3\x1b[31m\n")
+    return run
+
+
+def test_a_run_that_has_ended_is_summed_up(tmp_path: Path) -> None:
+    make_run(tmp_path, "finished")
+    done = watch(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "runs/20260101-000000-tiny: finished, step 3/10, loss 2.5000, 4,321 tokens/s"
+    assert second.startswith("  gpu1: ") and second.endswith(" s ago: 10:00:00 [0] step 3?[31m")
+    state = json.loads(watch("--json", "20260101-000000-tiny", cwd=tmp_path).stdout)
+    assert (state["status"], state["step"], state["eval_loss"], state["world_size"]) == ("finished", 3, None, 2)
+
+
+def test_a_run_whose_launcher_is_gone_does_not_go_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "running")
+    done = watch(cwd=tmp_path)
+    assert done.returncode == 1 and "not running any more" in done.stdout
+    sign(run)
+    assert launcher_of(run)
+    done = watch("--once", cwd=tmp_path)
+    assert done.returncode == 0 and ": running, step 3/10" in done.stdout
+    signed = json.loads((run / "launcher.json").read_text())
+    (run / "launcher.json").write_text(json.dumps({**signed, "started": "1"}))  # the number was given to another
+    assert launcher_of(run) is None
+
+
+def test_runs_are_found_and_repeated(tmp_path: Path) -> None:
+    make_run(tmp_path, "finished")
+    newest = make_run(tmp_path, "failed", "20260102-000000-tiny")
+    done = watch("--once", cwd=tmp_path)
+    assert done.returncode == 1 and "20260102-000000-tiny: failed" in done.stdout
+    assert watch("nothing", cwd=tmp_path).stderr == "error: nothing: no such run: ls runs\n"
+    assert trainer_words(newest) == ["--model_name_or_path", "tiny", "--max_steps", "10", "--dataset_path", "my notes"]
+    (newest / "run.json").unlink()
+    with pytest.raises(RunError, match="name the model"):
+        trainer_words(newest)
+    assert find_run(str(newest)) == newest
+
+
+def test_a_host_is_a_line_with_its_gpus_or_why_it_is_silent() -> None:
+    gpu = {"slot": 0, "use_percent": 97, "memory_used_mib": 20480, "memory_total_mib": 24576, "temperature_c": 71,
+           "power_w": 343.2}
+    busy = {"gpus": [gpu, {**gpu, "slot": 1, "use_percent": None, "temperature_c": None}], "problem": None,
+            "nics": [{"name": "eth0", "in": 110_000_000, "out": 5_000, "mbit": 1000}], "cpu_percent": 3, "ram_mib": 1,
+            "ram_available_mib": 1}
+    state = {"nodes": {"gpu1": busy, "gpu2": {"fault": "TCP: no route"}, "gpu3": {}},
+             "hosts": {"gpu2": {"last": "10:00:00 [1] up", "seconds_ago": 9}}}
+    assert host_lines(state) == [
+        "  gpu1: GPU 0: 97 % 71 °C; GPU 1: ?, 20.0/24 GiB; 20.0/24 GiB, eth0 in 110.0, out 0.0 of 125 MB/s",
+        "  gpu2: TCP: no route, 9 s ago: 10:00:00 [1] up", "  gpu3: asked"]

@@ -1,0 +1,19 @@
+"""Waiting for what a program under test is to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def steps_made(path: Path) -> int:
+    metrics = path / "metrics.jsonl"
+    return metrics.read_text().count('"loss"') if metrics.exists() else 0

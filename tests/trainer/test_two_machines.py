@@ -1,0 +1,68 @@
+"""Two machines without a shared disk, played by two launchers with folders and caches of their own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HOME, TRAINER
+
+from master.training.local_run import free_port
+
+
+def train_on_two(environment: dict[str, str], root: Path, *words: str) -> list[str]:
+    """Run one training over both machines; return what each printed."""
+    port, running = free_port(), []
+    for node in range(2):
+        cwd = root / f"machine-{node}"
+        cwd.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}",
+                   "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", str(TRAINER),
+                   "--model_name_or_path", "tiny", "--output_dir", "run", "--save_steps", "2", "--logging_steps", "1",
+                   *words]
+        own = {**environment, "LANSPEED_CACHE": str(cwd / "cache")}
+        running.append(subprocess.Popen(
+            command, env=own, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=200)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+def checkpoints(root: Path) -> list[list[str]]:
+    return [sorted(path.name for path in (root / f"machine-{node}" / "run" / "checkpoints").iterdir())
+            for node in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["zero1", "zero3"])
+def test_each_keeps_its_shards_and_both_resume_from_what_both_have(
+    environment: dict[str, str], tmp_path: Path, preset: str
+) -> None:
+    config = ["--deepspeed_config", str(HOME / "trainer" / "configs" / f"{preset}.json"), "--max_steps", "6"]
+    # No dataset: Python's own text, which goes from rank 0 to the other machine.
+    train_on_two(environment, tmp_path, *config)
+    assert checkpoints(tmp_path) == [["checkpoint-4", "checkpoint-6"]] * 2
+    for node in range(2):
+        folder = tmp_path / f"machine-{node}" / "run" / "checkpoints" / "checkpoint-6"
+        shards = list(folder.glob("*/*zero_pp_rank_*optim_states.pt"))
+        assert [f"zero_pp_rank_{node}_" in shard.name for shard in shards] == [True]
+    assert (tmp_path / "machine-0" / "run" / "model").exists()
+    assert not (tmp_path / "machine-1" / "run" / "model").exists()
+
+    (tmp_path / "machine-1" / "run" / "checkpoints" / "checkpoint-6" / "complete.json").unlink()
+    outputs = train_on_two(environment, tmp_path, *config, "--resume_from_checkpoint", "auto")
+    assert "checkpoint-6 is half-written" in outputs[0]
+    assert re.search(r"world size +2", outputs[0])
+    assert "continuing after 4" in outputs[0]
+
+
+@pytest.mark.slow
+def test_different_data_on_the_two_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+    for node in range(2):
+        (tmp_path / f"machine-{node}").mkdir()
+        (tmp_path / f"machine-{node}" / "data.txt").write_text(f"The text of machine {node}. " * 50)
+    with pytest.raises(AssertionError, match="differs from that on"):
+        train_on_two(environment, tmp_path, "--dataset_path", "data.txt", "--max_steps", "1")

@@ -1,0 +1,189 @@
+"""worker/run_node.py, streamed to a process as to a node: what it tells, and that nothing of a job runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HOME
+
+from master.core.paths import WORKER
+from master.inventory.node_facts import load_worker, streamed
+
+PROGRAM = """
+import os, signal, subprocess, sys, time
+rank, mode = os.environ["RANK"], sys.argv[2]
+print("hello", rank, sys.argv[2:], os.environ.get("GLOO_SOCKET_IFNAME"), flush=True)
+if mode == "stop":
+    signal.signal(signal.SIGTERM, lambda *_: (print("saving", flush=True), time.sleep(0.3), sys.exit(0)))
+if mode == "child":
+    subprocess.Popen(["sleep", "300"], start_new_session=True)  # out of the session, but not out of the job
+if mode == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if rank == "1" and mode in ("raise", "child", "stubborn"):
+    time.sleep(0.5)
+    raise ValueError("boom")
+if rank == "1" and mode == "kill":
+    time.sleep(0.5)  # a rank that dies as it is born may be waited for by its launcher before anybody sees it
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.5 if mode == "ok" else 300)
+"""
+
+
+class Node:
+    """The node's side, as a process here; `events` are what it has told."""
+
+    def __init__(self, folder: Path, mode: str, patience: float = 12.0) -> None:
+        (folder / "program.py").write_text(PROGRAM)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+        job = {"job": self.name, "python": sys.executable, "folder": str(folder), "environment": {
+            "DS_ACCELERATOR": "cpu"}, "master_addr": "127.0.0.1", "master_port": port, "node_rank": 0,
+            "world": {"here": [0, 1]}, "script": str(folder / "program.py"), "arguments": [mode, "a b"],
+            "patience": patience}
+        script = WORKER / "run_node.py"
+        self.process = subprocess.Popen(["sh", "-c", f"exec {shlex.quote(sys.executable)} {streamed(script)}"],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.write(script.read_bytes() + json.dumps(job).encode() + b"\n")
+        self.quiet = threading.Event()  # the master's signs of life end
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it has ended
+            while not self.quiet.wait(0.5):
+                self.write(b'{"beat": 1}\n')
+
+    def write(self, data: bytes) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            yield json.loads(line)
+
+    def until(self, text: str) -> None:
+        for event in self.events():
+            if text in str(event.get("text")):
+                return
+        pytest.fail(f"it never said {text}")
+
+    def all(self) -> list[dict[str, Any]]:
+        found = [event for event in self.events() if event["event"] != "beat"]
+        assert self.process.wait(timeout=60) == 0
+        self.assert_gone()
+        return found
+
+    def assert_gone(self) -> None:
+        end = time.monotonic() + 60
+        while left := job_of(self.name):
+            assert time.monotonic() < end, left
+            time.sleep(0.1)
+        assert not list(Path(tempfile.gettempdir()).glob(f"lanspeed-{self.name}-*"))
+
+
+def job_of(name: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"LANSPEED_JOB={name}".encode() in (path / "environ").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_ranks_that_end_well_are_told_of_in_order(tmp_path: Path) -> None:
+    events = Node(tmp_path, "ok").all()
+    assert [event["event"] for event in events] == ["started", "line", "line", "rank", "rank", "ended"]
+    assert {event["text"] for event in events if event["event"] == "line"} == {
+        f"hello {rank} ['ok', 'a b'] lo" for rank in (0, 1)}
+    assert events[-1] == {"event": "ended", "code": 0, "reason": "", "ranks": {"0": 0, "1": 0}}
+
+
+@pytest.mark.parametrize(("mode", "code"), [("raise", 1), ("kill", -9), ("child", 1), ("stubborn", 1)])
+def test_a_rank_that_fails_takes_the_others_along(mode: str, code: int, tmp_path: Path) -> None:
+    started = time.monotonic()
+    events = Node(tmp_path, mode).all()
+    assert time.monotonic() - started < 100  # the others would sleep 300 s
+    failed = next(event for event in events if event["event"] == "rank")
+    assert (failed["rank"], failed["code"]) == (1, code)
+    assert events[-1]["reason"] == "a rank failed" and events[-1]["code"] != 0
+    if mode == "raise":
+        said = [event["text"] for event in events if event["event"] == "line" and event["rank"] == 1]
+        assert said[1].startswith("Traceback") and said[-1] == "ValueError: boom"
+
+
+def test_an_orderly_stop_lets_ranks_save(tmp_path: Path) -> None:
+    node = Node(tmp_path, "stop")
+    node.until("hello 1")
+    time.sleep(0.3)
+    node.write(b'{"stop": 20}\n')
+    events = node.all()
+    assert [event["text"] for event in events if event["event"] == "line"].count("saving") == 2
+    assert events[-1] == {"event": "ended", "code": 0, "reason": "stopped", "ranks": {"0": 0, "1": 0}}
+
+
+def test_an_order_to_kill_is_followed_at_once(tmp_path: Path) -> None:
+    node = Node(tmp_path, "stubborn-all")
+    node.until("hello 1")
+    node.write(b'{"stop": 60}\n{"kill": true}\n')
+    started = time.monotonic()
+    assert node.all()[-1]["reason"] == "stopped" and time.monotonic() - started < 40  # not the 60 s of the stop
+
+
+@pytest.mark.parametrize("end", ["silence", "closed", "killed"])
+def test_a_master_that_is_gone_ends_the_job(end: str, tmp_path: Path) -> None:
+    node = Node(tmp_path, "hang", patience=2.0)
+    node.until("hello 1")
+    node.quiet.set()
+    if end == "closed" and node.process.stdin:
+        node.process.stdin.close()
+    if end == "killed":  # and this side of the job too, by whatever
+        node.process.send_signal(signal.SIGKILL)
+        node.process.wait()
+        wait_until_gone = time.monotonic() + 60
+        while job_of(node.name) and time.monotonic() < wait_until_gone:
+            time.sleep(0.1)
+        assert not job_of(node.name)
+        return
+    assert "master" in node.all()[-1]["reason"]
+
+
+def test_the_way_to_an_address_is_known_without_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    node = load_worker("run_node")
+    assert node.interface_towards("127.0.0.1") == "lo" and node.interface_towards("no-such-host.invalid") is None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        assert node.ipv4_interfaces(probe)["127.0.0.1"] == "lo"
+    if Path("/proc/net/if_inet6").exists() and "::1" in node.ipv6_interfaces():
+        assert node.interface_towards("::1") == "lo"
+
+
+def test_a_node_describes_itself(tmp_path: Path) -> None:
+    wanted = {"folder": str(HOME), "paths": [str(tmp_path), "/no/such/path"], "marks": [str(tmp_path), "/nor/this"]}
+    done = subprocess.run([sys.executable, WORKER / "describe_node.py", json.dumps(wanted)], capture_output=True,
+                          text=True, check=True)
+    facts = json.loads(done.stdout.partition("@@NODE_FACTS ")[2])
+    assert facts["missing"] == ["/no/such/path"] and facts["there"] == [str(tmp_path)]
+    assert facts["packages"]["deepspeed"] and len(facts["code"]) == 16 and facts["port"] > 1024
+    with socket.create_server(("", 0)) as taken:
+        wanted["port"] = taken.getsockname()[1]
+        done = subprocess.run([sys.executable, WORKER / "describe_node.py", json.dumps(wanted)], capture_output=True,
+                              text=True, check=True)
+    assert json.loads(done.stdout.partition("@@NODE_FACTS ")[2])["port"] is None
