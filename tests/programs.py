@@ -20,7 +20,7 @@ PACKAGES = {
     "ssh": "openssh-client", "ssh-keygen": "openssh-client", "ssh-agent": "openssh-client", "ssh-add": "openssh-client",
     "sshd": "openssh-server", "openssl": "openssl", "pdsh": "pdsh", "faketime": "faketime", "nft": "nftables",
     "ip": "iproute2", "ss": "iproute2", "tc": "iproute2", "g++": "g++", "ps": "procps", "hostname": "hostname",
-    "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "mount": "mount", "useradd": "passwd",
+    "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "mount": "mount",
     "/usr/bin/python3": "python3",
 }
 LAB = ("unshare", "nsenter", "mount", "hostname", "ip", "ss", "ssh", "ssh-keygen", "sshd")  # what whole machines take

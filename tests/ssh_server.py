@@ -65,6 +65,7 @@ PrintMotd no
 {options}
 ForceCommand {command}
 """)
+        self.prefix: list[str] = []  # of the command that starts it
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> SshServer:
@@ -72,7 +73,7 @@ ForceCommand {command}
             Path("/run/sshd").mkdir(exist_ok=True)
         log = self.folder / "sshd.log"
         self._process = subprocess.Popen(
-            [program("sshd"), "-D", "-f", str(self.folder / "sshd_config"), "-E", str(log)])
+            [*self.prefix, program("sshd"), "-D", "-f", str(self.folder / "sshd_config"), "-E", str(log)])
         end = time.monotonic() + 20
         while time.monotonic() < end:
             try:

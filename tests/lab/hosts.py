@@ -51,13 +51,36 @@ class Namespaces:
             self._process.stdout.close()
 
 
+def write_accounts(etc: Path, users: dict[str, tuple[int, Path]], password: str) -> None:
+    """Write passwd and shadow into a folder, this machine's with other users (number and home), and make the homes.
+
+    To be mounted over those in /etc, in a namespace: this machine's own stay as they are.
+    """
+    etc.mkdir(parents=True)
+    lines = {name: Path(f"/etc/{name}").read_text().splitlines() for name in ("passwd", "shadow")}
+    for user, (uid, home) in users.items():
+        home.mkdir(parents=True)
+        os.chown(home, uid, uid)
+        home.chmod(0o755)
+        for name in lines:
+            lines[name] = [line for line in lines[name] if not line.startswith(f"{user}:")]
+        lines["passwd"].insert(0, f"{user}:x:{uid}:{uid}::{home}:/bin/bash")
+        secret = subprocess.run([program("openssl"), "passwd", "-6", "-stdin"], input=password, text=True,
+                                capture_output=True, check=True).stdout.strip() if password else "*"
+        lines["shadow"].insert(0, f"{user}:{secret}:20000:0:99999:7:::")
+    for name, text in lines.items():
+        (etc / name).write_text("\n".join(text) + "\n")
+        (etc / name).chmod(0o640 if name == "shadow" else 0o644)
+
+
 class Host(Namespaces):
     """A machine of the lab, with an account `worker` and root, homes below `folder`/home, and an sshd on request."""
 
     def __init__(self, lab: Lab, name: str, number: int, password: str = "") -> None:
         self.folder, self.address = lab.folder / name, f"{NETWORK}.{number}"
         self.etc, self.homes = self.folder / "etc", self.folder / "home"
-        self._make_accounts(password)
+        users = {"root": (0, self.homes / "root"), "worker": (3001, self.homes / "worker")}
+        write_accounts(self.etc, users, password)
         (self.etc / "machine-id").write_text(f"{number:032x}\n")
         (self.etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")  # as Debian's installer writes it
         binds = [f"mount --bind {self.etc / file} /etc/{file}" for file in MOUNTED if Path(f"/etc/{file}").exists()]
@@ -68,24 +91,6 @@ class Host(Namespaces):
         lab.switch.network(f"ip link set port{number} master lan up")
         self.network(f"ip address add {self.address}/24 dev eth0")
         self.network("ip link set eth0 up")
-
-    def _make_accounts(self, password: str) -> None:
-        self.etc.mkdir(parents=True)
-        lines = {name: Path(f"/etc/{name}").read_text().splitlines() for name in ("passwd", "shadow")}
-        for user, uid in (("root", 0), ("worker", 3001)):
-            home = self.homes / user
-            home.mkdir(parents=True)
-            os.chown(home, uid, uid)
-            home.chmod(0o755)
-            for name in lines:
-                lines[name] = [line for line in lines[name] if not line.startswith(f"{user}:")]
-            lines["passwd"].insert(0, f"{user}:x:{uid}:{uid}::{home}:/bin/bash")
-            secret = subprocess.run([program("openssl"), "passwd", "-6", "-stdin"], input=password, text=True,
-                                    capture_output=True, check=True).stdout.strip() if password else "*"
-            lines["shadow"].insert(0, f"{user}:{secret}:20000:0:99999:7:::")
-        for name, text in lines.items():
-            (self.etc / name).write_text("\n".join(text) + "\n")
-            (self.etc / name).chmod(0o640 if name == "shadow" else 0o644)
 
     @property
     def home(self) -> Path:

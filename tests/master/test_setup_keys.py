@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
+from lab.hosts import write_accounts
 from programs import let_others_in, program
 from ssh_server import SshClient, SshServer, free_port, make_key
 from terminal import type_into
@@ -171,37 +171,34 @@ def test_a_full_disk_is_told_and_nothing_is_lost(lab: Lab) -> None:
 PASSWORD = "correct horse battery"
 
 
-@pytest.fixture
-def account(tmp_path: Path) -> Iterator[str]:
-    """A user with a password, for as long as a test runs."""
-    name, home = f"lanspeed{os.getpid() % 100000}", tmp_path / "account"
-    let_others_in(tmp_path)
-    subprocess.run(["useradd", "-m", "-d", str(home), "-s", "/bin/bash", name], check=True, capture_output=True)
-    subprocess.run(["chpasswd"], input=f"{name}:{PASSWORD}\n", text=True, check=True)
-    yield name
-    subprocess.run(["userdel", "-f", name], check=True, capture_output=True)
+ACCOUNT = "somebody"
 
 
 @contextlib.contextmanager
-def password_server(folder: Path, name: str, home: Path) -> Iterator[SshServer]:
-    """An sshd that lets an account in by its password."""
-    server = SshServer(folder, address="127.0.0.4", command='exec bash -c "$SSH_ORIGINAL_COMMAND"')
-    config = folder / "sshd_config"
+def password_server(folder: Path) -> Iterator[SshServer]:
+    """An sshd for which there is an ACCOUNT with PASSWORD; its home is `folder`/account."""
+    let_others_in(folder)
+    home, etc = folder / "account", folder / "etc"
+    write_accounts(etc, {ACCOUNT: (3001, home)}, PASSWORD)
+    server = SshServer(folder / "server", address="127.0.0.4", command='exec bash -c "$SSH_ORIGINAL_COMMAND"')
+    config = server.folder / "sshd_config"
     text = config.read_text().replace("PasswordAuthentication no", "PasswordAuthentication yes")
     config.write_text(text.replace(f"{server.home}/.ssh", f"{home}/.ssh"))
+    mounts = " && ".join(f"mount --bind {etc / name} /etc/{name}" for name in ("passwd", "shadow"))
+    server.prefix = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
     with server:
         yield server
 
 
 @pytest.mark.root
-@pytest.mark.needs("useradd")
-def test_one_password_on_the_terminal_does_for_all_hosts(tmp_path: Path, account: str) -> None:
+@pytest.mark.needs("unshare", "openssl")
+def test_one_password_on_the_terminal_does_for_all_hosts(tmp_path: Path) -> None:
     home = tmp_path / "account"
-    with password_server(tmp_path / "1", account, home) as server:
+    with password_server(tmp_path) as server:
         client = SshClient(tmp_path / "client", gpu1=server, gpu2=server)
         server.authorized_keys.write_text("")
         key = tmp_path / "client" / "id_new"
-        command = [sys.executable, str(TOOL), "--nodes", "gpu1,gpu2", "--ssh-user", account, "--ssh-config",
+        command = [sys.executable, str(TOOL), "--nodes", "gpu1,gpu2", "--ssh-user", ACCOUNT, "--ssh-config",
                    str(client.config), "--ssh-key", str(key)]
         code, screen = type_into(command, {"Trust them from now on?": "yes", "their password": PASSWORD,
                                            "reach the nodes too?": "yes"})
@@ -209,20 +206,20 @@ def test_one_password_on_the_terminal_does_for_all_hosts(tmp_path: Path, account
         assert screen.count("their password") == 1 and PASSWORD not in screen
         assert "no key lets us in on gpu1, gpu2" in screen
         assert (home / ".ssh" / "authorized_keys").read_text() == key.with_suffix(".pub").read_text()
-        assert client.run("gpu1", "id -un").stdout.strip() == account
+        assert client.run("gpu1", "id -un").stdout.strip() == ACCOUNT
 
 
 @pytest.mark.root
-@pytest.mark.needs("useradd")
-def test_a_wrong_password_is_tried_once_and_told(tmp_path: Path, account: str) -> None:
-    with password_server(tmp_path / "1", account, tmp_path / "account") as server:
+@pytest.mark.needs("unshare", "openssl")
+def test_a_wrong_password_is_tried_once_and_told(tmp_path: Path) -> None:
+    with password_server(tmp_path) as server:
         client = SshClient(tmp_path / "client", gpu1=server)
         server.authorized_keys.write_text("")
         secret = tmp_path / "secret"
         secret.write_text("wrong secret\n")
         secret.chmod(0o600)
         done = subprocess.run(
-            [sys.executable, str(TOOL), "--nodes", "gpu1", "--ssh-user", account, "--ssh-config", str(client.config),
+            [sys.executable, str(TOOL), "--nodes", "gpu1", "--ssh-user", ACCOUNT, "--ssh-config", str(client.config),
              "--ssh-key", str(tmp_path / "id_new"), "--host-keys", "accept-new", "--ssh-password-file", str(secret)],
             capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 1

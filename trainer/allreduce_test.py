@@ -1,0 +1,60 @@
+"""A sum over all ranks on the real backend, and nothing else: do they come together, and how fast?
+
+    python master/launch_training.py --hostfile hostfile.txt --script trainer/allreduce_test.py
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from trainer.distributed.ranks import Ranks
+from trainer.errors import Fault
+
+MEGABYTES = 16  # as many as DeepSpeed's buckets have on a CPU; on a LAN a fraction of a second
+ROUNDS = 5
+MEETING_S = 180  # a first start reads gigabytes of libraries, on some hosts from a slow disk
+
+
+def main() -> int:
+    """Add up; rank 0 prints the rate. Return 0, 1 if the ranks don't come together."""
+    import torch
+    import torch.distributed as dist
+
+    from trainer.distributed import devices
+
+    ranks = Ranks()
+    try:
+        ranks.meet(MEETING_S)
+        device = devices.common_device(ranks.exchange("device", devices.device_facts()), ranks.hosts)
+        if device != "cpu":
+            torch.accelerator.set_device_index(ranks.local_rank)
+        ranks.start_process_group(device)
+    except Fault as fault:
+        if ranks.is_first or not fault.shared:
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+        return 1
+    values = torch.ones(MEGABYTES * 1_000_000 // 4, device=device)
+    times = []
+    for _ in range(ROUNDS):
+        ranks.barrier()
+        before = time.monotonic()
+        dist.all_reduce(values)
+        values.sum().item()  # until it is there
+        times.append(time.monotonic() - before)
+    # Each rank's card moves 2 (n - 1) / n of the data, in a ring (NCCL tests, doc/PERFORMANCE.md: busbw).
+    moved = MEGABYTES * 2 * (ranks.world_size - 1) / ranks.world_size
+    if ranks.is_first:
+        rate = moved / sorted(times)[ROUNDS // 2]
+        print(f"{ranks.world_size} ranks added up on {device}: {rate:.0f} MB/s", flush=True)
+    ranks.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""Going on with another number of ranks: DeepSpeed's universal checkpoint, made of all ranks' parts.
+
+DeepSpeed splits optimizer states by rank and refuses them to another number of ranks; in its universal form they lie by
+parameter. The batch stays as it was, rows a step, so that steps, learning rate and order of the data do too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import verification
+from trainer.distributed import heartbeat
+from trainer.errors import Fault
+
+SUFFIX = "_universal"
+LATEST = "latest_universal"  # by which DeepSpeed finds it
+COPIES = 3  # of the states that the conversion writes before it is done: fragments, whole parameters, room to spare
+
+
+def keep_batch(options: argparse.Namespace, rows: int, world_size: int) -> None:
+    """Make micro batch and accumulation give `rows` a step, the micro batch no larger than asked for.
+
+    Raises Fault where so many ranks can't share them.
+    """
+    if options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size == rows:
+        return
+    each, rest = divmod(rows, world_size)
+    if rest:
+        fitting = [str(count) for count in range(1, rows + 1) if rows % count == 0][:8]
+        raise Fault(f"a step has {rows} rows in this run, which {world_size} ranks can't share evenly: "
+                    f"go on with {', '.join(fitting)} ranks", shared=True)
+    micro = next(size for size in range(min(options.per_device_train_batch_size, each), 0, -1) if each % size == 0)
+    options.per_device_train_batch_size, options.gradient_accumulation_steps = micro, each // micro
+
+
+def free_batch(config: dict[str, Any]) -> None:
+    """Let the Trainer fill in a DeepSpeed config's batch sizes anew."""
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key in config:
+            config[key] = "auto"
+
+
+def parts(folder: Path) -> set[int]:
+    """Return the ranks whose optimizer states are in a checkpoint's folder; none for states that every rank has."""
+    found = set()
+    for path in folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt"):
+        found.add(int(path.name.partition("zero_pp_rank_")[2].partition("_")[0]))
+    return found
+
+
+def missing_parts(folder: Path, world_size: int) -> str | None:
+    """Return what lacks of a checkpoint that `world_size` ranks have written, None for nothing."""
+    there = parts(folder)
+    lacking = sorted(set(range(world_size)) - there) if there else []
+    if not lacking:
+        return None
+    return (f"{folder} lacks the parts of rank {', '.join(map(str, lacking))}, which other hosts keep: "
+            "invoke train --resume RUN --hostfile H brings them")
+
+
+def convert(folder: Path) -> None:
+    """Make the universal form in a checkpoint's folder. Raises Fault where it fails or hasn't the room."""
+    source = folder / f"global_step{verification.step_of(folder)}"
+    target = source.with_name(source.name + SUFFIX)
+    shutil.rmtree(target, ignore_errors=True)
+    needed, free = COPIES * verification.folder_bytes(source), verification.free_bytes(folder)
+    if free < needed:
+        raise Fault(f"{folder}: {needed / 1e9:.1f} GB are needed to make it fit another number of ranks, and "
+                    f"{free / 1e9:.1f} GB are free")
+    heartbeat.tell(f"converting {folder.name} for another number of ranks")
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source),
+               "--output_folder", str(target), "--inject_missing_state"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not (folder / LATEST).exists():
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no reason given"]
+        raise Fault(f"{folder} can't be converted for another number of ranks: {said[-1]}")
+
+
+def own_step_counts(engine: Any) -> None:
+    """Give each parameter a step count of its own: at stage 3 DeepSpeed 0.19.8 loads one tensor for all of them, and
+    torch's fused Adam counts it up once for each."""
+    for state in engine.optimizer.optimizer.state.values():
+        if hasattr(state.get("step"), "clone"):
+            state["step"] = state["step"].clone()
+
+
+def forget(folder: Path) -> None:
+    """Delete what `convert` made: it is as large as the checkpoint."""
+    for path in folder.glob(f"global_step*{SUFFIX}"):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / LATEST).unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""Checkpoints that can be trusted: sealed when complete, looked over before use, rotated only after the next is good.
+
+Each machine keeps what its own ranks wrote. The seal is `complete.json`, written last: step, layout, and size and
+CRC-32 of every file on this machine. A folder without it is half-written; one that disagrees with it is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SEAL = "complete.json"
+# ZeRO with Adam keeps fp32 weights and two moments (12 bytes a parameter), beside the weights, which are
+# saved twice: for DeepSpeed and for from_pretrained.
+STATE_BYTES = 12
+
+
+@dataclass
+class Layout:
+    """What a checkpoint must share with the training that continues it, but for the ranks. `batch`: rows a step."""
+
+    data: str
+    world_size: int
+    engine: str
+    batch: int = 0
+
+    def difference(self, other: Layout) -> str | None:
+        """Return what this checkpoint has that `other`, the training at hand, hasn't; None if they agree."""
+        if self.world_size != other.world_size and not self.batch:
+            return f"was written by {self.world_size} ranks, and this training has {other.world_size}: use as many"
+        if self.engine != other.engine:
+            return f"was written by {self.engine}, and this training uses {other.engine}: use the same config"
+        if self.data != other.data:
+            return "was trained on other data, tokenizer, sequence length or seed: give the same, or start a new run"
+        return None
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoint folders in `root`, good or not, oldest step first."""
+    found = [path for path in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def crc32_of(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def file_sums(folder: Path) -> dict[str, list[int]]:
+    """Return [size, CRC-32] of every file below `folder` but the seal; zlib lets threads run side by side."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    with ThreadPoolExecutor() as pool:
+        sums = list(pool.map(crc32_of, files))
+    return {str(path.relative_to(folder)): [path.stat().st_size, value]
+            for path, value in zip(files, sums, strict=True)}
+
+
+def seal(folder: Path, layout: Layout) -> None:
+    """Declare a checkpoint complete."""
+    content = {"step": step_of(folder), "layout": vars(layout), "files": file_sums(folder)}
+    write_whole(folder / SEAL, json.dumps(content, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    scratch = path.with_name(path.name + ".part")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def read_layout(folder: Path) -> Layout:
+    """Return the layout in a sealed checkpoint."""
+    return Layout(**json.loads((folder / SEAL).read_text())["layout"])
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None if every file is as it was when it was sealed."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text())["files"]
+    except FileNotFoundError:
+        return f"half-written (no {SEAL})"
+    except (OSError, ValueError, KeyError):
+        return f"damaged ({SEAL} is unreadable)"
+    present = file_sums(folder)
+    for name, expected in sealed.items():
+        if name not in present:
+            return f"damaged ({name} is missing)"
+        if present[name] != expected:
+            what = "size" if present[name][0] != expected[0] else "content"
+            return f"damaged ({name} has changed in {what})"
+    return None
+
+
+def survey(root: Path) -> tuple[list[int], dict[int, str]]:
+    """Return the steps of the good checkpoints in `root`, newest first, and what is wrong with the newer bad ones.
+
+    Only as many are read as it takes to find two good ones: another machine may lack the newest.
+    """
+    good: list[int] = []
+    bad: dict[int, str] = {}
+    for folder in reversed(list_checkpoints(root)):
+        damage = find_damage(folder)
+        if damage:
+            bad[step_of(folder)] = damage
+        else:
+            good.append(step_of(folder))
+        if len(good) == 2:
+            break
+    return good, bad
+
+
+def rotate(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` sealed checkpoints, and half-written ones older than those."""
+    folders = list_checkpoints(root)
+    sealed = [folder for folder in folders if (folder / SEAL).exists()]
+    oldest_kept = step_of(sealed[-keep:][0]) if sealed else 0
+    for folder in folders:
+        if step_of(folder) < oldest_kept:
+            # Without its seal first: a deletion that is cut short must not leave a good-looking checkpoint.
+            (folder / SEAL).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def expected_bytes(parameters: int, weight_bytes: int, ranks_here: int, world_size: int) -> int:
+    """Return about how many bytes one checkpoint takes on a machine that holds `ranks_here` of all ranks."""
+    return int(parameters * (2 * weight_bytes + STATE_BYTES * ranks_here / world_size))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that may still be written where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

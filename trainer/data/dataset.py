@@ -1,0 +1,228 @@
+"""Data for a training: read the documents, hold some out, tokenize once, keep the result for the next run."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.data import python_docs
+from trainer.data.chat import TEXT, words_of
+from trainer.data.sources import Source, hashed, open_source
+from trainer.data.tokenization import tokenize
+from trainer.errors import Fault
+from trainer.model.loading import TRAINED_ON, first_of
+
+LOOKED_AT = 2000  # documents of a stream, or as many as train a tokenizer if those are fewer
+FORMAT = 3  # part of the cache's key: raise it when what is stored changes
+
+
+@dataclass
+class Facts:
+    """What is known of prepared data; stored beside it. `gzip_bits_per_byte` is of the held-out text, gzip -9."""
+
+    key: str
+    name: str
+    form: str = TEXT  # or what conversations.py calls it
+    documents: int = 0
+    dropped: int = 0
+    cut: int = 0
+    eval_documents: int = 0
+    eval_by_pieces: bool = False
+    eval_bytes: int | None = None
+    gzip_bits_per_byte: float | None = None
+    held_out: list[str] = field(default_factory=list)  # digests of held-out documents, for data that is streamed
+
+
+@dataclass
+class Prepared:
+    """Tokenized pieces (see pieces.tokenize) for training and evaluation, and facts about them."""
+
+    facts: Facts
+    train: Any
+    evaluation: Any
+    folder: Path = field(default_factory=Path)
+
+
+def cache_folder(options: argparse.Namespace) -> Path:
+    """Return the folder that keeps prepared data."""
+    home = options.cache_dir or os.environ.get("LANSPEED_CACHE") or Path.home() / ".cache" / "lanspeed"
+    return Path(home).expanduser() / "data"
+
+
+def prepare_dataset(
+    options: argparse.Namespace,
+    tokenizer_id: str,
+    make_tokenizer: Callable[[Iterable[str]], Any],
+    sequence_length: int,
+    built_in: Callable[[], list[str]] = python_docs.python_documents,
+    say: Callable[[str], None] = print,
+) -> Prepared:
+    """Return the data that `options` name, tokenized into pieces of at most `sequence_length` tokens.
+
+    `make_tokenizer` gets the training documents (a tokenizer may be trained on them) and returns one;
+    `tokenizer_id` tells tokenizers apart in the cache. Raises Fault for data that can't be read or is empty.
+    """
+    source = open_source(options.dataset_path, options, built_in)
+    evaluation = open_source(options.eval_dataset, options, built_in) if options.eval_dataset else None
+    key = hashed(json.dumps(part).encode() for part in (
+        FORMAT, source.fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, sequence_length,
+        options.eval_fraction, options.seed, options.text_column, options.streaming, options.dataset_config,
+        options.dataset_split))[:32]
+    if options.streaming:
+        source = replace(source, read=partial(first_documents, source.read))
+    folder = cache_folder(options) / key
+    if (folder / "facts.json").exists():
+        say(f"data: {source.name}, tokenized before ({folder})")
+    else:
+        say(f"data: {source.name}, tokenizing")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as scratch:
+            made = build(Path(scratch), Facts(key, source.name), source, evaluation, options,
+                         make_tokenizer, sequence_length)
+            try:
+                os.rename(made, folder)
+            except OSError:
+                if not (folder / "facts.json").exists():  # else another run was faster
+                    raise
+    return load_prepared(folder)
+
+
+def first_documents(read: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """Return the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
+    return itertools.islice(first_of(read(), TRAINED_ON), LOOKED_AT)
+
+
+def digest_of(text: str) -> str:
+    """Return what a document is known by."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """Open what `prepare_dataset` stored."""
+    from datasets import load_from_disk
+
+    facts = Facts(**json.loads((folder / "facts.json").read_text()))
+    train = load_from_disk(str(folder / "train"))
+    evaluation = load_from_disk(str(folder / "eval")) if (folder / "eval").exists() else train.select([])
+    return Prepared(facts, train, evaluation, folder)
+
+
+def build(
+    scratch: Path,
+    facts: Facts,
+    source: Source,
+    evaluation: Source | None,
+    options: argparse.Namespace,
+    make_tokenizer: Callable[[Iterable[str]], Any],
+    sequence_length: int,
+) -> Path:
+    """Make everything in `scratch` and return the folder that is complete."""
+    texts = read_texts(source, scratch, "texts")
+    facts.documents, facts.dropped = len(texts), texts.dropped
+    facts.form = source.take.form or TEXT
+    train, held_out = texts, read_texts(evaluation, scratch, "eval-texts") if evaluation else None
+    if evaluation and (evaluation.take.form or TEXT) != facts.form:
+        raise Fault(f"{evaluation.name} holds {evaluation.take.form}, and {source.name} {facts.form}")
+    if held_out is None:
+        least = 1 if options.streaming and options.eval_fraction else 0  # pieces of what is read again won't do
+        inside, outside = split(texts["text"], options.eval_fraction, options.seed, least)
+        train, held_out = texts.select(inside), texts.select(outside)
+        if options.streaming:
+            facts.held_out = sorted({digest_of(text) for text in held_out["text"]})
+    tokenizer = make_tokenizer(train["text"] if facts.form == TEXT else map(words_of, train["text"]))
+    train, facts.cut = tokenize(train, tokenizer, sequence_length, facts.form)
+    held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, facts.form)
+    facts.eval_documents = len(held_out)
+    facts.gzip_bits_per_byte = gzip_bits(held_out["text"]) if facts.form == TEXT else None
+    if not len(held_out) and options.eval_fraction and len(train) > 1 and not options.streaming:
+        count = max(1, round(len(train) * options.eval_fraction))
+        order = train.train_test_split(test_size=count, seed=options.seed)
+        train, held_out_pieces, facts.eval_by_pieces = order["train"], order["test"], True
+        if facts.form == TEXT:
+            facts.gzip_bits_per_byte = gzip_bits(tokenizer.batch_decode(order["test"]["input_ids"][:], True))
+    if not len(train):
+        raise Fault(f"{source.name}: nothing to train on: {facts.documents} documents, none with two tokens or more")
+    sizes = held_out_pieces["bytes"][:]
+    facts.eval_bytes = sum(sizes) if sizes and None not in sizes else None
+    made = scratch / "made"
+    train.save_to_disk(str(made / "train"))
+    if len(held_out_pieces):  # datasets cannot load a table without rows
+        held_out_pieces.save_to_disk(str(made / "eval"))
+    tokenizer.save_pretrained(str(made / "tokenizer"))
+    (made / "facts.json").write_text(json.dumps(asdict(facts), indent=1))
+    return made
+
+
+def read_texts(source: Source, scratch: Path, name: str) -> Any:
+    """Read a source into a table on disk with the column `text`, without empty documents (counted in `.dropped`).
+
+    Raises Fault if nothing is left.
+    """
+    from datasets import Dataset, Features, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    dropped, kept = 0, 0
+
+    def rows() -> Iterator[dict[str, str]]:
+        nonlocal dropped, kept
+        for text in source.read():
+            if text.strip():
+                kept += 1
+                yield {"text": text}
+            else:
+                dropped += 1
+
+    try:
+        # A name of its own keeps datasets from hashing the generator and everything that it refers to.
+        table = Dataset.from_generator(rows, features=Features({"text": Value("large_string")}),
+                                       cache_dir=str(scratch / name), fingerprint=name)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, Fault):
+            raise error.__cause__ from None
+        raise
+    except ValueError:
+        if kept:  # else: datasets cannot make a table without rows
+            raise
+        raise Fault(f"{source.name}: no documents" + (f": all {dropped:,} are empty" if dropped else "")) from None
+    table.dropped = dropped
+    return table
+
+
+def split(texts: Iterable[str], share: float, seed: int, least: int = 0) -> tuple[list[int], list[int]]:
+    """Return the numbers of the documents to train on and of those held out, about `share` of all, `least` of them.
+
+    A document's fate hangs on a hash of seed and text: equal documents stay on the same side, so that nothing held
+    out is seen in training. Fewer documents than 1/share hold nothing out.
+    """
+    scores = [hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest() for text in texts]
+    wanted = max(int(len(scores) * share), least)
+    if not wanted:
+        return list(range(len(scores))), []
+    limit = sorted(scores)[wanted - 1]
+    outside = [number for number, score in enumerate(scores) if score <= limit]
+    if len(outside) == len(scores):  # all the same text
+        return outside, []
+    return [number for number, score in enumerate(scores) if score > limit], outside
+
+
+def gzip_bits(texts: Iterable[str]) -> float | None:
+    """Return the bits per byte that `gzip -9` needs for the texts, one after the other; None for no text at all."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    before = after = 0
+    for text in texts:
+        raw = text.encode()
+        before += len(raw)
+        after += len(packer.compress(raw))
+    after += len(packer.flush())
+    return 8 * after / before if before else None
+

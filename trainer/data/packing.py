@@ -1,0 +1,126 @@
+"""Rows for training: whole documents packed side by side, or one a row, and the tensors made of them.
+
+Documents in one row stay apart in two ways: positions start anew with each, and the first label of each is masked.
+transformers then builds an attention mask that keeps them apart, but only if the model is called with
+`use_cache=False` and without an attention_mask; otherwise they leak into each other without a word
+(`models.check_isolation` looks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items of the given lengths into bins of `capacity`; return each bin's item numbers, nothing cut or lost.
+
+    Best-fit decreasing: the longest item first, each into the fullest bin that still has room for it. The bins'
+    free room is kept as bits of one integer, so that the tightest fit is a shift and a lowest-bit search.
+    Raises ValueError for an item longer than the capacity.
+    """
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # free room -> bins that have exactly so much
+    rooms = 0  # bit r is set where by_room[r] has a bin
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and sizes.max() > capacity:
+        raise ValueError(f"an item of {sizes.max()} does not fit into {capacity}")
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[item])
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            number = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(item)
+        by_room.setdefault(room - size, []).append(number)
+        rooms |= 1 << (room - size)
+    return bins
+
+
+class Row(NamedTuple):
+    """One row before it becomes tensors: the token lists of its documents (none in a filler row).
+
+    `losses` has for each of them which tokens carry loss; None: all but the first.
+    """
+
+    documents: list[np.ndarray]
+    losses: list[np.ndarray] | None = None
+
+
+FILLER = Row([])
+
+
+class Rows(torch.utils.data.Dataset[Row]):
+    """Rows over a table of tokenized pieces, made when they are asked for.
+
+    `pieces` has the columns input_ids and length, and of conversations loss and trained. The number of rows is a
+    multiple of `multiple_of`: filler rows without documents stand in, so that no row is repeated and every rank has
+    the same work.
+    """
+
+    def __init__(self, pieces: Any, capacity: int | None, multiple_of: int = 1) -> None:
+        """Pack to `capacity` tokens a row, or with None put one piece in each."""
+        lengths = pieces.with_format("numpy")["length"][:] if len(pieces) else []
+        order = best_fit(lengths, capacity) if capacity else [[number] for number in range(len(lengths))]
+        self._masked = len(pieces) > 0 and "loss" in pieces.column_names
+        self._pieces = pieces.with_format("numpy", columns=["input_ids", *(["loss"] if self._masked else [])])
+        self._order = order
+        self.tokens = int(np.sum(lengths))
+        self.loss_tokens = int(np.sum(pieces.with_format("numpy")["trained"][:])) if self._masked else \
+            self.tokens - len(lengths)  # the first token of each piece has nothing before it
+        self.filled = len(order)
+        self._count = -(-len(order) // multiple_of) * multiple_of
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Row:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        if number >= self.filled:
+            return FILLER
+        chosen = self._pieces[self._order[number]]
+        return Row(list(chosen["input_ids"]), list(chosen["loss"]) if self._masked else None)
+
+
+class Collator:
+    """Make tensors of rows: input_ids, position_ids and labels, each [rows, width], all int64.
+
+    `width` pads every row to the same width; None pads to the longest of the batch. Padding comes last, counts
+    positions of its own and carries no loss, so it needs no attention mask.
+    """
+
+    def __init__(self, pad_token: int, width: int | None) -> None:
+        self._pad_token = pad_token
+        self._width = width
+
+    def __call__(self, rows: Iterable[Row]) -> dict[str, torch.Tensor]:
+        rows = list(rows)
+        longest = max(sum(map(len, row.documents)) for row in rows)
+        width = self._width or max(longest, 2)
+        shape = (len(rows), width)
+        tokens = np.full(shape, self._pad_token, dtype=np.int64)
+        positions = np.empty(shape, dtype=np.int64)
+        labels = np.full(shape, IGNORED, dtype=np.int64)
+        for number, row in enumerate(rows):
+            start = 0
+            for place, document in enumerate(row.documents):
+                end = start + len(document)
+                tokens[number, start:end] = document
+                learnt = document if row.losses is None else np.where(row.losses[place], document, IGNORED)
+                labels[number, start + 1 : end] = learnt[1:]
+                positions[number, start:end] = np.arange(end - start)
+                start = end
+            positions[number, start:] = np.arange(width - start)
+        arrays = {"input_ids": tokens, "position_ids": positions, "labels": labels}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

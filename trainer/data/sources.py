@@ -1,0 +1,129 @@
+"""Where documents come from: files and folders here, a dataset of the Hugging Face hub, or Python's own text."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.data import documents
+from trainer.data.chat import Taker
+from trainer.errors import Fault
+
+END = 1 << 16  # bytes
+BUILT_IN = "the documentation that comes with Python"
+
+
+@dataclass
+class Source:
+    """Where documents come from: what to call it, a hash of its content, how to read them.
+
+    `take` knows their form once the first was read.
+    """
+
+    name: str
+    fingerprint: str
+    read: Callable[[], Iterable[str]]
+    take: Taker
+    read_from: Callable[[int], Iterator[str]] | None = None  # where passing over the first documents is cheaper
+
+    def after(self, number: int) -> Iterator[str]:
+        """Return the documents after the first `number`."""
+        return self.read_from(number) if self.read_from else itertools.islice(self.read(), number, None)
+
+
+def looks_like_path(name: str) -> bool:
+    """Tell a path from a Hugging Face name, which has at most one slash, no wildcard and no suffix of a data file."""
+    wild = any(mark in name for mark in "*?[")
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or wild or bool(documents.form_of(Path(name)))
+
+
+def open_source(name: str | None, options: argparse.Namespace, built_in: Callable[[], list[str]]) -> Source:
+    """Return the Source that --dataset_path or --eval_dataset names; raise a Fault if it isn't there."""
+    take = Taker(options.text_column)
+    if name is None:
+        texts = built_in()
+        return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts, Taker("text"))
+    path = Path(name).expanduser()
+    if path.exists() or looks_like_path(name):
+        files = documents.find_files(path)
+        what = f"{path} ({documents.describe(files)})"
+        fingerprint = ends_hash(files) if options.streaming else files_hash(files)
+        return Source(what, fingerprint, lambda: documents.read_documents(files, take), take)
+    return hub_source(name, options, take)
+
+
+def hub_source(name: str, options: argparse.Namespace, take: Taker) -> Source:
+    """Return a Hugging Face dataset as a Source."""
+    import datasets
+
+    fingerprint = None
+
+    def load(place: str) -> Any:
+        return datasets.load_dataset(place, options.dataset_config, split=options.dataset_split,
+                                     streaming=options.streaming)
+
+    try:
+        try:
+            table = load(name)
+        except ConnectionError:  # a host without internet, where invoke sync has put the hub's files
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+            table = load(folder)  # whose fingerprint has the path in it, which each host has its own
+            if not options.streaming:
+                fingerprint = files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Fault(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
+    where = f"dataset '{name}'"
+    if not options.streaming:
+        rows = table.select_columns(take.columns(table.column_names, where))
+        return Source(f"{name} ({options.dataset_split})", fingerprint or table._fingerprint,
+                      lambda: (take(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)), take)
+
+    def read_from(start: int) -> Iterator[str]:
+        try:
+            for number, row in enumerate(table.skip(start) if start else table, start + 1):
+                yield take(row, f"{where}, row {number}")
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise Fault(f"{where} can't be read on: {error}: is the network there? --resume_from_checkpoint auto goes "
+                        "on") from None
+
+    fingerprint = fingerprint or hashed(str(part).encode() for part in (name, options.dataset_config))
+    return Source(f"{name} ({options.dataset_split})", fingerprint, lambda: read_from(0), take, read_from)
+
+
+def hashed(parts: Iterable[bytes]) -> str:
+    """Return a hash of byte strings, each with its length, so that no two lists of them meet in one."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def ends_hash(files: list[Path]) -> str:
+    """Return a hash of files' names, sizes and ends: to read all of them would take as long as to train."""
+    def parts() -> Iterator[bytes]:
+        for path in files:
+            size = path.stat().st_size
+            yield f"{path.name} {size}".encode()
+            with path.open("rb") as file:
+                yield file.read(END)
+                file.seek(max(size - END, 0))
+                yield file.read(END)
+
+    return hashed(parts())
+
+
+def files_hash(files: list[Path]) -> str:
+    """Return a hash of files' contents, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

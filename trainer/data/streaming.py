@@ -1,0 +1,161 @@
+"""Data that is read while it is trained on: rows out of a source without end, each rank's own, to be gone on with.
+
+Documents are numbered as they come; rank r of n takes each n-th. It packs as many as fill a few hundred rows, shuffles
+those rows, and goes on; after the last document it begins again. Where a row came from can be told, so that a run goes
+on with the next row: the documents before are read past, not tokenized.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trainer.data.chat import TEXT
+from trainer.data.dataset import digest_of
+from trainer.data.packing import Row, best_fit
+from trainer.data.sources import open_source
+from trainer.data.tokenization import pieces_of
+from trainer.errors import Fault
+
+if TYPE_CHECKING:
+    from trainer.training.session import Session
+
+BLOCK_ROWS = 512  # are packed together: enough to fill them, few enough to hold
+DOCUMENTS_AT_ONCE = 100  # are tokenized together
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block of rows begins: pass over the source, the next document's number in it, the rows before it."""
+
+    turn: int = 0
+    document: int = 0
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a rank reads: documents from a number on, their form, how they become tokens, which are held out."""
+
+    read: Callable[[int], Iterator[str]]
+    form: str
+    tokenizer: Any
+    length: int
+    held_out: frozenset[str]
+    rank: int
+    world_size: int
+    seed: int
+
+
+class Stream(torch.utils.data.IterableDataset[Row]):
+    """This rank's rows, without end. `capacity`: tokens a row, None for one document in each."""
+
+    def __init__(self, reading: Reading, capacity: int | None) -> None:
+        self._reading, self._capacity = reading, capacity
+        self._start, self._skip = Place(), 0
+        self._begun: deque[Place] = deque([self._start], maxlen=64)
+
+    def place_of(self, rows: int) -> Place:
+        """Return the place of the block in which the row after `rows` rows stands."""
+        return [place for place in self._begun if place.rows <= rows][-1]
+
+    def go_on(self, place: Place, rows: int) -> None:
+        """Begin after `rows` rows, in the block that begins at `place`."""
+        self._start, self._skip = place, rows - place.rows
+        self._begun = deque([place], maxlen=64)
+
+    def __iter__(self) -> Iterator[Row]:
+        place, skip = self._start, self._skip
+        with ThreadPoolExecutor(1) as ahead:  # tokenizers let go of Python's lock: the next block comes meanwhile
+            blocks = self._blocks(place)
+            coming = ahead.submit(next, blocks)
+            while True:
+                rows, before, after = coming.result()
+                coming = ahead.submit(next, blocks)
+                self._begun.append(Place(before.turn, before.document, place.rows))
+                yield from rows[skip:]
+                skip, place = 0, Place(after.turn, after.document, place.rows + len(rows))
+
+    def _blocks(self, place: Place) -> Iterator[tuple[list[Row], Place, Place]]:
+        """Yield blocks of rows with the places where each begins and ends (whose rows don't count)."""
+        pieces: list[dict[str, Any]] = []
+        waiting: list[str] = []
+        before, reading = place, self._reading
+        enough = BLOCK_ROWS * (self._capacity or reading.length)
+        for text, after in self._documents(place):
+            if text is not None:
+                waiting.append(text)
+            if text is None or len(waiting) == DOCUMENTS_AT_ONCE:
+                made = pieces_of(waiting, reading.tokenizer, reading.length, reading.form) if waiting else ()
+                pieces += [piece for each in made for piece in each]
+                waiting = []
+            if text is None or (not waiting and sum(piece["length"] for piece in pieces) >= enough):
+                if pieces:
+                    yield self._rows(pieces, before), before, after
+                pieces, before = [], after
+
+    def _rows(self, pieces: list[dict[str, Any]], place: Place) -> list[Row]:
+        lengths = [piece["length"] for piece in pieces]
+        order = best_fit(lengths, self._capacity) if self._capacity else [[number] for number in range(len(pieces))]
+        seed = f"{self._reading.seed} {self._reading.rank} {place.turn} {place.document}"
+        random.Random(seed).shuffle(order)  # noqa: S311
+        masked = self._reading.form != TEXT
+        return [Row([np.array(pieces[number]["input_ids"]) for number in row],
+                    [np.array(pieces[number]["loss"]) for number in row] if masked else None) for row in order]
+
+    def _documents(self, place: Place) -> Iterator[tuple[str | None, Place]]:
+        """Yield this rank's documents, each with the place after it, over and over; None at the end of each pass."""
+        reading, start = self._reading, place.document
+        for turn in itertools.count(place.turn):
+            found = False
+            for number, text in enumerate(reading.read(start), start):
+                if number % reading.world_size != reading.rank or not text.strip():
+                    continue
+                if digest_of(text) not in reading.held_out:
+                    found = True
+                    yield text, Place(turn, number + 1)
+            if not found and not start:
+                raise Fault(f"the data has no document for rank {reading.rank} of {reading.world_size}")
+            start = 0
+            yield None, Place(turn + 1)
+
+
+def open_stream(session: Session, capacity: int | None) -> Stream:
+    """Return a rank's stream of rows, at its begin or where the checkpoint was."""
+    o, ranks, facts = session.options, session.ranks, session.data.facts
+    source = open_source(o.dataset_path, o, list)
+    made = Stream(Reading(source.after, facts.form, session.tokenizer, session.sequence_length,
+                          frozenset(facts.held_out), ranks.rank, ranks.world_size, o.seed), capacity)
+    if session.checkpoint:
+        load(made, session.checkpoint, ranks.rank)
+    return made
+
+
+def state_file(checkpoint: Path, rank: int) -> Path:
+    """Return the file of a checkpoint that has a rank's place in its stream."""
+    return checkpoint / f"stream_{rank}.json"
+
+
+def save(stream: Stream, rows: int, checkpoint: Path, rank: int) -> None:
+    """Write where this rank is in its stream after `rows` rows."""
+    state_file(checkpoint, rank).write_text(json.dumps({**asdict(stream.place_of(rows)), "read": rows}))
+
+
+def load(stream: Stream, checkpoint: Path, rank: int) -> None:
+    """Have a stream go on after the rows that were trained on. Raises Fault where a checkpoint doesn't say."""
+    try:
+        state = json.loads(state_file(checkpoint, rank).read_text())
+        stream.go_on(Place(state["turn"], state["document"], state["rows"]), state["read"])
+    except (OSError, ValueError, KeyError) as error:
+        raise Fault(f"{state_file(checkpoint, rank)}: {error}: this checkpoint is of a run without --streaming, or of "
+                    "other ranks") from None

@@ -1,0 +1,99 @@
+"""Documents as pieces: a document's tokens, or, of one longer than a row, parts that overlap by a single token.
+
+So every token but a document's first is predicted exactly once. Of conversations each token has whether it carries
+loss.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.data import chat
+from trainer.data.chat import TEXT, Encoded
+from trainer.distributed import heartbeat
+
+BATCH = 100  # documents tokenized at once: enough for all cores; more only takes memory
+
+
+def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT) -> tuple[Any, int]:
+    """Return the pieces of all texts, and how many documents were cut.
+
+    Columns: input_ids; length in tokens; bytes, the UTF-8 bytes of the tokens that carry loss (null if the tokenizer
+    doesn't know where its tokens stand in the text); of conversations also loss, 1 for a token that carries it, and
+    trained, how many do.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    features = Features({"input_ids": List(Value("int32")), "length": Value("int32"), "bytes": Value("int64")})
+    if form != TEXT:
+        features |= {"loss": List(Value("int8")), "trained": Value("int32")}
+    if not len(texts):  # datasets leaves the columns of an empty table as they were
+        return Dataset.from_dict({name: [] for name in features}, features=features), 0
+    cut = done = 0
+
+    def batch(columns: dict[str, list[str]]) -> dict[str, list[Any]]:
+        nonlocal cut, done
+        heartbeat.tell(f"tokenizing, {(done := done + len(columns['text'])):,} of {len(texts):,} documents", often=True)
+        made: dict[str, list[Any]] = {name: [] for name in features}
+        for pieces in pieces_of(columns["text"], tokenizer, sequence_length, form):
+            cut += len(pieces) > 1
+            for piece in pieces:
+                for name, value in piece.items():
+                    made[name].append(value)
+        return made
+
+    # A fingerprint of its own keeps datasets from hashing the function and the tokenizer that it refers to.
+    pieces = texts.map(batch, batched=True, batch_size=BATCH, remove_columns=["text"], features=features,
+                       new_fingerprint=os.urandom(8).hex())
+    return pieces, cut
+
+
+def pieces_of(texts: list[str], tokenizer: Any, sequence_length: int, form: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the pieces of each document, as in `tokenize`'s columns."""
+    if form == TEXT:
+        yield from each_text(texts, tokenizer, sequence_length)
+    else:
+        for text in texts:
+            yield list(conversation_pieces(chat.encode(text, tokenizer), sequence_length))
+
+
+def each_text(texts: list[str], tokenizer: Any, longest: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield each text's pieces."""
+    encoded = tokenizer(texts, return_offsets_mapping=tokenizer.is_fast, return_attention_mask=False, verbose=False)
+    offsets = encoded.get("offset_mapping", [None] * len(texts))
+    for text, ids, places in zip(texts, encoded["input_ids"], offsets, strict=True):
+        ends = [end for _, end in places] if places is not None else None
+        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids = [*ids, tokenizer.eos_token_id]
+        yield [{"input_ids": ids[start:end], "length": end - start,
+                "bytes": None if ends is None else piece_bytes(text, ends, start, end)}
+               for start, end in cut_document(len(ids), longest)]
+
+
+def conversation_pieces(document: Encoded, longest: int) -> Iterator[dict[str, Any]]:
+    """Yield the pieces of a conversation; one in which nothing carries loss teaches nothing, and is left out."""
+    for start, end in cut_document(len(document.ids), longest):
+        loss = [False, *document.loss[start + 1 : end]]  # the first has nothing before it
+        if any(loss):
+            sizes = document.sizes[start:end]
+            yield {"input_ids": document.ids[start:end], "length": end - start, "loss": loss, "trained": sum(loss),
+                   "bytes": sum(size for size, learnt in zip(sizes, loss, strict=True) if learnt)}
+
+
+def cut_document(length: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the pieces of a document of `length` tokens; each begins with the last one's last token.
+
+    A document of fewer than two tokens has nothing to predict and yields nothing.
+    """
+    step = max(longest - 1, 1)
+    for start in range(0, length - 1, step):
+        yield start, min(start + longest, length)
+
+
+def piece_bytes(text: str, ends: list[int], start: int, end: int) -> int:
+    """Return the UTF-8 bytes of tokens start+1 to end-1, given each token's end in the text, in characters."""
+    first = ends[start]
+    last = len(text) if end > len(ends) else max(ends[start:end])
+    return len(text[first:last].encode())

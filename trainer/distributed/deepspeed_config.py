@@ -1,0 +1,229 @@
+"""DeepSpeed's configuration and its traps: read the JSON, make it agree with the flags, compile nothing needlessly.
+
+transformers' Trainer fills "auto" from its own arguments and refuses a value that differs from them, so values
+that a config does say become the flags' values here, unless the user typed a flag that says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import Fault
+
+# option -> the places in a DeepSpeed config that mean the same
+SAME_AS_OPTION = {
+    "per_device_train_batch_size": ["train_micro_batch_size_per_gpu"],
+    "gradient_accumulation_steps": ["gradient_accumulation_steps"],
+    "max_grad_norm": ["gradient_clipping"],
+    "learning_rate": ["optimizer.params.lr", "scheduler.params.warmup_max_lr"],
+    "weight_decay": ["optimizer.params.weight_decay"],
+    "adam_beta2": ["optimizer.params.betas"],
+    "warmup_steps": ["scheduler.params.warmup_num_steps"],
+}
+# optimizers that DeepSpeed compiles on first use, by the operator's name in torch's extension cache
+COMPILED_OPTIMIZERS = {"lion": "lion", "adagrad": "cpu_adagrad", "lamb": "fused_lamb"}
+
+DEEPSPEEDS_OWN = {"bias_correction", "set_grad_none"}  # arguments of its Adam that torch's doesn't take
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed config; raise a Fault with file and line for what isn't strict JSON.
+
+    DeepSpeed's own reader takes comments too, but transformers' does not, and here both read the same.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Fault(f"{path}: {error.strerror}. Presets: {path_list()}", shared=True) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = getattr(error, "lineno", 1)
+        reason = getattr(error, "msg", str(error))
+        raise Fault(f"{path}:{line}: not JSON: {reason} (comments and trailing commas aren't allowed)",
+                    shared=True) from None
+    if not isinstance(config, dict):
+        raise Fault(f"{path}: a DeepSpeed config is an object {{...}}, not a {type(config).__name__}", shared=True)
+    config.pop("$schema", None)  # an editor's, and a path that is wrong in the run folder's copy
+    return config
+
+
+def path_list() -> str:
+    """Return the presets' paths for a message."""
+    folder = Path(__file__).resolve().parent / "configs"
+    return ", ".join(f"trainer/configs/{path.name}" for path in sorted(folder.glob("*.json")))
+
+
+def lookup(config: dict[str, Any], dotted: str) -> Any:
+    """Return the value at `a.b.c`, or None where a part is absent."""
+    node: Any = config
+    for key in dotted.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def adopt_values(options: argparse.Namespace, config: dict[str, Any], world_size: int) -> None:
+    """Give each flag that the user left open the config's value; raise a Fault where the two contradict."""
+    for option, places in SAME_AS_OPTION.items():
+        for place in places:
+            value = lookup(config, place)
+            if value in (None, "auto"):
+                continue
+            if option == "adam_beta2":
+                value = value[1]
+            said = getattr(options, option)
+            if said is not None and said != value:
+                raise Fault(
+                    f"{options.deepspeed}: $.{place} is {value}, but --{option} {said} was given: "
+                    'drop the flag, or write "auto" in the config', exit_code=2, shared=True)
+            setattr(options, option, value)
+    adopt_precision(options, config)
+    adopt_global_batch(options, config, world_size)
+
+
+def adopt_precision(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Take the precision that the config switches on, refusing two of them or one against the flag."""
+    enabled = [kind for kind in ("bf16", "fp16") if lookup(config, f"{kind}.enabled") is True]
+    if len(enabled) == 2:
+        raise Fault(f"{options.deepspeed}: fp16 and bf16 are both enabled: keep one", shared=True)
+    if enabled and options.precision not in ("auto", enabled[0]):
+        raise Fault(f"{options.deepspeed}: $.{enabled[0]}.enabled is true, but --precision {options.precision} "
+                    "was given: drop one", exit_code=2, shared=True)
+    if enabled:
+        options.precision = enabled[0]
+
+
+def adopt_global_batch(options: argparse.Namespace, config: dict[str, Any], world_size: int) -> None:
+    """Derive the open one of micro batch and accumulation from a numeric train_batch_size."""
+    total = config.get("train_batch_size")
+    if total in (None, "auto"):
+        return
+    micro, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    if micro is None and accumulation is not None:
+        micro = total // (world_size * accumulation)
+    elif micro is None:
+        micro = min(8, total // world_size)
+    if accumulation is None:
+        accumulation = total // (world_size * max(micro, 1))
+    if total != world_size * micro * accumulation:
+        raise Fault(
+            f"{options.deepspeed}: $.train_batch_size is {total}, which is not world size {world_size} x micro batch "
+            f'{micro} x accumulation {accumulation}: write "auto" there', shared=True)
+    options.per_device_train_batch_size, options.gradient_accumulation_steps = micro, accumulation
+
+
+def complete_config(config: dict[str, Any], on_cpu: bool) -> list[str]:
+    """Fill in what a config leaves out for this trainer; return the names of the operators that will be compiled.
+
+    - Adam and AdamW become torch's own fused ones, which need no compiler. On a CPU they are as fast as DeepSpeed's
+      (`python benchmarks/offload_adam.py`), which cost a minute or two of g++ on first use. "torch_adam": false in
+      the config asks for DeepSpeed's, and so does an argument that only theirs take.
+    - Without an optimizer section the Trainer makes torch's fused AdamW; DeepSpeed refuses to offload that one
+      unless told that it's meant.
+    - Stage 3 gathers the weights when a model is saved; without that nothing loadable is written.
+    """
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    if not isinstance(zero, dict):
+        zero = config["zero_optimization"] = {"stage": int(zero)}
+    if zero.get("stage") == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if "optimizer" not in config:
+        config["zero_force_ds_cpu_optimizer"] = False
+        return []
+    offloaded = lookup(zero, "offload_optimizer.device") in ("cpu", "nvme") or zero.get("cpu_offload") is True
+    name = str(config["optimizer"].get("type", "")).lower()
+    if name in ("adam", "adamw"):
+        params = config["optimizer"].setdefault("params", {})
+        if params.setdefault("torch_adam", not DEEPSPEEDS_OWN & params.keys()):
+            params.setdefault("fused", True)
+            return []
+        return ["cpu_adam"] if offloaded else ["fused_adam"]
+    compiled = name in COMPILED_OPTIMIZERS and (offloaded or on_cpu or name != "adagrad")
+    return [COMPILED_OPTIMIZERS[name]] if compiled else []
+
+
+def extension_cache() -> Path:
+    """Return the folder where torch keeps the operators that it compiled."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+
+
+def folders_in_use() -> set[Path]:
+    """Return the working folders of all processes that may be looked at."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            found.add(link.resolve())
+        except OSError:
+            continue  # another user's process, or one that has just ended
+    return found
+
+
+def stale_locks() -> list[Path]:
+    """Return the lock files of compilations that were killed.
+
+    A build works in its own folder; a lock in a folder that no process works in is left over, and every later
+    run that needs the operator would wait for it in silence. A young lock may be of a build that starts or loads.
+    """
+    old = time.time() - 60
+    locks = sorted(lock for lock in extension_cache().glob("**/lock") if lock.stat().st_mtime < old)
+    busy = folders_in_use() if locks else set()
+    return [lock for lock in locks if lock.parent.resolve() not in busy]
+
+
+def check_compilation(operators: list[str]) -> list[str]:
+    """Return warnings; raise a Fault where an operator must be compiled and can't be."""
+    locks = stale_locks()
+    blocking = [lock for lock in locks if lock.parent.name in operators]
+    if blocking:
+        raise Fault(f"{blocking[0]} was left by a compilation that was killed; this run would wait for it for ever: "
+                    f"rm {blocking[0]}")
+    if operators and not (shutil.which("c++") or shutil.which("g++")):
+        raise Fault(f"DeepSpeed must compile {operators[0]}, and there is no C++ compiler: install g++, "
+                    'or take AdamW as the optimizer, which needs none', shared=True)
+    return [f"{lock} was left by a compilation that was killed. This run doesn't need it; clear it: rm {lock}"
+            for lock in locks]
+
+
+def set_environment(on_cpu: bool, local_world_size: int) -> None:
+    """Set what DeepSpeed and accelerate read from the environment; call it before they are imported.
+
+    The environment's own bin folder goes first on PATH, since a non-login shell hides ninja. A node whose GPU
+    driver is broken must fail, not train on its CPU in silence, so DeepSpeed is told the accelerator.
+    """
+    import torch
+
+    here = str(Path(sys.executable).parent)
+    if here not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", "")
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_world_size)))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def skip_shared_memory_operator() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives, which it does at every first start on a CPU."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def adopt_process_group() -> None:
+    """Have DeepSpeed take torch's process group as its own: ZeRO-3 counts ranks before its engine is there."""
+    import deepspeed
+
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def engine_name(ds_config: dict[str, Any] | None) -> str:
+    """Return what trains: 'DeepSpeed ZeRO-2', ... or 'PyTorch'."""
+    if ds_config is None:
+        return "PyTorch"
+    stage = lookup(ds_config, "zero_optimization.stage") or 0
+    return f"DeepSpeed ZeRO-{stage}"

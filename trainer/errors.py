@@ -1,0 +1,21 @@
+"""The error that a user can mend: one line that says where, what, and what mends it."""
+
+from __future__ import annotations
+
+
+class Fault(Exception):
+    """Ends the training with its message and an exit code; never shown with a traceback.
+
+    `exit_code` is 1 for a fault in what was found, 2 for a wrong use of the command line. `shared` says that
+    every rank meets the same fault (a wrong flag), so that rank 0 alone prints it.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1, shared: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.shared = shared
+
+
+def usage_fault(message: str) -> Fault:
+    """Return the Fault of a wrong command line (exit code 2)."""
+    return Fault(message, exit_code=2, shared=True)

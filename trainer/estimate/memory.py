@@ -1,0 +1,181 @@
+"""What a rank's memory goes to, and what would save some of it: told when it runs out.
+
+Bytes for each weight: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 in 16 bits with Adam). Activations: what torch
+keeps of a Llama's layer for its gradients, counted with saved_tensors_hooks: 8 h + 4 i + 2 k numbers a token (h hidden
+size, i intermediate size, k of keys), and in 16 bits 2 h more for the norms, which compute in 32. Other models differ.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.distributed.deepspeed_config import lookup
+
+if TYPE_CHECKING:
+    from trainer.training.session import Session
+
+LORA_SHARE = 0.01  # of a model's weights in an adapter of rank 16, about
+NF4 = 0.55  # bytes of a weight in 4 bits with its doubly quantized scales (arXiv 2305.14314)
+TOLD_FROM = 0.02  # of what is needed: less isn't worth a word
+UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
+OUT = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is trained how: weights, those trained, shape of the model, of a micro batch, of ZeRO (stage None: without).
+
+    `number`: bytes of a weight and an activation, `weight`: of a frozen weight where that is kept smaller.
+    """
+
+    weights: float
+    trained: float
+    layers: int
+    hidden: int
+    intermediate: int
+    keys: int
+    vocabulary: int
+    sequence: int
+    micro: int
+    accumulation: int
+    ranks: int
+    stage: int | None
+    number: int
+    weight: float = 0.0
+    offloads: bool = False
+    checkpoints: bool = False
+    liger: bool = False
+
+
+def needs(load: Load) -> dict[str, float]:
+    """Return the bytes of one rank on its device, by what takes them."""
+    stage, split = load.stage or 0, 1 / load.ranks
+    kept = 4 if load.stage is None else load.number  # plain PyTorch keeps 32 bits
+    states = (8 if load.stage is None else 12) * load.trained * (split if stage >= 1 else 1)
+    weights = load.weights * (load.weight or kept) * (split if stage == 3 else 1)
+    layer = 8 * load.hidden + 4 * load.intermediate + 2 * load.keys + (2 * load.hidden if load.number == 2 else 0)
+    tokens = load.micro * load.sequence
+    numbers = layer + load.hidden * load.layers if load.checkpoints else layer * load.layers
+    logits = (8 + 2 * load.number) * tokens * load.vocabulary  # they, their log-softmax, its gradient, their own
+    return {"weights": weights, "gradients": load.trained * kept * (split if stage >= 2 else 1),
+            "optimizer states": 0.0 if load.offloads else states, "activations": numbers * tokens * load.number,
+            "logits": logits / 10 if load.liger else logits}
+
+
+def advice(load: Load, on_gpu: bool) -> list[tuple[str, float]]:
+    """Return what would save memory and how many bytes of a rank's, the gentlest first."""
+    before = sum(needs(load).values())
+    found = [(words, before - sum(needs(other).values())) for words, other in choices(load, on_gpu)]
+    return [(words, saved) for words, saved in found if saved > TOLD_FROM * before]
+
+
+def choices(load: Load, on_gpu: bool) -> Iterator[tuple[str, Load]]:
+    """Yield flags and the load with them: first what leaves the result as it is, then what costs time, then others."""
+    flag = "--config" if "LANSPEED_PLAIN" in os.environ else "--deepspeed_config"  # the launcher's, or the trainer's
+    presets, stage = f"{flag} trainer/configs", load.stage or 0
+    if load.micro > 1:
+        parts = next(number for number in range(2, load.micro + 1) if load.micro % number == 0)
+        micro, more = load.micro // parts, load.accumulation * parts
+        yield (f"--per_device_train_batch_size {micro} --gradient_accumulation_steps {more}",
+               replace(load, micro=micro, accumulation=more))
+    if on_gpu and not load.liger:
+        yield "--liger", replace(load, liger=True)
+    if load.ranks > 1 and stage < 1:
+        yield f"{presets}/zero1.json", replace(load, stage=1)
+    if load.ranks > 1 and stage < 2:
+        yield f"{presets}/zero2.json", replace(load, stage=2)
+    if not load.checkpoints:
+        yield "--activation_checkpointing", replace(load, checkpoints=True)
+    if on_gpu and not load.offloads:
+        yield f"{presets}/zero2_offload.json", replace(load, stage=max(stage, 2), offloads=True)
+    if load.ranks > 1 and stage < 3 and not load.weight:
+        yield f"{presets}/zero3.json", replace(load, stage=3)
+        if on_gpu:
+            yield f"{presets}/zero3_offload.json", replace(load, stage=3, offloads=True)
+    if load.trained == load.weights:
+        adapter = replace(load, trained=LORA_SHARE * load.weights)
+        yield "--lora", adapter
+        if on_gpu and stage < 3:
+            yield "--qlora", replace(adapter, weight=NF4)
+    yield f"--sequence_length {load.sequence // 2}", replace(load, sequence=load.sequence // 2)
+
+
+def load_of(session: Session) -> Load:
+    """Return what a training puts on each rank."""
+    o, config = session.options, session.model_config
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    size = getattr(config, "head_dim", None) or hidden // heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    stage = None if session.ds_config is None else int(lookup(session.ds_config, "zero_optimization.stage") or 0)
+    device = lookup(session.ds_config or {}, "zero_optimization.offload_optimizer.device")
+    return Load(
+        weights=session.parameters, trained=session.trained, layers=config.num_hidden_layers, hidden=hidden,
+        intermediate=max(inner) if isinstance(inner, list) else inner,
+        keys=size * (getattr(config, "num_key_value_heads", None) or heads), vocabulary=config.vocab_size,
+        sequence=session.sequence_length, micro=o.per_device_train_batch_size,
+        accumulation=o.gradient_accumulation_steps, ranks=session.ranks.world_size, stage=stage,
+        number=4 if session.precision == "fp32" else 2, weight=NF4 if o.qlora else 0.0,
+        offloads=device in ("cpu", "nvme"), checkpoints=o.activation_checkpointing, liger=o.liger)
+
+
+def told(load: Load, on_gpu: bool) -> list[str]:
+    """Return the lines that a person reads when memory has run out."""
+    parts = needs(load)
+    what = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+    lines = [f"a rank needs about {gigabytes(sum(parts.values()))} GB: {what}",
+             "what saves how much of it, the gentlest first:"]
+    found = advice(load, on_gpu)
+    width = max((len(words) for words, _ in found), default=0)
+    return lines + [f"  {words:<{width}}  {gigabytes(saved)} GB" for words, saved in found]
+
+
+def gigabytes(size: float) -> str:
+    """Return bytes as GB with two digits that count."""
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"
+
+
+def ran_out(error: BaseException) -> bool:
+    """Tell whether an error says that memory has run out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(OUT.search(str(error)))
+
+
+def explained(session: Session) -> str:
+    """Return what a rank says whose memory has run out."""
+    where = f"{session.ranks.host}: rank {session.ranks.rank} ran out of memory"
+    if not hasattr(session, "run"):
+        return f"{where} as it prepared the data: --streaming holds little of it at once"
+    if not hasattr(session, "steps"):
+        return f"{where} as it loaded the model: fewer ranks a host, or ZeRO-3, which loads it in parts"
+    where += f" after step {session.trainer.state.global_step} of {session.steps}"
+    try:
+        return "\n".join([where, *told(load_of(session), session.device != "cpu")])
+    except UNKNOWN_SHAPE:
+        return f"{where}: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps"
+
+
+def described(session: Session) -> dict[str, Any] | None:
+    """Return what run.json says of memory; "host" has what would save a host's own, should the kernel kill a rank.
+
+    None for a model whose configuration has other names for its shape.
+    """
+    try:
+        load = load_of(session)
+    except UNKNOWN_SHAPE:
+        return None
+    host = told(load, on_gpu=False) if session.device == "cpu" else []
+    if host:
+        host.append(f"and fewer slots a host: {session.ranks.local_world_size} ranks share the memory of "
+                    f"{session.ranks.host}")
+    elif load.offloads:
+        states = needs(replace(load, offloads=False))["optimizer states"]
+        host = [f"each rank keeps {gigabytes(states)} GB of optimizer states in the host's memory: "
+                "trainer/configs/zero2.json leaves them on the GPU, --lora needs almost none"]
+    return {"needs": {name: round(size) for name, size in needs(load).items()}, "host": host}

@@ -1,0 +1,73 @@
+"""--from_config: a model with random weights in the shape of a configuration, for a tokenizer trained on the data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from trainer.errors import Fault
+from trainer.model.loading import TINY_VOCABULARY, attention_of, first_line
+
+LARGEST_VOCABULARY = 32_000
+# What a configuration works out from other values, and keeps: another value makes it wrong.
+DERIVED = {"layer_types": {"num_hidden_layers"}, "head_dim": {"hidden_size", "num_attention_heads"}}
+
+
+def overridden(config: Any, text: str) -> Any:
+    """Return a configuration with other values, `text` being K=V,... Raises Fault for what it doesn't take."""
+    values, wanted = config.to_dict(), {}
+    for word in text.split(","):
+        key, equals, value = map(str.strip, word.partition("="))
+        key = (config.attribute_map or {}).get(key, key)
+        if not equals or key not in values:
+            raise Fault(f"--config_overrides {word}: KEY=VALUE, a key that this configuration has, like "
+                        f"{', '.join(sorted(name for name in values if 'hidden' in name or 'n_' in name)[:3])}",
+                        shared=True)
+        try:
+            wanted[key] = json.loads(value)
+        except ValueError:
+            wanted[key] = value
+    for name, hangs_on in DERIVED.items():
+        if name not in wanted and hangs_on & wanted.keys():
+            values.pop(name, None)
+    try:
+        return type(config).from_dict({**values, **wanted})
+    except Exception as error:  # each class has its own way to refuse
+        raise Fault(f"--config_overrides {text}: {first_line(error)}", shared=True) from None
+
+
+def own_vocabulary(options: argparse.Namespace, config: Any) -> int | None:
+    """Return the size of the tokenizer that is trained on the data; None where the model brings its own."""
+    if config is None:
+        return TINY_VOCABULARY
+    if not options.from_config:
+        return None
+    size = getattr(config.get_text_config(), "vocab_size", LARGEST_VOCABULARY)
+    return int(options.vocab_size or min(size, LARGEST_VOCABULARY))
+
+
+def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype: str) -> Any:
+    """Return a model with random weights in the shape of `config`, its vocabulary the tokenizer's.
+
+    The weights hang on the seed alone; under ZeRO-3 each rank keeps its part. Raises Fault for a shape that can't be.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from trainer.estimate.memory import ran_out
+
+    text = config.get_text_config()
+    text.vocab_size = len(tokenizer)
+    for part in {id(config): config, id(text): text}.values():
+        part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        part.pad_token_id = tokenizer.pad_token_id
+    set_seed(options.seed)
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attention_of(options, dtype),
+            trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # a shape that can't be shows in many ways
+        if ran_out(error):
+            raise
+        raise Fault(f"model '{options.model_name_or_path}': {first_line(error)}", shared=True) from None

@@ -1,0 +1,150 @@
+"""The run folder: runs/<time>-<model>/ with run.json, metrics.jsonl, loss.png, logs, checkpoints, model, samples.
+
+metrics.jsonl grows while the training runs: `tail -f runs/*/metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.verification import write_whole
+
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
+
+
+def short_name(model: str) -> str:
+    """Return a model's name as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
+
+
+def new_run_path(model: str) -> Path:
+    """Return the folder of a run that starts now."""
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{short_name(model)}"
+
+
+def find_run(options: argparse.Namespace) -> Path:
+    """Return the run folder that the options mean: named, that of the checkpoint to resume, the newest, or a new one.
+
+    `--resume_from_checkpoint auto` without --output_dir takes the newest run of this model.
+    """
+    resume = options.resume_from_checkpoint
+    if options.output_dir:
+        return Path(options.output_dir)
+    if resume and resume != "auto":
+        path = Path(resume)
+        return path.parent.parent if path.name.startswith("checkpoint-") else path
+    if resume == "auto":
+        runs = sorted(Path("runs").glob(f"*-{short_name(options.model_name_or_path)}/checkpoints"))
+        if runs:
+            return runs[-1].parent
+    return new_run_path(options.model_name_or_path)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result may depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Return this checkout's commit, '-dirty' if changed, or None outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git here
+        return None
+    return asked.stdout.strip() or None
+
+
+class RunFolder:
+    """The files of one run. Every rank may hold one; only rank 0 writes run.json and metrics.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.adapter = path / "adapter"
+        self.metrics = path / "metrics.jsonl"
+        self.sample = path / "sample.txt"
+        self.samples = path / "samples"
+        self.curve = path / "loss.png"
+        self._record: dict[str, Any] = {}
+
+    def start(self, facts: dict[str, Any], resumed_at: int | None) -> None:
+        """Write run.json as 'running'; on resume, drop the metrics of steps that will be made again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._record = {"command": shlex.join(sys.argv), "plain_command": os.environ.get("LANSPEED_PLAIN"),
+                        "started": time.time(), "status": "running", "resumed_at": resumed_at, **facts,
+                        "versions": package_versions(), "git_commit": git_commit()}
+        self._write_record()
+        kept = [row for row in self.read_metrics() if row["step"] <= (resumed_at or 0)] if resumed_at else []
+        write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def finish(self, status: str, exit_code: int, **facts: Any) -> None:
+        """Complete run.json: status finished, stopped or failed."""
+        self._record.update(status=status, exit=exit_code, ended=time.time(), **facts)
+        self._write_record()
+
+    def _write_record(self) -> None:
+        write_whole(self.path / "run.json", json.dumps(self._record, indent=1) + "\n")
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all lines of metrics.jsonl; one that a crash cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def draw_curve(self) -> None:
+        """Draw loss.png: training and evaluation loss above, tokens per second below, against steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = self.read_metrics()
+        figure, (above, below) = pyplot.subplots(
+            2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
+        for axes, key, label, style in ((above, "loss", "training loss", "-"),
+                                        (above, "eval_loss", "evaluation loss", "o--"),
+                                        (below, "tokens_per_second", "tokens/s", "-")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        above.set_ylabel("loss (nats per token)")
+        above.legend()
+        above.set_title(self.path.name)
+        below.set_ylabel("tokens/s")
+        below.set_ylim(bottom=0)
+        below.set_xlabel("step")
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
+        scratch = self.curve.with_name("loss.part.png")
+        figure.savefig(scratch, dpi=110)
+        pyplot.close(figure)
+        scratch.replace(self.curve)

@@ -1,0 +1,94 @@
+"""What the model says as it learns: held-out documents continued at each evaluation, in the run's samples/.
+
+    cat runs/*/samples/*     # the model learning; sample.txt is the last of them
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from trainer.checkpoint.verification import write_whole
+from trainer.distributed import heartbeat
+from trainer.model import document_attention
+
+if TYPE_CHECKING:
+    from trainer.training.session import Session
+
+PROMPT_TOKENS = 16
+NEW_TOKENS = 60
+
+
+class Samples(TrainerCallback):
+    """Writes samples/step-<step>.txt at each evaluation."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Have the model speak; it counts as a pause."""
+        started = time.monotonic()
+        write(self._session)
+        self._session.ranks.barrier()  # else the others' waiting would count as the network's
+        self._session.trainer.paused_s += time.monotonic() - started
+
+
+def write(session: Session) -> None:
+    """Write the samples of this step, and sample.txt; on ZeRO-3 all ranks generate together."""
+    if not session.options.num_samples or not (session.ranks.is_first or session.engine.endswith("ZeRO-3")):
+        return
+    step = session.trainer.state.global_step
+    heartbeat.tell(f"writing samples of step {step}")
+    model = session.trainer.accelerator.unwrap_model(session.trainer.model_wrapped)
+    made = list(continuations(model, session.tokenizer, prompts(session), session.options.seed))
+    if session.ranks.is_first:
+        text = "\n".join(f"[{number}] {prompt.strip()} >>>{said.rstrip()}\n"
+                         for number, (prompt, said) in enumerate(made, 1))
+        session.run.samples.mkdir(exist_ok=True)
+        write_whole(session.run.samples / f"step-{step:07d}.txt", f"after {step} steps\n\n{text}\n")
+        write_whole(session.run.sample, text)
+
+
+def prompts(session: Session) -> list[list[int]]:
+    """Return the first tokens of a few held-out documents, or of training documents where none is held out."""
+    pieces = session.data.evaluation if len(session.data.evaluation) else session.data.train
+    found: list[list[int]] = []
+    room = session.sequence_length // 2  # for what the model says
+    for piece in pieces:
+        if len(found) == session.options.num_samples:
+            break
+        if "loss" in piece:
+            asked = piece["loss"].index(1)  # up to where the assistant begins to speak
+            if asked <= room:
+                found.append(piece["input_ids"][:asked])
+        elif piece["length"] >= 2 * PROMPT_TOKENS:
+            found.append(piece["input_ids"][:PROMPT_TOKENS])
+    return found or [pieces[0]["input_ids"][:1]][: session.options.num_samples]
+
+
+def continuations(model: Any, tokenizer: Any, asked: list[list[int]], seed: int) -> Iterator[tuple[str, str]]:
+    """Yield (prompt, continuation) for each prompt (token ids), sampled with the seed; training's own is left alone.
+
+    Under ZeRO-3 every rank must take part, with the same prompts.
+    """
+    settings = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.8, top_k=40, use_cache=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    was_training = model.training
+    model.eval()
+    here = [model.device.index or 0] if model.device.type == "cuda" else []
+    eager = torch.compiler.set_stance("force_eager")  # each length would be compiled anew
+    with torch.random.fork_rng(here), torch.no_grad(), eager, document_attention.usual(model):
+        torch.manual_seed(seed)
+        for prompt in asked:
+            ids = torch.tensor([prompt], device=next(model.parameters()).device)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+                                    synced_gpus=is_deepspeed_zero3_enabled())
+            said = tokenizer.decode(output[0, len(prompt):], skip_special_tokens=True)
+            yield tokenizer.decode(prompt, skip_special_tokens=True), said
+    model.train(was_training)

@@ -1,0 +1,70 @@
+"""What transformers' Trainer is told: its arguments, the loggers beside metrics.jsonl, faster kernels."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+
+from trainer.errors import Fault
+
+if TYPE_CHECKING:
+    from trainer.training.session import Session
+
+NEVER = 10**9
+# What a flag needs beside what is always installed, by the name of the module.
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "liger": "liger_kernel",
+            "qlora": "bitsandbytes"}
+
+
+def training_arguments(session: Session) -> TrainingArguments:
+    """Return the Trainer's arguments."""
+    o, path = session.options, session.run.path
+    evaluates = len(session.data.evaluation) > 0
+    if o.report_to:
+        place_loggers(path)
+    return TrainingArguments(
+        output_dir=str(session.run.checkpoints), num_train_epochs=o.num_epochs, max_steps=o.max_steps,
+        per_device_train_batch_size=o.per_device_train_batch_size,
+        per_device_eval_batch_size=o.per_device_train_batch_size,
+        gradient_accumulation_steps=o.gradient_accumulation_steps, learning_rate=o.learning_rate,
+        lr_scheduler_type=o.lr_scheduler_type, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay,
+        max_grad_norm=o.max_grad_norm, bf16=session.precision == "bf16", fp16=session.precision == "fp16",
+        activation_checkpointing=o.activation_checkpointing, use_liger_kernel=o.liger, seed=o.seed,
+        use_cpu=session.device == "cpu", logging_steps=o.logging_steps, logging_first_step=True,
+        logging_nan_inf_filter=False, eval_strategy="steps" if evaluates else "no", eval_steps=o.eval_steps or NEVER,
+        eval_on_start=evaluates and not session.resume_step, save_steps=o.save_steps or NEVER,
+        save_on_each_node=not session.shared_disk, report_to=o.report_to or "none", run_name=path.name,
+        ignore_data_skip=o.streaming, project="lanspeed", disable_tqdm=True, remove_unused_columns=False,
+        dataloader_pin_memory=session.device != "cpu", ddp_find_unused_parameters=False, deepspeed=session.ds_config,
+        log_level="error", log_level_replica="error", adam_beta2=o.adam_beta2)
+
+
+def check_packages(options: argparse.Namespace, is_first: bool) -> None:
+    """Raise a Fault for a package that a flag needs and that isn't there; only the first rank logs."""
+    wanted = [(f"--report_to {name}", name) for name in options.report_to if is_first]
+    wanted += [(f"--{name}", name) for name in ("liger", "qlora") if getattr(options, name)]
+    for flag, name in wanted:
+        if find_spec(PACKAGES[name]) is None:
+            raise Fault(f"{flag}: not installed here: pip install {PACKAGES[name].replace('_', '-')}")
+
+
+def place_loggers(path: Any) -> None:
+    """Have the loggers write below the run folder, and name the project, unless the environment says otherwise."""
+    for name, value in (("TENSORBOARD_LOGGING_DIR", f"{path}/tensorboard"), ("WANDB_DIR", str(path)),
+                        ("TRACKIO_DIR", f"{path}/trackio"), ("WANDB_PROJECT", "lanspeed")):
+        os.environ.setdefault(name, value)
+
+
+def compile_model(model: Any, device: str, one_shape: bool) -> None:
+    """Have torch compile the model at its first step; `one_shape`: all rows have the same width.
+
+    Raises Fault where a compiler is missing.
+    """
+    if device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
+        raise Fault("--torch_compile on a CPU needs a C++ compiler: install g++, or leave the flag out", shared=True)
+    model.compile(dynamic=False if one_shape else None)

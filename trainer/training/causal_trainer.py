@@ -1,0 +1,184 @@
+"""transformers' Trainer, made right for causal LMs over several machines.
+
+It differs in four ways: the evaluation loss is the loss of all tokens divided by their number, over all ranks;
+checkpoints are sealed and rotated on every machine; tokens that carry loss are counted; SIGTERM stops all ranks at
+the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trainer.checkpoint import verification
+from trainer.checkpoint.verification import Layout
+from trainer.data import streaming
+from trainer.data.packing import FILLER, IGNORED, Collator, Rows
+from trainer.data.streaming import Stream
+from trainer.distributed import heartbeat
+from trainer.distributed.ranks import Ranks, SharedFlag
+from trainer.errors import Fault
+
+
+class CausalTrainer(Trainer):
+    """A Trainer whose batches are `packing.Rows`, evaluated by tokens, with sealed checkpoints.
+
+    `eval_bytes` is the UTF-8 size of the evaluation's text (None if unknown), `layout` what a checkpoint must share
+    with the training that continues it, `keep` the number of good checkpoints to keep.
+    """
+
+    def __init__(
+        self, *, ranks: Ranks, eval_rows: Rows, eval_bytes: int | None, layout: Layout, keep: int, collate: Collator,
+        **others: Any,
+    ) -> None:
+        super().__init__(eval_dataset=eval_rows, data_collator=collate, **others)
+        self._eval_rows, self._collate = eval_rows, collate
+        self._ranks = ranks
+        self._eval_bytes = eval_bytes
+        self._layout = layout
+        self._keep = keep
+        self._checkpoint_bytes = 0
+        self.own_tokens = 0
+        self.paused_s = 0.0  # spent on evaluations and checkpoints
+        self.measure: Callable[[], dict[str, float]] = dict
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Count this rank's tokens that carry loss while they are still on the CPU."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.own_tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        return batches, items
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return batches of rows; a stream is this rank's own already, and not to be shared out again."""
+        if not isinstance(self.train_dataset, Stream):
+            return super().get_train_dataloader()
+        return DataLoader(self.train_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator,
+                          pin_memory=self.args.dataloader_pin_memory)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was measured since the last time, for whoever logs."""
+        if "loss" in logs:
+            logs.update(self.measure())
+        super().log(logs, start_time)
+
+    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits [rows, width, vocabulary] without gradients; under ZeRO-3 all ranks must call it."""
+        self.model_wrapped.eval()
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+            return self.model_wrapped(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+    def token_loss(self, rows: Rows) -> tuple[float, int]:
+        """Return the summed loss in nats and the number of tokens that carry it, over all rows and ranks.
+
+        Every rank does as many batches as the others, the last ones possibly empty: ZeRO-3 gathers at each.
+        """
+        size, world, rank = self.args.per_device_train_batch_size, self._ranks.world_size, self._ranks.rank
+        batches = -(-len(rows) // (size * world))
+        nats, tokens = 0.0, 0
+        for batch in range(batches):
+            heartbeat.tell(f"evaluation, batch {batch + 1}/{batches}", often=True)
+            first = (batch * world + rank) * size
+            chosen = [rows[number] if number < len(rows) else FILLER for number in range(first, first + size)]
+            inputs = self._collate(chosen)
+            labels = inputs["labels"][:, 1:].to(self.args.device)
+            logits = self.logits(inputs["input_ids"].to(self.args.device), inputs["position_ids"].to(self.args.device))
+            for row in range(size):  # one by one: float32 logits are large
+                nats += functional.cross_entropy(
+                    logits[row, :-1].float(), labels[row], ignore_index=IGNORED, reduction="sum").item()
+            tokens += int((labels != IGNORED).sum())
+        total_nats, total_tokens = self._ranks.total(nats, tokens)
+        return total_nats, int(total_tokens)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return and log eval_loss (nats per token), eval_perplexity and, where sizes are known, bits per byte."""
+        started = time.monotonic()
+        nats, tokens = self.token_loss(self._eval_rows)
+        self.paused_s += time.monotonic() - started
+        loss = nats / max(tokens, 1)
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_tokens": tokens}
+        if self._eval_bytes:
+            metrics["eval_bits_per_byte"] = nats / math.log(2) / self._eval_bytes
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save, seal and rotate; raise a Fault on all ranks if one machine hasn't the room."""
+        started = time.monotonic()
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        writes = self.args.should_save
+        if writes:
+            shutil.rmtree(folder, ignore_errors=True)  # left half-written by an earlier run
+        heartbeat.tell(f"saving {folder.name}")
+        self._check_room(folder, writes)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            raise self._save_fault(folder, error) from None
+        if isinstance(self.train_dataset, Stream):
+            a_step = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
+            streaming.save(self.train_dataset, self.state.global_step * a_step, folder, self._ranks.rank)
+        self._ranks.barrier()
+        if writes:
+            self._name_latest(folder)
+            verification.seal(folder, self._layout)
+            verification.rotate(folder.parent, self._keep)
+            self._checkpoint_bytes = verification.folder_bytes(folder)
+        self._ranks.barrier()
+        self.paused_s += time.monotonic() - started
+
+    def _name_latest(self, folder: Path) -> None:
+        """Write the file by which DeepSpeed finds its part of a checkpoint; it does so itself on one machine only."""
+        tag = f"global_step{self.state.global_step}"
+        if (folder / tag).is_dir() and not (folder / "latest").exists():
+            verification.write_whole(folder / "latest", tag)
+
+    def _check_room(self, folder: Path, writes: bool) -> None:
+        lacking = writes and verification.free_bytes(folder) < self._checkpoint_bytes
+        problems = self._ranks.exchange(
+            f"room/{self.state.global_step}", f"{self._ranks.host}: {folder.parent}" if lacking else None)
+        full = [problem for problem in problems if problem]
+        if full:
+            raise Fault(f"no room for checkpoint-{self.state.global_step} "
+                        f"({self._checkpoint_bytes / 1e9:.2f} GB) at {', '.join(full)}. The last good checkpoint is "
+                        "intact: free space, then --resume_from_checkpoint auto", shared=True)
+
+    def _save_fault(self, folder: Path, error: Exception) -> Exception:
+        """Return what to raise for a failed save: a Fault where the disk is full, else the error itself."""
+        full = "No space left" in str(error) or verification.free_bytes(folder) < 1 << 20
+        if not (full or "PytorchStreamWriter" in str(error)):
+            return error
+        shutil.rmtree(folder, ignore_errors=True)
+        return Fault(f"{self._ranks.host}: {folder} could not be written: no space left. The checkpoint before it is "
+                     "intact: free space, then --resume_from_checkpoint auto")
+
+
+class Stop(TrainerCallback):
+    """Save and stop all ranks at the same step once any of them was asked to."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.flag = SharedFlag(ranks)
+        self.stopped = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Look at the shared flag once a step."""
+        if self.flag.check() and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Finish the last reduction."""
+        self.flag.close()

@@ -1,0 +1,84 @@
+"""What is told of the steps while they are made: lines of metrics.jsonl, the bar, each evaluation's result."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trainer.distributed import heartbeat
+from trainer.distributed.ranks import Ranks
+from trainer.results.console import Console
+from trainer.results.run_folder import RunFolder
+from trainer.training.causal_trainer import CausalTrainer
+
+
+class Report(TrainerCallback):
+    """Write metrics.jsonl and show progress. `flops_per_token` and `peak` (FLOP/s) give the MFU if both are known."""
+
+    KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu")
+
+    def __init__(
+        self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float, peak: float | None
+    ) -> None:
+        self._ranks, self._run, self._console = ranks, run, console
+        self._flops_per_token, self._peak = flops_per_token, peak
+        self._trainer: CausalTrainer | None = None
+        self._since = self._paused = 0.0
+        self._counted = 0
+        self.tokens = 0
+
+    def watch(self, trainer: CausalTrainer, tokens_before: int) -> None:
+        """Count `trainer`'s tokens, on top of those of the run that it continues."""
+        self._trainer, trainer.measure = trainer, self._measure
+        self.tokens = tokens_before
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Start the clock and the bar."""
+        self._since = time.monotonic()
+        self._console.start_bar(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Move the bar."""
+        heartbeat.tell(f"step {state.global_step}/{state.max_steps}", often=True)
+        self._console.show_step(state.global_step, state.max_steps)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Turn the Trainer's log entry into a line of metrics; all ranks come here at the same step."""
+        logs = others["logs"]
+        if "eval_loss" in logs:
+            self._add({"step": state.global_step, **{k: v for k, v in logs.items() if k.startswith("eval_")}})
+        if "loss" not in logs:
+            return
+        row = {"step": state.global_step, "epoch": round(state.epoch or 0, 4),
+               **{key: logs[key] for key in self.KEPT if key in logs}}
+        self._add(row)
+        self._console.show_metrics(state.global_step, state.max_steps, row)
+
+    def _measure(self) -> dict[str, float]:
+        """Return all ranks' tokens so far and a second since the last call, pauses left out; the MFU if known."""
+        assert self._trainer
+        counted, now, paused = self._trainer.own_tokens, time.monotonic(), self._trainer.paused_s
+        fresh = int(self._ranks.total(counted - self._counted)[0])
+        seconds = now - self._since - (paused - self._paused)
+        self._counted, self._since, self._paused = counted, now, paused
+        self.tokens += fresh
+        rate = fresh / max(seconds, 1e-9)
+        found = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
+        return found | ({"mfu": round(rate * self._flops_per_token / self._peak, 4)} if self._peak else {})
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if self._ranks.is_first:
+            self._run.add_metrics(row)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Say the evaluation's result."""
+        metrics = others["metrics"]
+        bits = metrics.get("eval_bits_per_byte")
+        extra = f"  {bits:.3f} bits per byte" if bits else ""
+        self._console.say(f"step {state.global_step}: evaluation loss {metrics['eval_loss']:.4f}{extra}")
