@@ -39,8 +39,8 @@ def make_data(folder: Path) -> None:
     """Write documents, tokenizer and a model with random weights for all to begin with."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from trainer.corpus import python_documents
-    from trainer.models import own_tokenizer
+    from trainer.data.python_docs import python_documents
+    from trainer.data.tokenizer import own_tokenizer
 
     texts = python_documents()
     random.Random(0).shuffle(texts)  # noqa: S311

@@ -170,7 +170,8 @@ def add_up(hostfile: Path, hosts: Sequence[str], options: argparse.Namespace, ac
            ) -> tuple[str, Finding | None]:
     """Have all slots of these hosts add up a number, as the trainer does; return what came of it, or the fault."""
     words = [sys.executable, str(ROOT / "master" / "launch_training.py"), "--hostfile", str(hostfile.absolute()),
-             "--script", str(ROOT / "trainer" / "first_sum.py"), "--include", "@".join(hosts), *access_words(options)]
+             "--script", str(ROOT / "trainer" / "allreduce_test.py"), "--include", "@".join(hosts),
+             *access_words(options)]
     password = {PASSWORD_VARIABLE: access.password} if access.password else {}
     with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:  # where the run's folder goes
         done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,

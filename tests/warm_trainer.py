@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TRAINER = Path(__file__).resolve().parent.parent / "trainer" / "train.py"
-# What a training imports late, beside what trainer.session does at once.
+# What a training imports late, beside what trainer.training.session does at once.
 LATE = ("accelerate", "datasets.io.generator", "deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.ep_count",
         "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.engine",
         "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
         "matplotlib.backends.backend_agg", "matplotlib.pyplot", "peft.utils.transformers_weight_conversion",
         "torch._inductor.compile_fx", "transformers.models.gpt2.modeling_gpt2",
-        "transformers.models.llama.modeling_llama", "trainer.universal")
+        "transformers.models.llama.modeling_llama", "trainer.checkpoint.universal")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 30.0  # what torchrun leaves the others when a rank has failed
 
@@ -68,7 +68,7 @@ def load() -> None:
     sys.path[0] = str(TRAINER.parent)
     import importlib
 
-    for name in ("trainer.session", *LATE):
+    for name in ("trainer.training.session", *LATE):
         importlib.import_module(name)
 
 

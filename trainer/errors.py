@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
 
 class Fault(Exception):
     """Ends the training with its message and an exit code; never shown with a traceback.
@@ -19,3 +23,17 @@ class Fault(Exception):
 def usage_fault(message: str) -> Fault:
     """Return the Fault of a wrong command line (exit code 2)."""
     return Fault(message, exit_code=2, shared=True)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Tell whether an error says that memory has run out."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))

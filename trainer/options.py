@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.fault import usage_fault
+from trainer.errors import usage_fault
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parent / "ds_config.json"
 

@@ -20,12 +20,12 @@ from typing import NoReturn
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from trainer import progress
-from trainer.console import Console
-from trainer.fault import Fault
+from trainer.distributed import heartbeat
+from trainer.distributed.ranks import Ranks
+from trainer.distributed.signals import Interrupted, SignalWatch
+from trainer.errors import Fault, ran_out
 from trainer.options import parse_options
-from trainer.ranks import Ranks
-from trainer.signals import Interrupted, SignalWatch
+from trainer.results.console import Console
 
 CAUSE_FIRST_S = 3  # a launcher looks at its ranks once a second, and should find the one that failed first
 # What gloo, NCCL and torch's store say when the process at the other end has gone.
@@ -78,14 +78,14 @@ def stay_offline(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: SignalWatch) -> int:
     """Do all that one rank has to do, from the options to the finished run folder; return the exit code."""
-    from trainer import ds_setup
+    from trainer.distributed import deepspeed_config
 
-    config = ds_setup.read_config(options.deepspeed) if options.deepspeed else None
+    config = deepspeed_config.read_config(options.deepspeed) if options.deepspeed else None
     stay_offline(options)
     console.say("lanspeed: loading torch, transformers and deepspeed")
-    progress.tell("loading torch, transformers and deepspeed")
+    heartbeat.tell("loading torch, transformers and deepspeed")
     # Only now: these imports take seconds, and a wrong flag should be told before.
-    from trainer.session import Session
+    from trainer.training.session import Session
 
     session = Session(options, ranks, console, config)
     try:
@@ -96,11 +96,9 @@ def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: 
         return session.finish()
     except BaseException as error:
         session.fail()
-        from trainer import memory
-
-        if memory.ran_out(error):
+        if ran_out(error):
             console.keep(traceback.format_exc())
-            raise Fault(memory.explained(session)) from None
+            raise Fault(session.out_of_memory()) from None
         raise
 
 

@@ -72,7 +72,7 @@ def loss_of(model: Any, tokenizer: Any, folder: Path) -> float:
     """Return the loss a token of the held-out documents, whole, each by itself; of long ones row by row."""
     import torch
 
-    from trainer.pieces import cut_document
+    from trainer.data.tokenization import cut_document
 
     model.eval()
     nats, count = 0.0, 0
@@ -109,11 +109,11 @@ def until_enough(train: Callable[[], Any]) -> None:
 
 def ours(folder: Path, clock: Clock, engine: Path | None) -> Any:
     """Train with trainer/train.py's own course."""
-    from trainer import ds_setup
-    from trainer.console import Console
+    from trainer.distributed import deepspeed_config
+    from trainer.distributed.ranks import Ranks
     from trainer.options import parse_options
-    from trainer.ranks import Ranks
-    from trainer.session import Session
+    from trainer.results.console import Console
+    from trainer.training.session import Session
 
     words = ["--model_name_or_path", str(folder / "model"), "--dataset_path", str(folder / "train.jsonl"),
              "--eval_dataset", str(folder / "eval.jsonl"), "--output_dir", str(folder / f"run-{os.getpid()}"),
@@ -123,7 +123,7 @@ def ours(folder: Path, clock: Clock, engine: Path | None) -> Any:
              "--save_steps", "0", "--num_samples", "0", "--seed", str(clock.seed)]
     options = parse_options([*words, *(["--deepspeed", str(engine)] if engine else [])])
     ranks = Ranks()
-    session = Session(options, ranks, Console(ranks), ds_setup.read_config(engine) if engine else None)
+    session = Session(options, ranks, Console(ranks), deepspeed_config.read_config(engine) if engine else None)
     session.prepare()
     session.trainer.data_collator = clock.counting(session.trainer.data_collator)
     session.trainer.add_callback(callback(clock))
@@ -177,15 +177,15 @@ def by_hand(folder: Path, clock: Clock) -> Any:
     import deepspeed
     import torch
 
-    from trainer import ds_setup
-    from trainer.data import prepare_dataset
-    from trainer.models import tokenizer_id
+    from trainer.data.dataset import prepare_dataset
+    from trainer.data.packing import Collator, Rows
+    from trainer.data.tokenizer import tokenizer_id
+    from trainer.distributed import deepspeed_config
+    from trainer.distributed.ranks import Ranks
     from trainer.options import parse_options
-    from trainer.packing import Collator, Rows
-    from trainer.ranks import Ranks
 
     Ranks()  # sets RANK and the like
-    ds_setup.skip_shared_memory_operator()
+    deepspeed_config.skip_shared_memory_operator()
     tokenizer, model = load(folder)
     torch.manual_seed(clock.seed)
     options = parse_options(["--model_name_or_path", "x", "--dataset_path", str(folder / "train.jsonl"),

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import Train
 
-from trainer.arguments import check_packages, compile_model
-from trainer.fault import Fault
-from trainer.models import load_config
-from trainer.new_models import overridden, own_vocabulary
+from trainer.data.tokenizer import own_vocabulary
+from trainer.errors import Fault
+from trainer.model.from_config import overridden
+from trainer.model.loading import load_config
 from trainer.options import fill_defaults, parse_options
+from trainer.training.arguments import check_packages, compile_model
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2")
 SHAPE = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 128, "n_embd": 768, "n_layer": 12, "n_head": 12}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Train
 
-from trainer import attention
+from trainer.model import document_attention
 from trainer.options import parse_options
 
 VOCABULARY = 100
@@ -49,14 +49,14 @@ def loss_and_gradients(model: Any) -> tuple[float, list[torch.Tensor]]:
 def test_numbers_and_gradients_are_the_usual_ones(name: str, more: dict[str, Any]) -> None:
     model = model_of(name, **more).eval()
     expected, gradients = loss_and_gradients(model)
-    attention.switch(model, attention.NAME)
+    document_attention.switch(model, document_attention.NAME)
     found, others = loss_and_gradients(model)
     assert found == pytest.approx(expected, abs=1e-6)
     for one, other in zip(gradients, others, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-    with attention.usual(model):
-        assert model.config._attn_implementation == attention.USUAL
-    assert model.config._attn_implementation == attention.NAME
+    with document_attention.usual(model):
+        assert model.config._attn_implementation == document_attention.USUAL
+    assert model.config._attn_implementation == document_attention.NAME
 
 
 @pytest.mark.parametrize(("name", "more", "kept"), [
@@ -70,18 +70,19 @@ def test_it_is_given_up_where_it_is_not_the_same(name: str, more: dict[str, Any]
             found: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         return found
 
-    attention.switch(model, attention.NAME)
-    attention.keep_if_alike(model, logits, VOCABULARY, "cpu")
-    assert model.config._attn_implementation == (attention.NAME if kept else attention.USUAL)
+    document_attention.switch(model, document_attention.NAME)
+    document_attention.keep_if_alike(model, logits, VOCABULARY, "cpu")
+    assert model.config._attn_implementation == (document_attention.NAME if kept else document_attention.USUAL)
 
 
 def test_where_it_is_tried() -> None:
     options = parse_options(["--model_name_or_path", "x"])
     model = model_of("mistral", sliding_window=64)
-    assert attention.suits(model, options, "cpu", 64) and not attention.suits(model, options, "cpu", 65)
-    assert not attention.suits(model, options, "cuda", 64)
+    assert document_attention.suits(model, options, "cpu", 64)
+    assert not document_attention.suits(model, options, "cpu", 65)
+    assert not document_attention.suits(model, options, "cuda", 64)
     asked = parse_options(["--model_name_or_path", "x", "--attn_implementation", "eager"])
-    assert not attention.suits(model, asked, "cpu", 64)
+    assert not document_attention.suits(model, asked, "cpu", 64)
 
 
 def test_a_training_learns_the_same_and_saves_a_usual_model(train: Train) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoints import SEAL, Layout, find_damage, list_checkpoints, rotate, seal, step_of, survey
+from trainer.checkpoint.verification import SEAL, Layout, find_damage, list_checkpoints, rotate, seal, step_of, survey
 
 LAYOUT = Layout(data="abc", world_size=2, engine="DeepSpeed ZeRO-1")
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from trainer.conversations import Taker, encode, normalized, words_of
-from trainer.data import prepare_dataset
-from trainer.documents import find_files, read_documents
-from trainer.fault import Fault
-from trainer.models import TINY_TEMPLATE, own_tokenizer
+from trainer.data.chat import Taker, encode, normalized, words_of
+from trainer.data.dataset import prepare_dataset
+from trainer.data.documents import find_files, read_documents
+from trainer.data.packing import IGNORED, Collator, Rows
+from trainer.data.tokenizer import TINY_TEMPLATE, own_tokenizer
+from trainer.errors import Fault
 from trainer.options import parse_options
-from trainer.packing import IGNORED, Collator, Rows
 
 USER = {"role": "user", "content": "how are you ?"}
 SAID = {"role": "assistant", "content": "fine , thanks"}

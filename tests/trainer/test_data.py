@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data import Prepared, prepare_dataset, split
-from trainer.fault import Fault
-from trainer.models import own_tokenizer
+from trainer.data.dataset import Prepared, prepare_dataset, split
+from trainer.data.packing import Rows
+from trainer.data.tokenization import cut_document
+from trainer.data.tokenizer import own_tokenizer
+from trainer.errors import Fault
 from trainer.options import parse_options
-from trainer.packing import Rows
-from trainer.pieces import cut_document
 
 Prepare = Callable[..., Prepared]
 
@@ -122,7 +122,7 @@ def test_an_evaluation_set_of_its_own(prepare: Prepare, texts: Path, tmp_path: P
 
 
 def test_python_s_own_text_is_there() -> None:
-    from trainer.corpus import python_documents
+    from trainer.data.python_docs import python_documents
 
     texts = python_documents()
     assert len(texts) == len(set(texts)) > 1000

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from trainer.devices import choose_precision, common_device, device_facts, device_peak, peak_flops
-from trainer.fault import Fault
+from trainer.distributed.devices import choose_precision, common_device, device_facts, device_peak, peak_flops
+from trainer.errors import Fault
 
 CPU: dict[str, Any] = {"type": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False}
 V100: dict[str, Any] = {"type": "cuda", "name": "Tesla V100-SXM2-32GB", "count": 1, "bf16": False, "fp16": True}

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import HOME
 
-from trainer.conversations import Taker
-from trainer.documents import describe, find_files, read_documents
-from trainer.fault import Fault
+from trainer.data.chat import Taker
+from trainer.data.documents import describe, find_files, read_documents
+from trainer.errors import Fault
 
 ROWS: list[dict[str, object]] = [
     {"text": "first\nwith two lines"}, {"text": ""}, {"text": None}, {"text": 'say "ü", twice'}]
@@ -125,7 +125,7 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(tmp_path:
         (folder / name).write_text(text)
     (folder / "snapshots" / "r1").mkdir(parents=True)
     (folder / "snapshots" / "r1" / "train.jsonl").symlink_to("../../blobs/b")
-    code = ("import sys; from trainer.options import parse_options; from trainer.sources import open_source; "
+    code = ("import sys; from trainer.options import parse_options; from trainer.data.sources import open_source; "
             "source = open_source(sys.argv[1], parse_options(['--model_name_or_path', 'tiny']), list); "
             "print(source.name, len(source.fingerprint), list(source.read()))")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from trainer import ds_setup
-from trainer.fault import Fault
+from trainer.distributed import deepspeed_config
+from trainer.errors import Fault
 from trainer.options import parse_options
 
 
@@ -25,7 +25,7 @@ def test_values_of_the_config_become_the_flags() -> None:
     found = options()
     config = {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5, "bf16": {"enabled": True},
               "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "eps": "auto"}}}
-    ds_setup.adopt_values(found, config, 2)
+    deepspeed_config.adopt_values(found, config, 2)
     assert (found.per_device_train_batch_size, found.max_grad_norm, found.precision) == (4, 0.5, "bf16")
     assert (found.learning_rate, found.weight_decay, found.gradient_accumulation_steps) == (1e-4, 0.1, None)
 
@@ -40,7 +40,7 @@ def test_values_of_the_config_become_the_flags() -> None:
 ])
 def test_a_contradiction_is_told(words: list[str], config: dict[str, Any], message: str) -> None:
     with pytest.raises(Fault) as caught:
-        ds_setup.adopt_values(options(*words), config, 2)
+        deepspeed_config.adopt_values(options(*words), config, 2)
     assert message in str(caught.value)
 
 
@@ -49,23 +49,23 @@ def test_a_contradiction_is_told(words: list[str], config: dict[str, Any], messa
     (["--gradient_accumulation_steps", "8"], 32, (2, 8))])
 def test_a_global_batch_is_split(words: list[str], total: int, expected: tuple[int, int]) -> None:
     found = options(*words)
-    ds_setup.adopt_values(found, {"train_batch_size": total}, 2)
+    deepspeed_config.adopt_values(found, {"train_batch_size": total}, 2)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == expected
 
 
 def test_adam_of_a_config_becomes_torch_s_unless_told_otherwise() -> None:
     config: dict[str, Any] = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}
-    assert ds_setup.complete_config(config, on_cpu=True) == []
+    assert deepspeed_config.complete_config(config, on_cpu=True) == []
     assert config["optimizer"]["params"] == {"torch_adam": True, "fused": True}
     own = {"optimizer": {"type": "Adam", "params": {"torch_adam": False}},
            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    assert ds_setup.complete_config(own, on_cpu=False) == ["cpu_adam"]
-    assert ds_setup.complete_config({"optimizer": {"type": "Lion"}}, on_cpu=True) == ["lion"]
+    assert deepspeed_config.complete_config(own, on_cpu=False) == ["cpu_adam"]
+    assert deepspeed_config.complete_config({"optimizer": {"type": "Lion"}}, on_cpu=True) == ["lion"]
 
 
 def test_stage_3_always_gathers_the_weights() -> None:
     config: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}}
-    ds_setup.complete_config(config, on_cpu=True)
+    deepspeed_config.complete_config(config, on_cpu=True)
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
 
 
@@ -76,7 +76,7 @@ def test_an_unreadable_config_is_one_line(content: str | None, message: str, tmp
     if content is not None:
         (tmp_path / "c.json").write_text(content)
     with pytest.raises(Fault) as caught:
-        ds_setup.read_config(tmp_path / "c.json")
+        deepspeed_config.read_config(tmp_path / "c.json")
     assert message in str(caught.value)
 
 
@@ -92,10 +92,10 @@ def test_a_lock_left_by_a_killed_compilation_is_found(tmp_path: Path, monkeypatc
         age(tmp_path / name / "lock")
     (tmp_path / "young" / "lock").touch()
     with subprocess.Popen([sys.executable, "-c", "input()"], cwd=tmp_path / "lion", stdin=subprocess.PIPE) as builder:
-        assert ds_setup.stale_locks() == [tmp_path / "cpu_adam" / "lock"]
-        assert f"clear it: rm {tmp_path}/cpu_adam/lock" in ds_setup.check_compilation([])[0]
+        assert deepspeed_config.stale_locks() == [tmp_path / "cpu_adam" / "lock"]
+        assert f"clear it: rm {tmp_path}/cpu_adam/lock" in deepspeed_config.check_compilation([])[0]
         with pytest.raises(Fault, match="would wait for it for ever: rm "):
-            ds_setup.check_compilation(["cpu_adam"])
+            deepspeed_config.check_compilation(["cpu_adam"])
         assert builder.stdin
         builder.stdin.close()
 
@@ -103,13 +103,13 @@ def test_a_lock_left_by_a_killed_compilation_is_found(tmp_path: Path, monkeypatc
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert ds_setup.check_compilation([]) == []
+    assert deepspeed_config.check_compilation([]) == []
     with pytest.raises(Fault, match="there is no C\\+\\+ compiler"):
-        ds_setup.check_compilation(["lion"])
+        deepspeed_config.check_compilation(["lion"])
 
 
 def test_presets_leave_to_the_trainer_what_it_can_fill() -> None:
     for path in [*Path("trainer/configs").glob("*.json"), Path("trainer/ds_config.json")]:
         config = json.loads(path.read_text())
         assert config["train_micro_batch_size_per_gpu"] == config["fp16"]["enabled"] == "auto", path
-        ds_setup.adopt_values(options(), config, 1)
+        deepspeed_config.adopt_values(options(), config, 1)

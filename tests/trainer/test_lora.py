@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import Train
 
-from trainer.fault import Fault
-from trainer.lora import gathered_gigabytes, merged
+from trainer.errors import Fault
+from trainer.model.lora import gathered_gigabytes, merged
 from trainer.options import parse_options
 
 SHORT = ("--sequence_length", "64", "--learning_rate", "1e-2")
@@ -54,10 +53,9 @@ def test_an_adapter_of_a_model_in_16_bits_is_merged_in_16_bits(train: Train) -> 
     run = train("--lora", "--max_steps", "2", *SHORT, model=str(base))
     whole = AutoModelForCausalLM.from_pretrained(run.path / "model")  # the base with its adapter, in 32 bits
     adapter = run.path / "model"
-    # As a session on a GPU without bf16 has them at its end.
-    session = SimpleNamespace(options=parse_options(["--model_name_or_path", str(base)]), dtype="float16",
-                              tokenizer=AutoTokenizer.from_pretrained(base), run=SimpleNamespace(adapter=adapter))
-    half = merged(session)  # type: ignore[arg-type]
+    # As a training on a GPU without bf16 merges it.
+    half = merged(parse_options(["--model_name_or_path", str(base)]), AutoTokenizer.from_pretrained(base), "float16",
+                  adapter)
     assert {weight.dtype for weight in half.state_dict().values()} == {torch.float16}
     assert not any("lora" in name for name, _ in half.named_parameters())
     ids = torch.arange(20)[None]

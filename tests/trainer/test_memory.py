@@ -13,7 +13,8 @@ import torch
 from conftest import TRAINER, WARM, Train
 from warm_trainer import Job
 
-from trainer.memory import Load, advice, needs, ran_out, told
+from trainer.errors import ran_out
+from trainer.estimate.memory import Load, advice, needs, told
 
 SEVEN_B = Load(weights=7e9, trained=7e9, layers=32, hidden=4096, intermediate=11008, keys=4096, vocabulary=32000,
                sequence=1024, micro=8, accumulation=2, ranks=4, stage=1, number=2)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import models
-from trainer.fault import Fault
+from trainer.data.packing import Collator, Row
+from trainer.data.tokenizer import own_tokenizer
+from trainer.errors import Fault
+from trainer.model import loading
 from trainer.options import parse_options
-from trainer.packing import Collator, Row
 
 ARCHITECTURES = ["tiny", "gpt2", "qwen3", "gpt-neox"]
 TEXTS = ["one two three four five six seven", "eight nine ten", "eleven twelve thirteen fourteen"] * 40
@@ -19,7 +20,7 @@ TEXTS = ["one two three four five six seven", "eight nine ten", "eleven twelve t
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return models.own_tokenizer(TEXTS)
+    return own_tokenizer(TEXTS)
 
 
 def other_models(name: str, vocabulary: int) -> Any:
@@ -39,7 +40,7 @@ def other_models(name: str, vocabulary: int) -> Any:
 
 
 def build(name: str, tokenizer: Any) -> Any:
-    model = models.build_tiny(tokenizer, 1) if name == "tiny" else other_models(name, len(tokenizer))
+    model = loading.build_tiny(tokenizer, 1) if name == "tiny" else other_models(name, len(tokenizer))
     return model.eval()
 
 
@@ -64,7 +65,7 @@ def test_changing_one_document_of_a_row_changes_no_other(name: str, tokenizer: A
 def test_the_check_passes_where_documents_are_apart(name: str, rows: int, tokenizer: Any) -> None:
     model = build(name, tokenizer)
     with torch.no_grad():
-        models.check_isolation(
+        loading.check_isolation(
             lambda ids, positions: model(input_ids=ids, position_ids=positions, use_cache=False).logits,
             len(tokenizer), "cpu", rows)
 
@@ -76,7 +77,7 @@ def test_the_check_sees_a_leak(leak: str, name: str, rows: int, tokenizer: Any) 
     model = build(name, tokenizer)
     more = {"use_cache": True} if leak == "cache" else {"use_cache": False, "attention_mask": torch.ones(rows, 24)}
     with torch.no_grad(), pytest.raises(Fault, match="train it with --no_packing"):
-        models.check_isolation(lambda ids, positions: model(input_ids=ids, position_ids=positions, **more).logits,
+        loading.check_isolation(lambda ids, positions: model(input_ids=ids, position_ids=positions, **more).logits,
                                len(tokenizer), "cpu", rows)
 
 
@@ -91,13 +92,13 @@ def test_the_check_looks_at_as_many_rows_as_are_trained(odd: int, tokenizer: Any
         return found
 
     with torch.no_grad():
-        models.check_isolation(logits, len(tokenizer), "cpu", 4 - odd)
+        loading.check_isolation(logits, len(tokenizer), "cpu", 4 - odd)
         with pytest.raises(Fault, match="train it with --no_packing"):
-            models.check_isolation(logits, len(tokenizer), "cpu", odd)
+            loading.check_isolation(logits, len(tokenizer), "cpu", odd)
 
 
 def test_the_tiny_model_hangs_on_the_seed_alone(tokenizer: Any) -> None:
-    one, same, other = (models.build_tiny(tokenizer, seed).lm_head.weight for seed in (1, 1, 2))
+    one, same, other = (loading.build_tiny(tokenizer, seed).lm_head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -115,7 +116,7 @@ def test_the_own_tokenizer_knows_any_text(tokenizer: Any) -> None:
 ])
 def test_a_model_that_is_not_there_is_one_line(words: list[str], message: str) -> None:
     with pytest.raises(Fault) as caught:
-        models.load_config(parse_options(words))
+        loading.load_config(parse_options(words))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -125,8 +126,8 @@ def test_weights_that_are_not_safetensors_need_a_flag(tokenizer: Any, tmp_path: 
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(Fault, match="--allow_pickle"):
-        models.load_model(parse_options(["--model_name_or_path", str(tmp_path)]), "float32")
-    assert models.load_model(parse_options(["--model_name_or_path", str(tmp_path), "--allow_pickle"]), "float32")
+        loading.load_model(parse_options(["--model_name_or_path", str(tmp_path)]), "float32")
+    assert loading.load_model(parse_options(["--model_name_or_path", str(tmp_path), "--allow_pickle"]), "float32")
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -136,14 +137,15 @@ def test_flash_attention_is_taken_where_it_is_there(there: bool, monkeypatch: py
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: there)
     options = parse_options(["--model_name_or_path", "x"])
     flash = "flash_attention_2" if there else None
-    assert [models.attention_of(options, dtype) for dtype in ("float32", "bfloat16", "float16")] == [None, flash, flash]
+    kinds = [loading.attention_of(options, dtype) for dtype in ("float32", "bfloat16", "float16")]
+    assert kinds == [None, flash, flash]
     asked = parse_options(["--model_name_or_path", "x", "--attn_implementation", "eager"])
-    assert models.attention_of(asked, "bfloat16") == "eager"
+    assert loading.attention_of(asked, "bfloat16") == "eager"
 
 
 def test_weights_in_4_bits_are_asked_for_on_one_device() -> None:
-    assert models.quantized("bfloat16", None) == {}
-    found = models.quantized("bfloat16", "cuda:1")
+    assert loading.quantized("bfloat16", None) == {}
+    found = loading.quantized("bfloat16", "cuda:1")
     config = found["quantization_config"]
     assert found["device_map"] == {"": "cuda:1"}
     assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
@@ -155,17 +157,17 @@ def test_weights_in_several_files_are_the_same_weights(tokenizer: Any, tmp_path:
     model = build("qwen3", tokenizer)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
-    loaded = models.load_model(parse_options(["--model_name_or_path", str(tmp_path)]), "float32")
+    loaded = loading.load_model(parse_options(["--model_name_or_path", str(tmp_path)]), "float32")
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(("words", "expected"), [([], 256), (["--sequence_length", "77"], 77)])
 def test_the_sequence_length_has_a_default(words: list[str], expected: int) -> None:
-    assert models.choose_sequence_length(parse_options(["--model_name_or_path", "tiny", *words]), None) == expected
+    assert loading.choose_sequence_length(parse_options(["--model_name_or_path", "tiny", *words]), None) == expected
 
 
 def test_a_row_longer_than_the_model_is_refused() -> None:
     options = parse_options(["--model_name_or_path", "tiny", "--sequence_length", "9999"])
     with pytest.raises(Fault, match="takes 2 to 2,048 tokens"):
-        models.choose_sequence_length(options, None)
+        loading.choose_sequence_length(options, None)

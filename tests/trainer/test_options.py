@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.fault import Fault
+from trainer.errors import Fault
 from trainer.options import DEFAULT_DS_CONFIG, parse_options
 
 

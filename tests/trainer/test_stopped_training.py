@@ -17,8 +17,8 @@ from conftest import TRAINER, WARM, Train
 from patience import steps_made, wait_until
 from warm_trainer import Job
 
-from trainer.checkpoints import list_checkpoints, step_of
-from trainer.signals import Interrupted, SignalWatch
+from trainer.checkpoint.verification import list_checkpoints, step_of
+from trainer.distributed.signals import Interrupted, SignalWatch
 
 SMALL = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--eval_fraction", "0.1")
 

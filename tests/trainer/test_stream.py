@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from conftest import HOME, Train
 
-from trainer import stream
-from trainer.conversations import MESSAGES, TEXT
-from trainer.data import digest_of
-from trainer.fault import Fault
-from trainer.models import own_tokenizer
+from trainer.data import streaming
+from trainer.data.chat import MESSAGES, TEXT
+from trainer.data.dataset import digest_of
+from trainer.data.packing import Row
+from trainer.data.streaming import Place, Reading, Stream
+from trainer.data.tokenizer import own_tokenizer
+from trainer.errors import Fault
 from trainer.options import parse_options
-from trainer.packing import Row
-from trainer.stream import Place, Reading, Stream
 
 TEXTS = [f"document {number} " + "word " * (number % 17) for number in range(300)]
 
@@ -47,8 +47,8 @@ def texts_of(rows: list[Row], tokenizer: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_pass_has_each_document_once_on_one_rank(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    monkeypatch.setattr(stream, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(stream, "DOCUMENTS_AT_ONCE", 5)
+    monkeypatch.setattr(streaming, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(streaming, "DOCUMENTS_AT_ONCE", 5)
     held_out = tuple(TEXTS[7:20])
     seen: Counter[str] = Counter()
     for rank in range(ranks):
@@ -68,20 +68,20 @@ def test_a_pass_has_each_document_once_on_one_rank(tokenizer: Any, monkeypatch: 
 @pytest.mark.parametrize("rows", [1, 30, 31, 97, 250])
 def test_it_goes_on_with_the_very_next_row(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                            rows: int) -> None:
-    monkeypatch.setattr(stream, "BLOCK_ROWS", 8)
-    monkeypatch.setattr(stream, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(streaming, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(streaming, "DOCUMENTS_AT_ONCE", 7)
     first = made(tokenizer, 1, 2)
     whole = list(itertools.islice(first, rows + 20))
     again = made(tokenizer, 1, 2)
     list(itertools.islice(again, rows + 2))  # a loader may be ahead of what was trained
-    stream.save(again, rows, tmp_path, 1)
+    streaming.save(again, rows, tmp_path, 1)
     later = made(tokenizer, 1, 2)
-    stream.load(later, tmp_path, 1)
+    streaming.load(later, tmp_path, 1)
     for expected, found in zip(whole[rows:], itertools.islice(later, 20), strict=True):
         assert [list(ids) for ids in expected.documents] == [list(ids) for ids in found.documents]
-    stream.save(later, rows + 20, tmp_path, 1)  # and again after that
+    streaming.save(later, rows + 20, tmp_path, 1)  # and again after that
     last = made(tokenizer, 1, 2)
-    stream.load(last, tmp_path, 1)
+    streaming.load(last, tmp_path, 1)
     more = list(itertools.islice(made(tokenizer, 1, 2), rows + 21))[-1]
     assert [list(ids) for ids in next(iter(last)).documents] == [list(ids) for ids in more.documents]
 
@@ -97,7 +97,7 @@ def test_too_few_documents_and_states_of_others_are_told(tokenizer: Any, tmp_pat
     with pytest.raises(Fault, match="the data has no document for rank 3 of 4"):
         next(iter(made(tokenizer, 3, 4, texts=TEXTS[:2])))
     with pytest.raises(Fault, match="this checkpoint is of a run without --streaming"):
-        stream.load(made(tokenizer), tmp_path, 0)
+        streaming.load(made(tokenizer), tmp_path, 0)
     with pytest.raises(Fault, match="say --dataset_path D and --max_steps N"):
         parse_options(["--model_name_or_path", "tiny", "--streaming"])
     assert made(tokenizer).place_of(0) == Place()
@@ -146,7 +146,7 @@ def test_a_dataset_of_the_hub_is_streamed_from_the_cache(tmp_path: Path) -> None
     (folder / "snapshots" / "r1" / "train.jsonl").symlink_to("../../blobs/b")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("r1")
-    program = ("from trainer.options import parse_options; from trainer.sources import open_source\n"
+    program = ("from trainer.options import parse_options; from trainer.data.sources import open_source\n"
                "o = parse_options(['--model_name_or_path', 'x', '--dataset_path', 'org/small', '--streaming', "
                "'--max_steps', '1'])\n"
                "source = open_source('org/small', o, list)\nprint(len(list(source.read())), list(source.after(7)))")

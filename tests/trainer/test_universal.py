@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Run, Train
 
-from trainer import universal
-from trainer.fault import Fault
+from trainer.checkpoint import universal
+from trainer.errors import Fault
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--lr_scheduler_type", "constant",
          "--save_steps", "2", "--eval_steps", "0")

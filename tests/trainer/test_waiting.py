@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import RunRanks
 
-from trainer import progress
-from trainer.waiting import shares
+from trainer.distributed import heartbeat
+from trainer.distributed.communication_time import shares
 
 
 def test_the_rank_that_waits_least_is_the_slowest() -> None:
@@ -26,7 +26,7 @@ def test_real_collectives_are_measured_in_steps_alone(run_ranks: RunRanks) -> No
 import time
 import torch
 import torch.distributed as dist
-from trainer.waiting import Waiting
+from trainer.distributed.communication_time import Waiting
 
 waiting = Waiting("cpu")
 waiting.install()
@@ -58,7 +58,7 @@ told.update(waited=waiting.waited_s, steps=waiting.steps_s, value=value.tolist()
 def test_a_flag_is_seen_by_all_ranks_at_the_same_step(raisers: str, run_ranks: RunRanks) -> None:
     told = run_ranks("""
 import time
-from trainer.ranks import SharedFlag
+from trainer.distributed.ranks import SharedFlag
 
 flag = SharedFlag(ranks)
 told["seen"] = []
@@ -75,12 +75,12 @@ flag.close()
 
 def test_a_rank_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    progress.tell("to nobody")
+    heartbeat.tell("to nobody")
     monkeypatch.setenv("LANSPEED_PROGRESS", str(tmp_path))
-    progress.tell("saving")
-    progress.tell("step 1/9", often=True)  # too soon after the other
+    heartbeat.tell("saving")
+    heartbeat.tell("step 1/9", often=True)  # too soon after the other
     assert (tmp_path / "3").read_text() == "saving"
-    progress.tell("step 2/9")
+    heartbeat.tell("step 2/9")
     assert (tmp_path / "3").read_text() == "step 2/9"
     monkeypatch.setenv("LANSPEED_PROGRESS", str(tmp_path / "gone"))
-    progress.tell("to a folder that isn't there")
+    heartbeat.tell("to a folder that isn't there")

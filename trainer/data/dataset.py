@@ -19,8 +19,8 @@ from trainer.data import python_docs
 from trainer.data.chat import TEXT, words_of
 from trainer.data.sources import Source, hashed, open_source
 from trainer.data.tokenization import tokenize
+from trainer.data.tokenizer import TRAINED_ON, first_of
 from trainer.errors import Fault
-from trainer.model.loading import TRAINED_ON, first_of
 
 LOOKED_AT = 2000  # documents of a stream, or as many as train a tokenizer if those are fewer
 FORMAT = 3  # part of the cache's key: raise it when what is stored changes

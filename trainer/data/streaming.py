@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +23,8 @@ import torch
 from trainer.data.chat import TEXT
 from trainer.data.dataset import digest_of
 from trainer.data.packing import Row, best_fit
-from trainer.data.sources import open_source
 from trainer.data.tokenization import pieces_of
 from trainer.errors import Fault
-
-if TYPE_CHECKING:
-    from trainer.training.session import Session
 
 BLOCK_ROWS = 512  # are packed together: enough to fill them, few enough to hold
 DOCUMENTS_AT_ONCE = 100  # are tokenized together
@@ -128,17 +124,6 @@ class Stream(torch.utils.data.IterableDataset[Row]):
                 raise Fault(f"the data has no document for rank {reading.rank} of {reading.world_size}")
             start = 0
             yield None, Place(turn + 1)
-
-
-def open_stream(session: Session, capacity: int | None) -> Stream:
-    """Return a rank's stream of rows, at its begin or where the checkpoint was."""
-    o, ranks, facts = session.options, session.ranks, session.data.facts
-    source = open_source(o.dataset_path, o, list)
-    made = Stream(Reading(source.after, facts.form, session.tokenizer, session.sequence_length,
-                          frozenset(facts.held_out), ranks.rank, ranks.world_size, o.seed), capacity)
-    if session.checkpoint:
-        load(made, session.checkpoint, ranks.rank)
-    return made
 
 
 def state_file(checkpoint: Path, rank: int) -> Path:

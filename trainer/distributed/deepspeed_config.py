@@ -55,7 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def path_list() -> str:
     """Return the presets' paths for a message."""
-    folder = Path(__file__).resolve().parent / "configs"
+    folder = Path(__file__).resolve().parent.parent / "configs"
     return ", ".join(f"trainer/configs/{path.name}" for path in sorted(folder.glob("*.json")))
 
 

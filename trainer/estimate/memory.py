@@ -8,23 +8,12 @@ size, i intermediate size, k of keys), and in 16 bits 2 h more for the norms, wh
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-from trainer.distributed.deepspeed_config import lookup
-
-if TYPE_CHECKING:
-    from trainer.training.session import Session
 
 LORA_SHARE = 0.01  # of a model's weights in an adapter of rank 16, about
 NF4 = 0.55  # bytes of a weight in 4 bits with its doubly quantized scales (arXiv 2305.14314)
 TOLD_FROM = 0.02  # of what is needed: less isn't worth a word
-UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
-OUT = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -106,24 +95,6 @@ def choices(load: Load, on_gpu: bool) -> Iterator[tuple[str, Load]]:
     yield f"--sequence_length {load.sequence // 2}", replace(load, sequence=load.sequence // 2)
 
 
-def load_of(session: Session) -> Load:
-    """Return what a training puts on each rank."""
-    o, config = session.options, session.model_config
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    size = getattr(config, "head_dim", None) or hidden // heads
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    stage = None if session.ds_config is None else int(lookup(session.ds_config, "zero_optimization.stage") or 0)
-    device = lookup(session.ds_config or {}, "zero_optimization.offload_optimizer.device")
-    return Load(
-        weights=session.parameters, trained=session.trained, layers=config.num_hidden_layers, hidden=hidden,
-        intermediate=max(inner) if isinstance(inner, list) else inner,
-        keys=size * (getattr(config, "num_key_value_heads", None) or heads), vocabulary=config.vocab_size,
-        sequence=session.sequence_length, micro=o.per_device_train_batch_size,
-        accumulation=o.gradient_accumulation_steps, ranks=session.ranks.world_size, stage=stage,
-        number=4 if session.precision == "fp32" else 2, weight=NF4 if o.qlora else 0.0,
-        offloads=device in ("cpu", "nvme"), checkpoints=o.activation_checkpointing, liger=o.liger)
-
-
 def told(load: Load, on_gpu: bool) -> list[str]:
     """Return the lines that a person reads when memory has run out."""
     parts = needs(load)
@@ -138,44 +109,3 @@ def told(load: Load, on_gpu: bool) -> list[str]:
 def gigabytes(size: float) -> str:
     """Return bytes as GB with two digits that count."""
     return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"
-
-
-def ran_out(error: BaseException) -> bool:
-    """Tell whether an error says that memory has run out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and bool(OUT.search(str(error)))
-
-
-def explained(session: Session) -> str:
-    """Return what a rank says whose memory has run out."""
-    where = f"{session.ranks.host}: rank {session.ranks.rank} ran out of memory"
-    if not hasattr(session, "run"):
-        return f"{where} as it prepared the data: --streaming holds little of it at once"
-    if not hasattr(session, "steps"):
-        return f"{where} as it loaded the model: fewer ranks a host, or ZeRO-3, which loads it in parts"
-    where += f" after step {session.trainer.state.global_step} of {session.steps}"
-    try:
-        return "\n".join([where, *told(load_of(session), session.device != "cpu")])
-    except UNKNOWN_SHAPE:
-        return f"{where}: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps"
-
-
-def described(session: Session) -> dict[str, Any] | None:
-    """Return what run.json says of memory; "host" has what would save a host's own, should the kernel kill a rank.
-
-    None for a model whose configuration has other names for its shape.
-    """
-    try:
-        load = load_of(session)
-    except UNKNOWN_SHAPE:
-        return None
-    host = told(load, on_gpu=False) if session.device == "cpu" else []
-    if host:
-        host.append(f"and fewer slots a host: {session.ranks.local_world_size} ranks share the memory of "
-                    f"{session.ranks.host}")
-    elif load.offloads:
-        states = needs(replace(load, offloads=False))["optimizer states"]
-        host = [f"each rank keeps {gigabytes(states)} GB of optimizer states in the host's memory: "
-                "trainer/configs/zero2.json leaves them on the GPU, --lora needs almost none"]
-    return {"needs": {name: round(size) for name, size in needs(load).items()}, "host": host}

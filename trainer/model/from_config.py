@@ -6,10 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from trainer.errors import Fault
-from trainer.model.loading import TINY_VOCABULARY, attention_of, first_line
+from trainer.errors import Fault, first_line, ran_out
+from trainer.model.loading import attention_of
 
-LARGEST_VOCABULARY = 32_000
 # What a configuration works out from other values, and keeps: another value makes it wrong.
 DERIVED = {"layer_types": {"num_hidden_layers"}, "head_dim": {"hidden_size", "num_attention_heads"}}
 
@@ -37,16 +36,6 @@ def overridden(config: Any, text: str) -> Any:
         raise Fault(f"--config_overrides {text}: {first_line(error)}", shared=True) from None
 
 
-def own_vocabulary(options: argparse.Namespace, config: Any) -> int | None:
-    """Return the size of the tokenizer that is trained on the data; None where the model brings its own."""
-    if config is None:
-        return TINY_VOCABULARY
-    if not options.from_config:
-        return None
-    size = getattr(config.get_text_config(), "vocab_size", LARGEST_VOCABULARY)
-    return int(options.vocab_size or min(size, LARGEST_VOCABULARY))
-
-
 def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype: str) -> Any:
     """Return a model with random weights in the shape of `config`, its vocabulary the tokenizer's.
 
@@ -54,8 +43,6 @@ def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype:
     """
     import torch
     from transformers import AutoModelForCausalLM, set_seed
-
-    from trainer.estimate.memory import ran_out
 
     text = config.get_text_config()
     text.vocab_size = len(tokenizer)

@@ -1,17 +1,15 @@
-"""The model and its tokenizer: from Hugging Face, from a folder, or `tiny`, built and trained on the data at hand."""
+"""The model: from Hugging Face, from a folder, or `tiny`, built on the spot."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import Fault
+from trainer.errors import Fault, first_line
 
 TINY = "tiny"
-TINY_VOCABULARY = 2048
-TRAINED_ON = 20_000_000  # characters; more only takes longer
 # Chosen by what a minute on two cores teaches: fewer weights and more steps beat a bigger model.
 TINY_SHAPE: dict[str, Any] = {
     "hidden_size": 96,
@@ -22,78 +20,6 @@ TINY_SHAPE: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
-# How it is shown conversations: each turn ends with the end token, so that it learns where its own end; after a line's
-# end a word is the same tokens whether it is read or to be said.
-TINY_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ message.role }}\n{{ message.content }}"
-                 "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}")
-BEGIN, END = "<|begin|>", "<|end|>"
-
-
-def own_tokenizer(texts: Iterable[str], template: str = TINY_TEMPLATE, vocabulary: int = TINY_VOCABULARY) -> Any:
-    """Return a byte-level BPE tokenizer trained on the first of `texts`: every byte has a token, so it knows any."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(first_of(texts, TRAINED_ON), trainer)
-    begin = (BEGIN, tokenizer.token_to_id(BEGIN))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END,
-                                   chat_template=template)
-
-
-def first_of(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield texts until they have come to so many characters."""
-    seen = 0
-    for text in texts:
-        yield text
-        seen += len(text)
-        if seen >= characters:
-            return
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def load_tokenizer(options: argparse.Namespace, folder: str | Path | None = None) -> Any:
-    """Load the tokenizer of the model that `options` name (or of `folder`); raise a Fault if there is none."""
-    from transformers import AutoTokenizer
-
-    name = str(folder or options.model_name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise Fault(f"model '{name}': its tokenizer cannot be loaded: {first_line(error)}") from None
-    if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.pad_token_id is None:
-        raise Fault(f"model '{name}': its tokenizer has no end-of-text token, so documents cannot be told apart")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    if options.chat_template:
-        tokenizer.chat_template = read_template(Path(options.chat_template))
-    return tokenizer
-
-
-def read_template(path: Path) -> str:
-    """Return a chat template's text; raise Fault if there is none."""
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Fault(f"--chat_template {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def tokenizer_id(tokenizer: Any) -> str:
-    """Return what tells this tokenizer's results from another's."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items()))
-    return f"{type(tokenizer).__name__} {tokenizer.eos_token} {words} {tokenizer.chat_template}"
 
 
 def load_config(options: argparse.Namespace) -> Any:

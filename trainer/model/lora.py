@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.distributed.deepspeed_config import lookup
-from trainer.errors import Fault
+from trainer.errors import Fault, first_line
 from trainer.model import loading
-
-if TYPE_CHECKING:
-    from trainer.training.session import Session
 
 ALPHA = 2  # times the rank: peft scales what is learnt by alpha / rank
 
@@ -37,7 +34,7 @@ def add_adapter(model: Any, options: argparse.Namespace) -> Any:
         found = get_peft_model(model, LoraConfig(
             r=options.lora, lora_alpha=ALPHA * options.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
     except (ValueError, NotImplementedError) as error:
-        raise Fault(f"--lora: {loading.first_line(error)}", shared=True) from None
+        raise Fault(f"--lora: {first_line(error)}", shared=True) from None
     if options.activation_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
         model.enable_input_require_grads()
     return found
@@ -58,15 +55,14 @@ def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any]) -> None:
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
 
 
-def merged(session: Session) -> Any:
+def merged(options: argparse.Namespace, tokenizer: Any, dtype: str, adapter: Path) -> Any:
     """Return the whole model: the base, loaded anew, with the adapter's weights added. For rank 0 alone."""
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 the base would be loaded in parts
-    options = session.options
     if options.model_name_or_path == loading.TINY:
-        base = loading.build_tiny(session.tokenizer, options.seed)
+        base = loading.build_tiny(tokenizer, options.seed)
     else:
-        base = loading.load_model(options, str(session.dtype))
-    return PeftModel.from_pretrained(base, str(session.run.adapter)).merge_and_unload()
+        base = loading.load_model(options, dtype)
+    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

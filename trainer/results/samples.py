@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, TrainerCallback
@@ -16,9 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trainer.checkpoint.verification import write_whole
 from trainer.distributed import heartbeat
 from trainer.model import document_attention
-
-if TYPE_CHECKING:
-    from trainer.training.session import Session
+from trainer.results.setup import Setup
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 60
@@ -27,40 +25,45 @@ NEW_TOKENS = 60
 class Samples(TrainerCallback):
     """Writes samples/step-<step>.txt at each evaluation."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._trainer: Any = None
+
+    def watch(self, trainer: Any) -> None:
+        """Take the trainer whose model speaks."""
+        self._trainer = trainer
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         """Have the model speak; it counts as a pause."""
         started = time.monotonic()
-        write(self._session)
-        self._session.ranks.barrier()  # else the others' waiting would count as the network's
-        self._session.trainer.paused_s += time.monotonic() - started
+        write(self._setup, self._trainer)
+        self._setup.ranks.barrier()  # else the others' waiting would count as the network's
+        self._trainer.paused_s += time.monotonic() - started
 
 
-def write(session: Session) -> None:
+def write(setup: Setup, trainer: Any) -> None:
     """Write the samples of this step, and sample.txt; on ZeRO-3 all ranks generate together."""
-    if not session.options.num_samples or not (session.ranks.is_first or session.engine.endswith("ZeRO-3")):
+    if not setup.options.num_samples or not (setup.ranks.is_first or setup.engine.endswith("ZeRO-3")):
         return
-    step = session.trainer.state.global_step
+    step = trainer.state.global_step
     heartbeat.tell(f"writing samples of step {step}")
-    model = session.trainer.accelerator.unwrap_model(session.trainer.model_wrapped)
-    made = list(continuations(model, session.tokenizer, prompts(session), session.options.seed))
-    if session.ranks.is_first:
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    made = list(continuations(model, setup.tokenizer, prompts(setup), setup.options.seed))
+    if setup.ranks.is_first:
         text = "\n".join(f"[{number}] {prompt.strip()} >>>{said.rstrip()}\n"
                          for number, (prompt, said) in enumerate(made, 1))
-        session.run.samples.mkdir(exist_ok=True)
-        write_whole(session.run.samples / f"step-{step:07d}.txt", f"after {step} steps\n\n{text}\n")
-        write_whole(session.run.sample, text)
+        setup.run.samples.mkdir(exist_ok=True)
+        write_whole(setup.run.samples / f"step-{step:07d}.txt", f"after {step} steps\n\n{text}\n")
+        write_whole(setup.run.sample, text)
 
 
-def prompts(session: Session) -> list[list[int]]:
+def prompts(setup: Setup) -> list[list[int]]:
     """Return the first tokens of a few held-out documents, or of training documents where none is held out."""
-    pieces = session.data.evaluation if len(session.data.evaluation) else session.data.train
+    pieces = setup.data.evaluation if len(setup.data.evaluation) else setup.data.train
     found: list[list[int]] = []
-    room = session.sequence_length // 2  # for what the model says
+    room = setup.sequence_length // 2  # for what the model says
     for piece in pieces:
-        if len(found) == session.options.num_samples:
+        if len(found) == setup.options.num_samples:
             break
         if "loss" in piece:
             asked = piece["loss"].index(1)  # up to where the assistant begins to speak
@@ -68,7 +71,7 @@ def prompts(session: Session) -> list[list[int]]:
                 found.append(piece["input_ids"][:asked])
         elif piece["length"] >= 2 * PROMPT_TOKENS:
             found.append(piece["input_ids"][:PROMPT_TOKENS])
-    return found or [pieces[0]["input_ids"][:1]][: session.options.num_samples]
+    return found or [pieces[0]["input_ids"][:1]][: setup.options.num_samples]
 
 
 def continuations(model: Any, tokenizer: Any, asked: list[list[int]], seed: int) -> Iterator[tuple[str, str]]:

@@ -6,14 +6,12 @@ import argparse
 import os
 import shutil
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainingArguments
 
 from trainer.errors import Fault
-
-if TYPE_CHECKING:
-    from trainer.training.session import Session
+from trainer.results.setup import Setup
 
 NEVER = 10**9
 # What a flag needs beside what is always installed, by the name of the module.
@@ -21,26 +19,26 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"
             "qlora": "bitsandbytes"}
 
 
-def training_arguments(session: Session) -> TrainingArguments:
+def training_arguments(setup: Setup) -> TrainingArguments:
     """Return the Trainer's arguments."""
-    o, path = session.options, session.run.path
-    evaluates = len(session.data.evaluation) > 0
+    o, path = setup.options, setup.run.path
     if o.report_to:
         place_loggers(path)
     return TrainingArguments(
-        output_dir=str(session.run.checkpoints), num_train_epochs=o.num_epochs, max_steps=o.max_steps,
+        output_dir=str(setup.run.checkpoints), num_train_epochs=o.num_epochs, max_steps=o.max_steps,
         per_device_train_batch_size=o.per_device_train_batch_size,
         per_device_eval_batch_size=o.per_device_train_batch_size,
         gradient_accumulation_steps=o.gradient_accumulation_steps, learning_rate=o.learning_rate,
         lr_scheduler_type=o.lr_scheduler_type, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay,
-        max_grad_norm=o.max_grad_norm, bf16=session.precision == "bf16", fp16=session.precision == "fp16",
+        max_grad_norm=o.max_grad_norm, bf16=setup.precision == "bf16", fp16=setup.precision == "fp16",
         activation_checkpointing=o.activation_checkpointing, use_liger_kernel=o.liger, seed=o.seed,
-        use_cpu=session.device == "cpu", logging_steps=o.logging_steps, logging_first_step=True,
-        logging_nan_inf_filter=False, eval_strategy="steps" if evaluates else "no", eval_steps=o.eval_steps or NEVER,
-        eval_on_start=evaluates and not session.resume_step, save_steps=o.save_steps or NEVER,
-        save_on_each_node=not session.shared_disk, report_to=o.report_to or "none", run_name=path.name,
+        use_cpu=setup.device == "cpu", logging_steps=o.logging_steps, logging_first_step=True,
+        logging_nan_inf_filter=False, eval_strategy="steps" if setup.evaluates else "no",
+        eval_steps=o.eval_steps or NEVER,
+        eval_on_start=setup.evaluates and not setup.resume_step, save_steps=o.save_steps or NEVER,
+        save_on_each_node=not setup.shared_disk, report_to=o.report_to or "none", run_name=path.name,
         ignore_data_skip=o.streaming, project="lanspeed", disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=session.device != "cpu", ddp_find_unused_parameters=False, deepspeed=session.ds_config,
+        dataloader_pin_memory=setup.device != "cpu", ddp_find_unused_parameters=False, deepspeed=setup.ds_config,
         log_level="error", log_level_replica="error", adam_beta2=o.adam_beta2)
 
 

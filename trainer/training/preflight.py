@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
 from trainer.checkpoint import universal
 from trainer.errors import Fault
 from trainer.model import document_attention, loading
-from trainer.results import summary
-
-if TYPE_CHECKING:
-    from trainer.training.session import Session
+from trainer.results import export
+from trainer.results.setup import Setup
+from trainer.training.causal_trainer import CausalTrainer
 
 
 class FirstLook(TrainerCallback):
     """Before the first step, with the engine built: do ranks agree on their number, and documents stay apart?"""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._trainer: Any = None
+
+    def watch(self, trainer: CausalTrainer) -> None:
+        """Take the trainer that is to be looked at."""
+        self._trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Raise a Fault if not; keep the config as DeepSpeed got it; tidy up what it was resumed from."""
-        session = self._session
-        summary.keep_ds_config(session)
-        if session.universal:  # loaded by now, on all ranks
-            universal.own_step_counts(session.trainer.model_wrapped)
-            session.ranks.barrier()
-            if session.checkpoint and session.writes:
-                universal.forget(session.checkpoint)
-        check_world_sizes(
-            launcher=session.ranks.world_size, transformers=session.trainer.args.world_size,
-            engine=getattr(session.trainer.model_wrapped, "dp_world_size", session.ranks.world_size))
-        device = session.trainer.args.device
-        document_attention.keep_if_alike(session.trainer.model, session.trainer.logits, len(session.tokenizer), device)
-        if not session.options.no_packing:
-            loading.check_isolation(session.trainer.logits, len(session.tokenizer), device,
-                                   session.options.per_device_train_batch_size)
+        setup, trainer = self._setup, self._trainer
+        export.keep_ds_config(setup, trainer)
+        if setup.universal:  # loaded by now, on all ranks
+            universal.own_step_counts(trainer.model_wrapped)
+            setup.ranks.barrier()
+            if setup.checkpoint and setup.writes:
+                universal.forget(setup.checkpoint)
+        check_world_sizes(launcher=setup.ranks.world_size, transformers=trainer.args.world_size,
+                          engine=getattr(trainer.model_wrapped, "dp_world_size", setup.ranks.world_size))
+        vocabulary, device = len(setup.tokenizer), trainer.args.device
+        document_attention.keep_if_alike(trainer.model, trainer.logits, vocabulary, device)
+        if not setup.options.no_packing:
+            loading.check_isolation(trainer.logits, vocabulary, device, setup.options.per_device_train_batch_size)
 
 
 def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:

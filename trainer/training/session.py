@@ -1,254 +1,215 @@
 """One training from start to end, as `trainer/train.py` runs it: prepare, make the steps, finish.
 
-The order matters: ranks meet, data is tokenized while nothing can time out, then the process group starts, then
-the model is built; DeepSpeed's config must be known to transformers before a big model's weights are loaded.
+The model is built last: DeepSpeed's config must be known to transformers before a big model's weights are loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from trainer.checkpoint import verification
-from trainer.checkpoint.verification import Layout
-from trainer.data import dataset, python_docs
-from trainer.data import streaming as streams
+from trainer.data import sources, streaming
 from trainer.data.packing import Collator, Rows
-from trainer.distributed import deepspeed_config, devices, heartbeat
-from trainer.distributed.communication_time import Waiting
-from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
+from trainer.distributed import heartbeat
+from trainer.distributed.communication_time import shares
+from trainer.distributed.ranks import Ranks
 from trainer.errors import Fault
+from trainer.estimate.flops import flops_per_token
 from trainer.model import document_attention, from_config, loading, lora
-from trainer.options import fill_defaults
-from trainer.results import summary
-from trainer.results.console import Console, quieten
-from trainer.results.run_folder import RunFolder, find_run
+from trainer.results import export, samples, summary
+from trainer.results.console import Console
 from trainer.results.samples import Samples
-from trainer.training.arguments import check_packages, compile_model, training_arguments
+from trainer.results.setup import Setup, Work
+from trainer.training import memory_report
+from trainer.training.arguments import compile_model, training_arguments
 from trainer.training.causal_trainer import CausalTrainer, Stop
 from trainer.training.preflight import FirstLook, check_world_sizes
+from trainer.training.preparation import prepare
 from trainer.training.progress_report import Report
-from trainer.training.resume import choose_checkpoint, fit_ranks
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class Session:
-    """The parts of one rank's training, in the order in which they come to be."""
+    """One rank's training: `prepare`, `run_steps`, `finish`; whatever fails between, `fail`."""
+
+    setup: Setup
+    work: Work
+    trainer: CausalTrainer
 
     def __init__(
         self, options: argparse.Namespace, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
     ) -> None:
-        self.options, self.ranks, self.console, self.ds_config = options, ranks, console, ds_config
-        self.started = time.monotonic()
-        self.began = False
-        self.resume_step: int | None = None
-        self.universal = False  # the checkpoint is in DeepSpeed's universal form
-
-    # -- preparing ---------------------------------------------------------------------------------------------
+        self._given = options, ranks, console, ds_config
+        self._started = time.monotonic()
+        self._began = False
 
     def prepare(self) -> None:
         """Do everything up to the first step."""
-        check_packages(self.options, self.ranks.is_first)
-        lora.check(self.options, self.ds_config)
-        self._meet()
-        self.config = loading.load_config(self.options)
-        if self.options.config_overrides:
-            self.config = from_config.overridden(self.config, self.options.config_overrides)
-        self._make_data(loading.choose_sequence_length(self.options, self.config))
-        self._start_engine_libraries()
-        self._open_run()
+        self.setup, self._waiting = prepare(*self._given)
         self._build_trainer()
-        self._check_room()
-        summary.describe(self)
+        check_room(self.setup, self.work, self.dtype_bytes)
+        summary.describe(self.setup, self.work)
 
-    def _meet(self) -> None:
-        """Meet the other ranks; settle device, precision and batch sizes with them."""
-        quieten()
-        heartbeat.tell("meeting the other ranks")
-        self.ranks.meet()
-        facts = self.ranks.exchange("device", devices.device_facts())
-        self.device = devices.common_device(facts, self.ranks.hosts)
-        if self.device != "cpu":
-            torch.accelerator.set_device_index(self.ranks.local_rank)
-        deepspeed_config.set_environment(self.device == "cpu", self.ranks.local_world_size)
-        if self.ds_config is not None:
-            deepspeed_config.adopt_values(self.options, self.ds_config, self.ranks.world_size)
-        fill_defaults(self.options)
-        self.precision = devices.choose_precision(self.options.precision, facts)
-        self.peak = devices.peak_flops(facts, self.precision)
-        self.spare_devices = facts[self.ranks.rank]["count"] - self.ranks.local_world_size
-
-    def _make_data(self, sequence_length: int) -> None:
-        """Tokenize once a host; open the result on every rank; make sure that all hosts have the same."""
-        options, ranks = self.options, self.ranks
-        self.sequence_length = sequence_length
-        if vocabulary := from_config.own_vocabulary(options, self.config):
-            own = options.chat_template
-            template = loading.read_template(Path(own)) if own else loading.TINY_TEMPLATE
-            make: Callable[[Any], Any] = partial(loading.own_tokenizer, template=template, vocabulary=vocabulary)
-            name = f"own {vocabulary} {template}"
-        else:
-            tokenizer = loading.load_tokenizer(options)
-            name, make = loading.tokenizer_id(tokenizer), lambda texts: tokenizer
-        if ranks.is_first_here:
-            made = dataset.prepare_dataset(options, name, make, sequence_length, self._built_in, self.console.say)
-            ranks.publish(f"data/{ranks.node}", str(made.folder))
-        self.data = dataset.load_prepared(Path(ranks.ask(f"data/{ranks.node}")))
-        self.tokenizer = loading.load_tokenizer(options, self.data.folder / "tokenizer")
-        keys = ranks.exchange("data-key", self.data.facts.key, PREPARING_LIMIT_S)  # another host may be slower
-        if len(set(keys)) > 1:
-            odd = sorted({host for host, key in zip(ranks.hosts, keys, strict=True) if key != keys[0]})
-            raise Fault(f"the dataset or tokenizer on {', '.join(odd)} differs from that on {ranks.hosts[0]}: "
-                        "copy the same to every host", shared=True)
-
-    def _built_in(self) -> list[str]:
-        """Return Python's documentation as rank 0 has it: it differs between Python releases."""
-        if self.ranks.is_first:
-            texts = python_docs.python_documents()
-            if not self.ranks.on_one_machine:
-                self.ranks.publish("built-in", texts)
-            return texts
-        return self.ranks.ask("built-in")
-
-    def _start_engine_libraries(self) -> None:
-        """Start the process group, and keep DeepSpeed from compiling what this run doesn't need."""
-        if self.ds_config is not None:
-            operators = deepspeed_config.complete_config(self.ds_config, self.device == "cpu")
-            for warning in deepspeed_config.check_compilation(operators) if self.ranks.is_first_here else ():
-                self.console.warn(warning)
-            if self.device == "cpu":
-                deepspeed_config.skip_shared_memory_operator()
-        heartbeat.tell("the first sum over all ranks")
-        self.ranks.start_process_group(self.device)
-        self.waiting = Waiting(self.device)
-        if self.ds_config is not None:  # without DeepSpeed gradients go by another way
-            self.waiting.install()
-            deepspeed_config.adopt_process_group()
-
-    def _open_run(self) -> None:
-        """Agree on the run folder and on the checkpoint to continue from."""
-        path = Path(self.ranks.exchange("run", str(find_run(self.options)))[0])
-        self.run = RunFolder(path)
-        self.engine = deepspeed_config.engine_name(self.ds_config)
-        kind = "QLoRA" if self.options.qlora else "LoRA"
-        adapter = f", {kind} of rank {self.options.lora}" if self.options.lora else ""
-        self.layout = Layout(self.data.facts.key, self.ranks.world_size, self.engine + adapter, self.rows_a_step)
-        self.checkpoint = choose_checkpoint(self.options, self.run, self.ranks, self.layout, self.console)
-        self.resume_step = verification.step_of(self.checkpoint) if self.checkpoint else None
-        self.console.keep_log(path / "logs")
-        self.shared_disk = self._is_shared(path)
-        if self.checkpoint:
-            self.universal = fit_ranks(self.checkpoint, self.options, self.ds_config, self.ranks, self.console,
-                                       self.writes)
-            self.layout.batch = self.rows_a_step
+    # -- the trainer -----------------------------------------------------------------------------------------------
 
     @property
-    def rows_a_step(self) -> int:
-        """Rows of all ranks in an optimizer step."""
-        o = self.options
-        return o.per_device_train_batch_size * o.gradient_accumulation_steps * self.ranks.world_size
+    def dtype(self) -> str:
+        """The kind of the weights: DeepSpeed keeps 32-bit copies itself, plain PyTorch doesn't."""
+        return DTYPES[self.setup.precision] if self.setup.ds_config is not None else "float32"
 
     @property
-    def writes(self) -> bool:
-        """True for the rank that writes checkpoints' common files: one of each disk."""
-        return self.ranks.is_first if self.shared_disk else self.ranks.is_first_here
+    def dtype_bytes(self) -> int:
+        """The bytes of a saved weight."""
+        return 4 if self.dtype == "float32" else 2
 
-    def _is_shared(self, path: Path) -> bool:
-        """Tell whether all hosts see the same run folder: rank 0 leaves a file there, the others look for it."""
-        mark = path / ".shared"
-        if self.ranks.is_first:
-            mark.touch()
-        self.ranks.barrier()
-        seen = self.ranks.total(mark.exists())[0] == self.ranks.world_size
-        if self.ranks.is_first:
-            mark.unlink()
-        return seen
+    def _build_model(self) -> Any:
+        """Return the model as it is before an adapter."""
+        options, setup = self.setup.options, self.setup
+        if options.from_config:
+            return from_config.build_model(options, setup.config, setup.tokenizer, self.dtype)
+        if options.qlora:
+            here = "cpu" if setup.device == "cpu" else f"{setup.device}:{setup.ranks.local_rank}"
+            return loading.load_model(options, DTYPES[setup.precision], here)
+        return loading.load_model(options, self.dtype)
 
     def _build_trainer(self) -> None:
         """Make rows, arguments, model and Trainer; stop if the Trainer and DeepSpeed count different ranks."""
-        options, ranks = self.options, self.ranks
+        setup, options, ranks = self.setup, self.setup.options, self.setup.ranks
         heartbeat.tell("loading the model")
         tiny = options.model_name_or_path == loading.TINY
         # A tiny model is built before transformers knows of ZeRO-3, so that its weights hang on the seed alone.
-        model = loading.build_tiny(self.tokenizer, options.seed) if tiny else None
-        arguments = training_arguments(self)
+        model = loading.build_tiny(setup.tokenizer, options.seed) if tiny else None
+        arguments = training_arguments(setup)
         check_world_sizes(ranks.world_size, arguments.world_size, engine=ranks.world_size)
-        keep_16_bits = self.ds_config is not None  # DeepSpeed keeps 32-bit weights itself; plain PyTorch doesn't
-        self.dtype = DTYPES[self.precision] if keep_16_bits else "float32"
-        if options.from_config:
-            model = from_config.build_model(options, self.config, self.tokenizer, self.dtype)
-        elif model is None:
-            here = "cpu" if self.device == "cpu" else f"{self.device}:{ranks.local_rank}"
-            model = loading.load_model(options, DTYPES[self.precision], here) if options.qlora else \
-                loading.load_model(options, self.dtype)
-        self.model_config = model.config.get_text_config()
-        self.parameters = model.num_parameters() if options.qlora else lora.trained(model)
-        if document_attention.suits(model, options, self.device, self.sequence_length):
+        if model is None:
+            model = self._build_model()
+        config = model.config.get_text_config()
+        parameters = model.num_parameters() if options.qlora else lora.trained(model)
+        if document_attention.suits(model, options, setup.device, setup.sequence_length):
             document_attention.switch(model, document_attention.NAME)
         if options.lora:
             transformers.set_seed(options.seed)
             model = lora.add_adapter(model, options)
-        self.trained = lora.trained(model)
+        trained = lora.trained(model)
         if options.torch_compile:
-            compile_model(model, self.device, one_shape=not options.no_packing)
-        capacity = None if options.no_packing else self.sequence_length
-        self.rows = Rows(self.data.train, capacity, multiple_of=self.rows_a_step)
-        eval_rows = Rows(self.data.evaluation, capacity)
-        source = streams.open_stream(self, capacity) if options.streaming else self.rows
+            compile_model(model, setup.device, one_shape=not options.no_packing)
+        capacity = None if options.no_packing else setup.sequence_length
+        rows = Rows(setup.data.train, capacity, multiple_of=setup.rows_a_step)
+        micro_steps = len(rows) // (options.per_device_train_batch_size * ranks.world_size)
+        epoch_steps = micro_steps // options.gradient_accumulation_steps
+        steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
+        self.work = Work(config, parameters, trained, rows, steps)
         self.stop = Stop(ranks)
-        self.report = Report(ranks, self.run, self.console, summary.flops_per_token(self), self.peak)
+        flops = flops_per_token(config, parameters, setup.sequence_length, frozen=bool(options.lora))
+        self._report = Report(ranks, setup.run, setup.console, flops, setup.peak)
+        first_look, spoken = FirstLook(setup), Samples(setup)
         self.trainer = CausalTrainer(
-            ranks=ranks, eval_rows=eval_rows, eval_bytes=self.data.facts.eval_bytes, layout=self.layout,
-            keep=options.save_total_limit, collate=Collator(self.tokenizer.pad_token_id, capacity),
-            model=model, args=arguments, train_dataset=source, processing_class=self.tokenizer,
-            callbacks=[self.stop, self.report, self.waiting, FirstLook(self), Samples(self)])
+            ranks=ranks, eval_rows=Rows(setup.data.evaluation, capacity), eval_bytes=setup.data.facts.eval_bytes,
+            layout=setup.layout, keep=options.save_total_limit,
+            collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
+            train_dataset=stream_of(setup, capacity) if options.streaming else rows,
+            processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._waiting, first_look, spoken])
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
-        micro_steps = len(self.rows) // (options.per_device_train_batch_size * ranks.world_size)
-        epoch_steps = micro_steps // options.gradient_accumulation_steps
-        self.steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
+        first_look.watch(self.trainer)
+        spoken.watch(self.trainer)
 
-    def _check_room(self) -> None:
-        """Raise a Fault if a machine lacks the room for the checkpoints that will be there at once."""
-        interval = self.options.save_steps or self.steps
-        saves = self.steps / (interval if interval >= 1 else max(interval * self.steps, 1))
-        together = min(self.options.save_total_limit + 1, int(saves) + 1)
-        weight = 4 if self.precision == "fp32" or self.ds_config is None else 2
-        one = verification.expected_bytes(self.trained, weight, self.ranks.local_world_size, self.ranks.world_size)
-        needed, free = together * one + weight * self.parameters, verification.free_bytes(self.run.path)
-        short = (f"{self.ranks.host}: {self.run.path} needs about {needed / 1e9:.1f} GB for {together} verification and "
-                 f"the model, and {free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")
-        found = [text for text in self.ranks.exchange("room", short if free < needed else None) if text]
-        if found:
-            raise Fault(found[0], shared=True)
-
-    # -- training and after --------------------------------------------------------------------------------------
+    # -- training and after ----------------------------------------------------------------------------------------
 
     def run_steps(self) -> None:
         """Train."""
-        self.began = True
-        if self.ranks.is_first:
-            self.run.start(summary.run_facts(self), self.resume_step)
-        tokens = [row.get("tokens", 0) for row in self.run.read_metrics()] if self.resume_step else [0]
-        self.report.watch(self.trainer, max(tokens, default=0))
+        setup, work = self.setup, self.work
+        self._began = True
+        if setup.ranks.is_first:
+            facts = summary.run_facts(setup, work, memory_report.described(setup, work))
+            setup.run.start(facts, setup.resume_step)
+        tokens = [row.get("tokens", 0) for row in setup.run.read_metrics()] if setup.resume_step else [0]
+        self._report.watch(self.trainer, max(tokens, default=0))
         try:
-            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            self.trainer.train(resume_from_checkpoint=str(setup.checkpoint) if setup.checkpoint else None)
         finally:
-            self.console.stop_bar()
+            setup.console.stop_bar()
 
     def finish(self) -> int:
-        """Save the model, or after a request to stop say how to go on; return the exit code."""
-        return summary.finish(self)
+        """Save the model, or after a request to stop say how to go on; return 0."""
+        setup, run, step = self.setup, self.setup.run, self.trainer.state.global_step
+        times = setup.ranks.exchange("waiting", [self._waiting.waited_s, self._waiting.steps_s])
+        waited = None
+        if setup.ds_config is not None:
+            waited = shares([time[0] for time in times], [time[1] for time in times], setup.ranks.hosts)
+        if self.stop.stopped:
+            if setup.ranks.is_first:
+                run.finish("stopped", 0, step=step, waiting=waited)
+                run.draw_curve()
+            setup.console.result(f"stopped at step {step} of {self.work.steps}; saved {run.checkpoints}/checkpoint-"
+                                 f"{step}\ncontinue: the same command with --resume_from_checkpoint {run.path}")
+        else:
+            self._save()
+            if setup.ranks.is_first:
+                run.draw_curve()
+                found = summary.summary(setup, self.trainer, time.monotonic() - self._started, self._report.tokens)
+                run.finish("finished", 0, step=step, waiting=waited, summary=found)
+                summary.print_summary(setup, found, step, waited)
+        setup.ranks.barrier()  # no rank waits for one that has gone
+        torch.distributed.destroy_process_group()
+        return 0
+
+    def _save(self) -> None:
+        """Evaluate once more, where that is due; write the model and samples; merge an adapter."""
+        setup, trainer = self.setup, self.trainer
+        if setup.evaluates and summary.last_evaluation(trainer)["step"] != trainer.state.global_step:
+            trainer.evaluate()
+        heartbeat.tell("saving the model")
+        export.save_model(setup, trainer)
+        if not setup.evaluates:  # else they came with it
+            samples.write(setup, trainer)
+        if setup.ranks.is_first and export.merges(setup.options):
+            heartbeat.tell("merging the adapter")
+            whole = lora.merged(setup.options, setup.tokenizer, self.dtype, setup.run.adapter)
+            export.put_in_place(setup, whole, setup.run.model, type(whole).save_pretrained)
 
     def fail(self) -> None:
         """Say in run.json that the training failed, if it had begun."""
-        if self.ranks.is_first and self.began:
-            self.run.finish("failed", 1)
+        if self._began and self.setup.ranks.is_first:
+            self.setup.run.finish("failed", 1)
+
+    def out_of_memory(self) -> str:
+        """Return what a person reads when this rank's memory has run out."""
+        step = self.trainer.state.global_step if hasattr(self, "trainer") else 0
+        return memory_report.explained(self._given[1], getattr(self, "setup", None), getattr(self, "work", None), step)
+
+
+def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
+    """Return this rank's stream of rows, at its begin or where the checkpoint was."""
+    options, ranks, facts = setup.options, setup.ranks, setup.data.facts
+    source = sources.open_source(options.dataset_path, options, list)
+    made = streaming.Stream(streaming.Reading(
+        source.after, facts.form, setup.tokenizer, setup.sequence_length, frozenset(facts.held_out), ranks.rank,
+        ranks.world_size, options.seed), capacity)
+    if setup.checkpoint:
+        streaming.load(made, setup.checkpoint, ranks.rank)
+    return made
+
+
+def check_room(setup: Setup, work: Work, weight: int) -> None:
+    """Raise a Fault if a machine lacks the disk space for the checkpoints that will be there at once.
+
+    `weight`: bytes of a saved weight.
+    """
+    options, ranks, path = setup.options, setup.ranks, setup.run.path
+    interval = options.save_steps or work.steps
+    saves = work.steps / (interval if interval >= 1 else max(interval * work.steps, 1))
+    together = min(options.save_total_limit + 1, int(saves) + 1)
+    one = verification.expected_bytes(work.trained, weight, ranks.local_world_size, ranks.world_size)
+    needed, free = together * one + weight * work.parameters, verification.free_bytes(path)
+    short = (f"{ranks.host}: {path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and the model, and "
+             f"{free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")
+    found = [text for text in ranks.exchange("room", short if free < needed else None) if text]
+    if found:
+        raise Fault(found[0], shared=True)

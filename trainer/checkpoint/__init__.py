@@ -1,0 +1,1 @@
+"""Checkpoints that are verified, kept, and split anew for another number of ranks."""

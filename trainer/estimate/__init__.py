@@ -1,0 +1,1 @@
+"""What memory a training needs; pure Python, without torch."""

@@ -1,0 +1,1 @@
+"""What a training leaves and says: its run folder, samples, model, summary."""

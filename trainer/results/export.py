@@ -1,0 +1,52 @@
+"""The model, its adapter and DeepSpeed's config, written into the run folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.verification import write_whole
+from trainer.model import loading, lora
+from trainer.results.setup import Setup
+
+
+def keep_ds_config(setup: Setup, trainer: Any) -> None:
+    """Write ds_config.json into the run folder as DeepSpeed got it, every "auto" filled."""
+    if setup.ds_config is not None and setup.ranks.is_first:
+        used = dict(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
+        used.pop("steps_per_print", None)  # infinity, set by accelerate; not JSON
+        if setup.universal:  # that form is gone by then
+            used["checkpoint"] = {key: value for key, value in used["checkpoint"].items() if key != "load_universal"}
+        write_whole(setup.run.path / "ds_config.json", json.dumps(used, indent=2) + "\n")
+
+
+def save_model(setup: Setup, trainer: Any) -> None:
+    """Write model/ (or adapter/) on rank 0: weights as safetensors and the tokenizer, loadable by from_pretrained."""
+    run = setup.run
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3 gathers: every rank takes part
+    if setup.ranks.is_first:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        write = lora.save_adapter if setup.options.lora else type(model).save_pretrained
+        place = run.adapter if merges(setup.options) else run.model
+        put_in_place(setup, model, place, partial(write, state_dict=state))
+
+
+def put_in_place(setup: Setup, model: Any, place: Path, write: Callable[[Any, Path], None]) -> None:
+    """Have a model and the tokenizer written, so that their folder is there whole or not at all."""
+    scratch = setup.run.path / "model.part"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.config.use_cache = True  # off for training; generation is slow without
+    write(model, scratch)
+    setup.tokenizer.save_pretrained(scratch)
+    shutil.rmtree(place, ignore_errors=True)
+    scratch.replace(place)
+
+
+def merges(options: argparse.Namespace) -> bool:
+    """Tell whether an adapter is merged at the end: where asked for, and for tiny, whose base lies nowhere."""
+    return bool(options.lora) and (options.merge_lora or options.model_name_or_path == loading.TINY)

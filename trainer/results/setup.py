@@ -1,0 +1,92 @@
+"""What a training is and what it does, settled before its first step: what its parts are told, and nothing changes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import verification
+from trainer.checkpoint.verification import Layout
+from trainer.data.dataset import Prepared
+from trainer.data.packing import Rows
+from trainer.distributed import deepspeed_config
+from trainer.distributed.ranks import Ranks
+from trainer.results.console import Console
+from trainer.results.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training as all its ranks have agreed on it.
+
+    `device`: cuda, xpu or cpu; `precision`: bf16, fp16 or fp32; `peak`: all devices' FLOP/s together, if known;
+    `spare_devices`: of this machine, that no rank has; `ds_config`: DeepSpeed's, None without it; `config`: the
+    model's, None for tiny; `shared_disk`: all hosts see the same run folder; `checkpoint`: to continue from,
+    `universal` if it is in DeepSpeed's universal form.
+    """
+
+    options: argparse.Namespace
+    ranks: Ranks
+    console: Console
+    device: str
+    precision: str
+    peak: float | None
+    spare_devices: int
+    ds_config: dict[str, Any] | None
+    config: Any
+    data: Prepared
+    tokenizer: Any
+    sequence_length: int
+    run: RunFolder
+    layout: Layout
+    shared_disk: bool
+    checkpoint: Path | None
+    universal: bool
+
+    @property
+    def engine(self) -> str:
+        """What trains: 'DeepSpeed ZeRO-2', ... or 'PyTorch'."""
+        return deepspeed_config.engine_name(self.ds_config)
+
+    @property
+    def resume_step(self) -> int | None:
+        """The step that the training continues after, None from the start."""
+        return verification.step_of(self.checkpoint) if self.checkpoint else None
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of all ranks in an optimizer step."""
+        return rows_a_step(self.options, self.ranks.world_size)
+
+    @property
+    def writes(self) -> bool:
+        """True for the rank that writes checkpoints' common files: one of each disk."""
+        return writes(self.ranks, self.shared_disk)
+
+    @property
+    def evaluates(self) -> bool:
+        """True if text is held out."""
+        return len(self.data.evaluation) > 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained: the model's configuration, its parameters and those that are trained, rows, steps."""
+
+    config: Any
+    parameters: int
+    trained: int
+    rows: Rows
+    steps: int
+
+
+def rows_a_step(options: argparse.Namespace, world_size: int) -> int:
+    """Return the rows of all ranks in an optimizer step."""
+    return int(options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size)
+
+
+def writes(ranks: Ranks, shared_disk: bool) -> bool:
+    """Tell whether this rank is the one that writes on its disk."""
+    return ranks.is_first if shared_disk else ranks.is_first_here

@@ -1,0 +1,1 @@
+"""One training: from the options to the last step."""

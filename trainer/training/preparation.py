@@ -1,0 +1,149 @@
+"""What happens before the model is built: ranks meet, text becomes tokens, the engine's libraries start, the run opens.
+
+The order matters: data is tokenized while nothing can time out, and only then the process group starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoint.verification import Layout
+from trainer.data import dataset, python_docs, tokenizer
+from trainer.data.dataset import Prepared
+from trainer.distributed import deepspeed_config, devices, heartbeat
+from trainer.distributed.communication_time import Waiting
+from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
+from trainer.errors import Fault
+from trainer.model import from_config, loading, lora
+from trainer.options import fill_defaults
+from trainer.results.console import Console, quieten
+from trainer.results.run_folder import RunFolder, find_run
+from trainer.results.setup import Setup, rows_a_step, writes
+from trainer.training.arguments import check_packages
+from trainer.training.resume import choose_checkpoint, fit_ranks
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What all ranks compute on; the fields are those of Setup."""
+
+    device: str
+    precision: str
+    peak: float | None
+    spare_devices: int
+
+
+def prepare(options: argparse.Namespace, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
+            ) -> tuple[Setup, Waiting]:
+    """Do everything up to the model; return what the ranks have agreed on, and what measures their waiting."""
+    check_packages(options, ranks.is_first)
+    lora.check(options, ds_config)
+    hardware = meet(options, ranks, ds_config)
+    config = loading.load_config(options)
+    if options.config_overrides:
+        config = from_config.overridden(config, options.config_overrides)
+    length = loading.choose_sequence_length(options, config)
+    data = make_data(options, ranks, console, config, length)
+    waiting = start_engine_libraries(ds_config, hardware.device, ranks, console)
+    run = RunFolder(Path(ranks.exchange("run", str(find_run(options)))[0]))
+    kind = "QLoRA" if options.qlora else "LoRA"
+    adapter = f", {kind} of rank {options.lora}" if options.lora else ""
+    layout = Layout(data.facts.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
+                    rows_a_step(options, ranks.world_size))
+    checkpoint = choose_checkpoint(options, run, ranks, layout, console)
+    console.keep_log(run.path / "logs")
+    shared_disk = is_shared(run.path, ranks)
+    universal = False
+    if checkpoint:
+        universal = fit_ranks(checkpoint, options, ds_config, ranks, console, writes(ranks, shared_disk))
+        layout.batch = rows_a_step(options, ranks.world_size)
+    own = tokenizer.load_tokenizer(options, data.folder / "tokenizer")
+    return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
+                 ds_config, config, data, own, length, run, layout, shared_disk, checkpoint, universal), waiting
+
+
+def meet(options: argparse.Namespace, ranks: Ranks, ds_config: dict[str, Any] | None) -> Hardware:
+    """Meet the other ranks; settle device, precision and batch sizes with them."""
+    quieten()
+    heartbeat.tell("meeting the other ranks")
+    ranks.meet()
+    facts = ranks.exchange("device", devices.device_facts())
+    device = devices.common_device(facts, ranks.hosts)
+    if device != "cpu":
+        torch.accelerator.set_device_index(ranks.local_rank)
+    deepspeed_config.set_environment(device == "cpu", ranks.local_world_size)
+    if ds_config is not None:
+        deepspeed_config.adopt_values(options, ds_config, ranks.world_size)
+    fill_defaults(options)
+    precision = devices.choose_precision(options.precision, facts)
+    return Hardware(device, precision, devices.peak_flops(facts, precision),
+                    facts[ranks.rank]["count"] - ranks.local_world_size)
+
+
+def make_data(options: argparse.Namespace, ranks: Ranks, console: Console, config: Any, length: int) -> Prepared:
+    """Tokenize once a host; open the result on every rank; make sure that all hosts have the same."""
+    if vocabulary := tokenizer.own_vocabulary(options, config):
+        own = options.chat_template
+        template = tokenizer.read_template(Path(own)) if own else tokenizer.TINY_TEMPLATE
+        make: Callable[[Any], Any] = partial(tokenizer.own_tokenizer, template=template, vocabulary=vocabulary)
+        name = f"own {vocabulary} {template}"
+    else:
+        loaded = tokenizer.load_tokenizer(options)
+        name, make = tokenizer.tokenizer_id(loaded), lambda texts: loaded
+    if ranks.is_first_here:
+        made = dataset.prepare_dataset(options, name, make, length, partial(built_in, ranks), console.say)
+        ranks.publish(f"data/{ranks.node}", str(made.folder))
+    data = dataset.load_prepared(Path(ranks.ask(f"data/{ranks.node}")))
+    keys = ranks.exchange("data-key", data.facts.key, PREPARING_LIMIT_S)  # another host may be slower
+    if len(set(keys)) > 1:
+        odd = sorted({host for host, key in zip(ranks.hosts, keys, strict=True) if key != keys[0]})
+        raise Fault(f"the data or tokenizer on {', '.join(odd)} differs from that on {ranks.hosts[0]}: "
+                    "copy the same to every host", shared=True)
+    return data
+
+
+def built_in(ranks: Ranks) -> list[str]:
+    """Return Python's documentation as rank 0 has it: it differs between Python releases."""
+    if ranks.is_first:
+        texts = python_docs.python_documents()
+        if not ranks.on_one_machine:
+            ranks.publish("built-in", texts)
+        return texts
+    found: list[str] = ranks.ask("built-in")
+    return found
+
+
+def start_engine_libraries(ds_config: dict[str, Any] | None, device: str, ranks: Ranks, console: Console) -> Waiting:
+    """Start the process group, and keep DeepSpeed from compiling what this run doesn't need."""
+    if ds_config is not None:
+        operators = deepspeed_config.complete_config(ds_config, device == "cpu")
+        for warning in deepspeed_config.check_compilation(operators) if ranks.is_first_here else ():
+            console.warn(warning)
+        if device == "cpu":
+            deepspeed_config.skip_shared_memory_operator()
+    heartbeat.tell("the first sum over all ranks")
+    ranks.start_process_group(device)
+    waiting = Waiting(device)
+    if ds_config is not None:  # without DeepSpeed gradients go by another way
+        waiting.install()
+        deepspeed_config.adopt_process_group()
+    return waiting
+
+
+def is_shared(path: Path, ranks: Ranks) -> bool:
+    """Tell whether all hosts see the same run folder: rank 0 leaves a file there, the others look for it."""
+    mark = path / ".shared"
+    if ranks.is_first:
+        mark.touch()
+    ranks.barrier()
+    seen = ranks.total(mark.exists())[0] == ranks.world_size
+    if ranks.is_first:
+        mark.unlink()
+    return seen
