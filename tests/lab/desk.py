@@ -30,16 +30,20 @@ class Desk:
         self.key = make_key(self.home / ".ssh" / "id_ed25519").with_suffix(".pub").read_text()
         self.hosts = {name: lab.add(name) for name in slots}
         for host in self.hosts.values():
-            self.admit(host, LANSPEED_CACHE=str(cache / host.name), HF_HUB_OFFLINE="1", TMPDIR=str(self.scratch))
+            self.admit(host, LANSPEED_CACHE=str(cache / host.name), HF_HUB_OFFLINE="1", TMPDIR=str(self.scratch),
+                       TORCH_EXTENSIONS_DIR=str(cache / "extensions"))
         (self.folder / "hostfile.txt").write_text(
             "".join(f"{name} slots={count} type=CPU\n" for name, count in slots.items()))
 
     def admit(self, host: Host, **variables: str) -> None:
-        """Let the desk's key into a machine that is found by its name."""
+        """Let the desk's key into a machine that is found by its name; its sessions have these variables.
+
+        All machines share this one's cores, so that a rank gets one.
+        """
         folder = host.homes / "root" / ".ssh"
         folder.mkdir(mode=0o700)
         (folder / "authorized_keys").write_text(self.key)
-        host.serve(**variables)
+        host.serve(**{"OMP_NUM_THREADS": "1", **variables})
         self.lab.master.resolve(host)
 
     def words(self, *more: str) -> list[str]:

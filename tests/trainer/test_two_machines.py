@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME, TRAINER
+from conftest import HOME, TRAINER, WARM
+from warm_trainer import Job
 
 from master.training.local_run import free_port
 
 
-def train_on_two(environment: dict[str, str], root: Path, *words: str) -> list[str]:
-    """Run one training over both machines; return what each printed."""
-    port, running = free_port(), []
-    for node in range(2):
-        cwd = root / f"machine-{node}"
-        cwd.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}",
-                   "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", str(TRAINER),
-                   "--model_name_or_path", "tiny", "--output_dir", "run", "--save_steps", "2", "--logging_steps", "1",
-                   *words]
-        own = {**environment, "LANSPEED_CACHE": str(cwd / "cache")}
-        running.append(subprocess.Popen(
-            command, env=own, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=200)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
+def train_on_two(environment: dict[str, str], root: Path, *words: str, torchrun: bool = False) -> list[str]:
+    """Run one training over both machines, each with a launcher or forked; return what each printed."""
+    port = str(free_port())
+    told = [str(TRAINER), "--model_name_or_path", "tiny", "--output_dir", "run", "--save_steps", "2",
+            "--logging_steps", "1", *words]
+    folders = [root / f"machine-{node}" for node in range(2)]
+    codes, outputs = [], []
+    with contextlib.ExitStack() as stack:
+        jobs: list[Job | subprocess.Popen[bytes]] = []
+        for node, folder in enumerate(folders):
+            folder.mkdir(exist_ok=True)
+            own = {**environment, "LANSPEED_CACHE": str(folder / "cache")}
+            if torchrun:
+                command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}",
+                           "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", *told]
+                log = stack.enter_context((folder / "log").open("wb"))
+                jobs.append(subprocess.Popen(command, env=own, cwd=folder, stdout=log, stderr=log))
+            else:
+                place = {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+                         "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                jobs.append(stack.enter_context(Job(os.environ[WARM], told, {**own, **place}, folder, folder / "log")))
+        codes = [job.wait(200) for job in jobs]
+        outputs = [(folder / "log").read_text() for folder in folders]
+    assert codes == [0, 0], "\n".join(outputs)
     return outputs
 
 
@@ -43,7 +55,7 @@ def test_each_keeps_its_shards_and_both_resume_from_what_both_have(
 ) -> None:
     config = ["--deepspeed_config", str(HOME / "trainer" / "configs" / f"{preset}.json"), "--max_steps", "6"]
     # No dataset: Python's own text, which goes from rank 0 to the other machine.
-    train_on_two(environment, tmp_path, *config)
+    train_on_two(environment, tmp_path, *config, torchrun=preset == "zero1")
     assert checkpoints(tmp_path) == [["checkpoint-4", "checkpoint-6"]] * 2
     for node in range(2):
         folder = tmp_path / f"machine-{node}" / "run" / "checkpoints" / "checkpoint-6"
@@ -65,4 +77,4 @@ def test_different_data_on_the_two_is_told(environment: dict[str, str], tmp_path
         (tmp_path / f"machine-{node}").mkdir()
         (tmp_path / f"machine-{node}" / "data.txt").write_text(f"The text of machine {node}. " * 50)
     with pytest.raises(AssertionError, match="differs from that on"):
-        train_on_two(environment, tmp_path, "--dataset_path", "data.txt", "--max_steps", "1")
+        train_on_two(environment, tmp_path, "--dataset_path", "data.txt", "--max_steps", "1", torchrun=True)
