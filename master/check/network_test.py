@@ -6,7 +6,6 @@ A port that one node can't reach on another, the rate and the round trip of each
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import shlex
 import threading
@@ -19,6 +18,7 @@ from master.check.consistency import Finding
 from master.core.paths import WORKER
 from master.inventory.node_facts import Place, streamed
 from master.ssh.channel import Channel
+from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import Access, SshError
 from master.ssh.run_on_all import Ask, on_all
@@ -47,7 +47,8 @@ class Talk:
     """A node that follows orders; one that is lost answers None from then on."""
 
     def __init__(self, host: str, channel: Channel) -> None:
-        self.host, self._channel, self._rest = host, channel, b""
+        self.host, self._talk = host, JsonChannel(channel, host)
+        self._waiting: list[dict[str, Any]] = []
         self.lost: str | None = None
         self.ports: list[int | None] = []
 
@@ -55,7 +56,7 @@ class Talk:
         """Send an order; without one, a sign of life."""
         if not self.lost:
             try:
-                self._channel.send((json.dumps(order) if order else "").encode() + b"\n")
+                self._talk.send(order)
             except SshError as error:
                 self.lost = error.fault
 
@@ -63,22 +64,17 @@ class Talk:
         """Return the answer, None if none comes in time."""
         end = time.monotonic() + seconds
         while not self.lost:
-            *lines, self._rest = self._rest.split(b"\n")
-            for line in lines:
-                with contextlib.suppress(ValueError):
-                    found: dict[str, Any] = json.loads(line)
-                    if found.get("event") == event:
-                        return found
+            while self._waiting:
+                if (found := self._waiting.pop(0))["event"] == event:
+                    return found
             left = end - time.monotonic()
             try:
-                block = self._channel.receive(left) if left > 0 else None
+                self._waiting = self._talk.receive(left) if left > 0 else []
             except SshError as error:
                 self.lost = error.fault
                 break
-            if not block:
-                self.lost = (self._channel.complaints()[-200:] if block == b"" else "") or "it gives no answer"
-                break
-            self._rest += block
+            if self._talk.ended or left <= 0:
+                self.lost = (self._talk.complaints()[-200:] if self._talk.ended else "") or "it gives no answer"
         return None
 
 

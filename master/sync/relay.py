@@ -17,6 +17,7 @@ from typing import Any
 
 from master.core.paths import WORKER
 from master.inventory.node_facts import streamed
+from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import Access, SshError
 from master.ssh.run_on_all import Ask, on_all
@@ -24,11 +25,11 @@ from master.ssh.session import Session
 from master.sync.chunks import Pieces
 from master.sync.file_trees import TreeError
 from master.sync.job_key import make_pem
-from master.sync.relay_peer import LONGEST, Seat
+from master.sync.relay_peer import Seat
 
 SCRIPT = WORKER / "receive_files.py"
 PYTHON = "python3 -X utf8"  # any will do that is 3.8 or newer; names are read the same in every locale
-BEAT, SILENCE = 3.0, 30.0  # seconds between signs of life; without one after which a node counts as lost
+BEAT, LOST = 3.0, 30.0  # seconds between signs of life; without one after which a node, whose disk may be slow, is lost
 STALL = 90.0  # seconds in which a node that gets nothing, while it could, is fed from here, and then let go
 UPSTREAM = 3  # nodes before it that one may turn to
 
@@ -55,7 +56,7 @@ class Fanout:
         for feeder in self._feeders:
             feeder.join(timeout=5)
         if self._fleet:
-            self._fleet.join(timeout=SILENCE)
+            self._fleet.join(timeout=LOST)
 
     # -- the course of it ----------------------------------------------------------------------------------------------
 
@@ -133,8 +134,8 @@ class Fanout:
             if now - beat > BEAT:
                 beat = now
                 for seat in self._in():
-                    if seat.channel and now - seat.heard > SILENCE:
-                        seat.fault = f"no sign of life for {SILENCE:.0f} s"
+                    if seat.channel and now - seat.heard > LOST:
+                        seat.fault = f"no sign of life for {LOST:.0f} s"
                     elif not seat.sending.locked():  # else something is on its way to it anyway
                         threading.Thread(target=seat.tell, daemon=True).start()
                 self._help_who_is_stalled(chain, now)
@@ -201,18 +202,10 @@ class Fanout:
         with contextlib.closing(session.open(f"exec {PYTHON} {streamed(SCRIPT)}")) as channel:
             channel.send(SCRIPT.read_bytes())
             seat.heard, seat.channel = time.monotonic(), channel
-            rest = b""
-            while not self._ended.is_set() and seat.takes_part:
-                block = channel.receive(0.5)
-                if block == b"":
-                    break
-                *lines, rest = (rest + (block or b"")).split(b"\n")
-                if len(rest) > LONGEST:
-                    raise SshError(seat.host, "sync", "it says more than makes sense")
-                for line in lines:
-                    with contextlib.suppress(ValueError):
-                        if isinstance(event := json.loads(line), dict) and "event" in event:
-                            self._events.put((seat, event))
+            talk = JsonChannel(channel, seat.host)
+            while not self._ended.is_set() and seat.takes_part and not talk.ended:
+                for event in talk.receive(0.5):
+                    self._events.put((seat, event))
             if seat.fault:
                 session.close()  # so that whoever still sends to it gives up
             with seat.sending:  # nobody writes to a channel that is closed

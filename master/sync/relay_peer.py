@@ -21,7 +21,6 @@ EVENTS: dict[str, dict[str, type]] = {
     "listening": {"port": int}, "progress": {"bytes": int, "missing": int}, "lost": {"peer": str, "text": str},
     "orphan": {"missing": list}, "finished": {"deleted": int, "kept": list, "left": list}, "failed": {"text": str},
     "over": {"text": str}}
-LONGEST = 32 << 20  # bytes of one event
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import threading
 import time
@@ -12,13 +11,13 @@ from typing import Any
 
 from master.core.paths import WORKER
 from master.inventory.node_facts import Place, streamed
+from master.ssh.json_channel import SILENCE, JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import Access, SshError
 from master.ssh.run_on_all import Ask, on_all
 from master.ssh.session import Session
 
 MARK = b"@@MEASURED "
-SILENCE = 15.0  # seconds without a line after which a host counts as lost
 BEAT = 5.0  # seconds between two signs of life to the host
 
 
@@ -62,24 +61,17 @@ class Vitals:
     def _work(self, session: Session) -> None:
         script, host = WORKER / "measure_node.py", str(session.node)
         command = f"exec {shlex.quote(self._places[session.node].python)} {streamed(script)} {self._every}"
-        heard = spoken = time.monotonic()
-        rest = b""
         with contextlib.closing(session.open(command)) as channel:
             channel.send(script.read_bytes())
+            talk, spoken = JsonChannel(channel, host, "gpus", MARK), time.monotonic()
             while not self._closed.is_set():
-                block = channel.receive(0.2)
+                for measured in talk.receive(0.2):
+                    self._latest[host] = measured
                 now = time.monotonic()
-                if block == b"":
-                    raise SshError(host, "connection", channel.complaints()[-200:] or "it has ended")
-                if block:
-                    heard = now
-                    *lines, rest = (rest + block).split(b"\n")
-                    for line in lines:
-                        if line.startswith(MARK):
-                            with contextlib.suppress(ValueError):
-                                self._latest[host] = json.loads(line[len(MARK) :])
-                if now - heard > SILENCE:
+                if talk.ended:
+                    raise SshError(host, "connection", talk.complaints()[-200:] or "it has ended")
+                if now - talk.heard > SILENCE:
                     raise SshError(host, "connection", f"no word for {SILENCE:.0f} s")
                 if now - spoken > BEAT:
-                    channel.send(b"\n")
+                    talk.send({})
                     spoken = now

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -19,15 +18,13 @@ from master.core.terminal import say
 from master.inventory.cluster_file import read_cluster
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import place_of, streamed
-from master.ssh.channel import Channel
+from master.ssh.json_channel import SILENCE, JsonChannel
 from master.ssh.node_names import parse_node
 from master.ssh.options import access_of, question
 from master.ssh.route import SshError
 from master.ssh.run_on_all import on_all
 from master.ssh.session import Session
 from master.training.run_folder import find_run, launcher_of, signed
-
-SILENCE = 12.0  # seconds
 
 
 def stop(name: str | None, options: argparse.Namespace) -> int:
@@ -61,10 +58,11 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
     def work(session: Session) -> int:
         host = str(session.node)
         command = f"exec {shlex.quote(place_of(known.get(host, {})).python)} {streamed(WORKER / 'run_node.py')}"
-        order = json.dumps({"end": job, "grace": options.grace}).encode() + b"\n"
         with contextlib.closing(session.open(command)) as channel:
-            channel.send((WORKER / "run_node.py").read_bytes() + order)
-            return ended(channel, host)
+            channel.send((WORKER / "run_node.py").read_bytes())
+            talk = JsonChannel(channel, host)
+            talk.send({"end": job, "grace": options.grace})
+            return ended(talk, host)
 
     found = on_all(nodes, access_of(options), work, question())
     for node, result in found.items():
@@ -75,14 +73,10 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
     return int(any(isinstance(result, SshError) for result in found.values()))
 
 
-def ended(channel: Channel, host: str) -> int:
+def ended(talk: JsonChannel, host: str) -> int:
     """Return how many processes run_node.py has ended; raise SshError if it says nothing for too long."""
-    rest = b""
-    while block := channel.receive(SILENCE):
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                event = json.loads(line)
-                if event.get("event") == "ended":
-                    return int(event["processes"])
-    raise SshError(host, "stop", channel.complaints()[-300:] or "it gives no answer")
+    while not talk.ended and time.monotonic() - talk.heard < SILENCE:
+        for event in talk.receive(SILENCE):
+            if event["event"] == "ended":
+                return int(event["processes"])
+    raise SshError(host, "stop", talk.complaints()[-300:] or "it gives no answer")

@@ -7,7 +7,6 @@ every other host is told at once; a host that says nothing for a while counts as
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import shlex
 import signal
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 
 from master.core.paths import WORKER
 from master.inventory.node_facts import Place, ask, ask_gpus, streamed
-from master.ssh.channel import Channel
+from master.ssh.json_channel import SILENCE, JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import Access, SshError
 from master.ssh.run_on_all import Ask, on_all
@@ -30,7 +29,6 @@ from master.training.hang_detector import StallWatch
 from master.training.root_cause import End
 
 BEAT = 3.0  # seconds between two signs of life, both ways
-SILENCE = 12.0  # seconds without one after which the other side counts as gone
 KEPT = 200  # lines of each rank that are kept for the report of a failure
 
 
@@ -214,33 +212,29 @@ class ClusterJob:
                    "node_rank": list(self._parts).index(host), "folder": self._job["folders"][host],
                    "script": self._job["scripts"][host], "log": self._job["logs"][host],
                    "arguments": [part.place.there(word) for word in self._job["arguments"]]}
-            channel.send((WORKER / "run_node.py").read_bytes() + json.dumps(job).encode() + b"\n")
-            self._converse(host, channel)
+            channel.send((WORKER / "run_node.py").read_bytes())
+            talk = JsonChannel(channel, host)
+            talk.send(job)
+            self._converse(host, talk)
 
-    def _converse(self, host: str, channel: Channel) -> None:
+    def _converse(self, host: str, talk: JsonChannel) -> None:
         """Hand events to the deciding thread, orders to the host, until it has ended; raise SshError if it is lost."""
-        rest, heard, spoken, ended = b"", time.monotonic(), time.monotonic(), False
+        spoken, over = time.monotonic(), False
         while True:
-            block = channel.receive(0.1)
+            for event in talk.receive(0.1):
+                over = over or event["event"] in ("ended", "failed")
+                self._events.put((host, "event", event))
             now = time.monotonic()
-            if block:
-                heard = now
-                *lines, rest = (rest + block).split(b"\n")
-                for line in lines:
-                    with contextlib.suppress(ValueError):
-                        event = json.loads(line.decode("utf-8", "replace"))
-                        ended = ended or event.get("event") in ("ended", "failed")
-                        self._events.put((host, "event", event))
-            if ended:
+            if over:
                 return
-            if block == b"":
-                raise SshError(host, "connection", channel.complaints()[-300:] or "it has ended")
-            if now - heard > SILENCE:
+            if talk.ended:
+                raise SshError(host, "connection", talk.complaints()[-300:] or "it has ended")
+            if now - talk.heard > SILENCE:
                 raise SshError(host, "connection", f"no sign of life for {SILENCE:.0f} s")
             with contextlib.suppress(queue.Empty):
                 while True:
-                    channel.send(json.dumps(self._orders[host].get_nowait()).encode() + b"\n")
+                    talk.send(self._orders[host].get_nowait())
                     spoken = now
             if now - spoken > BEAT:
-                channel.send(b'{"beat": 1}\n')
+                talk.send({"beat": 1})
                 spoken = now

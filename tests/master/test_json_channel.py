@@ -1,0 +1,59 @@
+"""`ssh/json_channel.py`: whatever a host prints, only objects with the key count; silence and an end are told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import pytest
+
+from master.ssh import json_channel
+from master.ssh.channel import ProcessChannel
+from master.ssh.json_channel import JsonChannel
+from master.ssh.route import SshError
+
+
+def talk(script: str, **how: Any) -> tuple[contextlib.closing[ProcessChannel], JsonChannel]:
+    channel = ProcessChannel(["sh", "-c", script], "gpu1")
+    return contextlib.closing(channel), JsonChannel(channel, "gpu1", **how)
+
+
+def all_of(script: str, **how: Any) -> list[dict[str, Any]]:
+    closing, heard = talk(script, **how)
+    found: list[dict[str, Any]] = []
+    with closing:
+        end = time.monotonic() + 60
+        while not heard.ended:
+            assert time.monotonic() < end
+            found += heard.receive(1.0)
+    return found
+
+
+@pytest.mark.parametrize("noise", ["1", "null", "[1]", '"event"', '{"other": 1}', "{", "\\377\\376", "", "[" * 9000,
+                                   "Welcome to gpu1"])
+def test_what_a_start_up_file_prints_is_passed_over(noise: str) -> None:
+    assert all_of(f"printf '{noise}\\n'; echo '{{\"event\": \"up\"}}'; printf '{noise}\\n'") == [{"event": "up"}]
+
+
+def test_lines_come_in_any_pieces_and_with_a_mark() -> None:
+    assert all_of("printf '{\"event\"'; sleep 0.2; printf ': 1}\\n{\"event\": 2}\\n{\"ev'") == [
+        {"event": 1}, {"event": 2}]
+    assert all_of("echo '{\"gpus\": 1}'; echo '@@M {\"gpus\": 2}'", key="gpus", mark=b"@@M ") == [{"gpus": 2}]
+
+
+def test_both_sides_speak_and_silence_is_no_end() -> None:
+    closing, heard = talk("""read order; echo "$order"; read empty; echo '{"event": "<'"$empty"'>"}'; sleep 60""")
+    with closing:
+        assert heard.receive(0.05) == [] and not heard.ended
+        before = heard.heard
+        heard.send({"event": "x y", "n": 1})
+        assert heard.receive(30) == [{"event": "x y", "n": 1}] and heard.heard > before
+        heard.send({})
+        assert heard.receive(30) == [{"event": "<>"}]
+
+
+def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_channel, "LONGEST", 100_000)
+    with pytest.raises(SshError, match="it says more than makes sense"):
+        all_of("head -c 300000 /dev/zero | tr '\\0' x; sleep 60")
