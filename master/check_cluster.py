@@ -28,13 +28,14 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.check.consistency import Finding, agreement, differences, gathered, prepared, troubles, unlike_here
 from master.check.network_test import RENDEZVOUS, Pair, judge_network, probe
 from master.core.paths import ROOT
+from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, one_line, say
-from master.inventory.cluster_file import ClusterError, add_node_flags, chosen_nodes, read_cluster, write_cluster
+from master.inventory.cluster_file import add_node_flags, chosen_nodes, read_cluster, write_cluster
 from master.inventory.gpu_query import survey
-from master.inventory.hostfile import HostfileError, read_hostfile
+from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import BUSY, ask, here, place_of
-from master.ssh.node_names import Node, NodeError
-from master.ssh.options import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags, question
+from master.ssh.node_names import Node
+from master.ssh.options import PASSWORD_VARIABLE, access_of, access_words, add_access_flags, question
 from master.ssh.route import Access, SshError
 from master.ssh.run_on_all import on_all
 from master.ssh.session import Session
@@ -140,7 +141,9 @@ def keep(path: Path, cluster: dict[str, Any], facts: Mapping[str, Mapping[str, A
 
 
 def check(options: argparse.Namespace) -> int:
-    """Check and show; return the exit code. Raises what `main` catches."""
+    """Check and show; return the exit code."""
+    if options.fast and options.network:
+        raise UsageError("--fast leaves out what --network measures: give one of them")
     nodes, path = chosen_nodes(options.nodes, options.hostfile)
     cluster = read_cluster(path)
     known = {host["name"]: host for host in cluster["hosts"]}
@@ -208,19 +211,7 @@ def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pa
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the cluster; return 0, 1 if something stands against a training, 2 for wrong usage."""
     options = build_parser().parse_args(argv)
-    try:
-        if options.fast and options.network:
-            raise AccessError("--fast leaves out what --network measures: give one of them")
-        return check(options)
-    except (HostfileError, ClusterError) as error:
-        say(f"error: {error}")
-        return 1
-    except (NodeError, AccessError) as error:
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("stopped")
-        return 1
+    return run_cli(lambda: check(options))
 
 
 if __name__ == "__main__":

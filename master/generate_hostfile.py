@@ -19,6 +19,7 @@ from typing import Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, say
 from master.inventory.cluster_file import ClusterError, empty, merge, read_cluster, write_cluster
 from master.inventory.gpu_query import Survey, survey
@@ -33,8 +34,8 @@ from master.inventory.slot_selection import (
     unfit_name,
     with_own_address,
 )
-from master.ssh.node_names import Node, NodeError, read_nodes
-from master.ssh.options import AccessError, access_of, add_access_flags, question
+from master.ssh.node_names import Node, read_nodes
+from master.ssh.options import access_of, add_access_flags, question
 from master.ssh.route import SshError
 from master.ssh.run_on_all import on_all
 
@@ -142,21 +143,19 @@ def reported(answer: Answer) -> GpuReport:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the hostfile; return 0, 1 if a host failed or none can train, 2 for wrong usage."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
+    options = build_parser().parse_args(argv)
+    return run_cli(lambda: generate(options), "stopped: nothing was written")
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Ask the hosts, write the files, return the exit code."""
     if bool(options.nodes) == bool(options.from_reports):
-        parser.error("give --nodes or --from-reports")
+        raise UsageError("give --nodes or --from-reports")
     if options.cpu_slots is not None and not 0 < options.cpu_slots <= 1024:
-        parser.error("--cpu-slots: 1 to 1024")
-    try:
-        answers = read_reports(options.from_reports) if options.from_reports \
-            else ask_hosts(read_nodes(options.nodes), options)
-    except (NodeError, AccessError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        say("stopped: nothing was written")
-        return 1
-    return conclude(answers, options)
+        raise UsageError("--cpu-slots: 1 to 1024")
+    if options.from_reports:
+        return conclude(read_reports(options.from_reports), options)
+    return conclude(ask_hosts(read_nodes(options.nodes), options), options)
 
 
 def conclude(answers: Sequence[Answer], options: argparse.Namespace) -> int:

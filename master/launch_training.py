@@ -24,14 +24,15 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.paths import PRESETS, ROOT, TRAINER
+from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import say
-from master.inventory.cluster_file import ClusterError, empty, read_cluster
-from master.inventory.hostfile import HostfileError, Slots, read_hostfile, select
-from master.ssh.options import PASSWORD_VARIABLE, AccessError, access_of, access_words, add_access_flags
+from master.inventory.cluster_file import empty, read_cluster
+from master.inventory.hostfile import Slots, read_hostfile, select
+from master.ssh.options import PASSWORD_VARIABLE, access_of, access_words, add_access_flags
 from master.training.deepspeed_command import default_config, first_address, is_only_here, launcher_words
 from master.training.local_run import choose_slots, count_gpus, shown, train_here
 from master.training.processes import detach
-from master.training.run_folder import RunError, find_run, new_run_path, place_of_run, refuse_twice, trainer_words
+from master.training.run_folder import find_run, new_run_path, place_of_run, refuse_twice, trainer_words
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,13 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def existing(config: Path) -> Path:
-    """Return the path of a config that is there; raise ValueError if it isn't."""
+    """Return the path of a config that is there; raise UsageError if it isn't."""
     if not config.is_file():
-        raise ValueError(f"--config {config}: no such file. Presets: {PRESETS}")
+        raise UsageError(f"--config {config}: no such file. Presets: {PRESETS}")
     return config
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A DeepSpeed config that would be refused."""
 
 
@@ -166,9 +167,9 @@ def launch(options: argparse.Namespace) -> int:
         hosts = select(hosts, options.include, options.exclude)
         options.cluster = read_cluster(options.hostfile.with_name("cluster.json"))
     elif options.include or options.exclude or options.script or options.restarts:
-        raise ValueError("--include, --exclude, --script and --restarts need --hostfile or --nodes")
+        raise UsageError("--include, --exclude, --script and --restarts need --hostfile or --nodes")
     if hosts and options.slots:
-        raise ValueError("--slots is for this machine alone; the hostfile has slots of its own")
+        raise UsageError("--slots is for this machine alone; the hostfile has slots of its own")
     if hosts and (not is_only_here(hosts) or options.script):
         return launch_on_hosts(options, hosts)
     gpus = count_gpus() if not hosts or hosts[0].vendor != "CPU" else 0
@@ -177,7 +178,7 @@ def launch(options: argparse.Namespace) -> int:
     check_config(config, len(slots))
     run, place = place_of_run(options)
     if options.restarts:
-        raise ValueError("--restarts: not on this machine alone: --resume goes on")
+        raise UsageError("--restarts: not on this machine alone: --resume goes on")
     if run and not options.dry_run:
         refuse_twice(run)
         here = Slots("localhost", max(slots) + 1, tuple(slots), "" if gpus else "CPU")
@@ -215,32 +216,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     options = build_parser().parse_args(words[:cut])
     options.trainer_flags, options.access = words[cut + 1 :], None
-    if options.stop is None and not (options.model or options.script or options.resume):
-        say("error: which model? --model tiny (or a Hugging Face name, or a folder)")
-        return 2
-    if options.slots is not None and options.slots < 1:
-        say(f"error: --slots {options.slots}: at least 1")
-        return 2
-    try:
-        if options.stop is not None:
-            from master.training.stop_run import stop
+    return run_cli(lambda: act(options))
 
-            return stop(options.stop or None, options)
-        options.run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
-        if not options.nodes:
-            return launch(options)
-        if options.hostfile:
-            raise ValueError("--nodes makes a hostfile of its own: give no --hostfile")
-        return launch_on_nodes(options)
-    except (ClusterError, HostfileError, ConfigError, RunError) as error:
-        say(f"error: {error}")
-        return 1
-    except (AccessError, ValueError) as error:
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("stopped")
-        return 1
+
+def act(options: argparse.Namespace) -> int:
+    """Train, or stop a run, as the flags say; return the exit code."""
+    if options.stop is not None:
+        from master.training.stop_run import stop
+
+        return stop(options.stop or None, options)
+    if not (options.model or options.script or options.resume):
+        raise UsageError("which model? --model tiny (or a Hugging Face name, or a folder)")
+    if options.slots is not None and options.slots < 1:
+        raise UsageError(f"--slots {options.slots}: at least 1")
+    if options.nodes and options.hostfile:
+        raise UsageError("--nodes makes a hostfile of its own: give no --hostfile")
+    options.run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
+    return launch_on_nodes(options) if options.nodes else launch(options)
 
 
 if __name__ == "__main__":

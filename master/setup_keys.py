@@ -20,12 +20,13 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from master.core.run_cli import run_cli
 from master.core.terminal import HostTable, say
 from master.keys import host_blocks
 from master.keys.authorized_keys import install_key, key_is_there, remove_key
-from master.keys.key_pair import KeyPair, KeyPairError, add_to_agent, find_pair, has_passphrase, make_pair
-from master.ssh.node_names import Node, NodeError, read_nodes
-from master.ssh.options import OWN_KEY, AccessError, access_of, add_access_flags, question
+from master.keys.key_pair import KeyPair, add_to_agent, find_pair, has_passphrase, make_pair
+from master.ssh.node_names import Node, read_nodes
+from master.ssh.options import OWN_KEY, access_of, add_access_flags, question
 from master.ssh.route import Access, SshError
 from master.ssh.run_on_all import on_all
 from master.ssh.session import Session
@@ -184,32 +185,26 @@ def show(outcomes: Sequence[Outcome]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Set up keys on all nodes; return 0, 1 if a host still refuses, 2 for wrong usage."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
+    options = build_parser().parse_args(argv)
+    return run_cli(lambda: set_up(options), "stopped; what was installed stays, and a second run goes on from there")
+
+
+def set_up(options: argparse.Namespace) -> int:
+    """Set up keys, or remove them; return the exit code."""
     path = (options.ssh_key or OWN_KEY).expanduser()
     if options.ssh_key and not path.exists() and not options.remove:
         options.ssh_key = None  # it is made below, under this name
-    try:
-        nodes = read_nodes(options.nodes)
-        access = access_of(options)
-        pair = get_pair(options, path)
-    except (NodeError, AccessError) as error:
-        parser.error(str(error))
-    except KeyPairError as error:
-        say(str(error))
-        return 1
+    nodes = read_nodes(options.nodes)
+    access = access_of(options)
+    pair = get_pair(options, path)
     if pair is None and options.remove:
         return 1
-    try:
-        # The key is offered after those that ssh would offer without it: named to ssh, it would be the only one.
-        outcomes = visit_all(nodes, replace(access, key=None, more_keys=(path,)), pair, options)
-        if pair and not options.remove and not options.dry_run:
-            prove(outcomes, access, pair)
-        if not options.no_config:
-            update_config(outcomes, options, path)
-    except KeyboardInterrupt:
-        say("stopped; what was installed stays, and a second run goes on from there")
-        return 1
+    # The key is offered after those that ssh would offer without it: named to ssh, it would be the only one.
+    outcomes = visit_all(nodes, replace(access, key=None, more_keys=(path,)), pair, options)
+    if pair and not options.remove and not options.dry_run:
+        prove(outcomes, access, pair)
+    if not options.no_config:
+        update_config(outcomes, options, path)
     show(outcomes)
     if options.remove and not options.dry_run:
         say(f"kept here: {path}, and the hosts' keys in known_hosts")

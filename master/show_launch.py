@@ -15,8 +15,8 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.paths import ROOT
-from master.inventory.cluster_file import ClusterError
-from master.inventory.hostfile import HostfileError, read_hostfile
+from master.core.run_cli import run_cli
+from master.inventory.hostfile import read_hostfile
 from master.training.deepspeed_command import first_address, launcher_words, trainer_words
 
 
@@ -27,20 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hostfile", type=Path, default=Path("hostfile.txt"), metavar="H", help="hostfile.txt")
     parser.add_argument("--model", default="MODEL", metavar="M", help="a Hugging Face name, a folder, or tiny")
     options = parser.parse_args(argv)
-    try:
-        hosts = read_hostfile(options.hostfile)
-        address = first_address(hosts, options.hostfile)
-    except (HostfileError, ClusterError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    path = options.hostfile.absolute()
+    return run_cli(lambda: show(options.hostfile, options.model))
+
+
+def show(file: Path, model: str) -> int:
+    """Print both commands for a hostfile's hosts; return 0."""
+    hosts = read_hostfile(file)
+    address = first_address(hosts, file)
+    path = file.absolute()
     hostfile = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    words = launcher_words(hostfile, hosts, address) + trainer_words(hosts, options.model)
+    words = launcher_words(hostfile, hosts, address) + trainer_words(hosts, model)
     variable = "DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else ""
     print("To train on these hosts (lanspeed at the same path on each, MODEL a Hugging Face name or a folder):")
     if Path.cwd() != ROOT:
         print(f"  cd {shlex.quote(str(ROOT))}")
-    print(f"  invoke train --model {shlex.quote(options.model)} --hostfile {shlex.quote(str(hostfile))}")
+    print(f"  invoke train --model {shlex.quote(model)} --hostfile {shlex.quote(str(hostfile))}")
     print("which is, with plain DeepSpeed:")
     print(f"  {variable}{shlex.join(words)}")
     return 0

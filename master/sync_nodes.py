@@ -25,18 +25,18 @@ from typing import Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import one_line, say
 from master.inventory import cluster_file
-from master.inventory.cluster_file import ClusterError, read_cluster, write_cluster
-from master.inventory.hostfile import HostfileError
-from master.ssh.node_names import Node, NodeError
-from master.ssh.options import AccessError, access_of, add_access_flags, question
+from master.inventory.cluster_file import read_cluster, write_cluster
+from master.ssh.node_names import Node
+from master.ssh.options import access_of, add_access_flags, question
 from master.ssh.route import Access, SshError
 from master.ssh.run_on_all import on_all
 from master.ssh.session import Session
 from master.sync.chunks import Pieces
 from master.sync.environments import ROOM, Recipe, fill, make, tools, wheels
-from master.sync.file_trees import Tree, TreeError, collect
+from master.sync.file_trees import Tree, collect
 from master.sync.progress import SyncScreen
 from master.sync.relay import Fanout, Seat
 from master.sync.report import Outcome, line_of, outcome_of
@@ -137,7 +137,11 @@ def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> N
 
 
 def sync(options: argparse.Namespace) -> int:
-    """Do it; return the exit code. Raises what `main` catches."""
+    """Do it; return the exit code."""
+    if options.remove and options.dry_run:
+        raise UsageError("--remove has no --dry-run: it takes away only what lanspeed has put there")
+    if options.folder and not options.folder.startswith(("/", "~/")):
+        raise UsageError(f"--folder {options.folder}: a whole path on the nodes, or one below ~/")
     nodes, path = cluster_file.chosen_nodes(options.nodes, options.hostfile)
     if len(nodes) == 1 and nodes[0].is_local:
         trees_of(options)
@@ -223,24 +227,7 @@ def tell(found: Sequence[Outcome], options: argparse.Namespace, seconds: float) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sync; return 0, 1 if a host failed, 2 for wrong usage."""
     options = build_parser().parse_args(argv)
-    try:
-        if options.remove and options.dry_run:
-            raise AccessError("--remove has no --dry-run: it takes away only what lanspeed has put there")
-        if options.folder and not options.folder.startswith(("/", "~/")):
-            raise AccessError(f"--folder {options.folder}: a whole path on the nodes, or one below ~/")
-        return sync(options)
-    except (HostfileError, ClusterError, TreeError) as error:
-        say(f"error: {error}")
-        return 1
-    except (NodeError, AccessError) as error:
-        say(f"error: {error}")
-        return 2
-    except (OSError, RuntimeError) as error:  # what can't be read or written here
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("stopped: what has come stays there, the same command goes on")
-        return 1
+    return run_cli(lambda: sync(options), "stopped: what has come stays there, the same command goes on")
 
 
 if __name__ == "__main__":

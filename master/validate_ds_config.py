@@ -25,12 +25,13 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.atomic_write import write_whole
+from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import one_line, say
 from master.ds_config.json_text import Document, TextError
 from master.ds_config.problem import LEVELS, PARSE, Problem, Target
 from master.inventory.cluster_file import ClusterError, read_cluster
 from master.inventory.gpu_report import ReportError, check_report
-from master.inventory.hostfile import HostfileError, read_hostfile
+from master.inventory.hostfile import read_hostfile
 
 
 @dataclass
@@ -71,7 +72,7 @@ def find_target(options: argparse.Namespace) -> Target:
     """Return what the configs are for. Raises HostfileError, ClusterError, ValueError."""
     trainer = False if options.plain_deepspeed else True if options.trainer else None
     if options.world_size is not None and options.world_size < 1:
-        raise ValueError(f"--world-size {options.world_size}: at least one rank trains")
+        raise UsageError(f"--world-size {options.world_size}: at least one rank trains")
     slots = read_hostfile(options.hostfile) if options.hostfile else []
     path = options.cluster or (options.hostfile.with_name("cluster.json") if options.hostfile else None)
     if options.cluster and not options.cluster.is_file():
@@ -197,36 +198,19 @@ def offer_mends(verdict: Verdict, target: Target, ask: bool) -> Verdict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv` and check; return 0, 1 with errors, 2 on wrong usage."""
     options = build_parser().parse_args(argv)
-    try:
-        return answer(options)
-    except KeyboardInterrupt:
-        say("\nnothing was written")
-        return 1
-    except BrokenPipeError:  # whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        say(f"validate_ds_config.py: {error.strerror}")
-        return 1
+    return run_cli(lambda: answer(options), "\nnothing was written")
 
 
 def answer(options: argparse.Namespace) -> int:
     """Do what the flags say; return the exit code."""
     names = options.files or ["-"]
     if names == ["-"] and (sys.stdin is None or sys.stdin.isatty()):
-        say("validate_ds_config.py: which config? invoke validate --config ds_config.json")
-        return 2
+        raise UsageError("which config? invoke validate --config ds_config.json")
     if options.fix and "-" in names:
-        say("validate_ds_config.py: --fix writes files: name them")
-        return 2
+        raise UsageError("--fix writes files: name them")
     if options.fix and ( not options.yes and not sys.stdin.isatty()):
-        say("validate_ds_config.py: --fix asks on the terminal before it writes a file; --yes goes without")
-        return 2
-    try:
-        target = find_target(options)
-    except (HostfileError, ClusterError, ValueError) as error:
-        say(f"validate_ds_config.py: {error}")
-        return 2 if isinstance(error, ValueError) and not isinstance(error, (HostfileError, ClusterError)) else 1
+        raise UsageError("--fix asks on the terminal before it writes a file; --yes goes without")
+    target = find_target(options)
     verdicts = [look_at(name, target) for name in names]
     if options.fix:
         verdicts = [offer_mends(verdict, target, not options.yes) for verdict in verdicts]

@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.terminal import is_terminal, one_line, say
-from master.inventory.cluster_file import ClusterError, read_cluster
-from master.inventory.hostfile import HostfileError, read_hostfile
+from master.core.run_cli import run_cli
+from master.core.terminal import is_terminal, one_line
+from master.inventory.cluster_file import read_cluster
+from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import place_of
 from master.ssh.node_names import parse_node
-from master.ssh.options import AccessError, access_of, add_access_flags, question
+from master.ssh.options import access_of, add_access_flags, question
 from master.training.host_metrics import Vitals
-from master.training.run_folder import RunError, find_run, launcher_of
+from master.training.run_folder import find_run, launcher_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -198,6 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print what is known as JSON, and look once")
     add_access_flags(parser)
     options = parser.parse_args(argv)
+    return run_cli(lambda: watch(options))
+
+
+def watch(options: argparse.Namespace) -> int:
+    """Show the run; return 0, 1 if it failed or isn't running any more."""
     vitals = None
     try:
         run = find_run(options.run)
@@ -210,10 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(measured(vitals, look(run)), indent=1))
         else:
             status = follow(run, vitals, options)
-    except (RunError, ClusterError, HostfileError, AccessError) as error:
-        say(f"error: {error}")
-        return 2 if isinstance(error, AccessError) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # nothing but the watching has ended
         return 0
     finally:
         if vitals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,22 @@ def test_a_wrong_flag_is_exit_code_2_without_a_traceback(tool: Path) -> None:
     done = subprocess.run([sys.executable, tool, "--no-such-flag"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+PACKAGES = sorted({path.name for folder in ("master", "trainer") for path in (HOME / folder).iterdir()
+                   if (path / "__init__.py").exists()})
+
+
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool.parent.name in ("master", "trainer")], ids=name_of)
+def test_a_tool_hides_no_installed_package(tool: Path, tmp_path: Path) -> None:
+    for name in PACKAGES:  # of which some exist: `distributed` is dask's
+        (tmp_path / f"{name}.py").write_text("")
+    code = ("import importlib, runpy, sys\nsys.path[0], sys.argv = sys.argv[1].rpartition('/')[0], sys.argv[1:]\n"
+            "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit:\n    pass\n"
+            f"print([importlib.import_module(name).__file__ for name in {PACKAGES}])")
+    done = subprocess.run([sys.executable, "-c", code, str(tool), "--help"], capture_output=True, text=True, cwd="/",
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.stdout.splitlines()[-1] == str([str(tmp_path / f"{name}.py") for name in PACKAGES]), done.stderr
 
 
 def invoke(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:

@@ -1,1 +1,1 @@
-"""What every other package of master may use: paths, the terminal, files that are there whole or not at all."""
+"""What every other package may use: paths, the terminal, exit codes, files that are there whole or not at all."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from master.core.atomic_write import write_whole
 from master.core.paths import SCHEMAS
+from master.core.run_cli import UserError
 from master.inventory.hostfile import read_hostfile
 from master.ssh.node_names import Node, parse_node, read_nodes
 
@@ -17,7 +18,7 @@ GIGABIT = 1000.0  # Mbit/s: what a link of unknown speed is taken for
 SCHEMA = SCHEMAS / "cluster.schema.json"
 
 
-class ClusterError(ValueError):
+class ClusterError(UserError):
     """A cluster.json that can't be used; the message begins with its path."""
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from master.core.paths import SCHEMAS
+from master.core.run_cli import UserError
 
 SCHEMA = SCHEMAS / "gpu_report.schema.json"
 TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])|\r")
@@ -23,7 +24,7 @@ NOTICES = {"MIG_ENABLED", "PARTITIONED", "IGPU_PRESENT", "IGPU_ONLY", "MIXED_MOD
 LATEST = 20  # reports that are tried, from the last one: enough for any honest session
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """There is no report, or it isn't what the schema says; the message begins with the place of the first fault."""
 
 

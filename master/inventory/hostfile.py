@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from master.core.atomic_write import write_whole
+from master.core.run_cli import UserError
 from master.core.terminal import one_line
 
 ENTRY = re.compile(r"^(\S+)\s+slots=(\d+)")  # as DeepSpeed 0.19 has it
@@ -23,7 +24,7 @@ KIND = re.compile(r"\stype=([A-Za-z]+)\b")
 FIRST_LINE = "# written by lanspeed "
 
 
-class HostfileError(ValueError):
+class HostfileError(UserError):
     """A hostfile that DeepSpeed would refuse; the message begins with file and line."""
 
 

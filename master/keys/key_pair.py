@@ -8,8 +8,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from master.core.run_cli import UserError
 
-class KeyPairError(Exception):
+
+class KeyPairError(UserError):
     """No key pair can be had; the message says why and what to do."""
 
 

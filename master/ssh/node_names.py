@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from master.core.run_cli import UsageError
+
 MOST = 1024
 LONGEST = 253  # characters of a host name, RFC 1035
 # What neither a shell nor ssh can take for anything but a name: no leading hyphen, no space, no quote.
@@ -26,7 +28,7 @@ USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?")
 RANGE = re.compile(r"\[([0-9,-]+)\]")
 
 
-class NodeError(ValueError):
+class NodeError(UsageError):
     """A word that is no node, with what is wrong with it."""
 
 

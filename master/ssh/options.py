@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from master.core.run_cli import UsageError
 from master.ssh.route import Access
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ PASSWORD_VARIABLE = "LANSPEED_SSH_PASSWORD"  # noqa: S105, the name of a variabl
 PROMPT = object()  # --ssh-password without a value
 
 
-class AccessError(ValueError):
+class AccessError(UsageError):
     """Flags that can't be followed."""
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from master.core.paths import ROOT
+from master.core.run_cli import UserError
 
 CODE = ("master", "worker", "trainer", "schemas")
 NOT_CODE = {".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
@@ -21,7 +22,7 @@ NOT_CODE = {".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".mypy_cach
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
-class TreeError(ValueError):
+class TreeError(UserError):
     """Something that was named and can't be sent."""
 
 

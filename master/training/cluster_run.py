@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from master.core.paths import ROOT, TRAINER
+from master.core.run_cli import UsageError
 from master.core.terminal import one_line, say
 from master.inventory.hostfile import Slots
 from master.inventory.node_facts import faults, gpu_faults, here, place_of, torch_faults
@@ -38,7 +39,7 @@ ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 
 
 def environment(vendor: str, wanted: Sequence[str]) -> dict[str, str]:
-    """Return the variables for all nodes; `wanted` are --env's K=V, or K for this shell's. Raises ValueError."""
+    """Return the variables for all nodes; `wanted` are --env's K=V, or K for this shell's. Raises UsageError."""
     found = {name: value for name, value in os.environ.items() if name.startswith(SENT) or name in SENT_NAMES}
     found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     found.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of each peer that no name server knows
@@ -47,7 +48,7 @@ def environment(vendor: str, wanted: Sequence[str]) -> dict[str, str]:
     for word in wanted:
         name, equals, value = word.partition("=")
         if not name.isidentifier() or (not equals and name not in os.environ):
-            raise ValueError(f"--env {word}: NAME=VALUE, or the NAME of a variable that is set here")
+            raise UsageError(f"--env {word}: NAME=VALUE, or the NAME of a variable that is set here")
         found[name] = value if equals else os.environ[name]
     return found
 
@@ -136,7 +137,7 @@ class Training:
                 probe.connect(address)  # sends nothing: asks for the route
                 return str(probe.getsockname()[0])
         except OSError as error:
-            raise ValueError(f"localhost comes first, and its address for {other} can't be told: {error}: let another "
+            raise UsageError(f"localhost comes first, and its address for {other} can't be told: {error}: let another "
                              "host come first") from None
 
     def _announce(self, facts: dict[str, dict[str, Any]], address: str, port: int) -> None:
@@ -153,7 +154,7 @@ class Training:
 
 
 def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> int:
-    """Train and return 0, or 1 on a fault. Raises ValueError for flags that can't be followed."""
+    """Train and return 0, or 1 on a fault. Raises UsageError for flags that can't be followed."""
     training = Training(options, hosts, config, words)
     access: Access = options.access
     sign(training.run)

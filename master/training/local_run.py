@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from master.core.paths import TRAINER
+from master.core.run_cli import UsageError
 from master.core.terminal import one_line, say
 from master.inventory.cluster_file import empty
 from master.inventory.hostfile import Slots
@@ -45,16 +46,16 @@ def count_gpus() -> int:
 def choose_slots(wanted: int | None, gpus: int) -> list[int]:
     """Return the device numbers to train on: CUDA_VISIBLE_DEVICES' own, or the first `wanted`.
 
-    Raises ValueError where they can't be had.
+    Raises UsageError where they can't be had.
     """
     if not gpus:
         return list(range(wanted or 1))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible and not all(word.strip().isdigit() for word in visible.split(",")):
-        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's launcher takes numbers only, like 0,1")
+        raise UsageError(f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's launcher takes numbers only, like 0,1")
     devices = [int(word) for word in visible.split(",")] if visible else list(range(gpus))
     if wanted and wanted > len(devices):
-        raise ValueError(f"--slots {wanted}: {len(devices)} GPUs are here")
+        raise UsageError(f"--slots {wanted}: {len(devices)} GPUs are here")
     return devices[:wanted]
 
 

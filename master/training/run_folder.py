@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from master.core.atomic_write import write_whole
+from master.core.run_cli import UserError
 from master.inventory.cluster_file import merge, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
 
 LAUNCHER = "launcher.json"
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run that isn't there, or can't be repeated."""
 
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import HOME
 from patience import steps_made, wait_until
 
+from master.core.run_cli import UsageError
 from master.training import local_run
 from master.training.processes import running_in_session
 from master.training.run_folder import mark_failed, new_run_path
@@ -276,10 +277,10 @@ def test_slots_are_devices(wanted: int | None, gpus: int, visible: str | None, e
 
 def test_slots_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(ValueError, match="--slots 3: 2 GPUs are here"):
+    with pytest.raises(UsageError, match="--slots 3: 2 GPUs are here"):
         local_run.choose_slots(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234")
-    with pytest.raises(ValueError, match="takes numbers only"):
+    with pytest.raises(UsageError, match="takes numbers only"):
         local_run.choose_slots(None, 1)
 
 
