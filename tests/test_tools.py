@@ -58,6 +58,21 @@ def invoke(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "invoke", *words], cwd=cwd, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("words", "to", "code"), [
+    ("master/show_launch.py --hostfile {hosts}", "> /dev/full", 1), ("master/show_launch.py --hostfile {hosts}", "", 0),
+    ("master/show_launch.py --hostfile {hosts}", ">&-", 0), ("master/validate_ds_config.py {config}", "> /dev/full", 1),
+    ("master/validate_ds_config.py --json {config}", "| true", 0)])
+def test_output_that_cannot_be_written_is_one_line(words: str, to: str, code: int, unbuffered: str,
+                                                   tmp_path: Path) -> None:
+    (tmp_path / "h").write_text("gpu1 slots=2\n")
+    words = words.format(hosts=tmp_path / "h", config=HOME / "trainer" / "ds_config.json")
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {words} {to}"], cwd=HOME, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode == code and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr
+    assert done.stderr == ("error: No space left on device\n" if code else "")
+
+
 def test_the_menu_is_complete_and_each_task_has_help() -> None:
     listed = invoke("--list").stdout
     for task in ("setup-keys", "hostfile", "check", "sync", "validate", "detect", "train", "watch", "stop", "demo",

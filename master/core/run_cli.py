@@ -20,7 +20,10 @@ class UsageError(UserError):
 def run_cli(work: Callable[[], int], stopped: str = "stopped") -> int:
     """Do the work of a tool and return its exit code; `stopped` is what is said after Ctrl-C."""
     try:
-        return work()
+        code = work()
+        if sys.stdout:
+            sys.stdout.flush()  # here, where a full disk can be told
+        return code
     except UserError as error:
         say(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1
@@ -28,9 +31,19 @@ def run_cli(work: Callable[[], int], stopped: str = "stopped") -> int:
         say(stopped)
         return 1
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename is not None else ""
         say(f"error: {place}{error.strerror or error}")
+        drop_output()
         return 1
+
+
+def drop_output() -> None:
+    """Forget what was printed and can't be written, which Python would try again at its end."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
