@@ -66,10 +66,10 @@ def package_versions() -> dict[str, str]:
 def code_digest(folder: str) -> str | None:
     """Return a digest of the trainer's source, by which two checkouts can be compared; None if there is none."""
     digest = hashlib.sha256()
-    paths = sorted(glob.glob(os.path.join(folder, "trainer", "*.py")))
+    paths = sorted(glob.glob(os.path.join(folder, "trainer", "**", "*.py"), recursive=True))
     for path in paths:
         with open(path, "rb") as file:
-            digest.update(os.path.basename(path).encode() + b"\0" + file.read() + b"\0")
+            digest.update(os.path.relpath(path, folder).encode() + b"\0" + file.read() + b"\0")
     return digest.hexdigest()[:16] if paths else None
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -173,6 +174,17 @@ def test_the_way_to_an_address_is_known_without_programs(monkeypatch: pytest.Mon
         assert node.ipv4_interfaces(probe)["127.0.0.1"] == "lo"
     if Path("/proc/net/if_inet6").exists() and "::1" in node.ipv6_interfaces():
         assert node.interface_towards("::1") == "lo"
+
+
+@pytest.mark.parametrize("change", ["trainer/train.py", "trainer/data/packing.py", "trainer/new.py"])
+def test_code_that_differs_anywhere_has_another_digest(change: str, tmp_path: Path) -> None:
+    copy = tmp_path / "trainer"
+    shutil.copytree(HOME / "trainer", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    digest = load_worker("describe_node").code_digest
+    assert digest(str(tmp_path)) == digest(str(HOME)) and digest(str(tmp_path / "nowhere")) is None
+    with (tmp_path / change).open("a") as file:
+        file.write("# changed\n")
+    assert digest(str(tmp_path)) != digest(str(HOME))
 
 
 def test_a_node_describes_itself(tmp_path: Path) -> None:
