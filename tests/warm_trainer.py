@@ -132,8 +132,9 @@ def start_rank(job: dict[str, Any], place: dict[str, str]) -> int:
         code = int(leaving.code or 0)
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

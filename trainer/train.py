@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import errno
 import os
 import sys
@@ -109,8 +110,9 @@ def leave(code: int) -> NoReturn:
     which would make a training that is finished and saved look like a failed one.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # what can't be written is lost, the exit code is not
+            stream.flush()
     os._exit(code)
 
 

@@ -6,6 +6,7 @@ in the run folder's logs/<host>.log.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -79,7 +80,7 @@ class Console:
                 self._waiting.append(line)
             return
         stamp = f"{time.strftime('%H:%M:%S')} [{self._ranks.rank}] "
-        with self._log.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # a full disk shows elsewhere
             file.write("".join(f"{stamp}{part}\n" for part in line.splitlines() if part.strip()))
 
     def _print(self, line: str, style: str | None = None, file: Any = None) -> None:
@@ -101,7 +102,8 @@ class Console:
 
     def error(self, line: str) -> None:
         """Print what ended this rank."""
-        self._print(f"error: {line}")
+        with contextlib.suppress(OSError):  # the output may be on the disk that is full
+            self._print(f"error: {line}")
 
     def result(self, line: str) -> None:
         """Print a line of the outcome to stdout, on rank 0 only."""
