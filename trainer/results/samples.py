@@ -25,13 +25,8 @@ NEW_TOKENS = 60
 class Samples(TrainerCallback):
     """Writes samples/step-<step>.txt at each evaluation."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        self._trainer: Any = None
-
-    def watch(self, trainer: Any) -> None:
-        """Take the trainer whose model speaks."""
-        self._trainer = trainer
+    def __init__(self, setup: Setup, trainer: Any) -> None:
+        self._setup, self._trainer = setup, trainer
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         """Have the model speak; it counts as a pause."""

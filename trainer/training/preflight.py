@@ -17,13 +17,8 @@ from trainer.training.causal_trainer import CausalTrainer
 class FirstLook(TrainerCallback):
     """Before the first step, with the engine built: do ranks agree on their number, and documents stay apart?"""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        self._trainer: Any = None
-
-    def watch(self, trainer: CausalTrainer) -> None:
-        """Take the trainer that is to be looked at."""
-        self._trainer = trainer
+    def __init__(self, setup: Setup, trainer: CausalTrainer) -> None:
+        self._setup, self._trainer = setup, trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Raise a Fault if not; keep the config as DeepSpeed got it; tidy up what it was resumed from."""

@@ -108,17 +108,16 @@ class Session:
         self.stop = Stop(ranks)
         flops = flops_per_token(config, parameters, setup.sequence_length, frozen=bool(options.lora))
         self._report = Report(ranks, setup.run, setup.console, flops, setup.peak)
-        first_look, spoken = FirstLook(setup), Samples(setup)
         self.trainer = CausalTrainer(
             ranks=ranks, eval_rows=Rows(setup.data.evaluation, capacity), eval_bytes=setup.data.facts.eval_bytes,
             layout=setup.layout, keep=options.save_total_limit,
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
             train_dataset=stream_of(setup, capacity) if options.streaming else rows,
-            processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._waiting, first_look, spoken])
+            processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._waiting])
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
-        first_look.watch(self.trainer)
-        spoken.watch(self.trainer)
+        for added in (FirstLook(setup, self.trainer), Samples(setup, self.trainer)):
+            self.trainer.add_callback(added)
 
     # -- training and after ----------------------------------------------------------------------------------------
 
