@@ -61,17 +61,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what is slow, unless asked for it, and what this machine can't do."""
-    slow = config.getoption("--all") or "slow" in config.option.markexpr
+    with_slow = config.getoption("--all") or "slow" in config.option.markexpr
     for item in items:
-        needs = [name for mark in item.iter_markers("needs") for name in mark.args]
-        whole, root = item.get_closest_marker("lab"), item.get_closest_marker("root")
-        missing = [name for name in [*needs, *(LAB if whole else ())] if not find_program(name)]
-        reason = SLOW if item.get_closest_marker("slow") and not slow else \
-            ROOT if (whole or root) and os.geteuid() else \
-            f"needs {', '.join(sorted(set(missing)))}" if missing else \
-            MOUNTS if (whole or root) and not may_mount() else None
-        if reason:
+        if reason := why_skipped(item, with_slow):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def why_skipped(item: pytest.Item, with_slow: bool) -> str | None:
+    """Return what keeps a test from running here, None if nothing does."""
+    lab = item.get_closest_marker("lab")
+    root = lab or item.get_closest_marker("root")
+    needs = [name for mark in item.iter_markers("needs") for name in mark.args] + list(LAB if lab else ())
+    missing = sorted({name for name in needs if not find_program(name)})
+    if item.get_closest_marker("slow") and not with_slow:
+        return SLOW
+    if root and os.geteuid():
+        return ROOT
+    if missing:
+        return f"needs {', '.join(missing)}"
+    return MOUNTS if root and not may_mount() else None
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

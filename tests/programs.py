@@ -27,7 +27,7 @@ LAB = ("unshare", "nsenter", "mount", "hostname", "ip", "ss", "ssh", "ssh-keygen
 
 
 def find_program(name: str) -> str | None:
-    """Return a program's path; sshd is where users don't look. Raises KeyError for one that no package stands for."""
+    """Return a program's path; sshd is where users don't look. Raises KeyError for one that PACKAGES lacks."""
     assert PACKAGES[name]
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 

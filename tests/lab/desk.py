@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from conftest import HOME
+from patience import wait_until
 from ssh_server import make_key
 
 from lab.hosts import Host, Lab
@@ -74,8 +73,8 @@ class Desk:
 
 def assert_nothing_left(desk: Desk) -> None:
     """No process of a job, no folder with ranks' logs, no port that is listened on but sshd's."""
-    wait_for(lambda: not job_processes(desk))
-    wait_for(lambda: not list(desk.scratch.glob("lanspeed-*")))
+    wait_until(lambda: not job_processes(desk))
+    wait_until(lambda: not list(desk.scratch.glob("lanspeed-*")))
     for host in desk.hosts.values():
         open_ports = subprocess.run(host.words("ss", "-Hltn"), capture_output=True, text=True).stdout.splitlines()
         assert all(":22 " in line for line in open_ports), open_ports
@@ -114,16 +113,9 @@ def launchers(desk: Desk) -> list[int]:
     return found
 
 
-def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.1)
-
-
 def wait_for_steps(desk: Desk, job: subprocess.Popen[str]) -> None:
     def stepping() -> bool:
         assert job.poll() is None, job.communicate()[0]
         return any('"loss"' in path.read_text() for path in (desk.folder / "runs").glob("*/metrics.jsonl"))
 
-    wait_for(stepping)
+    wait_until(stepping)

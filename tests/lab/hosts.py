@@ -16,7 +16,6 @@ from programs import let_others_in, program
 from ssh_server import make_key
 
 NETWORK = "10.77.0"  # inside the namespaces only
-MOUNTED = ("passwd", "shadow", "hosts", "machine-id")  # files of /etc that each machine has of its own
 
 
 class Namespaces:
@@ -73,6 +72,12 @@ def write_accounts(etc: Path, users: dict[str, tuple[int, Path]], password: str)
         (etc / name).chmod(0o640 if name == "shadow" else 0o644)
 
 
+def over_etc(etc: Path) -> str:
+    """Return the command that mounts a folder's files over those of the same names in /etc."""
+    names = sorted(path.name for path in etc.iterdir() if Path("/etc", path.name).exists())
+    return " && ".join(f"mount --bind {etc / name} /etc/{name}" for name in names)
+
+
 class Host(Namespaces):
     """A machine of the lab, with an account `worker` and root, homes below `folder`/home, and an sshd on request."""
 
@@ -83,8 +88,7 @@ class Host(Namespaces):
         write_accounts(self.etc, users, password)
         (self.etc / "machine-id").write_text(f"{number:032x}\n")
         (self.etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")  # as Debian's installer writes it
-        binds = [f"mount --bind {self.etc / file} /etc/{file}" for file in MOUNTED if Path(f"/etc/{file}").exists()]
-        super().__init__(name, " && ".join(binds))
+        super().__init__(name, over_etc(self.etc))
         self.network("ip link set lo up")
         lab.hosts.append(self)
         lab.switch.network(f"ip link add port{number} type veth peer name eth0 netns {self.pid}")

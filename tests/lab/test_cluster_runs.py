@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
+from patience import wait_until
 
-from lab.desk import SMALL, Desk, assert_nothing_left, job_processes, launchers, ranks_on, wait_for, wait_for_steps
+from lab.desk import SMALL, Desk, assert_nothing_left, job_processes, launchers, ranks_on, wait_for_steps
 from lab.hosts import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -116,9 +117,9 @@ def test_hosts_go_on_without_the_master_until_they_are_stopped(lab: Lab, texts: 
     for pid in launchers(desk):
         os.kill(pid, signal.SIGKILL)
     job.communicate(timeout=60)
-    wait_for(lambda: "the job goes on without it" in desk.logged("gpu2"))
+    wait_until(lambda: "the job goes on without it" in desk.logged("gpu2"))
     lines = len(desk.logged("gpu1").splitlines())
-    wait_for(lambda: len(desk.logged("gpu1").splitlines()) > lines + 3)
+    wait_until(lambda: len(desk.logged("gpu1").splitlines()) > lines + 3)
     assert len(ranks_on(desk, "gpu1")) == 1
     stopped = tool(desk, "launch_training.py", "--stop", str(desk.run_folder))
     assert stopped.returncode == 0 and "gpu2: 2 processes of it have ended" in stopped.stderr, stopped.stderr

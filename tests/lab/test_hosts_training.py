@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import HOME
 from machines import Machine, nvidia_gpu
+from patience import wait_until
 
-from lab.desk import SMALL, Desk, assert_nothing_left, job_processes, launchers, ranks_on, wait_for, wait_for_steps
+from lab.desk import SMALL, Desk, assert_nothing_left, job_processes, launchers, ranks_on, wait_for_steps
 from lab.hosts import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -43,7 +44,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_is_named(victim: str, desk: Desk
     job = desk.start(*SMALL, "--max_steps", "100000")
     wait_for_steps(desk, job)
     os.kill(ranks_on(desk, victim)[0], signal.SIGKILL)
-    wait_for(lambda: not job_processes(desk))
+    wait_until(lambda: not job_processes(desk))
     output, _ = job.communicate(timeout=60)
     rank = list(desk.hosts).index(victim)
     assert job.returncode == 1 and f": {victim}, rank {rank}: killed by SIGKILL" in output, output
@@ -55,7 +56,7 @@ def test_a_machine_that_vanishes_ends_the_job(desk: Desk) -> None:
     job = desk.start(*SMALL, "--max_steps", "100000")
     wait_for_steps(desk, job)
     desk.lab.switch.network("ip link set port12 down")
-    wait_for(lambda: not job_processes(desk))
+    wait_until(lambda: not job_processes(desk))
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 1 and ": gpu2: connection: no sign of life for 12 s" in output, output
 
@@ -79,10 +80,10 @@ def test_of_two_jobs_on_the_same_machines_one_is_stopped(desk: Desk) -> None:
                       f"while not os.path.exists({str(desk.folder / 'enough')!r}):\n    time.sleep(0.1)\n"
                       "print('done', flush=True)\n")
     stays = desk.start("--script", str(script))
-    wait_for(lambda: len(job_processes(desk)) >= 4)
+    wait_until(lambda: len(job_processes(desk)) >= 4)
     first = set(job_processes(desk))
     goes = desk.start("--script", str(script))
-    wait_for(lambda: len(set(job_processes(desk)) - first) >= 4)
+    wait_until(lambda: len(set(job_processes(desk)) - first) >= 4)
     os.kill(next(pid for pid in job_processes(desk) if pid not in first and b"\0RANK=" in Path(
         f"/proc/{pid}/environ").read_bytes()), signal.SIGKILL)
     assert goes.wait(timeout=60) == 1
@@ -124,7 +125,7 @@ def test_a_master_that_dies_ends_the_job(desk: Desk) -> None:
     wait_for_steps(desk, job)
     for pid in launchers(desk):
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not job_processes(desk))
+    wait_until(lambda: not job_processes(desk))
     job.communicate(timeout=60)
 
 
@@ -161,7 +162,7 @@ def test_gpus_are_looked_at_before_a_start(lab: Lab, texts: Path, cache: Path) -
 def test_a_restart_goes_on_from_the_newest_checkpoint(desk: Desk) -> None:
     job = desk.start("--restarts", "1", *SMALL, "--max_steps", "120", "--save_steps", "5")
     wait_for_steps(desk, job)
-    wait_for(lambda: list((desk.folder / "runs").glob("*/checkpoints/checkpoint-*/sealed*")) or list(
+    wait_until(lambda: list((desk.folder / "runs").glob("*/checkpoints/checkpoint-*/sealed*")) or list(
         (desk.folder / "runs").glob("*/checkpoints/checkpoint-10")))
     os.kill(ranks_on(desk, "gpu2")[0], signal.SIGKILL)
     output, _ = job.communicate(timeout=120)

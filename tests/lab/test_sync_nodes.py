@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
+from patience import wait_until
 
 from lab.bare import WORKER, BareDesk
-from lab.desk import wait_for
 from lab.hosts import Host, Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.needs("/usr/bin/python3", "tc", "nft")]
@@ -125,7 +125,7 @@ def test_after_a_kill_it_goes_on_where_it_was(desk: BareDesk) -> None:
     (data / "large.bin").write_bytes(os.urandom(40 * MEGABYTE))
     slow(desk, 80)
     job = subprocess.Popen(desk.words("--dataset", "data"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_for(lambda: all(has_part(host, 12) for host in desk.hosts.values()))
+    wait_until(lambda: all(has_part(host, 12) for host in desk.hosts.values()))
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if is_tool(path, desk)]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -153,7 +153,7 @@ def test_a_node_that_dies_in_the_middle_costs_the_others_nothing(desk: BareDesk,
     slow(desk, 80)
     words = [*desk.words("--dataset", "data"), "--json"]
     job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: has_part(desk.hosts["gpu3"], 8))
+    wait_until(lambda: has_part(desk.hosts["gpu3"], 8))
     desk.hosts[lost].end()  # as a power cut
     out, err = job.communicate(timeout=150)
     assert job.returncode == 1, err
@@ -192,7 +192,7 @@ def test_a_full_disk_is_told_of_before_and_after(desk: BareDesk) -> None:
     slow(desk, 80)
     words = [*desk.words("--dataset", "data"), "--json"]
     job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: has_part(desk.hosts["gpu1"], 0))
+    wait_until(lambda: has_part(desk.hosts["gpu1"], 0))
     subprocess.run(odd.words("sh", "-c", f"cat /dev/zero > {place}/filler"), stderr=subprocess.DEVNULL)
     out, err = job.communicate(timeout=150)
     found = {one["host"]: one for one in json.loads(out)["hosts"]}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HOME
-from lab.hosts import write_accounts
+from lab.hosts import over_etc, write_accounts
 from programs import let_others_in, program
 from ssh_server import SshClient, SshServer, free_port, make_key
 from terminal import type_into
@@ -184,8 +184,7 @@ def password_server(folder: Path) -> Iterator[SshServer]:
     config = server.folder / "sshd_config"
     text = config.read_text().replace("PasswordAuthentication no", "PasswordAuthentication yes")
     config.write_text(text.replace(f"{server.home}/.ssh", f"{home}/.ssh"))
-    mounts = " && ".join(f"mount --bind {etc / name} /etc/{name}" for name in ("passwd", "shadow"))
-    server.prefix = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+    server.prefix = ["unshare", "-m", "sh", "-c", f'{over_etc(etc)} && exec "$@"', "sh"]
     with server:
         yield server
 

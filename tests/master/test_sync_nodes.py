@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from conftest import HOME
+from patience import wait_until
 from ssh_server import SshClient, SshServer
 
 from master.inventory.cluster_file import speed_of
@@ -120,9 +120,7 @@ def test_when_it_is_stopped_nothing_goes_on(here: LocalSession, tmp_path: Path) 
     stop = threading.Event()
     with pytest.raises(SshError, match="stopped"):
         environments.run(here, [str(tmp_path / "lanspeed"), str(sleeper), "3.11", "w"], lambda line: stop.set(), stop)
-    end = time.monotonic() + 60
-    while any(is_asleep(path) for path in Path("/proc").glob("[0-9]*")):
-        assert time.monotonic() < end, "it goes on"
+    wait_until(lambda: not any(is_asleep(path) for path in Path("/proc").glob("[0-9]*")))
     assert not (tmp_path / "lanspeed" / ".venv" / "bin").exists()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import HOME
+from patience import wait_until
 
 from master.core.paths import WORKER
 from master.inventory.node_facts import load_worker, streamed
@@ -91,10 +92,7 @@ class Node:
         return found
 
     def assert_gone(self) -> None:
-        end = time.monotonic() + 60
-        while left := job_of(self.name):
-            assert time.monotonic() < end, left
-            time.sleep(0.1)
+        wait_until(lambda: not job_of(self.name))
         assert not list(Path(tempfile.gettempdir()).glob(f"lanspeed-{self.name}-*"))
 
 
@@ -158,10 +156,7 @@ def test_a_master_that_is_gone_ends_the_job(end: str, tmp_path: Path) -> None:
     if end == "killed":  # and this side of the job too, by whatever
         node.process.send_signal(signal.SIGKILL)
         node.process.wait()
-        wait_until_gone = time.monotonic() + 60
-        while job_of(node.name) and time.monotonic() < wait_until_gone:
-            time.sleep(0.1)
-        assert not job_of(node.name)
+        wait_until(lambda: not job_of(node.name))
         return
     assert "master" in node.all()[-1]["reason"]
 
