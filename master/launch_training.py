@@ -18,21 +18,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.paths import PRESETS, ROOT, TRAINER
+from master.core.paths import PRESETS, ROOT
 from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import say
 from master.inventory.cluster_file import empty, read_cluster
-from master.inventory.hostfile import Slots, read_hostfile, select
+from master.inventory.hostfile import read_hostfile, select
+from master.inventory.local_gpus import choose_slots, count_gpus
 from master.ssh.options import PASSWORD_VARIABLE, access_of, access_words, add_access_flags
-from master.training.deepspeed_command import default_config, first_address, is_only_here, launcher_words
-from master.training.local_run import choose_slots, count_gpus, shown, train_here
-from master.training.processes import detach
-from master.training.run_folder import find_run, new_run_path, place_of_run, refuse_twice, trainer_words
+from master.ssh.route import Access
+from master.training.background import detach
+from master.training.deepspeed_command import default_config
+from master.training.request import Hosts, TrainingRequest, request_of, shown
+from master.training.run_folder import find_run, new_run_path, refuse_twice
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
          help="what the hosts do when this machine is gone (end)")
     flag("--detach", action="store_true", help="go on without this terminal")
     flag("--stop", nargs="?", const="", metavar="RUN", help="stop a run in order (default: the newest that runs)")
-    flag("--script", metavar="F", help="your own training script instead of trainer/train.py (with --hostfile)")
+    flag("--script", metavar="F", help="your own training script instead of trainer/train.py ")
     flag("--no-local-rank", action="store_true", help="start it without DeepSpeed's --local_rank=N")
     flag("--env", action="append", default=[], metavar="K=V", help="a variable for all ranks; K alone: as it is here")
     flag("--master-port", type=int, metavar="P", help="port of rank 0 (default: one that is free there)")
@@ -70,10 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def existing(config: Path) -> Path:
-    """Return the path of a config that is there; raise UsageError if it isn't."""
+    """Return the absolute path of a config that is there; raise UsageError if it isn't."""
     if not config.is_file():
         raise UsageError(f"--config {config}: no such file. Presets: {PRESETS}")
-    return config
+    return config.absolute()
 
 
 class ConfigError(UserError):
@@ -98,116 +101,90 @@ def check_config(config: Path, ranks: int) -> None:
                          f"invoke validate --config {shlex.quote(shown(config))} --fix")
 
 
-def trainer_line(options: argparse.Namespace, config: Path) -> list[str]:
-    """Return the trainer's flags: as typed, or, on --resume without a model, as the run was started."""
-    if options.script:
-        return list(options.trainer_flags)
-    if options.resume and not options.model:
-        return trainer_words(options.run) + options.trainer_flags
-    words = ["--model_name_or_path", options.model, "--deepspeed", "--deepspeed_config", str(config)]
-    return words + (["--dataset_path", options.dataset] if options.dataset else []) + options.trainer_flags
+def choose_hosts(options: argparse.Namespace, run: Path, access: Access | None) -> Hosts:
+    """Return where to train: --nodes, --hostfile, where a resumed run was, or this machine."""
+    before = run / "hostfile.txt"
+    resumed = options.resume and not options.slots and before.exists()
+    if options.nodes:
+        assert access
+        return ask_nodes(options, access)
+    if hostfile := options.hostfile or (before if resumed else None):
+        if options.slots:
+            raise UsageError("--slots is for this machine alone; the hostfile has slots of its own")
+        hosts = select(read_hostfile(hostfile), options.include, options.exclude)
+        return Hosts(tuple(hosts), read_cluster(hostfile.with_name("cluster.json")), hostfile)
+    if options.include or options.exclude:
+        raise UsageError("--include and --exclude need --hostfile or --nodes")
+    if Path("hostfile.txt").exists():
+        say("hostfile.txt is not used: --hostfile hostfile.txt trains on its hosts")
+    return Hosts((choose_slots(options.slots, count_gpus(), os.environ),), empty(), None)
 
 
-def whole_checkpoint(options: argparse.Namespace, hosts: Sequence[Slots]) -> list[str]:
-    """Bring a resumed run's checkpoint to hosts that lack some of it; return the flags that name it.
+def ask_nodes(options: argparse.Namespace, access: Access) -> Hosts:
+    """Return the hosts of --nodes, whose GPUs generate_hostfile.py finds. Raises HostsError if one of them failed."""
+    password = {PASSWORD_VARIABLE: access.password} if access.password else {}
+    with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:
+        hostfile = Path(folder) / "hostfile.txt"
+        if Path("cluster.json").exists():  # which knows where lanspeed lives on the hosts
+            shutil.copy("cluster.json", folder)
+        command = [sys.executable, str(ROOT / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
+                   "--output", str(hostfile), *access_words(options)]
+        command += ["--cpu-slots", str(options.slots)] if options.slots else []
+        if subprocess.run(command, stdout=sys.stderr, env={**os.environ, **password}).returncode:
+            raise HostsError("nothing was started: leave out of --nodes what failed, or fix it (--slots N trains on "
+                             "CPUs)")
+        hosts = select(read_hostfile(hostfile), options.include, options.exclude)
+        # The name to show is the one that `invoke hostfile --nodes ...` would write.
+        return Hosts(tuple(hosts), read_cluster(hostfile.with_name("cluster.json")), Path("hostfile.txt"))
 
-    Raises RunError where it can't be had.
+
+class HostsError(UserError):
+    """Hosts that can't train."""
+
+
+def show(request: TrainingRequest) -> int:
+    """Print what would run, here and by plain DeepSpeed; return 0."""
+    where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in request.hosts.slots)
+    print(f"would run on {where}:\n  {shlex.join([str(request.script), *request.arguments])}")
+    over = "" if request.hosts.are_here else ", over pdsh"
+    print(f"the same with plain DeepSpeed{over}:\n  {request.plain_command}")
+    return 0
+
+
+def with_whole_checkpoint(request: TrainingRequest, before: Path, access: Access) -> TrainingRequest:
+    """Return the request with its hosts holding all of the resumed run's checkpoint, whose path the ranks are told.
+
+    `before` is the hostfile that it ran on. Raises RunError where the checkpoint can't be had.
     """
-    before = options.run / "hostfile.txt"
-    if options.script or not options.resume or not before.exists():
-        return []
     from master.training.checkpoint_transfer import bring_together
 
-    options.access = options.access or access_of(options)
-    clusters = [read_cluster(before.with_name("cluster.json")), options.cluster]
-    known = {host["name"]: host for cluster in clusters for host in cluster["hosts"]}
-    found = bring_together(options.run, read_hostfile(before), hosts, known, options.access)
-    return ["--resume_from_checkpoint", str(found)] if found else []
-
-
-def launch_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots]) -> int:
-    """Train on a hostfile's hosts; return the exit code. Raises what `main` catches."""
-    from master.training.cluster_run import train_on_hosts
-
-    config = existing(options.config or ROOT / default_config(hosts)).absolute()
-    if not options.script:
-        check_config(config, sum(len(host.use) for host in hosts))
-    for name in ("model", "dataset"):  # the ranks start elsewhere
-        if (value := getattr(options, name)) and value != "tiny" and Path(value).exists():
-            setattr(options, name, str(Path(value).absolute()))
-    words = trainer_line(options, config)
-    run, place = place_of_run(options)
-    if not options.script:
-        options.run, words = run or options.run, words + place
-    named = Path("hostfile.txt") if options.nodes else options.hostfile  # invoke hostfile --nodes ... writes that
-    plain = [*launcher_words(named, hosts, first_address(hosts, options.hostfile)),
-             *(["--no_local_rank"] if options.no_local_rank else []), options.script or str(TRAINER), *words]
-    options.plain = ("DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else "") + shlex.join(plain)
-    if options.dry_run:
-        where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in hosts)
-        print(f"would run on {where}:\n  {shlex.join([options.script or str(TRAINER), *words])}")
-        print(f"the same with plain DeepSpeed, over pdsh:\n  {options.plain}")
-        return 0
-    refuse_twice(options.run)
-    options.access = options.access or access_of(options)
-    words += whole_checkpoint(options, hosts)
-    if options.detach and not detach(options.run):
-        return 0
-    return train_on_hosts(options, hosts, config, words)
+    known = {host["name"]: host for host in read_cluster(before.with_name("cluster.json"))["hosts"]}
+    found = bring_together(request.run, read_hostfile(before), request.hosts.slots, {**known, **request.hosts.known},
+                           access)
+    place = ["--resume_from_checkpoint", str(found)] if found else []
+    return replace(request, arguments=(*request.arguments, *place))
 
 
 def launch(options: argparse.Namespace) -> int:
-    """Run the training that `options` name and return its exit code. Raises what `main` catches."""
-    before = options.run / "hostfile.txt"
-    if options.resume and not (options.hostfile or options.slots) and before.exists():
-        options.hostfile = before
-    hosts = read_hostfile(options.hostfile) if options.hostfile else []
-    options.cluster = empty()
-    if hosts:
-        hosts = select(hosts, options.include, options.exclude)
-        options.cluster = read_cluster(options.hostfile.with_name("cluster.json"))
-    elif options.include or options.exclude or options.script or options.restarts:
-        raise UsageError("--include, --exclude, --script and --restarts need --hostfile or --nodes")
-    if hosts and options.slots:
-        raise UsageError("--slots is for this machine alone; the hostfile has slots of its own")
-    if hosts and (not is_only_here(hosts) or options.script):
-        return launch_on_hosts(options, hosts)
-    gpus = count_gpus() if not hosts or hosts[0].vendor != "CPU" else 0
-    slots = list(hosts[0].use) if hosts else choose_slots(options.slots, gpus)
-    config = existing(options.config or (ROOT / "trainer" / "ds_config.json" if gpus else PRESETS / "cpu.json"))
-    check_config(config, len(slots))
-    run, place = place_of_run(options)
-    if options.restarts:
-        raise UsageError("--restarts: not on this machine alone: --resume goes on")
-    if run and not options.dry_run:
-        refuse_twice(run)
-        here = Slots("localhost", max(slots) + 1, tuple(slots), "" if gpus else "CPU")
-        place += whole_checkpoint(options, hosts or [here])
-    if options.detach and not options.dry_run and not detach(run or options.run):
+    """Run the training that the flags ask for and return its exit code. Raises UserError."""
+    from master.training.cluster_run import train
+
+    run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
+    access = access_of(options) if options.nodes or not options.dry_run else None
+    hosts = choose_hosts(options, run, access)
+    config = existing(options.config or ROOT / default_config(hosts.slots))
+    if not options.script:
+        check_config(config, hosts.ranks)
+    request = request_of(options, options.trainer_flags, hosts, run, config)
+    if options.dry_run:
+        return show(request)
+    assert access
+    refuse_twice(request.run)
+    if options.resume and request.is_ours and (before := run / "hostfile.txt").exists():
+        request = with_whole_checkpoint(request, before, access)
+    if options.detach and not detach(request.run):
         return 0
-    return train_here(options, slots, gpus, trainer_line(options, config) + place, run, config)
-
-
-def launch_on_nodes(options: argparse.Namespace) -> int:
-    """Write the hostfile of --nodes into the run folder by generate_hostfile.py; train if no host failed."""
-    options.access = access_of(options)  # a password is asked for once, and never in an argument
-    password = {PASSWORD_VARIABLE: options.access.password} if options.access.password else {}
-    folder = Path(tempfile.mkdtemp(prefix="lanspeed-"))
-    options.hostfile = folder / "hostfile.txt"
-    if Path("cluster.json").exists():  # which knows where lanspeed lives on the hosts
-        shutil.copy("cluster.json", folder)
-    command = [sys.executable, str(ROOT / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
-               "--output", str(options.hostfile), *access_words(options)]
-    if options.slots:
-        command += ["--cpu-slots", str(options.slots)]
-        options.slots = None
-    try:
-        if subprocess.run(command, stdout=sys.stderr, env={**os.environ, **password}).returncode == 0:
-            return launch(options)
-        say("nothing was started: leave out of --nodes what failed, or mend it (--slots N trains on CPUs)")
-        return 1
-    finally:  # all of it has been read before anything is started
-        shutil.rmtree(folder, ignore_errors=True)
+    return train(request, access)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     options = build_parser().parse_args(words[:cut])
-    options.trainer_flags, options.access = words[cut + 1 :], None
+    options.trainer_flags = words[cut + 1 :]
     return run_cli(lambda: act(options))
 
 
@@ -231,8 +208,7 @@ def act(options: argparse.Namespace) -> int:
         raise UsageError(f"--slots {options.slots}: at least 1")
     if options.nodes and options.hostfile:
         raise UsageError("--nodes makes a hostfile of its own: give no --hostfile")
-    options.run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
-    return launch_on_nodes(options) if options.nodes else launch(options)
+    return launch(options)
 
 
 if __name__ == "__main__":

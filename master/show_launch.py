@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.paths import ROOT
 from master.core.run_cli import run_cli
+from master.inventory.cluster_file import read_cluster
 from master.inventory.hostfile import read_hostfile
 from master.training.deepspeed_command import first_address, launcher_words, trainer_words
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def show(file: Path, model: str) -> int:
     """Print both commands for a hostfile's hosts; return 0."""
     hosts = read_hostfile(file)
-    address = first_address(hosts, file)
+    address = first_address(hosts, read_cluster(file.with_name("cluster.json")))
     path = file.absolute()
     hostfile = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     words = launcher_words(hostfile, hosts, address) + trainer_words(hosts, model)

@@ -277,13 +277,16 @@ class Tail:
         except OSError:
             return False
         self.at += len(data)
-        lines = re.split(r"[\r\n]", self.rest + data.decode("utf-8", "replace"))
-        self.rest = lines.pop()[:LINE_LIMIT]
-        if last and not data:
+        lines = (self.rest + data.decode("utf-8", "replace")).split("\n")
+        *bars, self.rest = lines.pop().rpartition("\r")  # a bar's line ends by a carriage return
+        lines += [bars[0]] if bars[0] else []
+        self.rest = self.rest[:LINE_LIMIT]
+        if last and not data and self.rest:
             lines, self.rest = [*lines, self.rest], ""
         for line in lines:
-            if line.strip():
-                say(event=self.event, rank=self.rank, text=line[:LINE_LIMIT])
+            for part in line.split("\r") if line.strip() else [""]:
+                if part.strip() or not line.strip():
+                    say(event=self.event, rank=self.rank, text=part[:LINE_LIMIT])
         return bool(data)
 
 

@@ -71,7 +71,7 @@ def speed_of(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> float:
     return GIGABIT
 
 
-def merge(cluster: dict[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge(cluster: Mapping[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the cluster with these hosts and no others; facts and places that are known of them stay."""
     old = {host["name"]: host for host in cluster["hosts"]}
     kept = [{**host, **{key: old[host["name"]][key] for key in ("facts", "dir", "python", "paths")

@@ -70,11 +70,11 @@ class LocalSession:
 
     def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> Result:
         """Run a command by sh."""
-        return run_process(["sh", "-c", command], stdin, timeout or self._access.timeout, str(self.node))
+        return run_process(["/bin/sh", "-c", command], stdin, timeout or self._access.timeout, str(self.node))
 
     def open(self, command: str) -> Channel:
         """Start a command by sh."""
-        return ProcessChannel(["sh", "-c", command], str(self.node))
+        return ProcessChannel(["/bin/sh", "-c", command], str(self.node))
 
     def close(self) -> None:
         """Nothing to let go of."""

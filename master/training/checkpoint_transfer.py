@@ -28,7 +28,7 @@ from master.ssh.route import Access, SshError
 from master.ssh.run_on_all import on_all
 from master.ssh.session import Session
 from master.training.fetch_run import END, MARK, Progress, unpacked
-from master.training.run_folder import RunError
+from master.training.run_folder import RunError, job_prefix
 
 SEAL, SEALED = "complete.json", "@@SEAL "
 PART = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
@@ -142,7 +142,7 @@ def bring_together(run: Path, before: Sequence[Slots], now: Sequence[Slots], kno
 def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], access: Access
          ) -> tuple[dict[str, Seals], list[str]]:
     """Return the seals of each host's checkpoints, and why others can't be asked; RunError if the run goes on there."""
-    program = (f"grep -aqsF {shlex.quote(f'LANSPEED_JOB={run.name}-')} /proc/[0-9]*/environ && echo {GOES_ON}; "
+    program = (f"grep -aqsF {shlex.quote(f'LANSPEED_JOB={job_prefix(run)}-')} /proc/[0-9]*/environ && echo {GOES_ON}; "
                f"for seal in {shlex.quote(str(run))}/checkpoints/checkpoint-*/{SEAL}; do "
                f'[ -f "$seal" ] && echo "{SEALED}" && cat "$seal"; done; exit 0')
 

@@ -1,25 +1,22 @@
-"""A training on a hostfile's hosts, from the look at each node to the run folder on this machine.
+"""A training from the preflight check of each host to the run folder on this machine, which may be the only host.
 
-`launch_training.py` calls `train_on_hosts`; supervisor.py runs the job, root_cause.py explains why it failed.
+`launch_training.py` calls `train`; supervisor.py runs the job, root_cause.py explains why it failed.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import secrets
 import shlex
 import socket
+import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from master.core.paths import ROOT, TRAINER
+from master.core.paths import ROOT
 from master.core.run_cli import UsageError
 from master.core.terminal import one_line, say
-from master.inventory.hostfile import Slots
 from master.inventory.node_facts import faults, gpu_faults, here, place_of, torch_faults
 from master.ssh.node_names import parse_node
 from master.ssh.options import question
@@ -27,52 +24,34 @@ from master.ssh.route import Access, SshError
 from master.training.fetch_run import fetch_run
 from master.training.hang_detector import StallWatch
 from master.training.rank_output import Screen
-from master.training.root_cause import KILLED, first_cause
-from master.training.run_folder import LAUNCHER, keep_hosts, mark_failed, memory_advice, sign
+from master.training.request import TrainingRequest
+from master.training.root_cause import KILLED, Cause, first_cause
+from master.training.run_folder import LAUNCHER, job_prefix, keep_hosts, mark_failed, memory_advice, sign
 from master.training.supervisor import ClusterJob, Part, Story
 
-# What goes along to the nodes: settings of the libraries, never the whole shell.
-SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
-SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
-ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
-
-
-def environment(vendor: str, wanted: Sequence[str]) -> dict[str, str]:
-    """Return the variables for all nodes; `wanted` are --env's K=V, or K for this shell's. Raises UsageError."""
-    found = {name: value for name, value in os.environ.items() if name.startswith(SENT) or name in SENT_NAMES}
-    found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    found.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of each peer that no name server knows
-    if vendor in ACCELERATORS:  # so that a node with a broken driver fails instead of training on its CPU
-        found["DS_ACCELERATOR"] = ACCELERATORS[vendor]
-    for word in wanted:
-        name, equals, value = word.partition("=")
-        if not name.isidentifier() or (not equals and name not in os.environ):
-            raise UsageError(f"--env {word}: NAME=VALUE, or the NAME of a variable that is set here")
-        found[name] = value if equals else os.environ[name]
-    return found
+WRONG_USAGE = 2  # how a rank ends that can't take its flags
 
 
 class Training:
     """What is to run where; the hosts' answers settle the rest."""
 
-    def __init__(self, options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> None:
-        self.options, self.hosts, self.words = options, hosts, words
-        self.known = {host["name"]: host for host in options.cluster["hosts"]}
-        self.variables = {**environment(hosts[0].vendor, options.env), "LANSPEED_PLAIN": options.plain}
-        self.run: Path = options.run
+    def __init__(self, request: TrainingRequest) -> None:
+        self.request = request
+        self.known = request.hosts.known
+        self.variables = {**request.environment, "LANSPEED_PLAIN": request.plain_command}
+        self.run = request.run
         self.stopped = False  # somebody asked for the end before it began
         self.again = False  # a restart: from the newest checkpoint that every host has
         self.name = self.new_name()
-        words_with_paths = (str(config), options.model, options.dataset, options.script)
-        self.paths = [str(Path(word).absolute()) for word in words_with_paths if word and Path(word).exists()]
-        self.parts = [Part(parse_node(host.host), host.use, place_of(self.known.get(host.host, {}))) for host in hosts]
+        self.parts = [Part(parse_node(host.host), host.use, place_of(self.known.get(host.host, {})))
+                      for host in request.hosts.slots]
         self.local = False  # rank 0's run folder is this machine's
         self.folders: dict[str, str] = {}  # by host: where its ranks start
 
     def new_name(self) -> str:
         """Give the job a name that no other has, and return it."""
-        self.name = f"{self.run.name}-{secrets.token_hex(3)}"
+        self.name = f"{job_prefix(self.run)}-{secrets.token_hex(3)}"
         return self.name
 
     def wanted(self) -> dict[str, Any]:
@@ -80,8 +59,9 @@ class Training:
         mark = self.run.absolute() / f".{self.name}"
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-        gpus = self.hosts[0].vendor != "CPU"
-        return {"gpus": gpus, "torch": gpus, "paths": self.paths, "port": self.options.master_port,
+        hosts = self.request.hosts
+        gpus = hosts.slots[0].vendor != "CPU" and hosts.hostfile is not None  # else PyTorch was asked here already
+        return {"gpus": gpus, "torch": gpus, "paths": self.request.files, "port": self.request.master_port,
                 "marks": [str(Path.cwd()), str(mark)]}
 
     def settle(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
@@ -95,7 +75,7 @@ class Training:
                   for fault in torch_faults(str(part.node), part.slots, torch)]
         mark.unlink(missing_ok=True)
         for host, each in facts.items():  # it may have been started from elsewhere, or outlived its launcher
-            mine = [job for job in each["jobs"] if re.fullmatch(re.escape(self.run.name) + "-[0-9a-f]{6}", job)]
+            mine = [job for job in each["jobs"] if re.fullmatch(re.escape(job_prefix(self.run)) + "-[0-9a-f]{6}", job)]
             found += [f"{host}: {job} goes on there: --stop {shlex.quote(str(self.run))} ends it" for job in mine]
         if found:
             for line in found:
@@ -104,23 +84,23 @@ class Training:
         first = str(self.parts[0].node)
         self.local = str(mark) in facts[first]["there"]
         address = self._address(facts[first])
-        port = self.options.master_port or facts[first]["port"]
+        port = self.request.master_port or facts[first]["port"]
         sign(self.run, self.name)
         self._announce(facts, address, port)
         cwd = str(Path.cwd())
         self.folders = {str(part.node): cwd if cwd in facts[str(part.node)]["there"] else part.place.folder
                         for part in self.parts}
-        script = str(Path(self.options.script).absolute() if self.options.script else TRAINER)
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "environment": self.variables, "arguments": self._arguments(),
-                "continue_without_master": self.options.on_lost_master == "continue",
-                "no_local_rank": self.options.no_local_rank,
+                "continue_without_master": self.request.supervision.survives_master,
+                "no_local_rank": self.request.no_local_rank,
                 "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders,
                 "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
-                "scripts": {str(part.node): part.place.there(script) for part in self.parts}}
+                "scripts": {str(part.node): part.place.there(str(self.request.script)) for part in self.parts}}
 
     def _arguments(self) -> list[str]:
-        return [*self.words, *(["--resume_from_checkpoint", "auto"] if self.again and not self.options.script else [])]
+        again = ["--resume_from_checkpoint", "auto"] if self.again and self.request.is_ours else []
+        return [*self.request.arguments, *again]
 
     def _address(self, facts: dict[str, Any]) -> str:
         """Return rank 0's address for the others: from cluster.json, as it was reached, or this machine's."""
@@ -141,11 +121,13 @@ class Training:
                              "host come first") from None
 
     def _announce(self, facts: dict[str, dict[str, Any]], address: str, port: int) -> None:
+        hosts = self.request.hosts
+        kind = "CPU slot" if self.variables.get("DS_ACCELERATOR") == "cpu" else "slot"
+        slots = f"{hosts.ranks} {kind}{'s' * (hosts.ranks > 1)}"
         where = ", ".join(f"{part.node} x {len(part.slots)}" for part in self.parts)
-        ranks = sum(len(part.slots) for part in self.parts)
-        kind = "CPU slots" if self.variables.get("DS_ACCELERATOR") == "cpu" else "slots"
-        say(f"training on {len(self.parts)} host{'s' * (len(self.parts) > 1)}, {ranks} {kind} ({where}), "
-            f"rank 0 at {address}:{port}")
+        say(f"training on this machine: {slots}" if hosts.are_here else
+            f"training on {len(self.parts)} host{'s' * (len(self.parts) > 1)}, {slots} ({where}), rank 0 at "
+            f"{address}:{port}")
         for host, each in facts.items():
             if each["jobs"]:
                 say(f"{host}: also runs {', '.join(each['jobs'])}")
@@ -153,13 +135,13 @@ class Training:
                 say(f"{host}: other programs hold {mib / 1024:.1f} GiB on slot {slot}")
 
 
-def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: Path, words: list[str]) -> int:
-    """Train and return 0, or 1 on a fault. Raises UsageError for flags that can't be followed."""
-    training = Training(options, hosts, config, words)
-    access: Access = options.access
+def train(request: TrainingRequest, access: Access) -> int:
+    """Train and return 0, 1 on a fault, 2 if the ranks can't take their flags. Raises UsageError."""
+    training = Training(request)
+    restarts = request.supervision.restarts
     sign(training.run)
-    keep_hosts(training.run, hosts, options.cluster)
-    for attempt in range(options.restarts + 1):
+    keep_hosts(training.run, request.hosts.slots, request.hosts.cluster)
+    for attempt in range(restarts + 1):
         patience = time.monotonic() + (RESTART_WAIT if attempt else 0)
         while (story := run_once(training, access)) is None:
             if training.stopped or time.monotonic() >= patience:
@@ -169,17 +151,17 @@ def train_on_hosts(options: argparse.Namespace, hosts: Sequence[Slots], config: 
                 return 1
             time.sleep(10)
         code = conclude(training, story, access)
-        if code == 0 or story.asked_to_stop or attempt == options.restarts:
+        if code == 0 or story.asked_to_stop or attempt == restarts:
             return code
-        say(f"restart {attempt + 1} of {options.restarts}: from the newest checkpoint that every host has")
+        say(f"restart {attempt + 1} of {restarts}: from the newest checkpoint that every host has")
         training.again = True
     return 1
 
 
 def run_once(training: Training, access: Access) -> Story | None:
     """Run the job to its end; None if it couldn't begin."""
-    options, name = training.options, training.new_name()
-    job = ClusterJob(training.parts, access, training.wanted(), name, options.grace, StallWatch(options.stall_timeout),
+    watched, name = training.request.supervision, training.new_name()
+    job = ClusterJob(training.parts, access, training.wanted(), name, watched.grace, StallWatch(watched.stall_timeout),
                      training.settle)
     try:
         return job.run(question(), Screen(training.run), say)
@@ -200,24 +182,32 @@ def _forget(run: Path) -> None:
 
 
 def conclude(training: Training, story: Story, access: Access) -> int:
-    """Say how it ended, bring the run folder here; return the exit code."""
+    """Report how it ended, bring the run folder here; return the exit code."""
     cause = first_cause(story.ends, story.lost, {who: list(lines) for who, lines in story.said.items()})
     failed = cause is not None or any(story.codes.get(str(part.node)) != 0 for part in training.parts)
     first = training.parts[0]
     here = training.local
     if not here and str(first.node) in story.codes:
         here = fetch_run(first.node, training.folders[str(first.node)], training.run, access,
-                         may_lack=bool(training.options.script))
+                         may_lack=not training.request.is_ours)
     if not failed:
         return 0 if here else 1
     mark_failed(training.run, 1)
-    say(f"training failed after {story.first_failure_at or 0:.0f} s" + (f": {cause}" if cause else ""))
+    usage = cause is not None and cause.code == WRONG_USAGE and training.request.is_ours
+    if not usage:
+        say(f"training failed after {story.first_failure_at or 0:.0f} s" + (f": {cause}" if cause else ""))
     if cause:
-        for line in cause.excerpt:
-            say(one_line(f"  {line}"))
-        if cause.hint:
-            say(f"hint: {cause.hint}")
-        for line in memory_advice(training.run) if cause.hint == KILLED else ():
-            say(one_line(line))
-    say(f"all that was said: {shlex.quote(str(training.run / 'logs'))}")
-    return 1
+        explain(cause, training.run)
+    if not usage:
+        say(f"all that was said: {shlex.quote(str(training.run / 'logs'))}")
+    return WRONG_USAGE if usage else 1
+
+
+def explain(cause: Cause, run: Path) -> None:
+    """Print the last lines of the rank that failed first, unless a terminal has just shown them, and what helps."""
+    for line in cause.excerpt if cause.rank != 0 or not sys.stdout.isatty() else ():
+        say(one_line(f"  {line}" if cause.code != WRONG_USAGE else line))
+    if cause.hint:
+        say(f"hint: {cause.hint}")
+    for line in memory_advice(run) if cause.hint == KILLED else ():
+        say(one_line(line))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from master.inventory.cluster_file import read_cluster
 from master.inventory.hostfile import Slots, include_filter
 
 
@@ -24,21 +24,22 @@ def default_config(hosts: Sequence[Slots]) -> str:
     return "trainer/configs/zero1.json" if len(hosts) > 1 else "trainer/ds_config.json"
 
 
-def first_address(hosts: Sequence[Slots], hostfile: Path) -> str | None:
-    """Return the first host's address for the others, from cluster.json beside the hostfile. Raises ClusterError."""
-    known = read_cluster(hostfile.with_name("cluster.json"))["hosts"]
-    addresses: dict[str, str | None] = {host["name"]: host["address"] for host in known}
+def first_address(hosts: Sequence[Slots], cluster: Mapping[str, Any]) -> str | None:
+    """Return the first host's address for the others, as cluster.json has it, None if it doesn't."""
+    addresses: dict[str, str | None] = {host["name"]: host["address"] for host in cluster["hosts"]}
     return addresses.get(hosts[0].host)
 
 
-def launcher_words(hostfile: Path, hosts: Sequence[Slots], address: str | None) -> list[str]:
-    """Return the command up to the script.
+def launcher_words(hostfile: Path | None, hosts: Sequence[Slots], address: str | None) -> list[str]:
+    """Return the command up to the script; without a hostfile, for this machine alone.
 
     --master_addr: without it DeepSpeed takes the first word of `hostname -I` on the first host, which may be a bridge.
     --force_multi: with a single remote host DeepSpeed trains on this machine instead.
     --no_ssh_check: without it DeepSpeed logs in to this machine before it trains on it.
     """
     include = include_filter(hosts)
+    if hostfile is None:
+        return ["deepspeed", "--include", f"localhost:{','.join(map(str, hosts[0].use))}"]
     if is_only_here(hosts):
         return ["deepspeed", f"--hostfile={hostfile}", *([f"--include={include}"] if include else []),
                 "--no_ssh_check", "--master_addr=127.0.0.1"]

@@ -44,11 +44,12 @@ class End:
 
 @dataclass(frozen=True)
 class Cause:
-    """The first cause: where (rank None: the host itself), what, the last lines it said, a hint ('' if none)."""
+    """The first cause: where (rank None: the host itself), what, its exit code, the last lines, a hint ('' if none)."""
 
     host: str
     rank: int | None
     what: str
+    code: int | None
     excerpt: tuple[str, ...]
     hint: str
 
@@ -86,12 +87,14 @@ def first_cause(ends: Sequence[End], lost: Mapping[str, str], said: Mapping[tupl
               or end.code < 0]
     if causes or (failed and not lost):
         end = (causes or failed)[0]
+        if not said.get((end.host, end.rank)):  # what goes wrong on all ranks alike is printed by the first one
+            end = next((one for one in causes or failed if one.code == end.code and said.get((one.host, one.rank))), end)
         lines = [line for line in said.get((end.host, end.rank), []) if line.strip()]
         text = "\n".join(lines[-40:])
         hint = KILLED if end.code == -signal.SIGKILL else next(
             (hint for pattern, hint in HINTS if re.search(pattern, text)), "")
-        return Cause(end.host, end.rank, in_words(end.code), excerpt(lines), hint)
+        return Cause(end.host, end.rank, in_words(end.code), end.code, excerpt(lines), hint)
     for host, why in lost.items():
         lines = [line for line in said.get((host, None), []) if line.strip()]
-        return Cause(host, None, why, excerpt(lines) if lines else (), "")
+        return Cause(host, None, why, None, excerpt(lines) if lines else (), "")
     return None

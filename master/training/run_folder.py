@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,11 @@ def new_run_path(model: str) -> Path:
     """Return runs/<time>-<model>, the folder of a run that starts now."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+
+def job_prefix(run: Path) -> str:
+    """Return what the names of a run's jobs begin with; it stands in environment variables and file names."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run.resolve().name)
 
 
 def mark_failed(run: Path, code: int) -> None:
@@ -66,7 +70,7 @@ def sign(run: Path, job: str | None = None) -> None:
     write_whole(run / LAUNCHER, json.dumps(mine) + "\n")
 
 
-def keep_hosts(run: Path, hosts: Sequence[Slots], cluster: dict[str, Any]) -> None:
+def keep_hosts(run: Path, hosts: Sequence[Slots], cluster: Mapping[str, Any]) -> None:
     """Write hostfile.txt and cluster.json as used into a run folder, by which it is watched, stopped and resumed."""
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / "hostfile.txt", render_hostfile(hosts, {}))
@@ -109,23 +113,6 @@ def find_run(name: str | None, running: bool = False) -> Path:
     if not found:
         raise RunError("nothing runs here" if running else "no runs here")
     return found[-1]
-
-
-def place_of_run(options: argparse.Namespace) -> tuple[Path | None, list[str]]:
-    """Return the run folder (None where the trainer finds it) and the flags that tell the trainer."""
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument("--output_dir", "--output-dir", type=Path)
-    named.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
-    found, _ = named.parse_known_args(options.trainer_flags)
-    if options.resume:
-        return options.run, ["--output_dir", str(options.run), "--resume_from_checkpoint", str(options.run)]
-    if found.output_dir or found.resume_from_checkpoint == "auto":
-        return found.output_dir, []
-    if found.resume_from_checkpoint:
-        path = Path(found.resume_from_checkpoint)
-        path = path.parent.parent if path.name.startswith("checkpoint-") else path
-        return path if path.is_dir() else None, []
-    return options.run, ["--output_dir", str(options.run)]
 
 
 def trainer_words(run: Path) -> list[str]:

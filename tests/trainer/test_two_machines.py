@@ -13,8 +13,6 @@ import pytest
 from conftest import HOME, TRAINER, WARM
 from warm_trainer import Job
 
-from master.training.local_run import free_port
-
 
 def train_on_two(environment: dict[str, str], root: Path, *words: str, torchrun: bool = False) -> list[str]:
     """Run one training over both machines, each with a launcher or forked; return what each printed."""

@@ -1,0 +1,169 @@
+"""A training as it was asked for: which hosts, which program with which flags, and how it is supervised."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from master.core.paths import TRAINER
+from master.core.run_cli import UsageError
+from master.inventory.hostfile import Slots
+from master.training.deepspeed_command import first_address, launcher_words
+from master.training.run_folder import trainer_words
+
+# What the hosts get of this shell's environment: settings of the libraries, never all of it.
+SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
+SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
+ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where to train: lines of a hostfile, and what cluster.json says of the hosts.
+
+    `hostfile` is the path to show, None for this machine alone without one.
+    """
+
+    slots: tuple[Slots, ...]
+    cluster: Mapping[str, Any]
+    hostfile: Path | None
+
+    @property
+    def are_here(self) -> bool:
+        """True if this machine is the only one."""
+        return [host.host for host in self.slots] == ["localhost"]
+
+    @property
+    def ranks(self) -> int:
+        """Slots in use, each of which runs a rank."""
+        return sum(len(host.use) for host in self.slots)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What cluster.json says of each host, by name."""
+        return {host["name"]: host for host in self.cluster["hosts"]}
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How a training is watched over. Times in seconds.
+
+    `grace`: to save in after Ctrl-C; `restarts`: how often to start again after a failure; `stall_timeout`: without a
+    sign of life until that is reported (0 never, None the default); `survives_master`: the hosts continue without us.
+    """
+
+    grace: float
+    restarts: int
+    stall_timeout: float | None
+    survives_master: bool
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What each rank runs, where. `is_ours`: the script is trainer/train.py; `files`: what every host must have."""
+
+    hosts: Hosts
+    run: Path
+    script: Path
+    arguments: tuple[str, ...]
+    files: tuple[str, ...]
+    environment: Mapping[str, str]
+    plain_command: str
+    no_local_rank: bool
+    master_port: int | None
+    supervision: Supervision
+
+    @property
+    def is_ours(self) -> bool:
+        """True for the trainer, False for a script of the user's."""
+        return self.script == TRAINER
+
+
+def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts: Hosts, run: Path, config: Path
+               ) -> TrainingRequest:
+    """Return what the flags ask for. Raises UsageError, RunError, ClusterError."""
+    script = Path(options.script).absolute() if options.script else TRAINER
+    model, dataset = path_or_name(options.model, hosts), path_or_name(options.dataset, hosts)
+    if options.script:
+        arguments = list(trainer_flags)
+    else:
+        run, place = place_of_run(options, trainer_flags, run)
+        arguments = [*arguments_of(options, run, model, dataset, config), *trainer_flags, *place]
+    used = [str(config), model, dataset, options.script]
+    return TrainingRequest(
+        hosts=hosts, run=run, script=script, arguments=tuple(arguments),
+        files=tuple(str(Path(word).absolute()) for word in used if word and word != "tiny" and Path(word).exists()),
+        environment=environment(hosts.slots[0].vendor, options.env),
+        plain_command=plain_command(hosts, options.script or shown(TRAINER), arguments, options.no_local_rank),
+        no_local_rank=options.no_local_rank, master_port=options.master_port,
+        supervision=Supervision(options.grace, options.restarts, options.stall_timeout,
+                                options.on_lost_master == "continue"))
+
+
+def path_or_name(word: str | None, hosts: Hosts) -> str | None:
+    """Return --model or --dataset as the ranks can use it: an absolute path if they may start in another folder."""
+    if not word or word == "tiny" or hosts.are_here or not Path(word).exists():
+        return word
+    return str(Path(word).absolute())
+
+
+def arguments_of(options: argparse.Namespace, run: Path, model: str | None, dataset: str | None, config: Path
+                 ) -> list[str]:
+    """Return the trainer's flags, or, on --resume without a model, those that the run was started with."""
+    if options.resume and not model:
+        return trainer_words(run)
+    words = ["--model_name_or_path", str(model), "--deepspeed", "--deepspeed_config", str(config)]
+    return words + (["--dataset_path", dataset] if dataset else [])
+
+
+def place_of_run(options: argparse.Namespace, trainer_flags: Sequence[str], run: Path) -> tuple[Path, list[str]]:
+    """Return the run folder, and the flags that name it to the trainer unless the user's own flags do."""
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--output_dir", "--output-dir", type=Path)
+    named.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
+    found, _ = named.parse_known_args(trainer_flags)
+    if options.resume:
+        return run, ["--output_dir", str(run), "--resume_from_checkpoint", str(run)]
+    if found.output_dir:
+        return found.output_dir, []
+    if found.resume_from_checkpoint == "auto":  # the newest run of this model, as the trainer itself would find it
+        runs = sorted(Path("runs").glob(f"*-{run.name.split('-', 2)[2]}/checkpoints"))
+        return (runs[-1].parent if runs else run), ["--output_dir", str(runs[-1].parent if runs else run)]
+    if found.resume_from_checkpoint:
+        path = Path(found.resume_from_checkpoint)
+        return (path.parent.parent if path.name.startswith("checkpoint-") else path), []
+    return run, ["--output_dir", str(run)]
+
+
+def environment(vendor: str, wanted: Sequence[str]) -> dict[str, str]:
+    """Return the variables for all ranks; `wanted` are --env's K=V, or K for this shell's. Raises UsageError."""
+    found = {name: value for name, value in os.environ.items() if name.startswith(SENT) or name in SENT_NAMES}
+    found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    found.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of each peer that no name server knows
+    if vendor in ACCELERATORS:  # so that a host with a broken driver fails instead of training on its CPU
+        found["DS_ACCELERATOR"] = ACCELERATORS[vendor]
+    for word in wanted:
+        name, equals, value = word.partition("=")
+        if not name.isidentifier() or (not equals and name not in os.environ):
+            raise UsageError(f"--env {word}: NAME=VALUE, or the NAME of a variable that is set here")
+        found[name] = value if equals else os.environ[name]
+    return found
+
+
+def plain_command(hosts: Hosts, script: str, arguments: Sequence[str], no_local_rank: bool) -> str:
+    """Return the same training as a plain `deepspeed` command. Raises ClusterError."""
+    address = first_address(hosts.slots, hosts.cluster)
+    words = [*launcher_words(hosts.hostfile, hosts.slots, address), *(["--no_local_rank"] if no_local_rank else []),
+             script, *arguments]
+    return ("DS_ACCELERATOR=cpu " if hosts.slots[0].vendor == "CPU" else "") + shlex.join(words)
+
+
+def shown(path: Path) -> str:
+    """Return a path as a person here would write it."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
