@@ -50,8 +50,8 @@ def read_cluster(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return empty()
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ClusterError(f"{path}: {reason}: delete it, it is written anew") from None
+        why = getattr(error, "strerror", None) or error
+        raise ClusterError(f"{path}: {why}: delete it, it is written anew") from None
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
     faults = sorted(validator.iter_errors(cluster), key=lambda fault: [str(part) for part in fault.absolute_path])
     if faults:

@@ -34,7 +34,7 @@ class Place:
     python: str
     paths: tuple[tuple[str, str], ...] = ()
 
-    def there(self, word: str) -> str:
+    def translate_path(self, word: str) -> str:
         """Return a word of a command as the node has it: this machine's paths become the node's."""
         head, equals, tail = word.partition("=") if word.startswith("--") else ("", "", word)
         for here, there in sorted([*self.paths, (str(ROOT), self.folder)], key=lambda pair: -len(pair[0])):
