@@ -11,7 +11,7 @@ from pathlib import Path
 
 from invoke import Context, Exit, task
 
-HOME = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent
 
 
 def run_tool(module: str, *argv: str) -> None:
@@ -163,13 +163,13 @@ def sync(c, nodes="", hostfile="", model="", dataset="", folder="", no_env=False
 def validate(c, config="", hostfile="", plain_deepspeed=False, strict=False, fix=False):  # type: ignore[no-untyped-def]
     """Tell what is wrong with a DeepSpeed config, and mend it; flags of master/validate_ds_config.py follow --."""
     words = flags(hostfile=hostfile, plain_deepspeed=plain_deepspeed, strict=strict, fix=fix)
-    run_tool("master.validate_ds_config", config or str(HOME / "trainer" / "ds_config.json"), *words, *after_dashes())
+    run_tool("master.validate_ds_config", config or str(ROOT / "trainer" / "ds_config.json"), *words, *after_dashes())
 
 
 @task(auto_shortflags=False, help={"json": "the report as the one line that other tools read"})
 def detect(c: Context, json=False):  # type: ignore[no-untyped-def]
     """Show this machine's GPUs, what is wrong with them and what mends it."""
-    script = [str(HOME / "worker" / "detect_gpus.sh"), "--json" if json else "--table"]
+    script = [str(ROOT / "worker" / "detect_gpus.sh"), "--json" if json else "--table"]
     print("$", shlex.join(["bash", *script]), file=sys.stderr, flush=True)
     raise Exit(code=subprocess.run(["bash", *script]).returncode)
 
@@ -187,7 +187,7 @@ def test(c: Context, all=False):  # type: ignore[no-untyped-def]
     """Run the tests, on all cores; flags of pytest follow --."""
     cores = ["-n", str(min(len(os.sched_getaffinity(0)), 8)), "--dist", "worksteal"]
     words = [sys.executable, "-m", "pytest", *cores, *(["--all"] if all else []), *after_dashes()]
-    with c.cd(HOME):
+    with c.cd(ROOT):
         done = c.run(shlex.join(words), pty=sys.stdout.isatty(), warn=True)
     if not done or done.exited:
         raise Exit(code=done.exited if done else 1)
@@ -196,8 +196,8 @@ def test(c: Context, all=False):  # type: ignore[no-untyped-def]
 @task(auto_shortflags=False)
 def bench(c: Context) -> None:
     """Run the benchmarks: each prints ratios against a named peer."""
-    with c.cd(HOME):
-        for path in sorted((HOME / "benchmarks").glob("*.py")):
+    with c.cd(ROOT):
+        for path in sorted((ROOT / "benchmarks").glob("*.py")):
             print(f"\n{path.name}", flush=True)
             c.run(shlex.join([sys.executable, str(path)]))
 
@@ -205,7 +205,7 @@ def bench(c: Context) -> None:
 @task(auto_shortflags=False)
 def lint(c: Context) -> None:
     """Check style and types."""
-    with c.cd(HOME):
+    with c.cd(ROOT):
         c.run(f"{shlex.quote(sys.executable)} -m ruff check .")
         c.run(f"{shlex.quote(sys.executable)} -m mypy")
         tools = Path(sys.executable).parent

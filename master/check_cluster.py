@@ -25,19 +25,27 @@ from typing import Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.check.consistency import Finding, agreement, differences, gathered, prepared, troubles, unlike_here
-from master.check.network_test import RENDEZVOUS, Pair, judge_network, probe
+from master.check.consistency import (
+    Finding,
+    agreement,
+    content_findings,
+    differences,
+    grouped,
+    node_findings,
+    normalized,
+)
+from master.check.network_test import RENDEZVOUS, Pair, network_findings, test_network
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, one_line, say
 from master.inventory.cluster_file import add_node_flags, chosen_nodes, read_cluster, write_cluster
-from master.inventory.gpu_query import survey
+from master.inventory.gpu_query import query_gpus
 from master.inventory.hostfile import read_hostfile
-from master.inventory.node_facts import BUSY, ask, here, place_of
+from master.inventory.node_facts import BUSY_MIB, checkout_of, local_facts, query_facts
 from master.ssh.node_names import Node
-from master.ssh.options import PASSWORD_VARIABLE, access_of, access_words, add_access_flags, question
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import on_all
+from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, question, ssh_flags, ssh_options
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
 
 LEVELS = ("error", "warning", "info")
@@ -55,11 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--fast", action="store_true", help="leave out the network between the hosts, and the sum over all slots")
     flag("--network", action="store_true", help="measure each pair's rate and round trip, a few seconds each")
     flag("--json", action="store_true", help="print what was found as JSON")
-    add_access_flags(parser)
+    add_ssh_flags(parser)
     return parser
 
 
-def wanted_of(nodes: Sequence[Node], options: argparse.Namespace) -> dict[str, Any]:
+def facts_to_ask(nodes: Sequence[Node], options: argparse.Namespace) -> dict[str, Any]:
     """Return what every node is asked."""
     paths, names = [], []
     for kind in ("model", "dataset"):
@@ -72,21 +80,21 @@ def wanted_of(nodes: Sequence[Node], options: argparse.Namespace) -> dict[str, A
             "port": RENDEZVOUS}
 
 
-def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], wanted: Mapping[str, Any], access: Access
+def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], wanted: Mapping[str, Any], ssh: SshOptions
               ) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
     """Return each host's facts as they are compared, and findings about hosts that can't be asked."""
     def work(session: Session) -> dict[str, Any]:
         before = time.time()
-        facts = ask(session, place_of(known.get(str(session.node), {})), wanted)
+        facts = query_facts(session, checkout_of(known.get(str(session.node), {})), wanted)
         after = time.time()
-        report, address = survey(session).report, facts["address"]
+        report, address = query_gpus(session).report, facts["address"]
         facts["driver"] = report.driver_version
         facts["problems"] = [problem.message for problem in report.problems if problem.is_fault]
-        facts["busy"] = {str(gpu.index): gpu.busy_mib for gpu in report.usable if (gpu.busy_mib or 0) > BUSY}
+        facts["busy"] = {str(gpu.index): gpu.busy_mib for gpu in report.usable if (gpu.busy_mib or 0) > BUSY_MIB}
         # The node's clock was read between: no skew is seen below half of the time that the question took.
         skew = facts["time"] - (before + after) / 2
         facts["clock_skew_s"] = round(skew, 3) if abs(skew) > (after - before) / 2 else 0.0
-        return prepared(facts, known.get(str(session.node), {}).get("address") or address)
+        return normalized(facts, known.get(str(session.node), {}).get("address") or address)
 
     with HostTable([str(node) for node in nodes]) as answers:
         def tell(node: Node, result: dict[str, Any] | SshError) -> None:
@@ -94,18 +102,18 @@ def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], wanted: Mapping[s
             text = str(result).removeprefix(f"{node}: ") if failed else "asked"
             answers.tell(str(node), "failed" if failed else "ok", text, failed=failed)
 
-        found = on_all(nodes, access, work, answers.paused(question()), tell)
+        found = run_on_all(nodes, ssh, work, answers.paused(question()), tell)
     facts = {str(node): result for node, result in found.items() if not isinstance(result, SshError)}
-    lost = [Finding("error", (str(node),), f"{result.stage}: {result.fault}", "it can't train", result.mend or "")
+    lost = [Finding("error", (str(node),), f"{result.stage}: {result.reason}", "it can't train", result.fix or "")
             for node, result in found.items() if isinstance(result, SshError)]
     return facts, lost
 
 
-def judge(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+def all_findings(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Return what differs between the hosts, and what is wrong with each."""
     found = differences(facts) if len(facts) > 1 else []
     for host, each in facts.items():
-        found += troubles(host, each, each["clock_skew_s"])
+        found += node_findings(host, each, each["clock_skew_s"])
         found += [Finding("error", (host,), message, "a GPU is missing there", "invoke detect there says more")
                   for message in each["problems"]]
     return found
@@ -121,7 +129,7 @@ def addresses_of(facts: Mapping[str, Mapping[str, Any]], known: Mapping[str, Any
     return found
 
 
-def keep(path: Path, cluster: dict[str, Any], facts: Mapping[str, Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
+def save_facts(path: Path, cluster: dict[str, Any], facts: Mapping[str, Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
     """Write facts and measured pairs into cluster.json, for the hosts that stand in it."""
     if not path.exists():
         return
@@ -147,35 +155,35 @@ def check(options: argparse.Namespace) -> int:
     nodes, path = chosen_nodes(options.nodes, options.hostfile)
     cluster = read_cluster(path)
     known = {host["name"]: host for host in cluster["hosts"]}
-    access, wanted = access_of(options), wanted_of(nodes, options)
-    facts, findings = ask_nodes(nodes, known, wanted, access)
+    ssh, wanted = ssh_options(options), facts_to_ask(nodes, options)
+    facts, findings = ask_nodes(nodes, known, wanted, ssh)
     pairs: list[Pair] = []
-    findings += judge(facts) + unlike_here(facts, here({**wanted, "folder": str(ROOT)})["content"])
+    findings += all_findings(facts) + content_findings(facts, local_facts({**wanted, "folder": str(ROOT)})["content"])
     if len(facts) > 1 and not options.fast:
-        places = {node: place_of(known.get(str(node), {})) for node in nodes if str(node) in facts}
+        places = {node: checkout_of(known.get(str(node), {})) for node in nodes if str(node) in facts}
         addresses = addresses_of(facts, known)
-        pairs, lost = probe(places, addresses, access, options.network, question(), say)
-        findings += judge_network(pairs, lost, facts, addresses)
-    keep(path, cluster, facts, pairs)
-    sum_line = ""
+        pairs, lost = test_network(places, addresses, ssh, options.network, question(), say)
+        findings += network_findings(pairs, lost, facts, addresses)
+    save_facts(path, cluster, facts, pairs)
+    allreduce_line = ""
     hostfile = options.hostfile or Path("hostfile.txt")
     adding = [host.host for host in read_hostfile(hostfile) if host.host in facts] if hostfile.exists() else []
     if adding and not options.fast and not any(finding.level == "error" for finding in findings):
         say("all slots add up a number")
-        sum_line, fault = add_up(hostfile, adding, options, access)
-        findings += [fault] if fault else []
-    findings = sorted(gathered(findings), key=lambda finding: LEVELS.index(finding.level))
-    show(facts, findings, pairs, sum_line, options)
+        allreduce_line, reason = run_allreduce_test(hostfile, adding, options, ssh)
+        findings += [reason] if reason else []
+    findings = sorted(grouped(findings), key=lambda finding: LEVELS.index(finding.level))
+    show(facts, findings, pairs, allreduce_line, options)
     return int(any(finding.level == "error" for finding in findings))
 
 
-def add_up(hostfile: Path, hosts: Sequence[str], options: argparse.Namespace, access: Access
+def run_allreduce_test(hostfile: Path, hosts: Sequence[str], options: argparse.Namespace, ssh: SshOptions
            ) -> tuple[str, Finding | None]:
     """Have all slots of these hosts add up a number, as the trainer does; return what came of it, or the fault."""
     words = [sys.executable, str(ROOT / "master" / "launch_training.py"), "--hostfile", str(hostfile.absolute()),
              "--script", str(ROOT / "trainer" / "allreduce_test.py"), "--include", "@".join(hosts),
-             *access_words(options)]
-    password = {PASSWORD_VARIABLE: access.password} if access.password else {}
+             *ssh_flags(options)]
+    password = {PASSWORD_VARIABLE: ssh.password} if ssh.password else {}
     with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:  # where the run's folder goes
         done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               env={**os.environ, **password})
@@ -187,12 +195,12 @@ def add_up(hostfile: Path, hosts: Sequence[str], options: argparse.Namespace, ac
                        "a training would fail the same way", shlex.join(words[:6]) + " shows all")
 
 
-def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pairs: Sequence[Pair], sum_line: str,
+def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pairs: Sequence[Pair], allreduce_line: str,
          options: argparse.Namespace) -> None:
     """Print the result."""
     if options.json:
         print(json.dumps({"hosts": facts, "findings": [asdict(finding) for finding in findings],
-                          "pairs": [asdict(pair) for pair in pairs], "sum": sum_line or None}))
+                          "pairs": [asdict(pair) for pair in pairs], "sum": allreduce_line or None}))
         return
     for line in agreement(facts):
         print(one_line(line))
@@ -202,8 +210,8 @@ def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pa
         print(f"network: {len(rates)} pairs, {min(rates) / 1e6:.1f} to {max(rates) / 1e6:.1f} MB/s alone" + (
             f", {min(both) / 1e6:.1f} when all send" if (both := [pair.together for pair in pairs if pair.together])
             else ""))
-    if sum_line:
-        print(sum_line)
+    if allreduce_line:
+        print(allreduce_line)
     counts = [f"{sum(finding.level == level for finding in findings)} {level}s" for level in LEVELS[:2]]
     print(f"{len(facts)} hosts asked: {', '.join(counts)}")
 

@@ -21,23 +21,23 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, say
-from master.inventory.cluster_file import ClusterError, empty, merge, read_cluster, write_cluster
-from master.inventory.gpu_query import Survey, survey
+from master.inventory.cluster_file import ClusterError, empty_cluster, merge_hosts, read_cluster, write_cluster
+from master.inventory.gpu_query import GpuAnswer, query_gpus
 from master.inventory.gpu_report import GpuReport, ReportError, check_report
 from master.inventory.hostfile import HostfileError, Slots, differences, read_hostfile, render_hostfile, write_hostfile
 from master.inventory.slot_selection import (
-    Answer,
+    HostAnswer,
     choose_vendor,
-    note_on,
+    duplicate_hosts,
+    host_comment,
+    name_problem,
     slots_of,
-    twins,
-    unfit_name,
     with_own_address,
 )
 from master.ssh.node_names import Node, read_nodes
-from master.ssh.options import access_of, add_access_flags, question
+from master.ssh.options import add_ssh_flags, question, ssh_options
 from master.ssh.route import SshError
-from master.ssh.run_on_all import on_all
+from master.ssh.run_on_all import run_on_all
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,36 +56,36 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--allow-missing", action="store_true", help="exit 0 although a host failed")
     flag("--script-path", metavar="P", help="run the detect_gpus.sh that was copied there, instead of sending it")
     flag("--json", action="store_true", help="print what was found as JSON")
-    add_access_flags(parser)
+    add_ssh_flags(parser)
     return parser
 
 
-def ask_hosts(nodes: Sequence[Node], options: argparse.Namespace) -> list[Answer]:
+def ask_hosts(nodes: Sequence[Node], options: argparse.Namespace) -> list[HostAnswer]:
     """Return what each host answered, in order; show each as it comes."""
-    access = access_of(options)
+    ssh = ssh_options(options)
     with HostTable([str(node) for node in nodes]) as answers:
 
-        def tell(node: Node, result: Survey | SshError) -> None:
+        def tell(node: Node, result: GpuAnswer | SshError) -> None:
             answer = answer_of(node, result)
             if answer.found:
-                answers.tell(str(node), answer.found.way, note_on(answer.found.report))
+                answers.tell(str(node), answer.found.way, host_comment(answer.found.report))
             else:
-                answers.tell(str(node), "failed", (answer.fault or "").removeprefix(f"{node}: "), failed=True)
+                answers.tell(str(node), "failed", (answer.reason or "").removeprefix(f"{node}: "), failed=True)
 
-        found = on_all(nodes, access, lambda session: survey(session, options.script_path),
+        found = run_on_all(nodes, ssh, lambda session: query_gpus(session, options.script_path),
                        answers.paused(question()), tell)
     return with_own_address([answer_of(node, result) for node, result in found.items()])
 
 
-def answer_of(node: Node, result: Survey | SshError) -> Answer:
+def answer_of(node: Node, result: GpuAnswer | SshError) -> HostAnswer:
     """Return what came of a host; a name that DeepSpeed can't take is a fault too."""
-    name, unfit = str(node), unfit_name(node)
+    name, unfit = str(node), name_problem(node)
     if isinstance(result, SshError):
-        return Answer(name, node, None, str(result))
-    return Answer(name, node, None, f"{name}: {unfit}") if unfit else Answer(name, node, result, None)
+        return HostAnswer(name, node, None, str(result))
+    return HostAnswer(name, node, None, f"{name}: {unfit}") if unfit else HostAnswer(name, node, result, None)
 
 
-def read_reports(paths: Sequence[Path]) -> list[Answer]:
+def read_reports(paths: Sequence[Path]) -> list[HostAnswer]:
     """Return reports kept in files; a file's name is its host's. A bad file is a failed host."""
     answers = []
     for path in paths:
@@ -93,15 +93,15 @@ def read_reports(paths: Sequence[Path]) -> list[Answer]:
         try:
             text = path.read_text(encoding="utf-8").strip()
             report = check_report(json.loads(text[text.index("{") :]))
-            answers.append(Answer(name, None, Survey(report, "file", None, None, (), path.stat().st_mtime), None))
+            answers.append(HostAnswer(name, None, GpuAnswer(report, "file", None, None, (), path.stat().st_mtime), None))
         except (OSError, ValueError, ReportError) as error:
-            fault = f"{path}: {getattr(error, 'strerror', None) or error}"
-            say(fault)
-            answers.append(Answer(name, None, None, fault))
+            reason = f"{path}: {getattr(error, 'strerror', None) or error}"
+            say(reason)
+            answers.append(HostAnswer(name, None, None, reason))
     return answers
 
 
-def cluster_host(answer: Answer, options: argparse.Namespace) -> dict[str, Any]:
+def cluster_host(answer: HostAnswer, options: argparse.Namespace) -> dict[str, Any]:
     """Return a host's part of cluster.json."""
     found, node = answer.found, answer.node
     assert found
@@ -113,10 +113,10 @@ def cluster_host(answer: Answer, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_files(
-    answers: Sequence[Answer], hosts: Sequence[Slots], vendor: str, options: argparse.Namespace
+    answers: Sequence[HostAnswer], hosts: Sequence[Slots], vendor: str, options: argparse.Namespace
 ) -> tuple[bool, list[str]]:
     """Write hostfile and cluster.json; return whether the hostfile changed, and what of its hosts did."""
-    notes = {answer.name: answer.fault.partition(": ")[2] if answer.fault else note_on(reported(answer), vendor)
+    notes = {answer.name: answer.reason.partition(": ")[2] if answer.reason else host_comment(reported(answer), vendor)
              for answer in answers}
     path = options.output.expanduser()
     try:
@@ -129,13 +129,13 @@ def write_files(
         cluster = read_cluster(beside)
     except ClusterError as error:
         say(f"warning: {error}")
-        cluster = empty()
+        cluster = empty_cluster()
     known = [cluster_host(answer, options) for answer in answers if answer.found]
-    write_cluster(beside, merge(cluster, known))
+    write_cluster(beside, merge_hosts(cluster, known))
     return changed, [] if before is None else differences(before, hosts)
 
 
-def reported(answer: Answer) -> GpuReport:
+def reported(answer: HostAnswer) -> GpuReport:
     """Return the report of a host that answered."""
     assert answer.found
     return answer.found.report
@@ -158,20 +158,20 @@ def generate(options: argparse.Namespace) -> int:
     return conclude(ask_hosts(read_nodes(options.nodes), options), options)
 
 
-def conclude(answers: Sequence[Answer], options: argparse.Namespace) -> int:
+def conclude(answers: Sequence[HostAnswer], options: argparse.Namespace) -> int:
     """Write the files from what the hosts answered, show it, return the exit code."""
     vendor = "CPU" if options.cpu_slots else options.vendor or choose_vendor(answers)
     hosts = [line for answer in answers if (line := slots_of(answer, vendor, options.cpu_slots))]
-    failed = [answer for answer in answers if answer.fault]
+    failed = [answer for answer in answers if answer.reason]
     changed, changes = write_files(answers, hosts, vendor, options) if hosts else (False, [])
     if options.json:
         print(json.dumps({"vendor": vendor if hosts else None, "hosts": [
-            {"name": answer.name, "fault": answer.fault,
+            {"name": answer.name, "fault": answer.reason,
              "report": answer.found.report.to_json() if answer.found else None} for answer in answers]}))
     if options.ssh_user or options.ssh_port or options.ssh_key:
         say("warning: plain `deepspeed` logs in as your ssh configuration says, not by --ssh-user, --ssh-port or "
             "--ssh-key: put them into ~/.ssh/config")
-    for warning in twins(answers) + [f"{answer.name}: {note}" for answer in answers if answer.found
+    for warning in duplicate_hosts(answers) + [f"{answer.name}: {note}" for answer in answers if answer.found
                                      for note in answer.found.notes]:
         say(f"warning: {warning}")
     if failed:

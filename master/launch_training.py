@@ -27,15 +27,15 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.core.paths import PRESETS, ROOT
 from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import say
-from master.inventory.cluster_file import empty, read_cluster
+from master.inventory.cluster_file import empty_cluster, read_cluster
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
-from master.ssh.options import PASSWORD_VARIABLE, access_of, access_words, add_access_flags
-from master.ssh.route import Access
+from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
+from master.ssh.route import SshOptions
 from master.training.background import detach
 from master.training.deepspeed_command import default_config
 from master.training.request import Hosts, TrainingRequest, request_of, shown
-from master.training.run_folder import find_run, new_run_path, refuse_twice
+from master.training.run_folder import ensure_not_running, find_run, new_run_path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--env", action="append", default=[], metavar="K=V", help="a variable for all ranks; K alone: as it is here")
     flag("--master-port", type=int, metavar="P", help="port of rank 0 (default: one that is free there)")
     flag("--dry-run", action="store_true", help="print what would run")
-    add_access_flags(parser)
+    add_ssh_flags(parser)
     flag("trainer_flags", nargs="*", metavar="-- FLAGS", help="flags of trainer/train.py")
     return parser
 
@@ -101,13 +101,13 @@ def check_config(config: Path, ranks: int) -> None:
                          f"invoke validate --config {shlex.quote(shown(config))} --fix")
 
 
-def choose_hosts(options: argparse.Namespace, run: Path, access: Access | None) -> Hosts:
+def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None) -> Hosts:
     """Return where to train: --nodes, --hostfile, where a resumed run was, or this machine."""
     before = run / "hostfile.txt"
     resumed = options.resume and not options.slots and before.exists()
     if options.nodes:
-        assert access
-        return ask_nodes(options, access)
+        assert ssh
+        return ask_nodes(options, ssh)
     if hostfile := options.hostfile or (before if resumed else None):
         if options.slots:
             raise UsageError("--slots is for this machine alone; the hostfile has slots of its own")
@@ -117,18 +117,18 @@ def choose_hosts(options: argparse.Namespace, run: Path, access: Access | None) 
         raise UsageError("--include and --exclude need --hostfile or --nodes")
     if Path("hostfile.txt").exists():
         say("hostfile.txt is not used: --hostfile hostfile.txt trains on its hosts")
-    return Hosts((choose_slots(options.slots, count_gpus(), os.environ),), empty(), None)
+    return Hosts((choose_slots(options.slots, count_gpus(), os.environ),), empty_cluster(), None)
 
 
-def ask_nodes(options: argparse.Namespace, access: Access) -> Hosts:
+def ask_nodes(options: argparse.Namespace, ssh: SshOptions) -> Hosts:
     """Return the hosts of --nodes, whose GPUs generate_hostfile.py finds. Raises HostsError if one of them failed."""
-    password = {PASSWORD_VARIABLE: access.password} if access.password else {}
+    password = {PASSWORD_VARIABLE: ssh.password} if ssh.password else {}
     with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:
         hostfile = Path(folder) / "hostfile.txt"
         if Path("cluster.json").exists():  # which knows where lanspeed lives on the hosts
             shutil.copy("cluster.json", folder)
         command = [sys.executable, str(ROOT / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
-                   "--output", str(hostfile), *access_words(options)]
+                   "--output", str(hostfile), *ssh_flags(options)]
         command += ["--cpu-slots", str(options.slots)] if options.slots else []
         if subprocess.run(command, stdout=sys.stderr, env={**os.environ, **password}).returncode:
             raise HostsError("nothing was started: leave out of --nodes what failed, or fix it (--slots N trains on "
@@ -151,16 +151,16 @@ def show(request: TrainingRequest) -> int:
     return 0
 
 
-def with_whole_checkpoint(request: TrainingRequest, before: Path, access: Access) -> TrainingRequest:
+def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOptions) -> TrainingRequest:
     """Return the request with its hosts holding all of the resumed run's checkpoint, whose path the ranks are told.
 
     `before` is the hostfile that it ran on. Raises RunError where the checkpoint can't be had.
     """
-    from master.training.checkpoint_transfer import bring_together
+    from master.training.checkpoint_transfer import gather_and_send
 
     known = {host["name"]: host for host in read_cluster(before.with_name("cluster.json"))["hosts"]}
-    found = bring_together(request.run, read_hostfile(before), request.hosts.slots, {**known, **request.hosts.known},
-                           access)
+    found = gather_and_send(request.run, read_hostfile(before), request.hosts.slots, {**known, **request.hosts.known},
+                           ssh)
     place = ["--resume_from_checkpoint", str(found)] if found else []
     return replace(request, arguments=(*request.arguments, *place))
 
@@ -170,21 +170,21 @@ def launch(options: argparse.Namespace) -> int:
     from master.training.cluster_run import train
 
     run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
-    access = access_of(options) if options.nodes or not options.dry_run else None
-    hosts = choose_hosts(options, run, access)
+    ssh = ssh_options(options) if options.nodes or not options.dry_run else None
+    hosts = choose_hosts(options, run, ssh)
     config = existing(options.config or ROOT / default_config(hosts.slots))
     if not options.script:
         check_config(config, hosts.ranks)
     request = request_of(options, options.trainer_flags, hosts, run, config)
     if options.dry_run:
         return show(request)
-    assert access
-    refuse_twice(request.run)
+    assert ssh
+    ensure_not_running(request.run)
     if options.resume and request.is_ours and (before := run / "hostfile.txt").exists():
-        request = with_whole_checkpoint(request, before, access)
+        request = with_whole_checkpoint(request, before, ssh)
     if options.detach and not detach(request.run):
         return 0
-    return train(request, access)
+    return train(request, ssh)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,21 +26,21 @@ from master.keys import host_blocks
 from master.keys.authorized_keys import install_key, key_is_there, remove_key
 from master.keys.key_pair import KeyPair, add_to_agent, find_pair, has_passphrase, make_pair
 from master.ssh.node_names import Node, read_nodes
-from master.ssh.options import OWN_KEY, access_of, add_access_flags, question
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import on_all
+from master.ssh.options import OWN_KEY, add_ssh_flags, question, ssh_options
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
 
 
 @dataclass
-class Outcome:
+class HostResult:
     """What came of one host, over which way: installed, was there, removed, would install ...; or the fault."""
 
     node: Node
     done: str = ""
     way: str = ""
     fingerprint: str = ""
-    fault: str = ""
+    reason: str = ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--yes", action="store_true", help="write ~/.ssh/config without asking")
     flag("--remove", action="store_true", help="take the key off the nodes and the Host blocks out of ~/.ssh/config")
     flag("--dry-run", action="store_true", help="say what would be done, with the keys that work already")
-    add_access_flags(parser)
+    add_ssh_flags(parser)
     return parser
 
 
@@ -75,7 +75,7 @@ def get_pair(options: argparse.Namespace, path: Path) -> KeyPair | None:
     return pair
 
 
-def visit(session: Session, pair: KeyPair | None, options: argparse.Namespace) -> Outcome:
+def visit(session: Session, pair: KeyPair | None, options: argparse.Namespace) -> HostResult:
     """Do one host's part of the work."""
     if pair is None:
         done = "would install"
@@ -85,40 +85,40 @@ def visit(session: Session, pair: KeyPair | None, options: argparse.Namespace) -
             ("was not there" if options.remove else "would install")
     else:
         done = remove_key(session, pair) if options.remove else install_key(session, pair)
-    return Outcome(session.node, done, session.way, session.fingerprint or "")
+    return HostResult(session.node, done, session.way, session.fingerprint or "")
 
 
 def visit_once(
-    nodes: Sequence[Node], access: Access, pair: KeyPair | None, options: argparse.Namespace, may_ask: bool
-) -> dict[Node, Outcome | SshError]:
+    nodes: Sequence[Node], ssh: SshOptions, pair: KeyPair | None, options: argparse.Namespace, may_ask: bool
+) -> dict[Node, HostResult | SshError]:
     """Visit hosts side by side, and show each as it answers; `may_ask`: a password is asked for where no key fits."""
     with HostTable([str(node) for node in nodes]) as answers:
 
-        def tell(node: Node, result: Outcome | SshError) -> None:
-            if isinstance(result, SshError) and result.stage == "authentication" and may_ask and not access.only:
+        def tell(node: Node, result: HostResult | SshError) -> None:
+            if isinstance(result, SshError) and result.stage == "authentication" and may_ask and not ssh.only:
                 answers.tell(str(node), "no key", "takes none of the keys here: its password will be asked for")
             elif isinstance(result, SshError):
                 answers.tell(str(node), "failed", str(result).removeprefix(f"{node}: "), failed=True)
             else:
                 answers.tell(str(node), result.way, result.done)
 
-        return on_all(nodes, access, lambda session: visit(session, pair, options), answers.paused(question()), tell)
+        return run_on_all(nodes, ssh, lambda session: visit(session, pair, options), answers.paused(question()), tell)
 
 
 def visit_all(
-    nodes: Sequence[Node], access: Access, pair: KeyPair | None, options: argparse.Namespace
-) -> list[Outcome]:
+    nodes: Sequence[Node], ssh: SshOptions, pair: KeyPair | None, options: argparse.Namespace
+) -> list[HostResult]:
     """Visit all hosts with the keys that work; ask for a password for those that refuse, until it's given for each.
 
     One password is asked for all of them, and one more for those that it doesn't fit, and so on; each is tried once a
     host. An empty answer gives up the rest.
     """
-    outcomes: dict[Node, Outcome] = {}
+    results: dict[Node, HostResult] = {}
     left = list(nodes)
     may_ask = sys.stdin.isatty() and not options.dry_run and not options.ssh_password_file
     while left:
-        found = visit_once(left, access, pair, options, may_ask)
-        outcomes.update({node: Outcome(node, fault=str(result).removeprefix(f"{node}: "))
+        found = visit_once(left, ssh, pair, options, may_ask)
+        results.update({node: HostResult(node, reason=str(result).removeprefix(f"{node}: "))
                          if isinstance(result, SshError) else result for node, result in found.items()})
         refused = [node for node, result in found.items()
                    if isinstance(result, SshError) and result.stage == "authentication"]
@@ -128,28 +128,28 @@ def visit_all(
             password = getpass.getpass("their password (empty: leave them out): ")
             if not password:
                 break
-            access = replace(access, password=password, only="password")
-    return [outcomes[node] for node in nodes]
+            ssh = replace(ssh, password=password, only="password")
+    return [results[node] for node in nodes]
 
 
-def prove(outcomes: Sequence[Outcome], access: Access, pair: KeyPair) -> None:
+def prove(results: Sequence[HostResult], ssh: SshOptions, pair: KeyPair) -> None:
     """Log in again where the key is now, with it alone; note a host that still refuses as failed."""
-    nodes = [outcome.node for outcome in outcomes if not outcome.fault and not outcome.node.is_local]
-    alone = replace(access, key=pair.path, only="key", password=None, more_keys=())
+    nodes = [result.node for result in results if not result.reason and not result.node.is_local]
+    alone = replace(ssh, key=pair.path, only="key", password=None, more_keys=())
     if has_passphrase(pair.path):
         alone = replace(alone, only=None)  # the agent has it
-    found = on_all(nodes, alone, lambda session: session.run("exit 0").code)
-    for outcome in outcomes:
-        result = found.get(outcome.node)
-        if isinstance(result, SshError):
-            outcome.fault = (f"the key is installed and still refused ({result.fault}): on the node, look at the modes "
+    found = run_on_all(nodes, alone, lambda session: session.run("exit 0").code)
+    for result in results:
+        refusal = found.get(result.node)
+        if isinstance(refusal, SshError):
+            result.reason = (f"the key is installed and still refused ({refusal.reason}): on the node, look at the modes "
                              "of ~ and ~/.ssh, and at PubkeyAuthentication and AuthorizedKeysFile in sshd_config")
 
 
-def update_config(outcomes: Sequence[Outcome], options: argparse.Namespace, key: Path) -> None:
+def update_config(results: Sequence[HostResult], options: argparse.Namespace, key: Path) -> None:
     """Add the Host blocks of the hosts that work, or take them out; shown and asked about first."""
     config = options.ssh_config or Path.home() / ".ssh" / "config"
-    good = [outcome.node for outcome in outcomes if not outcome.fault and not outcome.node.is_local]
+    good = [result.node for result in results if not result.reason and not result.node.is_local]
     if options.remove:
         changes = host_blocks.plan(config, [], [host_blocks.alias_of(node) for node in good])
     else:
@@ -175,12 +175,12 @@ def update_config(outcomes: Sequence[Outcome], options: argparse.Namespace, key:
     host_blocks.apply(changes)
 
 
-def show(outcomes: Sequence[Outcome]) -> None:
+def show(results: Sequence[HostResult]) -> None:
     """Print the table."""
-    wide = max(len(str(outcome.node)) for outcome in outcomes)
-    for outcome in outcomes:
-        what = f"FAILED: {outcome.fault}" if outcome.fault else outcome.done
-        print(f"{outcome.node!s:{wide}}  {outcome.way or '-':8}  {outcome.fingerprint or '-':50}  {what}")
+    wide = max(len(str(result.node)) for result in results)
+    for result in results:
+        what = f"FAILED: {result.reason}" if result.reason else result.done
+        print(f"{result.node!s:{wide}}  {result.way or '-':8}  {result.fingerprint or '-':50}  {what}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,20 +195,20 @@ def set_up(options: argparse.Namespace) -> int:
     if options.ssh_key and not path.exists() and not options.remove:
         options.ssh_key = None  # it is made below, under this name
     nodes = read_nodes(options.nodes)
-    access = access_of(options)
+    ssh = ssh_options(options)
     pair = get_pair(options, path)
     if pair is None and options.remove:
         return 1
     # The key is offered after those that ssh would offer without it: named to ssh, it would be the only one.
-    outcomes = visit_all(nodes, replace(access, key=None, more_keys=(path,)), pair, options)
+    results = visit_all(nodes, replace(ssh, key=None, more_keys=(path,)), pair, options)
     if pair and not options.remove and not options.dry_run:
-        prove(outcomes, access, pair)
+        prove(results, ssh, pair)
     if not options.no_config:
-        update_config(outcomes, options, path)
-    show(outcomes)
+        update_config(results, options, path)
+    show(results)
     if options.remove and not options.dry_run:
         say(f"kept here: {path}, and the hosts' keys in known_hosts")
-    return 1 if any(outcome.fault for outcome in outcomes) else 0
+    return 1 if any(result.reason for result in results) else 0
 
 
 if __name__ == "__main__":

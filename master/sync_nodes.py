@@ -30,16 +30,16 @@ from master.core.terminal import one_line, say
 from master.inventory import cluster_file
 from master.inventory.cluster_file import read_cluster, write_cluster
 from master.ssh.node_names import Node
-from master.ssh.options import access_of, add_access_flags, question
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import on_all
+from master.ssh.options import add_ssh_flags, question, ssh_options
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
-from master.sync.chunks import Pieces
-from master.sync.environments import ROOM, Recipe, fill, make, tools, wheels
+from master.sync.chunks import Chunks
+from master.sync.environments import DISK_BYTES, EnvironmentSpec, fill_wheelhouse, install_environment, tools, wheels
 from master.sync.file_trees import Tree, collect
-from master.sync.progress import SyncScreen
-from master.sync.relay import Fanout, Seat
-from master.sync.report import Outcome, line_of, outcome_of
+from master.sync.progress import SyncProgress
+from master.sync.relay import Relay, RelayPeer
+from master.sync.report import HostResult, result_line, result_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dry-run", action="store_true", help="say what would be sent")
     flag("--remove", action="store_true", help="take away all that lanspeed has put there")
     flag("--json", action="store_true", help="print what was done as JSON")
-    add_access_flags(parser)
+    add_ssh_flags(parser)
     return parser
 
 
@@ -85,28 +85,28 @@ def trees_of(options: argparse.Namespace) -> list[Tree]:
     if options.no_env:
         return trees
     if options.wheelhouse:
-        fill(options.wheelhouse, options.index_url, say)
+        fill_wheelhouse(options.wheelhouse, options.index_url, say)
         trees.append(wheels(options.wheelhouse))
     return [*trees, tools()]
 
 
-def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Access, options: argparse.Namespace,
-                 found: Mapping[str, Outcome]) -> None:
+def environments(nodes: Sequence[Node], peers: Mapping[str, RelayPeer], ssh: SshOptions, options: argparse.Namespace,
+                 found: Mapping[str, HostResult]) -> None:
     """Make the environments side by side; note what came of each."""
     names = ",".join(sorted(path.name for path in options.wheelhouse.glob("*.whl"))) if options.wheelhouse else ""
     short = hashlib.sha256(names.encode()).hexdigest()[:16] if names else ""
-    recipe, stop = Recipe(options.python, options.index_url, short), threading.Event()
-    with SyncScreen() as screen:
+    spec, stop = EnvironmentSpec(options.python, options.index_url, short), threading.Event()
+    with SyncProgress() as progress:
         def work(session: Session) -> tuple[str, str]:
             host = str(session.node)
-            tell: Callable[[str], None] = lambda line: screen.environment(host, line)  # noqa: E731
-            done = make(session, recipe, seats[host].said["plan"]["roots"], seats[host].said["hello"], tell, stop)
-            screen.environment(host, done[1])
+            report: Callable[[str], None] = lambda line: progress.environment(host, line)  # noqa: E731
+            done = install_environment(session, spec, peers[host].said["plan"]["roots"], peers[host].said["hello"], report, stop)
+            progress.environment(host, done[1])
             return done
 
         before = signal.signal(signal.SIGINT, lambda number, frame: stop.set())  # the threads look at it
         try:
-            results = on_all(nodes, access, work, screen.paused(question()))
+            results = run_on_all(nodes, ssh, work, progress.paused(question()))
         finally:
             signal.signal(signal.SIGINT, before)
         for node, result in results.items():
@@ -119,7 +119,7 @@ def environments(nodes: Sequence[Node], seats: Mapping[str, Seat], access: Acces
         raise KeyboardInterrupt
 
 
-def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> None:
+def save_places(path: Path, cluster: dict[str, Any], found: Mapping[str, HostResult]) -> None:
     """Write into cluster.json where lanspeed lives on each host."""
     for host in cluster["hosts"]:
         one = found.get(host["name"])
@@ -128,11 +128,11 @@ def keep(path: Path, cluster: dict[str, Any], found: Mapping[str, Outcome]) -> N
             host["paths"] = {here: there for here, there in places.items() if here != there}
             host["dir"], host["python"] = one.folder, one.python or host["python"]
     names = {host["name"] for host in cluster["hosts"]}
-    strangers = sorted(one.host for one in found.values() if one.folder and one.host not in names)
+    unknown_hosts = sorted(one.host for one in found.values() if one.folder and one.host not in names)
     if path.exists() and cluster["hosts"]:
         write_cluster(path, cluster)
-    if strangers:
-        say(f"{', '.join(strangers)}: not in {path}, where the other tools look: invoke hostfile writes it, then sync "
+    if unknown_hosts:
+        say(f"{', '.join(unknown_hosts)}: not in {path}, where the other tools look: invoke hostfile writes it, then sync "
             "again")
 
 
@@ -150,57 +150,57 @@ def sync(options: argparse.Namespace) -> int:
     nodes = [node for node in nodes if not node.is_local]
     cluster = read_cluster(path)
     known = {host["name"]: host for host in cluster["hosts"]}
-    access, started = access_of(options), time.monotonic()
-    pieces = None
-    with SyncScreen() as screen:
+    ssh, started = ssh_options(options), time.monotonic()
+    chunks = None
+    with SyncProgress() as progress:
         if not options.remove:
-            pieces = Pieces(trees_of(options), screen.reading)
+            chunks = Chunks(trees_of(options), progress.reading)
         addresses = {str(node): known.get(str(node), {}).get("address") for node in nodes}
-        with Fanout(nodes, access, addresses, screen.rows) as fanout:
-            fanout.reach(screen.paused(question()))
-            if pieces is None:
-                fanout.remove()
-                return tell_removed(fanout, path, cluster, options.json)
-            fanout.plan(pieces, lambda seat: room(known.get(seat.host, {}), options), options.overwrite,
+        with Relay(nodes, ssh, addresses, progress.rows) as relay:
+            relay.reach(progress.paused(question()))
+            if chunks is None:
+                relay.remove()
+                return report_removed(relay, path, cluster, options.json)
+            relay.plan(chunks, lambda peer: environment_bytes(known.get(peer.host, {}), options), options.overwrite,
                         options.dry_run)
             if not options.dry_run:
-                fanout.spread(lambda seat: -cluster_file.speed_of(known.get(seat.host, {}), cluster))
-    found = {host: outcome_of(seat, pieces.trees) for host, seat in fanout.seats.items()}
+                relay.distribute(lambda peer: -cluster_file.receive_rate_mbit(known.get(peer.host, {}), cluster))
+    found = {host: result_of(peer, chunks.trees) for host, peer in relay.peers.items()}
     if not options.dry_run and not options.no_env:
         ready = [node for node in nodes if found[str(node)].folder and not found[str(node)].error]
-        environments(ready, fanout.seats, access, options, found)
+        environments(ready, relay.peers, ssh, options, found)
     for one in found.values():
         if one.shares_home_of and not one.error:
             first = found[one.shares_home_of]
             one.folder, one.python, one.paths, one.error = first.folder, first.python, first.paths, first.error
     if not options.dry_run:
-        keep(path, cluster, found)
-    return tell(list(found.values()), options, time.monotonic() - started)
+        save_places(path, cluster, found)
+    return report(list(found.values()), options, time.monotonic() - started)
 
 
-def room(known: Mapping[str, Any], options: argparse.Namespace) -> int:
+def environment_bytes(known: Mapping[str, Any], options: argparse.Namespace) -> int:
     """Return the bytes that a new environment takes on a host."""
     if options.no_env:
         return 0
-    return ROOM["NONE" if known.get("report", {}).get("vendor", "NONE") == "NONE" else "other"]
+    return DISK_BYTES["NONE" if known.get("report", {}).get("vendor", "NONE") == "NONE" else "other"]
 
 
-def tell_removed(fanout: Fanout, path: Path, cluster: dict[str, Any], as_json: bool) -> int:
+def report_removed(relay: Relay, path: Path, cluster: dict[str, Any], as_json: bool) -> int:
     """Say what was taken away, and forget it."""
-    failed = any(seat.fault for seat in fanout.seats.values())
+    failed = any(peer.reason for peer in relay.peers.values())
     if as_json:
-        print(json.dumps({"hosts": [{"host": seat.host, "error": seat.fault or "", **seat.said.get("finished", {})}
-                                    for seat in fanout.seats.values()]}))
-    for seat in fanout.seats.values() if not as_json else ():
-        if seat.fault:
-            print(one_line(f"{seat.host}: {seat.fault}"))
-        elif not seat.same_home:
-            done = seat.said["finished"]
+        print(json.dumps({"hosts": [{"host": peer.host, "error": peer.reason or "", **peer.said.get("finished", {})}
+                                    for peer in relay.peers.values()]}))
+    for peer in relay.peers.values() if not as_json else ():
+        if peer.reason:
+            print(one_line(f"{peer.host}: {peer.reason}"))
+        elif not peer.same_home:
+            done = peer.said["finished"]
             stays = [*done["kept"], *(f"{folder} (what lanspeed didn't put there)" for folder in done["left"])]
-            print(one_line(f"{seat.host}: {done['deleted']:,} files removed"
+            print(one_line(f"{peer.host}: {done['deleted']:,} files removed"
                            + (f"; stays: {', '.join(stays[:3])}" if stays else "")))
     for host in cluster["hosts"]:
-        if host["name"] in fanout.seats and not fanout.seats[host["name"]].fault:
+        if host["name"] in relay.peers and not relay.peers[host["name"]].reason:
             host["dir"] = host["python"] = None
             host.pop("paths", None)
     if path.exists() and cluster["hosts"]:
@@ -208,7 +208,7 @@ def tell_removed(fanout: Fanout, path: Path, cluster: dict[str, Any], as_json: b
     return int(failed)
 
 
-def tell(found: Sequence[Outcome], options: argparse.Namespace, seconds: float) -> int:
+def report(found: Sequence[HostResult], options: argparse.Namespace, seconds: float) -> int:
     """Print the result, a line for hosts that agree; return the exit code."""
     failed = [one for one in found if one.error]
     if options.json:
@@ -216,7 +216,7 @@ def tell(found: Sequence[Outcome], options: argparse.Namespace, seconds: float) 
         return int(bool(failed))
     lines: dict[str, list[str]] = {}
     for one in found:
-        lines.setdefault(line_of(one, options.dry_run), []).append(one.host)
+        lines.setdefault(result_line(one, options.dry_run), []).append(one.host)
     for line, hosts in lines.items():
         print(one_line(f"{', '.join(hosts)}: {line}"))
     if not failed and not options.dry_run:

@@ -111,8 +111,8 @@ def look_at(name: str, target: Target) -> Verdict:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = data.decode("utf-8")
     except OSError as error:
-        mend = "name a file that is there" if isinstance(error, FileNotFoundError) else "name a file that can be read"
-        return Verdict(shown, None, [Problem("unreadable", "error", (), error.strerror or str(error), mend, PARSE)],
+        apply_fixes = "name a file that is there" if isinstance(error, FileNotFoundError) else "name a file that can be read"
+        return Verdict(shown, None, [Problem("unreadable", "error", (), error.strerror or str(error), apply_fixes, PARSE)],
                        [(1, 1)])
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
@@ -146,27 +146,27 @@ def print_json(verdicts: Sequence[Verdict]) -> None:
     """Print the findings for another program."""
     print(json.dumps([{"file": verdict.name, "problems": [
         {"level": problem.level, "code": problem.code, "path": problem.json_path, "line": line, "column": column,
-         "message": problem.message, "mend": problem.mend, "strikes": problem.strikes or None,
+         "message": problem.message, "mend": problem.how_to_fix, "strikes": problem.phase or None,
          "fixable": problem.fix is not None}
         for problem, (line, column) in zip(verdict.problems, verdict.lines, strict=True)]}
         for verdict in verdicts], indent=1))
 
 
-def mendable(verdict: Verdict, target: Target) -> bool:
+def fixable(verdict: Verdict, target: Target) -> bool:
     """Tell whether --fix would change a file."""
-    from master.ds_config.fixes import mend
+    from master.ds_config.fixes import apply_fixes
 
     if not verdict.text or not any(problem.fix for problem in verdict.problems):
         return False
-    return bool(mend(verdict.text, target)[1])
+    return bool(apply_fixes(verdict.text, target)[1])
 
 
-def offer_mends(verdict: Verdict, target: Target, ask: bool) -> Verdict:
+def offer_fixes(verdict: Verdict, target: Target, ask: bool) -> Verdict:
     """Show what --fix would change in a file, ask, write it; return what is left."""
-    from master.ds_config.fixes import mend
+    from master.ds_config.fixes import apply_fixes
 
     try:
-        text, done = mend(verdict.text or "", target)
+        text, done = apply_fixes(verdict.text or "", target)
     except TextError:
         done = []
     if not done or verdict.text is None:
@@ -213,10 +213,10 @@ def answer(options: argparse.Namespace) -> int:
     target = find_target(options)
     verdicts = [look_at(name, target) for name in names]
     if options.fix:
-        verdicts = [offer_mends(verdict, target, not options.yes) for verdict in verdicts]
+        verdicts = [offer_fixes(verdict, target, not options.yes) for verdict in verdicts]
     (print_json if options.json else print_text)(verdicts)
     sys.stdout.flush()
-    if not (options.fix or options.json) and any(mendable(verdict, target) for verdict in verdicts):
+    if not (options.fix or options.json) and any(fixable(verdict, target) for verdict in verdicts):
         say("--fix mends some of it")
     levels = ("error", "warning") if options.strict else ("error",)
     return int(any(verdict.count(level) for verdict in verdicts for level in levels))

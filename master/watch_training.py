@@ -26,18 +26,18 @@ from master.core.run_cli import run_cli
 from master.core.terminal import is_terminal, one_line
 from master.inventory.cluster_file import read_cluster
 from master.inventory.hostfile import read_hostfile
-from master.inventory.node_facts import place_of
+from master.inventory.node_facts import checkout_of
 from master.ssh.node_names import parse_node
-from master.ssh.options import access_of, add_access_flags, question
-from master.training.host_metrics import Vitals
-from master.training.run_folder import find_run, launcher_of
+from master.ssh.options import add_ssh_flags, question, ssh_options
+from master.training.host_metrics import HostMetrics
+from master.training.run_folder import find_run, running_launcher
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 EVERY = 2.0  # seconds between two looks
 PATIENCE = 15.0  # seconds that one look waits for the hosts
-GOES_ON = ("running", "starting")
+STILL_RUNNING = ("running", "starting")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def look(run: Path) -> dict[str, Any]:
             with contextlib.suppress(ValueError, TypeError):  # a line may be half written
                 newest |= json.loads(line)
     status = record.get("status", "starting")
-    if status in GOES_ON and launcher_of(run) is None:
+    if status in STILL_RUNNING and running_launcher(run) is None:
         status = "not running any more"
     hosts = {}
     for path in sorted((run / "logs").glob("*.log")):
@@ -75,7 +75,7 @@ def look(run: Path) -> dict[str, Any]:
             **figures, "hosts": hosts}
 
 
-def in_words(state: dict[str, Any]) -> str:
+def state_line(state: dict[str, Any]) -> str:
     """Return a state as one line."""
     steps = f"/{state['steps']}" if state["steps"] else ""
     parts = [f"{state['run']}: {state['status']}"]
@@ -138,7 +138,7 @@ def table(state: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(in_words(state)), title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=Text(state_line(state)), title_justify="left", box=None, pad_edge=False)
     for name in ("host", "busy", "memory", "network", "last words"):
         shown.add_column(name, overflow="ellipsis", no_wrap=name in ("host", "last words"))
     nodes: dict[str, dict[str, Any]] = state["nodes"]
@@ -149,24 +149,24 @@ def table(state: dict[str, Any]) -> Table:
     return shown
 
 
-def measured(vitals: Vitals | None, state: dict[str, Any]) -> dict[str, Any]:
+def measured(metrics: HostMetrics | None, state: dict[str, Any]) -> dict[str, Any]:
     """Return a state with the hosts' measurements; this machine alone goes by the name that its log has."""
-    nodes = vitals.latest() if vitals else {}
+    nodes = metrics.latest() if metrics else {}
     if list(nodes) == ["localhost"] and len(state["hosts"]) == 1:
         nodes = {next(iter(state["hosts"])): nodes["localhost"]}
     return {**state, "nodes": nodes}
 
 
-def vitals_of(run: Path, options: argparse.Namespace) -> Vitals | None:
+def metrics_of(run: Path, options: argparse.Namespace) -> HostMetrics | None:
     """Return the way to ask a run's hosts, None if they aren't known."""
     if not (run / "hostfile.txt").exists():
         return None
     known = {host["name"]: host for host in read_cluster(run / "cluster.json")["hosts"]}
-    places = {parse_node(host.host): place_of(known.get(host.host, {})) for host in read_hostfile(run / "hostfile.txt")}
-    return Vitals(places, access_of(options), 1.0 if options.once or options.json else EVERY)
+    places = {parse_node(host.host): checkout_of(known.get(host.host, {})) for host in read_hostfile(run / "hostfile.txt")}
+    return HostMetrics(places, ssh_options(options), 1.0 if options.once or options.json else EVERY)
 
 
-def follow(run: Path, vitals: Vitals | None, options: argparse.Namespace) -> str:
+def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) -> str:
     """Show a run until it has ended; return its status."""
     from rich.console import Console
     from rich.live import Live
@@ -176,12 +176,12 @@ def follow(run: Path, vitals: Vitals | None, options: argparse.Namespace) -> str
     shown = ""
     with live or contextlib.nullcontext():
         while True:
-            state = measured(vitals, look(run))
+            state = measured(metrics, look(run))
             if live:
                 live.update(table(state), refresh=True)
-            elif (line := in_words(state)) != shown:
+            elif (line := state_line(state)) != shown:
                 print(shown := line, flush=True)
-            if options.once or state["status"] not in GOES_ON:
+            if options.once or state["status"] not in STILL_RUNNING:
                 break
             time.sleep(EVERY)
     if not live:
@@ -197,30 +197,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
     parser.add_argument("--once", action="store_true", help="look once")
     parser.add_argument("--json", action="store_true", help="print what is known as JSON, and look once")
-    add_access_flags(parser)
+    add_ssh_flags(parser)
     options = parser.parse_args(argv)
     return run_cli(lambda: watch(options))
 
 
 def watch(options: argparse.Namespace) -> int:
     """Show the run; return 0, 1 if it failed or isn't running any more."""
-    vitals = None
+    metrics = None
     try:
         run = find_run(options.run)
         status = look(run)["status"]
-        if status in GOES_ON and (vitals := vitals_of(run, options)):
-            vitals.start(question())
+        if status in STILL_RUNNING and (metrics := metrics_of(run, options)):
+            metrics.start(question())
             if options.once or options.json:
-                vitals.wait(PATIENCE)
+                metrics.wait(PATIENCE)
         if options.json:
-            print(json.dumps(measured(vitals, look(run)), indent=1))
+            print(json.dumps(measured(metrics, look(run)), indent=1))
         else:
-            status = follow(run, vitals, options)
+            status = follow(run, metrics, options)
     except KeyboardInterrupt:  # nothing but the watching has ended
         return 0
     finally:
-        if vitals:
-            vitals.close()
+        if metrics:
+            metrics.close()
     return int(status in ("failed", "not running any more"))
 
 

@@ -22,11 +22,11 @@ from lab.hosts import Lab
 from machines import Machine
 from programs import LAB, as_root, find_program, install_command, may_mount, missing_programs
 
-HOME = Path(__file__).resolve().parent.parent
-TRAINER = HOME / "trainer" / "train.py"
+ROOT = Path(__file__).resolve().parent.parent
+TRAINER = ROOT / "trainer" / "train.py"
 WARM = "LANSPEED_WARM_TRAINER"  # the socket of the trainer that is loaded, for all of pytest's processes
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests fetch nothing
-SLOW, ROOT, MOUNTS = "slow", "needs root", "needs root that may mount (docker run --privileged)"
+SLOW, NO_ROOT, MOUNTS = "slow", "needs root", "needs root that may mount (docker run --privileged)"
 
 
 # -- which tests run ---------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if missing:
             raise pytest.UsageError(f"--all needs {', '.join(missing)}: {install_command(missing)}")
         if not may_mount():
-            raise pytest.UsageError(f"--all {ROOT if os.geteuid() else MOUNTS}: sudo make test ALL=1")
+            raise pytest.UsageError(f"--all {NO_ROOT if os.geteuid() else MOUNTS}: sudo make test ALL=1")
     folder = tempfile.TemporaryDirectory(prefix="lanspeed-tests-")
     os.environ[WARM] = f"{folder.name}/trainer"
     server = warm_trainer.start_server(Path(os.environ[WARM]))
@@ -76,7 +76,7 @@ def why_skipped(item: pytest.Item, with_slow: bool) -> str | None:
     if item.get_closest_marker("slow") and not with_slow:
         return SLOW
     if root and os.geteuid():
-        return ROOT
+        return NO_ROOT
     if missing:
         return f"needs {', '.join(missing)}"
     return MOUNTS if root and not may_mount() else None
@@ -85,11 +85,11 @@ def why_skipped(item: pytest.Item, with_slow: bool) -> str | None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say in one line what was skipped, why, and the command that runs it all."""
     reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
-    kinds = Counter("programs" if reason.startswith("needs ") and reason not in (ROOT, MOUNTS) else reason
+    kinds = Counter("programs" if reason.startswith("needs ") and reason not in (NO_ROOT, MOUNTS) else reason
                     for reason in reasons)
     missing = missing_programs()
     names = {SLOW: "are slow", "programs": f"need programs that are missing here ({', '.join(missing)})",
-             ROOT: ROOT.replace("needs", "need"), MOUNTS: MOUNTS.replace("needs", "need")}
+             NO_ROOT: NO_ROOT.replace("needs", "need"), MOUNTS: MOUNTS.replace("needs", "need")}
     if kinds:
         told = ", ".join(f"{count:,} {names.get(kind, kind)}" for kind, count in kinds.most_common())
         command = f"{install_command(missing)} && " if missing else ""
@@ -186,7 +186,7 @@ def train(tmp_path: Path, texts: Path, environment: dict[str, str]) -> Train:
         told = [str(TRAINER), "--model_name_or_path", model, "--output_dir", str(path), "--num_samples", "1"]
         told += ["--dataset_path", str(data)] if data else []
         if config:
-            told += ["--deepspeed", "--deepspeed_config", str(HOME / "trainer" / f"{config}.json")]
+            told += ["--deepspeed", "--deepspeed_config", str(ROOT / "trainer" / f"{config}.json")]
         told += ["--logging_steps", "1", *words]
         if launcher:
             command = [sys.executable, *LAUNCHERS[launcher], *([f"--nproc-per-node={ranks}"] if ranks > 1 else [])]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-HOME = Path(__file__).resolve().parent.parent
-FOLDERS = [HOME / name for name in ("master", "worker", "trainer", "benchmarks", "tests") if (HOME / name).is_dir()]
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = [ROOT / name for name in ("master", "worker", "trainer", "benchmarks", "tests") if (ROOT / name).is_dir()]
 # Packages, lowest first: each imports from those in the lists before its own, none from one in the same list. "top" is
 # what stands beside the packages: the tools of the master; of the trainer, its program.
 LAYERS = {
@@ -27,12 +27,12 @@ def sources(*folders: str) -> list[Path]:
 
 
 def name_of(path: Path) -> str:
-    return str(path.relative_to(HOME))
+    return str(path.relative_to(ROOT))
 
 
 def module_of(path: Path) -> str:
     """The name that a file is imported by."""
-    parts = path.relative_to(HOME).with_suffix("").parts
+    parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -112,7 +112,7 @@ def test_a_package_says_what_it_is_for_and_is_small(path: Path) -> None:
     assert len(list(path.parent.glob("*.py"))) <= 14
 
 
-@pytest.mark.parametrize("path", sorted((HOME / "master").glob("*.py")), ids=name_of)
+@pytest.mark.parametrize("path", sorted((ROOT / "master").glob("*.py")), ids=name_of)
 def test_at_the_top_of_the_master_there_are_only_tools(path: Path) -> None:
     assert is_tool(path) or path.name == "__init__.py"
 

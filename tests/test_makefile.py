@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
 
 def make(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `make install` in a copy of what it reads."""
     for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
-        shutil.copy(HOME / name, folder)
+        shutil.copy(ROOT / name, folder)
     for package in ("master", "trainer"):
         (folder / package).mkdir()
         (folder / package / "__init__.py").touch()

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
 from trainer.options import build_parser
 
-README = (HOME / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 # Tasks whose flags after -- go to a tool of the master; the others hand on to the trainer.
 MASTER_TOOLS = {"setup-keys": "setup_keys", "hostfile": "generate_hostfile", "validate": "validate_ds_config",
@@ -20,7 +20,7 @@ MASTER_TOOLS = {"setup-keys": "setup_keys", "hostfile": "generate_hostfile", "va
 
 
 def known_flags(*command: str) -> str:
-    return subprocess.run([sys.executable, *command, "--help"], cwd=HOME, capture_output=True, text=True).stdout
+    return subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
 
 
 def check_trainer_flags(words: list[str]) -> None:
@@ -31,9 +31,9 @@ def check_trainer_flags(words: list[str]) -> None:
 def test_each_command_exists_and_takes_its_flags(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
-        targets = set(re.findall(r"^([a-z]+):", (HOME / "Makefile").read_text(), re.M))
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
         assert words[1] in targets
-        assert all(word.split("=")[0] in (HOME / "Makefile").read_text() for word in words[2:])
+        assert all(word.split("=")[0] in (ROOT / "Makefile").read_text() for word in words[2:])
     elif words[0] == "invoke":
         cut = words.index("--") if "--" in words else len(words)
         shown = known_flags("-m", "invoke", words[1])
@@ -46,10 +46,10 @@ def test_each_command_exists_and_takes_its_flags(command: str) -> None:
             check_trainer_flags(["--model_name_or_path", "tiny", *words[cut + 1 :]])
     elif words[0] in ("python", "deepspeed", "torchrun"):
         script = next(number for number, word in enumerate(words) if word.endswith(".py"))
-        assert (HOME / words[script]).is_file()
+        assert (ROOT / words[script]).is_file()
         check_trainer_flags(words[script + 1 :])
     elif words[0] in ("bash", "python3", "ssh"):
-        assert (HOME / words[-1]).is_file()
+        assert (ROOT / words[-1]).is_file()
     else:
         assert words[0] == "."
 
@@ -57,7 +57,7 @@ def test_each_command_exists_and_takes_its_flags(command: str) -> None:
 def test_each_file_that_is_named_is_there() -> None:
     named = set(re.findall(r"`((?:trainer|master|worker|schemas|benchmarks)/[\w/.]+)`", README))
     assert named
-    assert all((HOME / name).exists() for name in named)
+    assert all((ROOT / name).exists() for name in named)
 
 
 @pytest.mark.parametrize("folder", ["master", "worker", "schemas", "trainer"])
@@ -66,13 +66,13 @@ def test_the_tree_has_each_source_file_and_no_other(folder: str) -> None:
     block = re.search(rf"^{folder}/.*\n(?: .*\n)*", tree, re.M)
     assert block
     named = set(re.findall(r"[\w.]+\.(?:py|sh|json)\b", block[0]))
-    found = [path for path in (HOME / folder).rglob("*.*")
+    found = [path for path in (ROOT / folder).rglob("*.*")
              if path.parent.name not in ("rules", "configs", "__pycache__")]
     assert named == {path.name for path in found} - {"__init__.py"}
 
 
 def test_each_preset_stands_in_the_table() -> None:
-    for path in (HOME / "trainer" / "configs").glob("*.json"):
+    for path in (ROOT / "trainer" / "configs").glob("*.json"):
         assert f"`trainer/configs/{path.name}`" in README
 
 

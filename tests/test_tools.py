@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from test_architecture import HEAVY, is_tool, name_of, sources
 
 TOOLS = [path for path in sources("master", "worker", "trainer") if is_tool(path) and "argparse" in path.read_text()]
@@ -24,7 +24,7 @@ def test_help_is_told_from_any_folder(tool: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [[str(tool), "--help"] for tool in TOOLS] + [["-m", "invoke", "--list"]], ids=str)
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=HOME, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in loaded or "invoke" in loaded
@@ -38,7 +38,7 @@ def test_a_wrong_flag_is_exit_code_2_without_a_traceback(tool: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-PACKAGES = sorted({path.name for folder in ("master", "trainer") for path in (HOME / folder).iterdir()
+PACKAGES = sorted({path.name for folder in ("master", "trainer") for path in (ROOT / folder).iterdir()
                    if (path / "__init__.py").exists()})
 
 
@@ -54,7 +54,7 @@ def test_a_tool_hides_no_installed_package(tool: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == str([str(tmp_path / f"{name}.py") for name in PACKAGES]), done.stderr
 
 
-def invoke(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
+def invoke(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "invoke", *words], cwd=cwd, capture_output=True, text=True)
 
 
@@ -66,8 +66,8 @@ def invoke(*words: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
 def test_output_that_cannot_be_written_is_one_line(words: str, to: str, code: int, unbuffered: str,
                                                    tmp_path: Path) -> None:
     (tmp_path / "h").write_text("gpu1 slots=2\n")
-    words = words.format(hosts=tmp_path / "h", config=HOME / "trainer" / "ds_config.json")
-    done = subprocess.run(["sh", "-c", f"{sys.executable} {words} {to}"], cwd=HOME, capture_output=True, text=True,
+    words = words.format(hosts=tmp_path / "h", config=ROOT / "trainer" / "ds_config.json")
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {words} {to}"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     assert done.returncode == code and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr
     assert done.stderr == ("error: No space left on device\n" if code else "")

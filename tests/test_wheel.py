@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
 FOLDERS = ("master", "schemas", "trainer", "worker")
 
@@ -29,9 +29,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(HOME / name, source)
+        shutil.copy(ROOT / name, source)
     for name in FOLDERS:
-        shutil.copytree(HOME / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", "made", ".",
         cwd=source)
     (found,) = (source / "made").glob("lanspeed-*.whl")
@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_has_every_file_of_the_packages_and_no_other(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {str(path.relative_to(HOME)) for folder in FOLDERS for path in (HOME / folder).rglob("*")
+    assert names == {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*")
                      if path.is_file() and "__pycache__" not in path.parts}
 
 

@@ -28,7 +28,7 @@ import threading
 import time
 from typing import Any, Callable, Iterator, NamedTuple
 
-PIECE = 4 << 20  # bytes; the master cuts the same way
+CHUNK_BYTES = 4 << 20  # bytes; the master cuts the same way
 SEGMENTS = 2000  # small files in one piece at most
 WINDOW = 6  # pieces asked for ahead of time
 BEAT, SILENCE = 2.0, 20.0  # seconds between signs of life; without one after which the other side counts as gone
@@ -152,7 +152,7 @@ class File:
 
     def span(self, number: int) -> tuple[int, int]:
         """Return offset and length of a part."""
-        return number * PIECE, min(PIECE, self.size - number * PIECE)
+        return number * CHUNK_BYTES, min(CHUNK_BYTES, self.size - number * CHUNK_BYTES)
 
 
 def scratch_path(target: str) -> str:
@@ -169,7 +169,7 @@ class Store:
         self._putting = threading.Lock()
         self.files: list[File] = []
         self.links: list[tuple[str, str, str, str]] = []  # tree, root, path, target
-        self.pieces: list[list[tuple[int, int]]] = []
+        self.chunks: list[list[tuple[int, int]]] = []
         self.missing: set[int] = set()
         self.foreign: list[str] = []  # files that somebody else put there, or changed
         self.changed = threading.Condition()
@@ -207,9 +207,9 @@ class Store:
             place = os.path.join(root, path)
             if not is_link_to(place, target) and not self._may_replace(place):
                 self.foreign.append(place)
-        self.pieces = list(cut(self.files))
-        self.missing = {number for number, piece in enumerate(self.pieces)
-                        if not all(self.files[one].have[part] for one, part in piece)}
+        self.chunks = list(cut(self.files))
+        self.missing = {number for number, chunk in enumerate(self.chunks)
+                        if not all(self.files[one].have[part] for one, part in chunk)}
 
     def _examine(self, file: File) -> None:
         known = self._record.known.get(file.target)
@@ -269,7 +269,7 @@ class Store:
 
     def bytes_of(self, numbers: Any) -> int:
         """Return the bytes of these pieces."""
-        return sum(self.files[one].span(part)[1] for number in numbers for one, part in self.pieces[number])
+        return sum(self.files[one].span(part)[1] for number in numbers for one, part in self.chunks[number])
 
     def short_of_room(self, more: dict[str, int]) -> list[str]:
         """Return what doesn't fit on which disk; `more`: bytes that will be needed below other folders."""
@@ -325,7 +325,7 @@ class Store:
 
     def _put(self, number: int, data: bytes | bytearray) -> None:
         view, at = memoryview(data), 0
-        for one, part in self.pieces[number]:
+        for one, part in self.chunks[number]:
             file = self.files[one]
             offset, size = file.span(part)
             block, at = view[at : at + size], at + size
@@ -381,7 +381,7 @@ class Store:
     def get(self, number: int) -> bytes:
         """Return a piece that is here. Raises OSError if somebody has taken it away meanwhile."""
         blocks = []
-        for one, part in self.pieces[number]:
+        for one, part in self.chunks[number]:
             file = self.files[one]
             offset, size = file.span(part)
             try:
@@ -461,17 +461,17 @@ def delete_bytecode(path: str) -> str:
 
 def cut(files: list[File]) -> Iterator[list[tuple[int, int]]]:
     """Yield pieces as (file, part): at least PIECE bytes but for the last, small files side by side."""
-    piece: list[tuple[int, int]] = []
+    chunk: list[tuple[int, int]] = []
     size = 0
     for number, file in enumerate(files):
         for part in range(len(file.digests)):
-            piece.append((number, part))
+            chunk.append((number, part))
             size += file.span(part)[1]
-            if size >= PIECE or len(piece) >= SEGMENTS:
-                yield piece
-                piece, size = [], 0
-    if piece:
-        yield piece
+            if size >= CHUNK_BYTES or len(chunk) >= SEGMENTS:
+                yield chunk
+                chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def read_all(source: Any, size: int) -> bytes:
@@ -634,7 +634,7 @@ def pull_from(address: str, port: int, context: ssl.SSLContext, store: Store) ->
             number, size = struct.unpack(">II", receive(peer, 8))
             if number == WAITING:
                 continue
-            if size > 2 * PIECE:
+            if size > 2 * CHUNK_BYTES:
                 raise OSError("it sends more than a piece")
             data = receive(peer, size)
             asked += ask() - 1

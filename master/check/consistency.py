@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 GIB = 1 << 30
-LITTLE_ROOM, SOME_ROOM = 2 * GIB, 20 * GIB  # free bytes for runs and checkpoints: an error below, a warning below
-LITTLE_SHM = 1 * GIB  # NCCL and data loaders of one node share memory there
-LITTLE_FILES = 4096  # open files: a loader's workers and a rank's sockets take thousands
-SKEW = 2.0  # seconds: logs of several hosts can't be read side by side beyond it
-SLOW = 1000  # Mbit/s: a card below it is rarely meant
+MIN_FREE_BYTES, LOW_FREE_BYTES = 2 * GIB, 20 * GIB  # free bytes for runs and checkpoints: an error below, a warning below
+MIN_SHM_BYTES = 1 * GIB  # NCCL and data loaders of one node share memory there
+MIN_OPEN_FILES = 4096  # open files: a loader's workers and a rank's sockets take thousands
+MAX_CLOCK_SKEW_S = 2.0  # seconds: logs of several hosts can't be read side by side beyond it
+SLOW_MBIT = 1000  # Mbit/s: a card below it is rarely meant
 Facts = Mapping[str, Any]
 
 
@@ -28,42 +28,42 @@ class Finding:
     hosts: tuple[str, ...]
     what: str
     effect: str
-    mend: str
+    fix: str
 
     def line(self) -> str:
         """Return it as one line."""
         text = f"{', '.join(self.hosts)}: {self.level}: {self.what}: {self.effect}"
-        return f"{text}. {self.mend}" if self.mend else text
+        return f"{text}. {self.fix}" if self.fix else text
 
 
 @dataclass(frozen=True)
-class Alike:
+class ComparedFact:
     """A fact that all nodes should have alike: its name, how to read it, what a difference does and mends."""
 
     name: str
     path: tuple[str, ...]
     level: str
     effect: str
-    mend: str
+    fix: str
 
 
 VERSIONS = "ranks of different versions hang or compute different things"
 SEND = "invoke sync with the same --model and --dataset (or does it have more files than here?)"
 INSTALL = "invoke sync"
-ALIKE = [
-    Alike("lanspeed's code", ("code",), "error", "ranks would run different programs", "invoke sync"),
-    *(Alike(name, ("packages", name), "error", VERSIONS, INSTALL)
+COMPARED_FACTS = [
+    ComparedFact("lanspeed's code", ("code",), "error", "ranks would run different programs", "invoke sync"),
+    *(ComparedFact(name, ("packages", name), "error", VERSIONS, INSTALL)
       for name in ("torch", "deepspeed", "transformers", "accelerate", "peft")),
-    *(Alike(name, ("packages", name), "warning", "data may be tokenized differently", INSTALL)
+    *(ComparedFact(name, ("packages", name), "warning", "data may be tokenized differently", INSTALL)
       for name in ("datasets", "tokenizers")),
-    Alike("Python", ("minor",), "error", "packages differ with it", "install the same minor release there"),
-    Alike("NCCL", ("nccl",), "error", "its ranks do not speak with each other", INSTALL),
-    Alike("GPU driver", ("driver",), "warning", "one host may refuse what the others run", "update it there"),
-    Alike("glibc", ("glibc",), "info", "packages built on one host may not load on another", ""),
-    Alike("operating system", ("os",), "info", "nothing by itself", ""),
-    Alike("MTU of the training's network card", ("mtu",), "warning",
+    ComparedFact("Python", ("minor",), "error", "packages differ with it", "install the same minor release there"),
+    ComparedFact("NCCL", ("nccl",), "error", "its ranks do not speak with each other", INSTALL),
+    ComparedFact("GPU driver", ("driver",), "warning", "one host may refuse what the others run", "update it there"),
+    ComparedFact("glibc", ("glibc",), "info", "packages built on one host may not load on another", ""),
+    ComparedFact("operating system", ("os",), "info", "nothing by itself", ""),
+    ComparedFact("MTU of the training's network card", ("mtu",), "warning",
           "large packets are lost without a word, and a sum hangs", "sudo ip link set dev CARD mtu 1500 there"),
-    Alike("time zone", ("timezone",), "info", "the logs' times differ by it", ""),
+    ComparedFact("time zone", ("timezone",), "info", "the logs' times differ by it", ""),
 ]
 
 
@@ -80,7 +80,7 @@ def value_at(facts: Facts, path: Sequence[str]) -> Any:
     return found
 
 
-def prepared(facts: Facts, address: str | None) -> dict[str, Any]:
+def normalized(facts: Facts, address: str | None) -> dict[str, Any]:
     """Return facts in the form that is compared: versions without their build, the card that the training will use."""
     packages = {name: version.split("+")[0] for name, version in facts["packages"].items()}
     card = card_of(facts, address)
@@ -100,40 +100,40 @@ def card_of(facts: Facts, address: str | None) -> dict[str, Any] | None:
 def differences(nodes: Mapping[str, Facts]) -> list[Finding]:
     """Return what single nodes have unlike the majority; of a tie the first node's is the majority's."""
     found = []
-    for alike in ALIKE:
-        values = {host: value_at(facts, alike.path) for host, facts in nodes.items()}
+    for fact in COMPARED_FACTS:
+        values = {host: value_at(facts, fact.path) for host, facts in nodes.items()}
         usual = Counter(values.values()).most_common(1)[0][0]
         by_value: dict[Any, list[str]] = {}
         for host, value in values.items():
             if value != usual:
                 by_value.setdefault(value, []).append(host)
         for value, hosts in by_value.items():
-            has = f"{alike.name} {value}" if value is not None else f"no {alike.name}"
+            has = f"{fact.name} {value}" if value is not None else f"no {fact.name}"
             others = f"the others have {usual}" if usual is not None else "the others have none"
-            found.append(Finding(alike.level, tuple(hosts), f"{has}, {others}", alike.effect, alike.mend))
+            found.append(Finding(fact.level, tuple(hosts), f"{has}, {others}", fact.effect, fact.fix))
     return found
 
 
-def troubles(host: str, facts: Facts, here: float | None) -> list[Finding]:
+def node_findings(host: str, facts: Facts, here: float | None) -> list[Finding]:
     """Return what is wrong with a node by itself; `here`: seconds that its clock is ahead of this machine's."""
     found = []
 
-    def add(level: str, what: str, effect: str, mend: str) -> None:
-        found.append(Finding(level, (host,), what, effect, mend))
+    def add(level: str, what: str, effect: str, fix: str) -> None:
+        found.append(Finding(level, (host,), what, effect, fix))
 
     for disk in facts["disks"]:
-        if disk["free_bytes"] < SOME_ROOM:
-            level = "error" if disk["free_bytes"] < LITTLE_ROOM else "warning"
+        if disk["free_bytes"] < LOW_FREE_BYTES:
+            level = "error" if disk["free_bytes"] < MIN_FREE_BYTES else "warning"
             add(level, f"{disk['free_bytes'] / 1e9:.1f} GB are free on {disk['mount']}",
                 "checkpoints or packages won't fit", "make room there")
-    if facts["shm_bytes"] is not None and facts["shm_bytes"] < LITTLE_SHM:
+    if facts["shm_bytes"] is not None and facts["shm_bytes"] < MIN_SHM_BYTES:
         add("warning", f"its shared memory has {facts['shm_bytes'] / 1e6:.0f} MB",
             "ranks of one host die of a bus error",
             "sudo mount -o remount,size=50% /dev/shm there (a container: --shm-size)")
-    if facts["nofile"] is not None and facts["nofile"] < LITTLE_FILES:
+    if facts["nofile"] is not None and facts["nofile"] < MIN_OPEN_FILES:
         add("warning", f"{facts['nofile']} open files are allowed", "data loaders fail with 'too many open files'",
             "a line 'nofile 65536' for the account in /etc/security/limits.conf there")
-    if here is not None and abs(here) > SKEW:
+    if here is not None and abs(here) > MAX_CLOCK_SKEW_S:
         add("warning", f"its clock is {abs(here):.0f} s {'ahead' if here > 0 else 'behind'}",
             "logs can't be read side by side, and certificates may be refused", "sudo timedatectl set-ntp true there")
     if any(map(is_loopback, facts["own_name"])):
@@ -155,10 +155,10 @@ def troubles(host: str, facts: Facts, here: float | None) -> list[Finding]:
     if facts["jobs"]:
         add("warning", f"{', '.join(facts['jobs'])} runs there", "both trainings get slower, or run out of memory",
             "invoke stop, or wait")
-    return found + cards(host, facts)
+    return found + card_findings(host, facts)
 
 
-def unlike_here(nodes: Mapping[str, Facts], own: Mapping[str, str | None]) -> list[Finding]:
+def content_findings(nodes: Mapping[str, Facts], own: Mapping[str, str | None]) -> list[Finding]:
     """Return what the nodes have of models and data otherwise than this machine, or, where it has none, than most."""
     found: list[Finding] = []
     for name, digest in own.items() if nodes else ():
@@ -176,7 +176,7 @@ def unlike_here(nodes: Mapping[str, Facts], own: Mapping[str, str | None]) -> li
     return found
 
 
-def gathered(findings: Sequence[Finding]) -> list[Finding]:
+def grouped(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings with those made one that say the same of single hosts; a pair stays a pair."""
     hosts: dict[Finding, list[str]] = {}
     for finding in findings:
@@ -185,7 +185,7 @@ def gathered(findings: Sequence[Finding]) -> list[Finding]:
     return [replace(finding, hosts=tuple(dict.fromkeys(names))) for finding, names in hosts.items()]
 
 
-def cards(host: str, facts: Facts) -> list[Finding]:
+def card_findings(host: str, facts: Facts) -> list[Finding]:
     """Return what is wrong with the network card that the training will use, and with those beside it."""
     card, found = facts["card"], []
     if card is None:
@@ -200,7 +200,7 @@ def cards(host: str, facts: Facts) -> list[Finding]:
             "warning", (host,), f"{card['name']} ({card['mbit']} Mbit/s) is used, and {faster[0]['name']} has "
             f"{faster[0]['mbit']}", "sums take as much longer",
             f"name the host by its address on {faster[0]['name']} ({', '.join(faster[0]['addresses'])})"))
-    elif card["mbit"] and card["mbit"] < SLOW:
+    elif card["mbit"] and card["mbit"] < SLOW_MBIT:
         found.append(Finding("warning", (host,), f"{card['name']} runs at {card['mbit']} Mbit/s",
                              "sums take ten times as long as on gigabit", "look at the cable and the switch's port"))
     networks: dict[Any, str] = {}

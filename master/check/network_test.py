@@ -16,12 +16,12 @@ from typing import Any
 
 from master.check.consistency import Finding
 from master.core.paths import WORKER
-from master.inventory.node_facts import Place, streamed
+from master.inventory.node_facts import RemoteCheckout, stdin_loader
 from master.ssh.channel import Channel
 from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import Ask, on_all
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import Ask, run_on_all
 from master.ssh.session import Session
 
 ANSWER = 15.0  # seconds that a node may take beyond the work itself
@@ -43,11 +43,11 @@ class Pair:
     faults: list[str] = field(default_factory=list)
 
 
-class Talk:
+class Peer:
     """A node that follows orders; one that is lost answers None from then on."""
 
     def __init__(self, host: str, channel: Channel) -> None:
-        self.host, self._talk = host, JsonChannel(channel, host)
+        self.host, self._channel = host, JsonChannel(channel, host)
         self._waiting: list[dict[str, Any]] = []
         self.lost: str | None = None
         self.ports: list[int | None] = []
@@ -56,9 +56,9 @@ class Talk:
         """Send an order; without one, a sign of life."""
         if not self.lost:
             try:
-                self._talk.send(order)
+                self._channel.send(order)
             except SshError as error:
-                self.lost = error.fault
+                self.lost = error.reason
 
     def hear(self, event: str, seconds: float) -> dict[str, Any] | None:
         """Return the answer, None if none comes in time."""
@@ -69,61 +69,61 @@ class Talk:
                     return found
             left = end - time.monotonic()
             try:
-                self._waiting = self._talk.receive(left) if left > 0 else []
+                self._waiting = self._channel.receive(left) if left > 0 else []
             except SshError as error:
-                self.lost = error.fault
+                self.lost = error.reason
                 break
-            if self._talk.ended or left <= 0:
-                self.lost = (self._talk.complaints()[-200:] if self._talk.ended else "") or "it gives no answer"
+            if self._channel.ended or left <= 0:
+                self.lost = (self._channel.stderr_tail()[-200:] if self._channel.ended else "") or "it gives no answer"
         return None
 
 
-def probe(places: Mapping[Node, Place], addresses: Mapping[str, str], access: Access, rates: bool,
+def test_network(places: Mapping[Node, RemoteCheckout], addresses: Mapping[str, str], ssh: SshOptions, rates: bool,
           question: Ask | None, say: Callable[[str], None]) -> tuple[list[Pair], dict[str, str]]:
     """Return what each node found of each other one, and the nodes that couldn't take part, with why.
 
     addresses: by host, the one on which it will be reached. With `rates` each pair sends alone, then all in a ring.
     """
-    talks: dict[str, Talk] = {}
+    peers: dict[str, Peer] = {}
     lost: dict[str, str] = {}
     arrived, finished = threading.Semaphore(0), threading.Event()
 
     def work(session: Session) -> None:
         script = WORKER / "probe_network.py"
-        command = f"exec {shlex.quote(places[session.node].python)} {streamed(script)}"
+        command = f"exec {shlex.quote(places[session.node].python)} {stdin_loader(script)}"
         with contextlib.closing(session.open(command)) as channel:
             channel.send(script.read_bytes())
-            talks[str(session.node)] = Talk(str(session.node), channel)
+            peers[str(session.node)] = Peer(str(session.node), channel)
             arrived.release()
             finished.wait()
 
     def done(node: Node, result: object) -> None:
         if isinstance(result, SshError):
-            lost[str(node)] = f"{result.stage}: {result.fault}"
+            lost[str(node)] = f"{result.stage}: {result.reason}"
             arrived.release()
 
-    fleet = threading.Thread(target=on_all, args=(list(places), access, work, question, done),
+    fleet = threading.Thread(target=run_on_all, args=(list(places), ssh, work, question, done),
                              kwargs={"at_once": len(places)}, daemon=True)
     fleet.start()
     try:
         for _ in places:
             arrived.acquire()
-        pairs = converse([talks[str(node)] for node in places if str(node) in talks], addresses, rates, say)
+        pairs = connect_all([peers[str(node)] for node in places if str(node) in peers], addresses, rates, say)
     finally:
         finished.set()
         fleet.join(timeout=ANSWER)
-    return pairs, {**lost, **{host: talk.lost for host, talk in talks.items() if talk.lost}}
+    return pairs, {**lost, **{host: peer.lost for host, peer in peers.items() if peer.lost}}
 
 
-def converse(talks: Sequence[Talk], addresses: Mapping[str, str], rates: bool, say: Callable[[str], None]
+def connect_all(peers: Sequence[Peer], addresses: Mapping[str, str], rates: bool, say: Callable[[str], None]
              ) -> list[Pair]:
     """Have every node listen, then reach every other, then send."""
     token = secrets.token_hex(16)
-    for talk in talks:
-        talk.tell(listen=[RENDEZVOUS, 0], token=token)
-    for talk in talks:
-        talk.ports = (talk.hear("ready", ANSWER) or {"ports": []})["ports"]
-    up = [talk for talk in talks if not talk.lost]
+    for peer in peers:
+        peer.tell(listen=[RENDEZVOUS, 0], token=token)
+    for peer in peers:
+        peer.ports = (peer.hear("ready", ANSWER) or {"ports": []})["ports"]
+    up = [peer for peer in peers if not peer.lost]
     pairs = {(one.host, other.host): Pair(one.host, other.host) for one in up for other in up if one is not other}
     for one in up:
         one.tell(connect=[[other.host, addresses[other.host], port] for other in up if other is not one
@@ -136,24 +136,24 @@ def converse(talks: Sequence[Talk], addresses: Mapping[str, str], rates: bool, s
             else:
                 pair.latency_s = min(result["latency_s"], pair.latency_s or result["latency_s"])
     if rates:
-        measure([talk for talk in up if not talk.lost], addresses, pairs, say)
+        measure_rates([peer for peer in up if not peer.lost], addresses, pairs, say)
     return list(pairs.values())
 
 
-def measure(up: Sequence[Talk], addresses: Mapping[str, str], pairs: Mapping[tuple[str, str], Pair],
+def measure_rates(up: Sequence[Peer], addresses: Mapping[str, str], pairs: Mapping[tuple[str, str], Pair],
             say: Callable[[str], None]) -> None:
     """Let each pair send alone, in both directions, then every node to the next, as an all-reduce's ring does."""
-    def rate(one: Talk) -> float | None:
+    def rate(one: Peer) -> float | None:
         found = one.hear("rate", SENDING + ANSWER) or {"bytes_per_s": None}
         value: float | None = found["bytes_per_s"]
         return value
 
     for (source, target), pair in pairs.items():
-        one, other = (next((talk for talk in up if talk.host == host), None) for host in (source, target))
+        one, other = (next((peer for peer in up if peer.host == host), None) for host in (source, target))
         if not one or not other or pair.latency_s is None or not other.ports[-1]:
             continue
-        for talk in up:
-            talk.tell()
+        for peer in up:
+            peer.tell()
         one.tell(send=[addresses[target], other.ports[-1]], seconds=SENDING)
         pair.alone = rate(one)
         if pair.alone:
@@ -166,13 +166,13 @@ def measure(up: Sequence[Talk], addresses: Mapping[str, str], pairs: Mapping[tup
         pairs[one.host, other.host].together = rate(one)
 
 
-def judge_network(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]],
+def network_findings(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]],
                   addresses: Mapping[str, str]) -> list[Finding]:
     """Return which host doesn't reach which, and which pairs are slower than their cards or than the others."""
     found = [Finding("error", (host,), why, "the network can't be tried from there", "") for host, why in lost.items()]
     for pair in pairs:
-        for fault in pair.faults:
-            found.append(Finding("error", (pair.source,), f"{pair.target} {fault}",
+        for reason in pair.faults:
+            found.append(Finding("error", (pair.source,), f"{pair.target} {reason}",
                                  "the ranks can't meet, or hang at the first sum",
                                  f"open {pair.target}'s firewall for {addresses[pair.source]}, as by "
                                  f"sudo ufw allow from {addresses[pair.source]} there"))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from master.ds_config import schema_check
-from master.ds_config.json_text import Document, Path, strict_error
+from master.ds_config.json_text import Document, KeyPath, strict_error
 from master.ds_config.problem import INIT, LEVELS, PARSE, Config, Fix, Problem, Rule, Target, shown
 from master.ds_config.rules import batch, contradictions, nodes, optimizer, parse, precision, scheduler, zero
 
@@ -47,11 +47,11 @@ def hjson_numbers(value: Any) -> Any:
 
 def _gravest(problems: list[Problem]) -> list[Problem]:
     """Drop findings where a graver one, or an equal one with the same code, is told of the same key."""
-    best: dict[Path, int] = {}
+    best: dict[KeyPath, int] = {}
     for problem in problems:
         rank = LEVELS.index(problem.level)
         best[problem.path] = min(rank, best.get(problem.path, rank))
-    kept: dict[tuple[Path, str], Problem] = {}
+    kept: dict[tuple[KeyPath, str], Problem] = {}
     for problem in problems:
         graver = best[problem.path] < LEVELS.index(problem.level) and problem.code in ("bad-value", "loose-type",
                                                                                       "wrong-stage", "no-effect")
@@ -89,12 +89,12 @@ def text_problems(document: Document, target: Target) -> Iterator[Problem]:
                       "put texts in quotes" if bare else "write plain JSON (--fix does)", INIT, fix)
 
 
-def _equal_twins(document: Document, path: Path) -> bool:
+def _equal_twins(document: Document, path: KeyPath) -> bool:
     """Tell whether all the values of a duplicate key are the same."""
     parent = document.member(path[:-1])
     node = parent.node if parent else document.root
-    twins = [member.node.value for member in node.members if member.key == path[-1]]
-    return all(twin == twins[0] for twin in twins)
+    duplicate_hosts = [member.node.value for member in node.members if member.key == path[-1]]
+    return all(twin == duplicate_hosts[0] for twin in duplicate_hosts)
 
 
 __all__ = ["INIT", "RULES", "Config", "Problem", "Target", "check"]

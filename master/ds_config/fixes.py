@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import Counter
 
 from master.ds_config.checker import check
-from master.ds_config.json_text import Document, Path, TextError, put, remove, rename
+from master.ds_config.json_text import Document, KeyPath, TextError, put, remove, rename
 from master.ds_config.problem import Problem, Target
 
 ROUNDS = 500  # more mends than any config needs; each round makes one
 
 
-def mend(text: str, target: Target) -> tuple[str, list[Problem]]:
+def apply_fixes(text: str, target: Target) -> tuple[str, list[Problem]]:
     """Return the text with every safe mend made, and the problems that they solved.
 
     A mend is undone if it brings up anything that wasn't there before: a config never gets worse. Raises TextError.
     """
     done: list[Problem] = []
-    refused: set[tuple[str, Path]] = set()
+    refused: set[tuple[str, KeyPath]] = set()
     problems = check(Document(text), target)
     for _ in range(ROUNDS):
         problem = next((each for each in problems if each.fix and (each.code, each.path) not in refused), None)
@@ -36,13 +36,13 @@ def mend(text: str, target: Target) -> tuple[str, list[Problem]]:
     return text, done
 
 
-def _kinds(problems: list[Problem], mended: Problem) -> Counter[tuple[str, str, Path]]:
+def _kinds(problems: list[Problem], fixed: Problem) -> Counter[tuple[str, str, KeyPath]]:
     """Return the findings as they can be compared: a renamed key's are those of its old name."""
-    old, new, fix = mended.path, mended.path, mended.fix
+    old, new, fix = fixed.path, fixed.path, fixed.fix
     if fix and fix.kind in ("rename", "replace"):
         new = (*old[:-1], fix.value if fix.kind == "rename" else fix.value[0])
 
-    def before(path: Path) -> Path:
+    def before(path: KeyPath) -> KeyPath:
         return old + path[len(new):] if path[: len(new)] == new else path
 
     return Counter((problem.code, problem.level, before(problem.path)) for problem in problems)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 BLANK = re.compile(r"[ \t\r\n]*")
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?[ \t]*$")
 STRING = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)\1""", re.DOTALL)
@@ -66,7 +66,7 @@ class Member:
 class Reader:
     """One pass over the text; Hjson's rules, as far as configs use them."""
 
-    def __init__(self, text: str, slips: list[Slip], duplicates: list[tuple[Path, int]]) -> None:
+    def __init__(self, text: str, slips: list[Slip], duplicates: list[tuple[KeyPath, int]]) -> None:
         self.text, self.slips, self.duplicates = text, slips, duplicates
         self.at, self.path = 0, []  # type: int, list[str | int]
 

@@ -11,9 +11,9 @@ import json
 import re
 from typing import Any
 
-from master.ds_config.hjson_reader import Member, Path, Reader, Slip, TextError
+from master.ds_config.hjson_reader import KeyPath, Member, Reader, Slip, TextError
 
-__all__ = ["Document", "Path", "TextError", "put", "remove", "rename", "strict_error"]
+__all__ = ["Document", "KeyPath", "TextError", "put", "remove", "rename", "strict_error"]
 
 
 class Document:
@@ -22,7 +22,7 @@ class Document:
     def __init__(self, text: str) -> None:
         self.text = text
         self.slips: list[Slip] = []
-        self.duplicates: list[tuple[Path, int]] = []
+        self.duplicates: list[tuple[KeyPath, int]] = []
         self._lines = [0, *(match.end() for match in re.finditer("\n", text))]
         self.root = Reader(text, self.slips, self.duplicates).document()
 
@@ -36,7 +36,7 @@ class Document:
         number = bisect.bisect_right(self._lines, at)
         return number, at - self._lines[number - 1] + 1
 
-    def member(self, path: Path) -> Member | None:
+    def member(self, path: KeyPath) -> Member | None:
         """Return the last key of a path, or None if it isn't written."""
         found, node = None, self.root
         for step in path:
@@ -51,7 +51,7 @@ class Document:
             node = found.node
         return found
 
-    def place(self, path: Path) -> int:
+    def place(self, path: KeyPath) -> int:
         """Return the offset of a path's key, or of the nearest one above that is written."""
         for length in range(len(path), 0, -1):
             if member := self.member(path[:length]):
@@ -75,19 +75,19 @@ class Document:
 # -- edits -------------------------------------------------------------------------------------------------------------
 
 
-def rename(document: Document, path: Path, key: str) -> str:
+def rename(document: Document, path: KeyPath, key: str) -> str:
     """Return the text with a key's name changed."""
     member = _must(document, path)
     return document.text[: member.start] + json.dumps(key) + document.text[member.end :]
 
 
-def put(document: Document, path: Path, value: Any) -> str:
+def put(document: Document, path: KeyPath, value: Any) -> str:
     """Return the text with a key's value changed."""
     node = _must(document, path).node
     return document.text[: node.start] + json.dumps(value) + document.text[node.end :]
 
 
-def remove(document: Document, path: Path, first: bool = False) -> str:
+def remove(document: Document, path: KeyPath, first: bool = False) -> str:
     """Return the text without a key, its value and one comma. `first`: of duplicates, the first one."""
     parent = _must(document, path[:-1]).node if path[:-1] else document.root
     numbers = [number for number, member in enumerate(parent.members) if member.key == path[-1]]
@@ -100,7 +100,7 @@ def remove(document: Document, path: Path, first: bool = False) -> str:
     return text[: parent.start + 1] + text[parent.end - 1 :]
 
 
-def _must(document: Document, path: Path) -> Member:
+def _must(document: Document, path: KeyPath) -> Member:
     member = document.member(path)
     if member is None:
         raise KeyError(path)

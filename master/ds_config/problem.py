@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from master.core.terminal import one_line
-from master.ds_config.json_text import Path
+from master.ds_config.json_text import KeyPath
 from master.ds_config.schema import fills_auto
 
 LEVELS = ("error", "warning", "info")
@@ -30,15 +30,15 @@ class Fix:
 class Problem:
     """One finding. level: error (it will be refused or fail), warning (ignored, or can't be meant), info (harmless).
 
-    `strikes`, for errors: when. `path`: the keys from the root. `mend`: what to do, a sentence without its full stop.
+    `phase`, for errors: when. `path`: the keys from the root. `how_to_fix`: what to do, a sentence without its full stop.
     """
 
     code: str
     level: str
-    path: Path
+    path: KeyPath
     message: str
-    mend: str = ""
-    strikes: str = ""
+    how_to_fix: str = ""
+    phase: str = ""
     fix: Fix | None = None
 
     @property
@@ -48,10 +48,10 @@ class Problem:
 
     def line(self, file: str, number: int) -> str:
         """Return the finding as one line of text."""
-        command = self.mend.startswith(("pip ", "make ", "invoke "))
-        mend = f". {self.mend if command else self.mend[:1].upper() + self.mend[1:]}" if self.mend else ""
-        strikes = f" [{self.strikes}]" if self.strikes else ""
-        return one_line(f"{file}:{number}: {self.level} {self.json_path}: {self.message}{mend}{strikes}")
+        command = self.how_to_fix.startswith(("pip ", "make ", "invoke "))
+        how_to_fix = f". {self.how_to_fix if command else self.how_to_fix[:1].upper() + self.how_to_fix[1:]}" if self.how_to_fix else ""
+        phase = f" [{self.phase}]" if self.phase else ""
+        return one_line(f"{file}:{number}: {self.level} {self.json_path}: {self.message}{how_to_fix}{phase}")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Rules(list[Rule]):
         return rule
 
 
-def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Walk over all values that are no objects and no lists."""
     if isinstance(value, dict):
         for key, part in value.items():

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from master.core.paths import SCHEMAS
-from master.ds_config.json_text import Path
+from master.ds_config.json_text import KeyPath
 
 SCHEMA = SCHEMAS / "ds_config.schema.json"
 COMMENT = re.compile(r"^(_|//|\$comment|comment)")
@@ -21,7 +21,7 @@ def schema() -> dict[str, Any]:
     return found
 
 
-def node_of(path: Path) -> dict[str, Any] | None:
+def node_of(path: KeyPath) -> dict[str, Any] | None:
     """Return what the schema says of a path, None if it knows nothing of it."""
     node: Any = schema()
     for step in path:
@@ -34,7 +34,7 @@ def node_of(path: Path) -> dict[str, Any] | None:
     return node
 
 
-def section_of(path: Path) -> Path:
+def section_of(path: KeyPath) -> KeyPath:
     """Return the path of the object that a path's value stands in, lists left out."""
     parent = path[:-1]
     while parent and isinstance(parent[-1], int):
@@ -42,11 +42,11 @@ def section_of(path: Path) -> Path:
     return parent[:-1] if path and isinstance(path[-1], int) else parent
 
 
-def is_checked(path: Path) -> bool:
+def is_checked(path: KeyPath) -> bool:
     """Tell whether DeepSpeed checks the values in this section."""
     return bool((node_of(path) or {}).get("x-checked"))
 
 
-def fills_auto(path: Path) -> bool:
+def fills_auto(path: KeyPath) -> bool:
     """Tell whether the Trainer fills an "auto" here."""
     return bool((node_of(path) or {}).get("x-auto"))

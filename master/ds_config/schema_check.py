@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from master.ds_config.json_text import Path
+from master.ds_config.json_text import KeyPath
 from master.ds_config.problem import PARSE, Fix, Problem, shown
 from master.ds_config.schema import COMMENT, is_checked, schema, section_of
 from master.ds_config.unknown_keys import unknown
@@ -44,7 +44,7 @@ def findings(root: dict[str, Any]) -> Iterator[Problem]:
             yield from value_breach(path, error.instance, error.schema)
 
 
-def not_settable(path: Path, value: Any, node: dict[str, Any]) -> Problem:
+def not_settable(path: KeyPath, value: Any, node: dict[str, Any]) -> Problem:
     """Return the finding for a key that DeepSpeed refuses whatever its value."""
     if "x-removed" not in node:
         return Problem("not-in-json", "error", path, node["description"], "leave it out", PARSE, Fix("remove"))
@@ -56,7 +56,7 @@ def not_settable(path: Path, value: Any, node: dict[str, Any]) -> Problem:
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def value_breach(path: Path, value: Any, node: dict[str, Any]) -> Iterator[Problem]:
+def value_breach(path: KeyPath, value: Any, node: dict[str, Any]) -> Iterator[Problem]:
     """Yield the finding for a value that the schema doesn't have."""
     if value == "auto" and isinstance(path[-1], str):
         return  # dropped by DeepSpeed, filled or refused by the Trainer: rules/batch.py
@@ -70,9 +70,9 @@ def value_breach(path: Path, value: Any, node: dict[str, Any]) -> Iterator[Probl
     try:
         taken = coerce(node, value)
     except ValueError:
-        level, strikes = ("warning", "") if "x-open" in node and isinstance(value, str) else ("error", PARSE)
+        level, phase = ("warning", "") if "x-open" in node and isinstance(value, str) else ("error", PARSE)
         yield Problem("bad-value", level, path, f"expected {wanted}, got {shown(value)}", _closest(node, value),
-                      strikes, _case_fix(node, value))
+                      phase, _case_fix(node, value))
         return
     yield Problem("loose-type", "info", path, f"{shown(value)} is taken as {shown(taken)}", f"write {shown(taken)}",
                   fix=Fix("put", taken))
@@ -85,8 +85,8 @@ def expected(node: dict[str, Any]) -> str:
         return "one of " + ", ".join(values)
     words = [NOUNS[name] for name in _types(node)] + (['"auto"'] if node.get("pattern") == "^auto$" else [])
     text = " or ".join(words)
-    for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")):
-        text += f" {sign} {node[key]:g}" if key in node else ""
+    for key, write_launcher_record in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")):
+        text += f" {write_launcher_record} {node[key]:g}" if key in node else ""
     return text
 
 

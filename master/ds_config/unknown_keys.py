@@ -6,12 +6,12 @@ import difflib
 import functools
 from typing import Any
 
-from master.ds_config.json_text import Path
+from master.ds_config.json_text import KeyPath
 from master.ds_config.problem import PARSE, Fix, Problem
 from master.ds_config.schema import COMMENT, is_checked, node_of, schema
 
 # Names under which things are looked for in vain: printouts, other releases, other programs' spelling.
-KNOWN_AS: dict[Path, Path] = {
+KNOWN_AS: dict[KeyPath, KeyPath] = {
     ("aio", "thread_count"): ("aio", "intra_op_parallelism"),
     ("activation_checkpointing", "partitioned_activations"): ("activation_checkpointing", "partition_activations"),
     ("activation_checkpointing", "num_checkpoints"): ("activation_checkpointing", "number_checkpoints"),
@@ -27,27 +27,27 @@ KNOWN_AS: dict[Path, Path] = {
     ("micro_batch_size",): ("train_micro_batch_size_per_gpu",),
 }
 # What Apex's and older releases' fp16 sections held; DeepSpeed's fp16 has no place for it.
-DEAD: set[Path] = {("fp16", "opt_level"), ("fp16", "fp16_scale_tolerance"), ("compile", "disable")}
+DEAD: set[KeyPath] = {("fp16", "opt_level"), ("fp16", "fp16_scale_tolerance"), ("compile", "disable")}
 SURE = 0.9  # likeness from which a name is a slip of the fingers, so that --fix may correct it
 
 
-def unknown(path: Path, section: dict[str, Any]) -> Problem:
+def unknown(path: KeyPath, section: dict[str, Any]) -> Problem:
     """Return the finding for a key that the schema lacks: an error where DeepSpeed refuses it, else a warning."""
     parent, key = path[:-1], str(path[-1])
     refused = is_checked(parent) and section[key] != "auto"
-    level, strikes = ("error", PARSE) if refused else ("warning", "")
+    level, phase = ("error", PARSE) if refused else ("warning", "")
     place = "in " + ".".join(map(str, parent)) if parent else "at the top level"
     what = "refused" if refused else "ignored without a word"
     if COMMENT.match(key):
         return Problem("comment-key", level, path, f"no comments {place}: an unknown key is {what}",
-                       "move it to the top level, or take it out", strikes, Fix("remove"))
-    mend, fix = meant(path, section)
+                       "move it to the top level, or take it out", phase, Fix("remove"))
+    how_to_fix, fix = suggestion(path, section)
     if path in DEAD:
         fix = Fix("remove")
-    return Problem("unknown-key", level, path, f"no such key {place}: it is {what}", mend, strikes, fix)
+    return Problem("unknown-key", level, path, f"no such key {place}: it is {what}", how_to_fix, phase, fix)
 
 
-def meant(path: Path, section: dict[str, Any]) -> tuple[str, Fix | None]:
+def suggestion(path: KeyPath, section: dict[str, Any]) -> tuple[str, Fix | None]:
     """Return the mend for an unknown key, and the fix if there is no doubt."""
     parent, key = path[:-1], str(path[-1])
     if known := KNOWN_AS.get(path):
@@ -66,7 +66,7 @@ def meant(path: Path, section: dict[str, Any]) -> tuple[str, Fix | None]:
     return "take it out", None
 
 
-def _rename(parent: Path, section: dict[str, Any], key: str, new: str) -> Fix | None:
+def _rename(parent: KeyPath, section: dict[str, Any], key: str, new: str) -> Fix | None:
     """Return the fix that renames a key, if the new name is free and its value fits there."""
     import jsonschema
 

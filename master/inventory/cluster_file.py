@@ -36,7 +36,7 @@ def chosen_nodes(words: Sequence[str], hostfile: Path | None) -> tuple[list[Node
     return nodes, path.with_name("cluster.json")
 
 
-def empty() -> dict[str, Any]:
+def empty_cluster() -> dict[str, Any]:
     """Return a cluster of no hosts."""
     return {"schema": "cluster/1", "hosts": [], "pairs": []}
 
@@ -48,18 +48,18 @@ def read_cluster(path: Path) -> dict[str, Any]:
     try:
         cluster = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return empty()
+        return empty_cluster()
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise ClusterError(f"{path}: {why}: delete it, it is written anew") from None
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
-    faults = sorted(validator.iter_errors(cluster), key=lambda fault: [str(part) for part in fault.absolute_path])
+    faults = sorted(validator.iter_errors(cluster), key=lambda reason: [str(part) for part in reason.absolute_path])
     if faults:
         raise ClusterError(f"{path}: {faults[0].json_path}: {faults[0].message[:200]}: delete it, it is written anew")
     return cluster
 
 
-def speed_of(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> float:
+def receive_rate_mbit(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> float:
     """Return how fast a host takes data, in Mbit/s: as measured, else as its network card says."""
     rates = [pair["bandwidth_bytes_per_s"] for pair in cluster["pairs"]
              if pair["to"] == known.get("name") and pair["bandwidth_bytes_per_s"]]
@@ -71,7 +71,7 @@ def speed_of(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> float:
     return GIGABIT
 
 
-def merge(cluster: Mapping[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge_hosts(cluster: Mapping[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the cluster with these hosts and no others; facts and places that are known of them stay."""
     old = {host["name"]: host for host in cluster["hosts"]}
     kept = [{**host, **{key: old[host["name"]][key] for key in ("facts", "dir", "python", "paths")
@@ -85,16 +85,16 @@ def merge(cluster: Mapping[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[s
 def write_cluster(path: Path, cluster: dict[str, Any]) -> None:
     """Write cluster.json unless only the times of reading would change."""
     try:
-        if untimed(json.loads(path.read_text(encoding="utf-8"))) == untimed(cluster):
+        if without_times(json.loads(path.read_text(encoding="utf-8"))) == without_times(cluster):
             return
     except (OSError, ValueError):
         pass
     write_whole(path, json.dumps(cluster, indent=1) + "\n")
 
 
-def untimed(value: Any) -> Any:
+def without_times(value: Any) -> Any:
     """Return a cluster without what differs at every reading: times, free memory, other programs' memory."""
     if isinstance(value, dict):
         passing = ("read_at", "memory_free_mib", "busy_mib")
-        return {key: untimed(part) for key, part in value.items() if key not in passing}
-    return [untimed(part) for part in value] if isinstance(value, list) else value
+        return {key: without_times(part) for key, part in value.items() if key not in passing}
+    return [without_times(part) for part in value] if isinstance(value, list) else value

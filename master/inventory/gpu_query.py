@@ -11,7 +11,7 @@ from pathlib import Path
 from master.core.paths import WORKER
 from master.inventory.gpu_report import GpuReport, ReportError, new_nonce, parse_report
 from master.ssh.route import SshError
-from master.ssh.session import Result, Session
+from master.ssh.session import CommandResult, Session
 
 NOT_FOUND = 127
 # Runs before the detector in the same bash: where the host was reached, and its network cards' addresses.
@@ -37,7 +37,7 @@ exec bash "$path" --nonce "$2" </dev/null
 
 
 @dataclass(frozen=True)
-class Survey:
+class GpuAnswer:
     """What a host said. `address` is where it was reached on its own network (None if it doesn't tell), `notes` what
     the user should know of how it was asked."""
 
@@ -50,46 +50,46 @@ class Survey:
     notes: tuple[str, ...] = field(default=())
 
 
-def survey(session: Session, script_path: str | None = None) -> Survey:
+def query_gpus(session: Session, script_path: str | None = None) -> GpuAnswer:
     """Return a host's GPUs and facts; raise SshError if it can't be asked or says nothing that can be understood."""
     notes: list[str] = []
     nonce = new_nonce()
     report, output = None, ""
     if script_path:
-        report = ask_copy(session, script_path, notes)
+        report = query_by_copy(session, script_path, notes)
     done = session.run(f"exec bash --noprofile --norc -s -- --nonce {nonce}",
                        (FACTS + ("exit 0\n" if report else (WORKER / "detect_gpus.sh").read_text())).encode())
     output = done.out
     if report is None:
-        report = streamed_report(session, done, nonce, notes)
-    address, macs = facts_in(output, nonce)
+        report = report_from_stdin(session, done, nonce, notes)
+    address, macs = parse_host_facts(output, nonce)
     if session.way == "local":  # SSH_CONNECTION is then about whoever sits here
         address = None
-    return Survey(report, session.way, session.fingerprint, address, macs, time.time(), tuple(notes))
+    return GpuAnswer(report, session.way, session.fingerprint, address, macs, time.time(), tuple(notes))
 
 
-def streamed_report(session: Session, done: Result, nonce: str, notes: list[str]) -> GpuReport:
+def report_from_stdin(session: Session, done: CommandResult, nonce: str, notes: list[str]) -> GpuReport:
     """Return the shell script's report, or the Python file's where that one isn't sure or there is no bash."""
     host = str(session.node)
-    report, fault = None, ""
+    report, reason = None, ""
     try:
         report = parse_report(done.out, nonce)
         if report.hand_over is None:
             return report
     except ReportError as error:
-        fault = str(error) if done.code != NOT_FOUND else "no bash"
+        reason = str(error) if done.code != NOT_FOUND else "no bash"
     try:
-        return ask_python(session)
+        return query_by_python(session)
     except (ReportError, SshError) as error:
         if report is None:
             said = (done.err.strip().splitlines() or [""])[-1]
-            raise SshError(host, "GPU report", f"bash: {fault}; python3: {error}; {said}",
+            raise SshError(host, "GPU report", f"bash: {reason}; python3: {error}; {said}",
                            f"ssh {shlex.quote(host)} bash -s < worker/detect_gpus.sh") from None
         notes.append(f"not sure ({report.hand_over}): install python3 there for a full answer")
         return report
 
 
-def ask_python(session: Session) -> GpuReport:
+def query_by_python(session: Session) -> GpuReport:
     """Stream the Python detector."""
     nonce = new_nonce()
     done = session.run(f"exec python3 -I - --nonce {nonce}", (WORKER / "detect_gpus.py").read_bytes())
@@ -98,7 +98,7 @@ def ask_python(session: Session) -> GpuReport:
     return parse_report(done.out, nonce)
 
 
-def ask_copy(session: Session, path: str, notes: list[str]) -> GpuReport | None:
+def query_by_copy(session: Session, path: str, notes: list[str]) -> GpuReport | None:
     """Run the detector that was copied to the host; None, with a note, where that isn't possible."""
     nonce = new_nonce()
     words = shlex.join([path, nonce, str(Path.home())])
@@ -115,7 +115,7 @@ def ask_copy(session: Session, path: str, notes: list[str]) -> GpuReport | None:
         return None
 
 
-def facts_in(output: str, nonce: str) -> tuple[str | None, tuple[str, ...]]:
+def parse_host_facts(output: str, nonce: str) -> tuple[str | None, tuple[str, ...]]:
     """Return the address and MAC addresses in a session's output; nothing but addresses is believed."""
     found = re.search(rf"@@HOST_FACTS {re.escape(nonce)} ([0-9a-fA-F.:% ]*)\|([0-9a-f: ]*)\|", output)
     if not found:

@@ -118,7 +118,7 @@ def validator() -> Any:
 
 def check_report(raw: Any) -> GpuReport:
     """Return a decoded report as data; raise ReportError with the path of the first fault."""
-    faults = sorted(validator().iter_errors(raw), key=lambda fault: [str(part) for part in fault.absolute_path])
+    faults = sorted(validator().iter_errors(raw), key=lambda reason: [str(part) for part in reason.absolute_path])
     if faults:
         raise ReportError(f"{faults[0].json_path}: {faults[0].message[:200]}")
     check_slots(raw)

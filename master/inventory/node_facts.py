@@ -1,6 +1,6 @@
 """What each node has for a training, asked of the Python that will train there, and what stands against a start.
 
-`worker/describe_node.py` answers; `faults` compares the answers with this machine's.
+`worker/describe_node.py` answers; `node_problems` compares the answers with this machine's.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from types import ModuleType
 from typing import Any
 
 from master.core.paths import ROOT, WORKER
-from master.inventory.gpu_query import survey
+from master.inventory.gpu_query import query_gpus
 from master.ssh.route import SshError
 from master.ssh.session import Session
 
 MARK = "@@NODE_FACTS "
 NOT_FOUND = (126, 127)  # what a shell says of a program that isn't there, or isn't one
-LITTLE_ROOM = 2 << 30  # bytes
-BUSY = 1024  # MiB that other programs hold on a GPU from which it is told of: a desktop takes less
+MIN_FREE_BYTES = 2 << 30  # bytes
+BUSY_MIB = 1024  # MiB that other programs hold on a GPU from which it is told of: a desktop takes less
 
 
 @dataclass(frozen=True)
-class Place:
+class RemoteCheckout:
     """Where lanspeed lives on a node: the folder of the checkout, the Python that trains, paths (here, there)."""
 
     folder: str
@@ -37,20 +37,20 @@ class Place:
     def translate_path(self, word: str) -> str:
         """Return a word of a command as the node has it: this machine's paths become the node's."""
         head, equals, tail = word.partition("=") if word.startswith("--") else ("", "", word)
-        for here, there in sorted([*self.paths, (str(ROOT), self.folder)], key=lambda pair: -len(pair[0])):
-            if tail == here or tail.startswith(here + "/"):
-                return head + equals + there + tail[len(here) :]
+        for local_facts, there in sorted([*self.paths, (str(ROOT), self.folder)], key=lambda pair: -len(pair[0])):
+            if tail == local_facts or tail.startswith(local_facts + "/"):
+                return head + equals + there + tail[len(local_facts) :]
         return word
 
 
-def place_of(known: Mapping[str, Any]) -> Place:
+def checkout_of(known: Mapping[str, Any]) -> RemoteCheckout:
     """Return a host's place by what cluster.json says of it; this machine's path where it says nothing."""
-    return Place(known.get("dir") or str(ROOT), known.get("python") or sys.executable,
+    return RemoteCheckout(known.get("dir") or str(ROOT), known.get("python") or sys.executable,
                  tuple(known.get("paths", {}).items()))
 
 
 @dataclass(frozen=True)
-class Fault:
+class NodeProblem:
     """What stops a start, on one host, with the mend."""
 
     host: str
@@ -60,7 +60,7 @@ class Fault:
         return f"{self.host}: {self.text}"
 
 
-def streamed(script: Path) -> str:
+def stdin_loader(script: Path) -> str:
     """Return the words after PYTHON that run a script sent over standard input and leave the rest of the input to it.
 
     Not `python3 -`, which reads to the end of the input.
@@ -70,14 +70,14 @@ def streamed(script: Path) -> str:
     return f"-u -c {shlex.quote(program)}"
 
 
-def ask(session: Session, place: Place, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def query_facts(session: Session, place: RemoteCheckout, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return a node's facts; raise SshError with the mend where they can't be had.
 
     Paths in `wanted`, and those that are missing there, are this machine's.
     """
-    paths = {place.there(path): path for path in wanted.get("paths", [])}
+    paths = {place.translate_path(path): path for path in wanted.get("paths", [])}
     words = json.dumps({"folder": place.folder, **wanted, "paths": list(paths)})
-    command = f"exec {shlex.quote(place.python)} {streamed(WORKER / 'describe_node.py')} {shlex.quote(words)}"
+    command = f"exec {shlex.quote(place.python)} {stdin_loader(WORKER / 'describe_node.py')} {shlex.quote(words)}"
     done = session.run(command, (WORKER / "describe_node.py").read_bytes())
     host = str(session.node)
     for line in done.out.splitlines():
@@ -93,42 +93,42 @@ def ask(session: Session, place: Place, wanted: Mapping[str, Any]) -> dict[str, 
     raise SshError(host, "Python", f"{place.python} does not answer: {said[:200]}")
 
 
-def ask_gpus(session: Session) -> dict[str, Any]:
+def query_gpu_use(session: Session) -> dict[str, Any]:
     """Return what a node's GPUs are like now: slots to use, slots that other programs hold (MiB), problems."""
-    report = survey(session).report
-    busy = {str(gpu.index): gpu.busy_mib for gpu in report.usable if (gpu.busy_mib or 0) > BUSY}
+    report = query_gpus(session).report
+    busy = {str(gpu.index): gpu.busy_mib for gpu in report.usable if (gpu.busy_mib or 0) > BUSY_MIB}
     return {"vendor": report.vendor, "use": list(report.slots_use), "busy": busy,
             "problems": [problem.code for problem in report.problems if problem.is_fault]}
 
 
-def gpu_faults(host: str, slots: Sequence[int], gpus: Mapping[str, Any]) -> list[Fault]:
+def gpu_problems(host: str, slots: Sequence[int], gpus: Mapping[str, Any]) -> list[NodeProblem]:
     """Return what is wrong with the slots that are to train on a host."""
     gone = [str(slot) for slot in slots if slot not in gpus["use"]]
     if not gone:
         return []
     why = f" ({', '.join(gpus['problems'])})" if gpus["problems"] else ""
-    return [Fault(host, f"slot {', '.join(gone)} can't be used now{why}: invoke detect there says more, "
+    return [NodeProblem(host, f"slot {', '.join(gone)} can't be used now{why}: invoke detect there says more, "
                         "invoke hostfile writes a new hostfile")]
 
 
-def torch_faults(host: str, slots: Sequence[int], torch: Mapping[str, Any]) -> list[Fault]:
+def torch_problems(host: str, slots: Sequence[int], torch: Mapping[str, Any]) -> list[NodeProblem]:
     """Return why the PyTorch of a host can't use these slots of its, by what it said itself (describe_node.py)."""
     version = f"torch {torch.get('version', '')}".strip()
     if not torch.get("built_for"):
         if "version" not in torch:
-            return [Fault(host, f"{torch['error']}: invoke sync")]
-        return [Fault(host, f"{version} there is built without GPUs: invoke sync")]
+            return [NodeProblem(host, f"{torch['error']}: invoke sync")]
+        return [NodeProblem(host, f"{version} there is built without GPUs: invoke sync")]
     if torch["error"] and not torch["devices"]:
         why = torch["error"].splitlines()[0]
-        return [Fault(host, f"{version} (for {torch['built_for']}) can't use the GPUs: {why}")]
+        return [NodeProblem(host, f"{version} (for {torch['built_for']}) can't use the GPUs: {why}")]
     found = []
     for slot in slots:
         if slot >= len(torch["devices"]):
-            found.append(Fault(host, f"{version} finds {len(torch['devices'])} devices, not slot {slot}: is "
+            found.append(NodeProblem(host, f"{version} finds {len(torch['devices'])} devices, not slot {slot}: is "
                                      "CUDA_VISIBLE_DEVICES set there?"))
         elif not runs_on(torch["archs"], torch["devices"][slot]["arch"]):
             device = torch["devices"][slot]
-            found.append(Fault(host, f"slot {slot} ({device['name']}, {device['arch']}) is nothing that {version} was "
+            found.append(NodeProblem(host, f"slot {slot} ({device['name']}, {device['arch']}) is nothing that {version} was "
                                      f"built for ({' '.join(torch['archs'])}): --exclude {host}:{slot}"))
     return found
 
@@ -161,37 +161,37 @@ def load_worker(name: str) -> ModuleType:
     return module
 
 
-def here(wanted: Mapping[str, Any]) -> dict[str, Any]:
+def local_facts(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return this machine's facts, by the same file."""
     found: dict[str, Any] = load_worker("describe_node").describe(dict(wanted))
     return found
 
 
-def version_faults(host: str, facts: Mapping[str, Any], own: Mapping[str, Any]) -> list[Fault]:
+def version_problems(host: str, facts: Mapping[str, Any], own: Mapping[str, Any]) -> list[NodeProblem]:
     """Return which packages, or Python, a host has otherwise than this machine."""
     found = []
     for name, version in own["packages"].items():
         theirs = facts["packages"].get(name)
         if theirs is None:
-            found.append(Fault(host, f"{name} is not installed: invoke sync"))
+            found.append(NodeProblem(host, f"{name} is not installed: invoke sync"))
         elif theirs.split("+")[0] != version.split("+")[0]:
-            found.append(Fault(host, f"{name} {theirs}, here {version}: invoke sync"))
+            found.append(NodeProblem(host, f"{name} {theirs}, here {version}: invoke sync"))
     if facts["python"].split(".")[:2] != own["python"].split(".")[:2]:
-        found.append(Fault(host, f"Python {facts['python']}, here {own['python']}: invoke sync takes the same"))
+        found.append(NodeProblem(host, f"Python {facts['python']}, here {own['python']}: invoke sync takes the same"))
     return found
 
 
-def faults(answers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) -> list[Fault]:
+def node_problems(answers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) -> list[NodeProblem]:
     """Return what stops a start, host by host; `own` are this machine's facts, which the others must agree with."""
     found = []
     for host, facts in answers.items():
         if facts["code"] != own["code"]:
             what = "another state of lanspeed's code" if facts["code"] else "no lanspeed"
-            found.append(Fault(host, f"{what} in the folder it trains in: invoke sync"))
-        found += version_faults(host, facts, own)
-        found += [Fault(host, f"{path} is not there: invoke sync -- --with {path}") for path in facts["missing"]]
-        if facts["free_bytes"] is not None and facts["free_bytes"] < LITTLE_ROOM:
-            found.append(Fault(host, f"{facts['free_bytes'] / 1e9:.1f} GB are free on its disk: make room"))
+            found.append(NodeProblem(host, f"{what} in the folder it trains in: invoke sync"))
+        found += version_problems(host, facts, own)
+        found += [NodeProblem(host, f"{path} is not there: invoke sync -- --with {path}") for path in facts["missing"]]
+        if facts["free_bytes"] is not None and facts["free_bytes"] < MIN_FREE_BYTES:
+            found.append(NodeProblem(host, f"{facts['free_bytes'] / 1e9:.1f} GB are free on its disk: make room"))
         if facts["port"] is None:
-            found.append(Fault(host, "the port is taken: --master-port N names another"))
+            found.append(NodeProblem(host, "the port is taken: --master-port N names another"))
     return found

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from master.inventory.gpu_query import Survey
+from master.inventory.gpu_query import GpuAnswer
 from master.inventory.gpu_report import GpuReport
 from master.inventory.hostfile import Slots
 from master.ssh.node_names import Node
@@ -16,16 +16,16 @@ VENDORS = ("NVIDIA", "AMD", "INTEL")  # of equals the first
 
 
 @dataclass(frozen=True)
-class Answer:
+class HostAnswer:
     """What came of asking a host: what was found there, or the fault. `node` is None for a report from a file."""
 
     name: str
     node: Node | None
-    found: Survey | None
-    fault: str | None
+    found: GpuAnswer | None
+    reason: str | None
 
 
-def choose_vendor(answers: Sequence[Answer]) -> str:
+def choose_vendor(answers: Sequence[HostAnswer]) -> str:
     """Return the vendor with most usable GPUs over all hosts: one training can't mix them."""
     counts = Counter({vendor: 0 for vendor in VENDORS})
     for answer in answers:
@@ -34,7 +34,7 @@ def choose_vendor(answers: Sequence[Answer]) -> str:
     return max(VENDORS, key=lambda vendor: counts[vendor])
 
 
-def slots_of(answer: Answer, vendor: str, cpu_slots: int | None) -> Slots | None:
+def slots_of(answer: HostAnswer, vendor: str, cpu_slots: int | None) -> Slots | None:
     """Return a host's line of the hostfile, None if it has none."""
     if not answer.found:
         return None
@@ -46,7 +46,7 @@ def slots_of(answer: Answer, vendor: str, cpu_slots: int | None) -> Slots | None
     return Slots(answer.name, report.slots_total, report.slots_use, vendor)
 
 
-def unfit_name(node: Node) -> str | None:
+def name_problem(node: Node) -> str | None:
     """Return why DeepSpeed couldn't take a node's name from a hostfile, None if it can."""
     what = "a user name" if node.user else "a port" if node.port else "an IPv6 address" if node.is_ipv6 else None
     if what is None:
@@ -57,14 +57,14 @@ def unfit_name(node: Node) -> str | None:
             "~/.ssh/config and use NAME")
 
 
-def note_on(report: GpuReport, vendor: str | None = None) -> str:
+def host_comment(report: GpuReport, vendor: str | None = None) -> str:
     """Return a remark on a host for people: '2x NVIDIA GeForce RTX 4090 24564 MiB; slot 0 unusable (CODE)'."""
     kinds = Counter((gpu.name or f"{report.vendor} GPU", gpu.memory_total_mib) for gpu in report.gpus
                     if gpu.usable or (gpu.index is not None and not gpu.integrated))
     parts = [", ".join(f"{count}x {name}" + (f" {memory} MiB" if memory else "")
                        for (name, memory), count in kinds.items())] if kinds else []
     faults = [problem for problem in report.problems if problem.is_fault]
-    why = f" ({', '.join(fault.code for fault in faults)})" if faults else ""
+    why = f" ({', '.join(reason.code for reason in faults)})" if faults else ""
     broken = [str(gpu.index) for gpu in report.gpus if not gpu.usable and not gpu.integrated and gpu.index is not None]
     lost = sum(1 for gpu in report.gpus if not gpu.usable and gpu.index is None)
     if broken:
@@ -80,15 +80,15 @@ def note_on(report: GpuReport, vendor: str | None = None) -> str:
     return "; ".join(parts)
 
 
-def with_own_address(answers: Sequence[Answer]) -> list[Answer]:
+def with_own_address(answers: Sequence[HostAnswer]) -> list[HostAnswer]:
     """Return the answers with this machine's address, where it is a node itself: the one on its way to the others."""
     others = [answer.found.address for answer in answers if answer.found and answer.found.address]
-    own = address_towards(others[0]) if others else None
+    own = own_address_towards(others[0]) if others else None
     return [replace(answer, found=replace(answer.found, address=own))
             if answer.found and answer.node and answer.node.is_local else answer for answer in answers]
 
 
-def address_towards(other: str) -> str | None:
+def own_address_towards(other: str) -> str | None:
     """Return this machine's address on the way to another: a UDP socket that connects sends nothing."""
     family = socket.AF_INET6 if ":" in other else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -99,7 +99,7 @@ def address_towards(other: str) -> str | None:
         return str(probe.getsockname()[0])
 
 
-def twins(answers: Sequence[Answer]) -> list[str]:
+def duplicate_hosts(answers: Sequence[HostAnswer]) -> list[str]:
     """Return warnings on hosts that seem to be one machine under two names: same host key and same network cards.
 
     Cloned disks share a host key and even the machine id, but not their network cards' addresses.

@@ -15,12 +15,12 @@ from pathlib import Path
 import paramiko
 import paramiko.agent
 
-from master.ssh.route import Access, Route, SshError
+from master.ssh.route import Route, SshError, SshOptions
 
 _loading = threading.Lock()
 
 
-def words_of(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """Return what an exception says, or its kind."""
     return str(error) or type(error).__name__
 
@@ -36,7 +36,7 @@ def _load(path: Path) -> paramiko.PKey | str:
     except Exception as error:  # paramiko and cryptography raise a dozen kinds for keys that they can't take
         if isinstance(error, paramiko.PasswordRequiredException) or "password" in str(error).lower():
             return f"{path} has a passphrase and isn't in the agent: ssh-add {path}"
-        return f"{path} can't be used here: {words_of(error)}"
+        return f"{path} can't be used here: {message_of(error)}"
 
 
 def load_key(path: Path) -> paramiko.PKey | str:
@@ -60,22 +60,22 @@ class Agent(paramiko.agent.AgentSSH):
         self._close()
 
 
-def offers(route: Route, access: Access, notes: list[str]) -> Iterator[tuple[str, paramiko.PKey]]:
+def offered_keys(route: Route, ssh: SshOptions, notes: list[str]) -> Iterator[tuple[str, paramiko.PKey]]:
     """Yield (what it is called, key) in the order in which keys are offered; why one isn't goes to `notes`."""
     offered: set[str] = set()
-    files = list(dict.fromkeys([*([access.key] if access.key else []), *route.key_files]))
+    files = list(dict.fromkeys([*([ssh.key] if ssh.key else []), *route.key_files]))
 
     def from_file(path: Path) -> Iterator[tuple[str, paramiko.PKey]]:
-        key = load_key(path) if path.exists() else f"{path}: no such file" if path == access.key else None
+        key = load_key(path) if path.exists() else f"{path}: no such file" if path == ssh.key else None
         if isinstance(key, str):
             notes.append(key)
         elif key is not None and key.get_base64() not in offered:
             offered.add(key.get_base64())
             yield str(path), key
 
-    if access.key and access.only != "password":
-        yield from from_file(access.key)
-    if access.only:
+    if ssh.key and ssh.only != "password":
+        yield from from_file(ssh.key)
+    if ssh.only:
         return
     if route.agent:
         wanted = {public_blob(path) for path in files}
@@ -98,11 +98,11 @@ def public_blob(path: Path) -> str:
         return ""
 
 
-def log_in(transport: paramiko.Transport, route: Route, access: Access) -> str:
+def log_in(transport: paramiko.Transport, route: Route, ssh: SshOptions) -> str:
     """Authenticate; return what let us in. Raises SshError with all that was tried."""
     host, notes, tried = str(route.node), [], []  # type: ignore[var-annotated]
     try:
-        for name, key in offers(route, access, notes):
+        for name, key in offered_keys(route, ssh, notes):
             try:
                 if not transport.auth_publickey(route.user, key):
                     return name
@@ -112,16 +112,16 @@ def log_in(transport: paramiko.Transport, route: Route, access: Access) -> str:
                 break
             except paramiko.AuthenticationException:
                 tried.append(name)
-        if access.password is not None:
+        if ssh.password is not None:
             try:
-                if not transport.auth_password(route.user, access.password):
+                if not transport.auth_password(route.user, ssh.password):
                     return "password"
             except paramiko.BadAuthenticationType as refusal:
                 notes.append(f"the server takes no passwords, only {', '.join(refusal.allowed_types)}")
             except paramiko.AuthenticationException:
                 tried.append("password")
     except (paramiko.SSHException, EOFError, OSError) as error:
-        notes.append(f"the server closed the connection ({words_of(error)})")
+        notes.append(f"the server closed the connection ({message_of(error)})")
         if len(tried) > 2:
             notes.append("too many keys were offered: name one with --ssh-key, or set IdentitiesOnly")
     what = f"refused {', '.join(tried)}" if tried else "no key to offer"

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import paramiko
 
 BLOCK = 65536
-COMPLAINTS = 4096  # bytes of standard error that are kept, the last ones
+STDERR_TAIL = 4096  # bytes of standard error that are kept, the last ones
 TICK = 0.1  # seconds after which a waiting side looks at the clock: both directions of a channel share one time limit
-STUCK = 60.0  # seconds in which a peer that takes nothing is gone
+SEND_TIMEOUT_S = 60.0  # seconds in which a peer that takes nothing is gone
 
 
 class Channel(Protocol):
@@ -38,7 +38,7 @@ class Channel(Protocol):
         """Return what came, None if nothing did within the time, b"" at the end."""
         ...
 
-    def complaints(self) -> str:
+    def stderr_tail(self) -> str:
         """Return the last of what the command wrote to standard error."""
         ...
 
@@ -59,7 +59,7 @@ class ProcessChannel:
         self._err = self._process.stderr.fileno()
         os.set_blocking(self._err, False)
         os.set_blocking(self._in, False)
-        self._said = b""
+        self._stderr = b""
 
     def send(self, data: bytes) -> None:
         """Write all of it."""
@@ -68,23 +68,23 @@ class ProcessChannel:
             while rest:
                 if select.select([], [self._in], [], TICK)[1]:
                     rest, since = rest[os.write(self._in, rest[:BLOCK]) :], time.monotonic()
-                elif time.monotonic() - since > STUCK:
-                    raise SshError(self._host, "command", f"it took nothing for {STUCK:.0f} s")
+                elif time.monotonic() - since > SEND_TIMEOUT_S:
+                    raise SshError(self._host, "command", f"it took nothing for {SEND_TIMEOUT_S:.0f} s")
         except OSError as error:
             raise SshError(self._host, "command", f"it reads no more: {error.strerror}") from None
 
     def receive(self, seconds: float) -> bytes | None:
         """Wait for output."""
         ready, _, _ = select.select([self._out], [], [], seconds)
-        self.complaints()
+        self.stderr_tail()
         return os.read(self._out, BLOCK) if ready else None
 
-    def complaints(self) -> str:
+    def stderr_tail(self) -> str:
         """Read what is there."""
         with contextlib.suppress(BlockingIOError, ValueError):
             while block := os.read(self._err, BLOCK):
-                self._said = (self._said + block)[-COMPLAINTS:]
-        return self._said.decode("utf-8", "replace").strip()
+                self._stderr = (self._stderr + block)[-STDERR_TAIL:]
+        return self._stderr.decode("utf-8", "replace").strip()
 
     def close(self) -> None:
         """Close the pipes; kill what does not end by itself within seconds."""
@@ -106,7 +106,7 @@ class SshChannel:
     """A command in a channel of a paramiko connection."""
 
     def __init__(self, channel: paramiko.Channel, command: str, host: str) -> None:
-        self._channel, self._host, self._said = channel, host, b""
+        self._channel, self._host, self._stderr = channel, host, b""
         channel.exec_command(command)
         channel.settimeout(TICK)
 
@@ -120,8 +120,8 @@ class SshChannel:
                     raise OSError("it is closed")
                 rest, since = rest[count:], time.monotonic()
             except TimeoutError:
-                if time.monotonic() - since > STUCK:
-                    raise SshError(self._host, "command", f"it took nothing for {STUCK:.0f} s") from None
+                if time.monotonic() - since > SEND_TIMEOUT_S:
+                    raise SshError(self._host, "command", f"it took nothing for {SEND_TIMEOUT_S:.0f} s") from None
             except Exception as error:  # EOFError and paramiko's own among them
                 raise SshError(self._host, "command", f"the connection broke: {error or 'closed'}") from None
 
@@ -137,11 +137,11 @@ class SshChannel:
             except OSError as error:
                 raise SshError(self._host, "command", f"the connection broke: {error}") from None
 
-    def complaints(self) -> str:
+    def stderr_tail(self) -> str:
         """Read what is there."""
         while self._channel.recv_stderr_ready():
-            self._said = (self._said + self._channel.recv_stderr(BLOCK))[-COMPLAINTS:]
-        return self._said.decode("utf-8", "replace").strip()
+            self._stderr = (self._stderr + self._channel.recv_stderr(BLOCK))[-STDERR_TAIL:]
+        return self._stderr.decode("utf-8", "replace").strip()
 
     def close(self) -> None:
         """Close it."""

@@ -17,12 +17,12 @@ from typing import Any
 from master.ssh.channel import Channel
 from master.ssh.route import SshError
 
-LONGEST = 64 << 20  # bytes of a line; the longest that is sent lists a large dataset's files
-SILENCE = 12.0  # seconds without a word after which a host is lost; both sides speak every few
+MAX_LINE_BYTES = 64 << 20  # bytes of a line; the longest that is sent lists a large dataset's files
+SILENCE_LIMIT_S = 12.0  # seconds without a word after which a host is lost; both sides speak every few
 
 
 class JsonChannel:
-    """`heard` is when something came last (time.monotonic), `ended` is True once nothing more will come.
+    """`last_heard` is when something came last (time.monotonic), `ended` is True once nothing more will come.
 
     `key`: what an object must have to count; `mark`: what its line begins with. Raises SshError where the connection
     breaks, or a line doesn't end.
@@ -31,7 +31,7 @@ class JsonChannel:
     def __init__(self, channel: Channel, host: str, key: str = "event", mark: bytes = b"") -> None:
         self._channel, self._host, self._key, self._mark = channel, host, key, mark
         self._rest = b""
-        self.heard = time.monotonic()
+        self.last_heard = time.monotonic()
         self.ended = False
 
     def send(self, order: Mapping[str, Any], data: bytes = b"") -> None:
@@ -44,19 +44,19 @@ class JsonChannel:
         if not block:
             self.ended = block is not None
             return []
-        self.heard = time.monotonic()
+        self.last_heard = time.monotonic()
         *lines, self._rest = (self._rest + block).split(b"\n")
-        if len(self._rest) > LONGEST:
+        if len(self._rest) > MAX_LINE_BYTES:
             raise SshError(self._host, "connection", "it says more than makes sense")
-        found = (parsed(line[len(self._mark) :], self._key) for line in lines if line.startswith(self._mark))
+        found = (parse_object(line[len(self._mark) :], self._key) for line in lines if line.startswith(self._mark))
         return [event for event in found if event is not None]
 
-    def complaints(self) -> str:
+    def stderr_tail(self) -> str:
         """Return the last of what the command wrote to standard error."""
-        return self._channel.complaints()
+        return self._channel.stderr_tail()
 
 
-def parsed(line: bytes, key: str) -> dict[str, Any] | None:
+def parse_object(line: bytes, key: str) -> dict[str, Any] | None:
     """Return the JSON object of a line if it has this key, else None."""
     try:
         found = json.loads(line.decode("utf-8", "replace"))

@@ -32,7 +32,7 @@ class HostKey:
 
 
 @dataclass(frozen=True)
-class Entry:
+class KnownHost:
     """A line of a known_hosts file for one host; marker is '', '@revoked' or '@cert-authority'."""
 
     marker: str
@@ -40,9 +40,9 @@ class Entry:
     place: str
 
 
-def entries_for(name: str, files: Sequence[Path]) -> list[Entry]:
+def entries_for(name: str, files: Sequence[Path]) -> list[KnownHost]:
     """Return what known_hosts files say of a host ('host' or '[host]:port')."""
-    found: list[Entry] = []
+    found: list[KnownHost] = []
     for file in files:
         if not file.is_file() or not file.stat().st_size:
             continue
@@ -56,11 +56,11 @@ def entries_for(name: str, files: Sequence[Path]) -> list[Entry]:
             words = line.split()
             marker = words.pop(0) if words and words[0].startswith("@") else ""
             if len(words) >= 3:
-                found.append(Entry(marker, HostKey(words[1], words[2]), place))
+                found.append(KnownHost(marker, HostKey(words[1], words[2]), place))
     return found
 
 
-def judge(key: HostKey, entries: Sequence[Entry]) -> tuple[str, str]:
+def verdict_on(key: HostKey, entries: Sequence[KnownHost]) -> tuple[str, str]:
     """Return known, unknown, changed or revoked, and the place of the entry that says so.
 
     A host that is known by another type of key only counts as changed: its server was asked for the known type first.
@@ -75,7 +75,7 @@ def judge(key: HostKey, entries: Sequence[Entry]) -> tuple[str, str]:
     return (CHANGED, plain[0].place) if plain else (UNKNOWN, "")
 
 
-def kinds_first(entries: Sequence[Entry], offered: Sequence[str]) -> list[str]:
+def known_kinds_first(entries: Sequence[KnownHost], offered: Sequence[str]) -> list[str]:
     """Return the key algorithms that may be asked for, those of known keys first, as OpenSSH orders them."""
     known = {entry.key.kind for entry in entries if not entry.marker}
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from master.core.run_cli import UsageError
 
-MOST = 1024
-LONGEST = 253  # characters of a host name, RFC 1035
+MAX_NODES = 1024
+MAX_NAME = 253  # characters of a host name, RFC 1035
 # What neither a shell nor ssh can take for anything but a name: no leading hyphen, no space, no quote.
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?")
@@ -66,8 +66,8 @@ def read_nodes(words: Iterable[str]) -> list[Node]:
             node = parse_node(text, where)
             if node in seen:
                 raise NodeError(f"{where}{show(text)} is named twice (also as {show(seen[node])})")
-            if len(nodes) == MOST:
-                raise NodeError(f"more than {MOST} nodes")
+            if len(nodes) == MAX_NODES:
+                raise NodeError(f"more than {MAX_NODES} nodes")
             seen[node] = text
             nodes.append(node)
     if not nodes:
@@ -113,8 +113,8 @@ def expand(word: str, where: str) -> Iterable[str]:
     for position, part in enumerate(parts):
         choices.append(expand_range(part, word, where) if position % 2 else [part])
         count *= len(choices[-1])
-    if count > MOST:
-        raise NodeError(f"{where}{show(word)} names {count:,} nodes, and {MOST} are the most")
+    if count > MAX_NODES:
+        raise NodeError(f"{where}{show(word)} names {count:,} nodes, and {MAX_NODES} are the most")
     return map("".join, itertools.product(*choices))
 
 
@@ -128,8 +128,8 @@ def expand_range(text: str, word: str, where: str) -> list[str]:
         first, last = found.group(1), found.group(2) or found.group(1)
         if int(last) < int(first):
             raise NodeError(f"{where}{show(word)}: the range {piece} runs backwards")
-        if int(last) - int(first) >= MOST:
-            raise NodeError(f"{where}{show(word)} names {int(last) - int(first) + 1:,} nodes, and {MOST} are the most")
+        if int(last) - int(first) >= MAX_NODES:
+            raise NodeError(f"{where}{show(word)} names {int(last) - int(first) + 1:,} nodes, and {MAX_NODES} are the most")
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     return numbers
 
@@ -148,7 +148,7 @@ def parse_node(text: str, where: str = "") -> Node:
             raise NodeError(f"{where}{show(text)}: neither host:port nor an IPv6 address") from None
         if "%" in host and not HOST.fullmatch(scope):
             raise NodeError(f"{where}{show(text)}: {show(scope)} is no network interface")
-    elif not HOST.fullmatch(host) or len(host) > LONGEST:
+    elif not HOST.fullmatch(host) or len(host) > MAX_NAME:
         raise NodeError(f"{where}{show(text)} is no host name (letters, digits, '.', '_' and '-')")
     return Node(host, user or None, port)
 

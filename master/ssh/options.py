@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from master.core.run_cli import UsageError
-from master.ssh.route import Access
+from master.ssh.route import SshOptions
 
 if TYPE_CHECKING:
-    from master.ssh.run_on_all import Stranger
+    from master.ssh.run_on_all import UnknownHost
 
 OWN_KEY = Path("~/.ssh/id_ed25519_lanspeed")
 PASSWORD_VARIABLE = "LANSPEED_SSH_PASSWORD"  # noqa: S105, the name of a variable
 PROMPT = object()  # --ssh-password without a value
 
 
-class AccessError(UsageError):
+class SshOptionsError(UsageError):
     """Flags that can't be followed."""
 
 
-def add_access_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags; `access_of` reads them."""
+def add_ssh_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags; `ssh_options` reads them."""
     group = parser.add_argument_group("reaching hosts (otherwise as your ssh configuration says)")
     flag = group.add_argument
     flag("--ssh-user", metavar="U", help="login name")
@@ -50,21 +50,21 @@ def positive(text: str) -> float:
     return value
 
 
-def access_of(options: argparse.Namespace) -> Access:
+def ssh_options(options: argparse.Namespace) -> SshOptions:
     """Return what the flags say; may ask for a password on the terminal. Raises AccessError."""
     for name in ("ssh_config", "ssh_key"):
         path = getattr(options, name)
         if path is not None and not path.expanduser().is_file():
-            raise AccessError(f"--{name.replace('_', '-')}: {path}: no such file")
+            raise SshOptionsError(f"--{name.replace('_', '-')}: {path}: no such file")
     own = OWN_KEY.expanduser()
-    return Access(
+    return SshOptions(
         ssh_config=options.ssh_config and options.ssh_config.expanduser(), user=options.ssh_user, port=options.ssh_port,
         key=options.ssh_key and options.ssh_key.expanduser(), password=password_of(options),
         host_keys=options.host_keys, connect_timeout=options.connect_timeout, timeout=options.timeout,
         more_keys=(own,) if own.exists() else ())
 
 
-def access_words(options: argparse.Namespace) -> list[str]:
+def ssh_flags(options: argparse.Namespace) -> list[str]:
     """Return the flags again, for another tool; not a password, which goes by LANSPEED_SSH_PASSWORD."""
     names = ("ssh_user", "ssh_port", "ssh_key", "ssh_password_file", "ssh_config", "host_keys", "connect_timeout",
              "timeout")
@@ -78,13 +78,13 @@ def password_of(options: argparse.Namespace) -> str | None:
         path = options.ssh_password_file.expanduser()
         try:
             if path.stat().st_mode & 0o077:
-                raise AccessError(f"--ssh-password-file: {path} can be read by others: chmod 600 {path}")
+                raise SshOptionsError(f"--ssh-password-file: {path} can be read by others: chmod 600 {path}")
             return path.read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise AccessError(f"--ssh-password-file: {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
+            raise SshOptionsError(f"--ssh-password-file: {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
     if options.ssh_password is PROMPT:
         if not sys.stdin.isatty():
-            raise AccessError(f"--ssh-password: nobody to ask here: set {PASSWORD_VARIABLE}, or --ssh-password-file F")
+            raise SshOptionsError(f"--ssh-password: nobody to ask here: set {PASSWORD_VARIABLE}, or --ssh-password-file F")
         return getpass.getpass("SSH password: ")
     if options.ssh_password is not None:
         print("warning: a password on the command line can be read by every user of this machine (ps) and stays in the "
@@ -93,12 +93,12 @@ def password_of(options: argparse.Namespace) -> str | None:
     return os.environ.get(PASSWORD_VARIABLE) or None
 
 
-def ask_about_keys(strangers: Sequence[Stranger]) -> bool:
+def ask_about_keys(unknown_hosts: Sequence[UnknownHost]) -> bool:
     """Show the fingerprints of unknown hosts and ask once whether they are right."""
     print("Unknown hosts. On each, `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows what should stand here:",
           file=sys.stderr)
-    for stranger in strangers:
-        print(f"  {stranger.route.node}  {stranger.key.kind}  {stranger.key.fingerprint}", file=sys.stderr)
+    for unknown in unknown_hosts:
+        print(f"  {unknown.route.node}  {unknown.key.kind}  {unknown.key.fingerprint}", file=sys.stderr)
     print("Trust them from now on? [yes/no] ", end="", file=sys.stderr, flush=True)
     try:
         return sys.stdin.readline().strip().lower() in ("yes", "y")
@@ -106,6 +106,6 @@ def ask_about_keys(strangers: Sequence[Stranger]) -> bool:
         return False
 
 
-def question() -> Callable[[Sequence[Stranger]], bool] | None:
+def question() -> Callable[[Sequence[UnknownHost]], bool] | None:
     """Return the way to ask about host keys: on the terminal, or None without one."""
     return ask_about_keys if sys.stdin.isatty() and sys.stderr.isatty() else None

@@ -17,12 +17,12 @@ from typing import IO, Any
 
 import paramiko
 
-from master.ssh.authentication import words_of
+from master.ssh.authentication import message_of
 from master.ssh.channel import Channel, SshChannel
-from master.ssh.known_hosts import CHANGED, REVOKED, Entry, HostKey, judge, kinds_first
+from master.ssh.known_hosts import CHANGED, REVOKED, HostKey, KnownHost, known_kinds_first, verdict_on
 from master.ssh.node_names import Node
-from master.ssh.route import Access, BeyondParamiko, Route, SshError
-from master.ssh.session import OUTPUT_LIMIT, Result
+from master.ssh.route import NeedsOpenSsh, Route, SshError, SshOptions
+from master.ssh.session import OUTPUT_LIMIT, CommandResult
 
 BANNER_TRIES = 3  # a server that is asked by many at once (MaxStartups) closes before its banner
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # its words are in the errors raised here
@@ -33,35 +33,35 @@ class ParamikoSession:
 
     way = "paramiko"
 
-    def __init__(self, node: Node, transport: paramiko.Transport, key: HostKey, access: Access) -> None:
-        self.node, self._transport, self._access = node, transport, access
+    def __init__(self, node: Node, transport: paramiko.Transport, key: HostKey, ssh: SshOptions) -> None:
+        self.node, self._transport, self._ssh = node, transport, ssh
         self.fingerprint: str | None = key.fingerprint
 
-    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> Result:
+    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> CommandResult:
         """Run a command in a channel of its own."""
-        seconds = timeout or self._access.timeout
+        seconds = timeout or self._ssh.timeout
         host = str(self.node)
         try:
-            with contextlib.closing(self._transport.open_session(timeout=self._access.connect_timeout)) as channel:
+            with contextlib.closing(self._transport.open_session(timeout=self._ssh.connect_timeout)) as channel:
                 channel.exec_command(command)
-                return converse(channel, stdin, seconds, host)
+                return communicate(channel, stdin, seconds, host)
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise SshError(host, "command", f"the connection broke: {words_of(error)}") from None
+            raise SshError(host, "command", f"the connection broke: {message_of(error)}") from None
 
     def open(self, command: str) -> Channel:
         """Start a command in a channel of its own."""
         try:
-            channel = self._transport.open_session(timeout=self._access.connect_timeout)
+            channel = self._transport.open_session(timeout=self._ssh.connect_timeout)
             return SshChannel(channel, command, str(self.node))
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise SshError(str(self.node), "command", f"the connection broke: {words_of(error)}") from None
+            raise SshError(str(self.node), "command", f"the connection broke: {message_of(error)}") from None
 
     def close(self) -> None:
         """Close the connection."""
         self._transport.close()
 
 
-def converse(channel: paramiko.Channel, stdin: bytes, seconds: float, host: str) -> Result:
+def communicate(channel: paramiko.Channel, stdin: bytes, seconds: float, host: str) -> CommandResult:
     """Send the input, collect both outputs and the exit code; raise SshError past the bounds."""
     deadline, sent = time.monotonic() + seconds, 0
     out, err = bytearray(), bytearray()
@@ -86,13 +86,13 @@ def converse(channel: paramiko.Channel, stdin: bytes, seconds: float, host: str)
         if time.monotonic() >= deadline:
             raise SshError(host, "command", f"no end after {seconds:g} s", "--timeout gives it more")
         select.select([channel], [], [], 0.02 if sent < len(stdin) or channel.eof_received else 0.5)
-    return Result(channel.recv_exit_status(), out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
+    return CommandResult(channel.recv_exit_status(), out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
 
 
 # -- the handshake -----------------------------------------------------------------------------------------------------
 
 
-def handshake(route: Route, access: Access, entries: Sequence[Entry]) -> tuple[paramiko.Transport, HostKey, str]:
+def handshake(route: Route, ssh: SshOptions, entries: Sequence[KnownHost]) -> tuple[paramiko.Transport, HostKey, str]:
     """Connect and exchange keys; return the connection, the host's key and whether it's known (see host_keys.judge).
 
     `entries` is what is known of the host. Raises SshError, also for a key that changed or was revoked, and
@@ -100,39 +100,39 @@ def handshake(route: Route, access: Access, entries: Sequence[Entry]) -> tuple[p
     """
     host = str(route.node)
     for attempt in range(1, BANNER_TRIES + 1):
-        connection = dial(route, access)
+        connection = dial(route, ssh)
         transport = paramiko.Transport(connection)
-        transport.auth_timeout = access.connect_timeout
+        transport.auth_timeout = ssh.connect_timeout
         # start_client's limit must be the one that ends the wait: paramiko's own would call it a bad banner
-        transport.banner_timeout = transport.handshake_timeout = access.connect_timeout + 10
+        transport.banner_timeout = transport.handshake_timeout = ssh.connect_timeout + 10
         options = transport.get_security_options()
-        options.key_types = kinds_first(entries, options.key_types)
+        options.key_types = known_kinds_first(entries, options.key_types)
         try:
-            transport.start_client(timeout=access.connect_timeout)
+            transport.start_client(timeout=ssh.connect_timeout)
             if not transport.initial_kex_done:
-                raise paramiko.SSHException(f"no answer within {access.connect_timeout:g} s")
+                raise paramiko.SSHException(f"no answer within {ssh.connect_timeout:g} s")
             break
         except paramiko.IncompatiblePeer as error:
             transport.close()
-            raise BeyondParamiko(words_of(error)) from None
+            raise NeedsOpenSsh(message_of(error)) from None
         except (paramiko.SSHException, EOFError, OSError) as error:
             transport.close()
             closed = isinstance(error.__context__ or error, EOFError) or "banner" in str(error)
             if not closed or attempt == BANNER_TRIES or "no answer" in str(error):
                 if isinstance(connection, ProxySocket) and connection.last_words:
                     raise SshError(host, "jump host", connection.last_words, f"by hand: ssh {host}") from None
-                raise SshError(host, "handshake", words_of(error),
+                raise SshError(host, "handshake", message_of(error),
                                "is that an SSH server, and not overloaded?") from None
             time.sleep(random.uniform(0.3, 1.0))  # noqa: S311, spreads the retries
     remote = transport.get_remote_server_key()
     key = HostKey(remote.get_name(), remote.get_base64())
-    verdict, place = judge(key, entries)
+    verdict, place = verdict_on(key, entries)
     if verdict in (CHANGED, REVOKED):
         transport.close()
-        mend = ("ask whoever runs it; if the machine was set up anew: ssh-keygen -R "
+        fix = ("ask whoever runs it; if the machine was set up anew: ssh-keygen -R "
                 f"'{route.host_key_name}' -f {place.rpartition(':')[0]}") if verdict == CHANGED else ""
         raise SshError(host, "host key", f"{key.kind} {key.fingerprint} is not the one in {place}" if verdict == CHANGED
-                       else f"{key.fingerprint} is marked as revoked in {place}", mend)
+                       else f"{key.fingerprint} is marked as revoked in {place}", fix)
     transport.set_keepalive(15)
     return transport, key, verdict
 
@@ -172,7 +172,7 @@ class ProxySocket(socket.socket):
             self.last_words = (words.read(4096).decode("utf-8", "replace").strip().splitlines() or [""])[-1]
 
 
-def dial(route: Route, access: Access) -> Any:
+def dial(route: Route, ssh: SshOptions) -> Any:
     """Return a connected socket, or a proxy command's."""
     host = str(route.node)
     if route.proxy:
@@ -182,16 +182,16 @@ def dial(route: Route, access: Access) -> Any:
     except (socket.gaierror, UnicodeError) as error:
         raise SshError(host, "name lookup", f"{route.address}: {getattr(error, 'strerror', error)}",
                        "give its address, or a Host block in ~/.ssh/config") from None
-    fault: OSError = OSError("no address")
+    reason: OSError = OSError("no address")
     for family, kind, protocol, _, address in found:
         connection = socket.socket(family, kind, protocol)
-        connection.settimeout(access.connect_timeout)
+        connection.settimeout(ssh.connect_timeout)
         try:
             connection.connect(address)
             return connection
         except OSError as error:
             connection.close()
-            fault = error
-    text = f"no answer within {access.connect_timeout:g} s" if isinstance(fault, TimeoutError) else fault.strerror
-    raise SshError(host, "TCP", f"{route.address} port {route.port}: {text or words_of(fault)}",
+            reason = error
+    text = f"no answer within {ssh.connect_timeout:g} s" if isinstance(reason, TimeoutError) else reason.strerror
+    raise SshError(host, "TCP", f"{route.address} port {route.port}: {text or message_of(reason)}",
                    "is it on, and does sshd listen there?")

@@ -22,18 +22,18 @@ HOST_KEY_WORDS = {"yes": "yes", "true": "yes", "ask": "ask", "accept-new": "acce
 class SshError(Exception):
     """Why a host can't be worked on: the stage, the fault, and the command or deed that mends it."""
 
-    def __init__(self, host: str, stage: str, fault: str, mend: str = "") -> None:
-        self.host, self.stage, self.mend = host, stage, mend
-        self.fault = "".join(character if character.isprintable() else " " for character in fault)[:300]
-        super().__init__(f"{host}: {stage}: {self.fault}" + (f": {mend}" if mend else ""))
+    def __init__(self, host: str, stage: str, reason: str, fix: str = "") -> None:
+        self.host, self.stage, self.fix = host, stage, fix
+        self.reason = "".join(character if character.isprintable() else " " for character in reason)[:300]
+        super().__init__(f"{host}: {stage}: {self.reason}" + (f": {fix}" if fix else ""))
 
 
-class BeyondParamiko(Exception):
+class NeedsOpenSsh(Exception):
     """A host that only OpenSSH's own client can reach; the message says why."""
 
 
 @dataclass(frozen=True)
-class Access:
+class SshOptions:
     """What the flags say on reaching hosts; they win over the user's ssh configuration. Times in seconds.
 
     `host_keys` is OpenSSH's word (yes, ask, accept-new) or None for what the configuration says; `password` is tried
@@ -75,20 +75,20 @@ class Route:
         return self.known_hosts[0]
 
 
-def ssh_words(access: Access, node: Node) -> list[str]:
+def ssh_words(ssh: SshOptions, node: Node) -> list[str]:
     """Return the words of an ssh command line up to the host, which must come next after `--`."""
-    user, port = node.user or access.user, node.port or access.port
-    words = ["ssh", *(["-F", str(access.ssh_config)] if access.ssh_config else [])]
+    user, port = node.user or ssh.user, node.port or ssh.port
+    words = ["ssh", *(["-F", str(ssh.ssh_config)] if ssh.ssh_config else [])]
     words += [*(["-l", user] if user else []), *(["-p", str(port)] if port else [])]
-    return words + (["-i", str(access.key)] if access.key else [])
+    return words + (["-i", str(ssh.key)] if ssh.key else [])
 
 
-def resolve(node: Node, access: Access) -> Route:
+def resolve(node: Node, ssh: SshOptions) -> Route:
     """Ask OpenSSH how it would reach a node; raise SshError if it can't tell."""
-    command = [*ssh_words(access, node), "-G", "--", node.host]
+    command = [*ssh_words(ssh, node), "-G", "--", node.host]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=access.connect_timeout, errors="replace")
+                              timeout=ssh.connect_timeout, errors="replace")
     except FileNotFoundError:
         raise SshError(str(node), "configuration", "no ssh here", "sudo apt install openssh-client") from None
     except subprocess.TimeoutExpired:
@@ -97,7 +97,7 @@ def resolve(node: Node, access: Access) -> Route:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["ssh -G failed"]
         raise SshError(str(node), "configuration", lines[0], "mend that line of your ssh config")
-    return route_of(node, access, settings_of(done.stdout))
+    return route_of(node, ssh, settings_of(done.stdout))
 
 
 def settings_of(text: str) -> dict[str, list[str]]:
@@ -109,7 +109,7 @@ def settings_of(text: str) -> dict[str, list[str]]:
     return settings
 
 
-def route_of(node: Node, access: Access, settings: dict[str, list[str]]) -> Route:
+def route_of(node: Node, ssh: SshOptions, settings: dict[str, list[str]]) -> Route:
     """Return the route that ssh -G's settings describe."""
 
     def one(key: str, default: str = "") -> str:
@@ -129,17 +129,17 @@ def route_of(node: Node, access: Access, settings: dict[str, list[str]]) -> Rout
     name = one("hostkeyalias") or (address if port == 22 else f"[{address}]:{port}")
     return Route(
         node=node, address=address, port=port, user=user,
-        key_files=tuple(dict.fromkeys([*map(path, settings.get("identityfile", [])), *access.more_keys])),
+        key_files=tuple(dict.fromkeys([*map(path, settings.get("identityfile", [])), *ssh.more_keys])),
         only_key_files=one("identitiesonly", "no") == "yes",
         known_hosts=tuple(file for file in all_files if str(file) != "/dev/null") or (home / ".ssh" / "known_hosts",),
-        host_key_name=name, host_keys=access.host_keys or HOST_KEY_WORDS.get(one("stricthostkeychecking"), "ask"),
-        proxy=proxy_command(access, one("proxyjump"), one("proxycommand"), tokens, address, port),
+        host_key_name=name, host_keys=ssh.host_keys or HOST_KEY_WORDS.get(one("stricthostkeychecking"), "ask"),
+        proxy=proxy_command(ssh, one("proxyjump"), one("proxycommand"), tokens, address, port),
         agent=agent_of(one("identityagent", "SSH_AUTH_SOCK"), path),
-        needs_openssh=beyond_paramiko(settings))
+        needs_openssh=needs_openssh_for(settings))
 
 
 def proxy_command(
-    access: Access, jump: str, command: str, tokens: dict[str, str], address: str, port: int
+    ssh: SshOptions, jump: str, command: str, tokens: dict[str, str], address: str, port: int
 ) -> str | None:
     """Return the shell command whose input and output are the way to the host, None for a direct one.
 
@@ -148,7 +148,7 @@ def proxy_command(
     """
     if jump:
         before, _, last = jump.rpartition(",")
-        config = ["-F", str(access.ssh_config)] if access.ssh_config else []
+        config = ["-F", str(ssh.ssh_config)] if ssh.ssh_config else []
         target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         words = ["ssh", *config, "-o", "BatchMode=yes", *(["-J", before] if before else []), "-W", target]
         return shlex.join([*words, *(["--", last] if "://" in last else jump_words(last))])
@@ -174,7 +174,7 @@ def agent_of(text: str, path: object) -> str | None:
     return str(path(text))  # type: ignore[operator]
 
 
-def beyond_paramiko(settings: dict[str, list[str]]) -> str | None:
+def needs_openssh_for(settings: dict[str, list[str]]) -> str | None:
     """Return the setting that only OpenSSH itself can follow, None if there is none."""
     for key, name in (("pkcs11provider", "PKCS11Provider"), ("knownhostscommand", "KnownHostsCommand"),
                       ("bindinterface", "BindInterface"), ("proxyusefdpass", "ProxyUseFdpass")):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from master.ssh.known_hosts import UNKNOWN, HostKey, add_entry, entries_for
 from master.ssh.node_names import Node
-from master.ssh.route import Access, BeyondParamiko, Route, SshError, resolve
+from master.ssh.route import NeedsOpenSsh, Route, SshError, SshOptions, resolve
 from master.ssh.session import LocalSession, OpenSshSession, Session
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Stranger:
+class UnknownHost:
     """A host that answered with a key that nobody knows yet."""
 
     route: Route
@@ -36,15 +36,15 @@ class Stranger:
 class _Waiting:
     """A connection that waits for the answer to the question about its host's key."""
 
-    stranger: Stranger
+    unknown: UnknownHost
     transport: paramiko.Transport
 
 
-Ask = Callable[[Sequence[Stranger]], bool]
+Ask = Callable[[Sequence[UnknownHost]], bool]
 
 
-def on_all(
-    nodes: Sequence[Node], access: Access, work: Callable[[Session], T], ask: Ask | None = None,
+def run_on_all(
+    nodes: Sequence[Node], ssh: SshOptions, work: Callable[[Session], T], ask: Ask | None = None,
     done: Callable[[Node, T | SshError], None] = lambda node, result: None, at_once: int = AT_ONCE,
 ) -> dict[Node, T | SshError]:
     """Do `work` with a session on every node; return its results, or why there is none, in the nodes' order.
@@ -78,11 +78,11 @@ def on_all(
 
     with ThreadPoolExecutor(min(at_once, max(1, len(nodes)))) as pool:
         tasks: dict[Node, Future[T | SshError | _Waiting]] = {
-            node: pool.submit(finish, node, partial(start, node, access, ask is not None)) for node in nodes}
+            node: pool.submit(finish, node, partial(connect, node, ssh, ask is not None)) for node in nodes}
         answers = dict(reached.get() for _ in nodes)
         waiting = {node: one for node in nodes if (one := answers[node])}
-        trusted = bool(waiting) and ask is not None and ask([one.stranger for one in waiting.values()])
-        tasks |= {node: pool.submit(finish, node, partial(go_on, one, access, trusted))
+        trusted = bool(waiting) and ask is not None and ask([one.unknown for one in waiting.values()])
+        tasks |= {node: pool.submit(finish, node, partial(resume_connection, one, ssh, trusted))
                   for node, one in waiting.items()}
         for node, future in tasks.items():
             result = future.result()
@@ -91,46 +91,46 @@ def on_all(
     return {node: results[node] for node in nodes}
 
 
-def start(node: Node, access: Access, may_ask: bool) -> Session | _Waiting:
+def connect(node: Node, ssh: SshOptions, may_ask: bool) -> Session | _Waiting:
     """Reach a node; return a session, or a connection that waits for word on its host key."""
     if node.is_local:
-        return LocalSession(node, access)
+        return LocalSession(node, ssh)
     from master.ssh.paramiko_session import handshake
 
-    route = resolve(node, access)
+    route = resolve(node, ssh)
     entries = entries_for(route.host_key_name, route.known_hosts)
     if route.needs_openssh or any(entry.marker == "@cert-authority" for entry in entries):
-        return OpenSshSession(route, access)
+        return OpenSshSession(route, ssh)
     try:
-        transport, key, verdict = handshake(route, access, entries)
-    except BeyondParamiko:
-        return OpenSshSession(route, access)
+        transport, key, verdict = handshake(route, ssh, entries)
+    except NeedsOpenSsh:
+        return OpenSshSession(route, ssh)
     if verdict == UNKNOWN:
         if route.host_keys == "ask" and may_ask:
-            return _Waiting(Stranger(route, key), transport)
+            return _Waiting(UnknownHost(route, key), transport)
         if route.host_keys != "accept-new":
             transport.close()
             raise unknown_key(route, key)
         add_entry(route.new_keys_file, route.host_key_name, key)
-    return log_in_by_any_way(transport, route, key, access)
+    return authenticate(transport, route, key, ssh)
 
 
-def go_on(waiting: _Waiting, access: Access, trusted: bool) -> Session:
+def resume_connection(waiting: _Waiting, ssh: SshOptions, trusted: bool) -> Session:
     """Continue with a host after the question; if it didn't wait so long, connect to it anew."""
     from master.ssh.paramiko_session import handshake
 
-    route, key, transport = waiting.stranger.route, waiting.stranger.key, waiting.transport
+    route, key, transport = waiting.unknown.route, waiting.unknown.key, waiting.transport
     if not trusted:
         transport.close()
         raise unknown_key(route, key)
     add_entry(route.new_keys_file, route.host_key_name, key)
     if not transport.is_active():
         entries = entries_for(route.host_key_name, route.known_hosts)
-        transport, key, verdict = handshake(route, access, entries)
+        transport, key, verdict = handshake(route, ssh, entries)
         if verdict == UNKNOWN:
             transport.close()
             raise unknown_key(route, key)
-    return log_in_by_any_way(transport, route, key, access)
+    return authenticate(transport, route, key, ssh)
 
 
 def unknown_key(route: Route, key: HostKey) -> SshError:
@@ -140,20 +140,20 @@ def unknown_key(route: Route, key: HostKey) -> SshError:
                     "--host-keys accept-new")
 
 
-def log_in_by_any_way(transport: paramiko.Transport, route: Route, key: HostKey, access: Access) -> Session:
+def authenticate(transport: paramiko.Transport, route: Route, key: HostKey, ssh: SshOptions) -> Session:
     """Return an authenticated session, by OpenSSH's client where paramiko finds no key that fits."""
     from master.ssh.authentication import log_in
     from master.ssh.paramiko_session import ParamikoSession
 
     try:
-        log_in(transport, route, access)
-        return ParamikoSession(route.node, transport, key, access)
+        log_in(transport, route, ssh)
+        return ParamikoSession(route.node, transport, key, ssh)
     except SshError as refusal:
         transport.close()
-        if access.only == "password":  # which OpenSSH's client would ask for on a terminal
+        if ssh.only == "password":  # which OpenSSH's client would ask for on a terminal
             raise
         try:
-            return OpenSshSession(route, access)
+            return OpenSshSession(route, ssh)
         except SshError:
             raise refusal from None
     except BaseException:

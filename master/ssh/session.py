@@ -18,7 +18,7 @@ from typing import Protocol
 
 from master.ssh.channel import Channel, ProcessChannel
 from master.ssh.node_names import Node
-from master.ssh.route import Access, Route, SshError, ssh_words
+from master.ssh.route import Route, SshError, SshOptions, ssh_words
 
 OUTPUT_LIMIT = 8 << 20  # bytes of one command's output; who prints more is flooding
 # What OpenSSH's client says, and the stage that it is about.
@@ -31,7 +31,7 @@ OPENSSH_STAGES = [
 
 
 @dataclass(frozen=True)
-class Result:
+class CommandResult:
     """How a command ended: exit code (negative: the signal that ended it) and what it printed."""
 
     code: int
@@ -46,7 +46,7 @@ class Session(Protocol):
     way: str
     fingerprint: str | None
 
-    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> Result:
+    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> CommandResult:
         """Run a command in the login shell there; raise SshError if it can't be run or doesn't end in time."""
         ...
 
@@ -64,13 +64,13 @@ class LocalSession:
 
     way = "local"
 
-    def __init__(self, node: Node, access: Access) -> None:
-        self.node, self._access = node, access
+    def __init__(self, node: Node, ssh: SshOptions) -> None:
+        self.node, self._ssh = node, ssh
         self.fingerprint: str | None = None
 
-    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> Result:
+    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> CommandResult:
         """Run a command by sh."""
-        return run_process(["/bin/sh", "-c", command], stdin, timeout or self._access.timeout, str(self.node))
+        return run_process(["/bin/sh", "-c", command], stdin, timeout or self._ssh.timeout, str(self.node))
 
     def open(self, command: str) -> Channel:
         """Start a command by sh."""
@@ -85,23 +85,23 @@ class OpenSshSession:
 
     way = "openssh"
 
-    def __init__(self, route: Route, access: Access) -> None:
+    def __init__(self, route: Route, ssh: SshOptions) -> None:
         self.node = route.node
         self.fingerprint: str | None = None
         strict = "accept-new" if route.host_keys == "accept-new" else "yes"
-        seconds = str(max(1, int(access.connect_timeout)))
-        self._words = [*ssh_words(access, route.node), "-T", "-a", "-x", "-o", "BatchMode=yes",
+        seconds = str(max(1, int(ssh.connect_timeout)))
+        self._words = [*ssh_words(ssh, route.node), "-T", "-a", "-x", "-o", "BatchMode=yes",
                        "-o", f"ConnectTimeout={seconds}", "-o", f"StrictHostKeyChecking={strict}",
                        "-o", "ServerAliveInterval=15", "-o", "ClearAllForwardings=yes", "-o", "RemoteCommand=none",
-                       *(word for key in access.more_keys if key.exists() for word in ("-i", str(key))),
-                       *(["-o", "IdentitiesOnly=yes"] if access.only else [])]
-        self._access = access
-        self.run("exit 0", timeout=access.connect_timeout * 2)  # raises if there is no way in
+                       *(word for key in ssh.more_keys if key.exists() for word in ("-i", str(key))),
+                       *(["-o", "IdentitiesOnly=yes"] if ssh.only else [])]
+        self._ssh = ssh
+        self.run("exit 0", timeout=ssh.connect_timeout * 2)  # raises if there is no way in
 
-    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> Result:
+    def run(self, command: str, stdin: bytes = b"", timeout: float | None = None) -> CommandResult:
         """Run a command over a connection of its own."""
         host = str(self.node)
-        done = run_process([*self._words, "--", self.node.host, command], stdin, timeout or self._access.timeout, host)
+        done = run_process([*self._words, "--", self.node.host, command], stdin, timeout or self._ssh.timeout, host)
         if done.code == 255:
             raise openssh_error(host, done.err)
         return done
@@ -129,13 +129,13 @@ def openssh_error(host: str, text: str) -> SshError:
     return SshError(host, "connection", lines[-1].strip())
 
 
-def run_process(command: Sequence[str], stdin: bytes, timeout: float, host: str) -> Result:
+def run_process(command: Sequence[str], stdin: bytes, timeout: float, host: str) -> CommandResult:
     """Run a program with its input and output bounded; it gets a process group of its own, which ends with it."""
     process = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
     try:
-        out, err = exchange(process, stdin, time.monotonic() + timeout, host, timeout)
-        return Result(process.wait(timeout=5), out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
+        out, err = communicate(process, stdin, time.monotonic() + timeout, host, timeout)
+        return CommandResult(process.wait(timeout=5), out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
     except subprocess.TimeoutExpired:
         raise SshError(host, "command", "its process does not end") from None
     finally:
@@ -149,7 +149,7 @@ def run_process(command: Sequence[str], stdin: bytes, timeout: float, host: str)
                     pipe.close()
 
 
-def exchange(
+def communicate(
     process: subprocess.Popen[bytes], stdin: bytes, deadline: float, host: str, timeout: float
 ) -> tuple[bytes, bytes]:
     """Feed a process and collect what it prints until both its pipes are closed; raise SshError past the bounds."""

@@ -18,14 +18,14 @@ from typing import Any
 from master.core.atomic_write import write_whole
 from master.core.paths import ROOT
 from master.inventory.node_facts import load_worker
-from master.sync.file_trees import Item, Tree, TreeError
+from master.sync.file_trees import FileEntry, Tree, TreeError
 
 CACHE = "digests.json"
 FRESH = 2.0  # seconds for which a file's time says nothing: it may be written again within the same tick
 KEPT = 200_000  # files whose digests are kept
 
 
-class Pieces:
+class Chunks:
     """All trees' files with their digests; pieces are numbered as on the nodes.
 
     `say` is told how many bytes of how many have been read. Raises TreeError for what can't be read.
@@ -39,7 +39,7 @@ class Pieces:
         files = [self._receiver.File("", "/", item.path, item.mode, item.size, digests)
                  for item, digests in zip(self._items, self._digests, strict=True)]
         self._files = files
-        self.pieces: list[list[tuple[int, int]]] = list(self._receiver.cut(files))
+        self.chunks: list[list[tuple[int, int]]] = list(self._receiver.cut(files))
 
     _stopped = False
 
@@ -67,16 +67,16 @@ class Pieces:
                 write_whole(path, json.dumps(dict(list(cache.items())[-KEPT:])))
         return found
 
-    def _known(self, item: Item, cache: dict[str, list[Any]]) -> list[str] | None:
+    def _known(self, item: FileEntry, cache: dict[str, list[Any]]) -> list[str] | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             size, modified, inode, digests = cache[item.source]
             status = os.stat(item.source)
             same = (size, modified, inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
-            if same and size == item.size and len(digests) == -(-size // self._receiver.PIECE):
+            if same and size == item.size and len(digests) == -(-size // self._receiver.CHUNK_BYTES):
                 return list(digests)
         return None
 
-    def _read(self, item: Item, known: list[str] | None) -> list[str]:
+    def _read(self, item: FileEntry, known: list[str] | None) -> list[str]:
         if known is not None:
             return known
         digests, left = [], item.size
@@ -84,7 +84,7 @@ class Pieces:
             with open(item.source, "rb", buffering=0) as file:
                 before = os.fstat(file.fileno())
                 while left and not self._stopped:
-                    block = self._receiver.read_all(file, min(left, self._receiver.PIECE))
+                    block = self._receiver.read_all(file, min(left, self._receiver.CHUNK_BYTES))
                     if not block:
                         raise TreeError(f"{item.source} became shorter while it was read: run this again")
                     digests.append(self._receiver.digest(block))
@@ -114,7 +114,7 @@ class Pieces:
     def read(self, number: int) -> bytes:
         """Return a piece's bytes as they are here now. Raises TreeError where they can't be read."""
         blocks = []
-        for one, part in self.pieces[number]:
+        for one, part in self.chunks[number]:
             offset, size = self._files[one].span(part)
             try:
                 with open(self._items[one].source, "rb", buffering=0) as file:

@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from master.core.paths import ROOT
-from master.inventory.gpu_query import survey
+from master.inventory.gpu_query import query_gpus
 from master.inventory.gpu_report import GpuReport
-from master.inventory.node_facts import Place, ask, here, torch_faults, version_faults
+from master.inventory.node_facts import RemoteCheckout, local_facts, query_facts, torch_problems, version_problems
 from master.ssh.route import SshError
 from master.ssh.session import Session
-from master.sync.file_trees import Item, Tree, TreeError
+from master.sync.file_trees import FileEntry, Tree, TreeError
 
 GB = 1_000_000_000
 # Bytes of an environment: 1.3 GB was measured with a CPU's PyTorch; of the others it is a guess.
-ROOM = {"NONE": 3 * GB, "other": 10 * GB}
+DISK_BYTES = {"NONE": 3 * GB, "other": 10 * GB}
 PATIENCE = 1800.0  # seconds: gigabytes over a slow line
 MARK = "@@ENV "
-COMPLAINTS = ("ERROR", "error", "\N{MULTIPLICATION SIGN}")  # how pip's and uv's lines begin that say what is wrong
+ERROR_PREFIXES = ("ERROR", "error", "\N{MULTIPLICATION SIGN}")  # how pip's and uv's lines begin that say what is wrong
 NO_PYTHON = re.compile("No interpreter found|python-build-standalone")  # that is from where uv would fetch one
 TOOLS, WHEELS = "~/.lanspeed/tools", "~/.lanspeed/wheels"
 # $1: the checkout, $2: uv, $3: which Python, $4: what is wanted, in short; the rest: what uv pip install is told.
@@ -72,7 +72,7 @@ say made "$venv"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EnvironmentSpec:
     """What the flags say: which Python, from where packages come ("" for PyPI and PyTorch's own index)."""
 
     python: str
@@ -100,7 +100,7 @@ def find_uv() -> str:
 def tools() -> Tree:
     """Return uv as it goes to the nodes."""
     path = find_uv()
-    return Tree("tools", [TOOLS], items=[Item("uv", path, 0o755, Path(path).stat().st_size)])
+    return Tree("tools", [TOOLS], items=[FileEntry("uv", path, 0o755, Path(path).stat().st_size)])
 
 
 def wheels(folder: Path) -> Tree:
@@ -111,9 +111,9 @@ def wheels(folder: Path) -> Tree:
     return tree
 
 
-def fill(folder: Path, index_url: str, say: Callable[[str], None]) -> None:
+def fill_wheelhouse(folder: Path, index_url: str, say: Callable[[str], None]) -> None:
     """Fetch what a folder of wheels lacks, for this machine's kind and Python. Raises TreeError."""
-    if not lacking(folder):
+    if not missing_wheels(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     say(f"fetching wheels into {folder}")
@@ -123,11 +123,11 @@ def fill(folder: Path, index_url: str, say: Callable[[str], None]) -> None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise TreeError(f"--wheelhouse {folder}: {last_line(done.stderr)}")
-    if why := lacking(folder):
+    if why := missing_wheels(folder):
         raise TreeError(f"--wheelhouse {folder}: {why}")
 
 
-def lacking(folder: Path) -> str:
+def missing_wheels(folder: Path) -> str:
     """Return why a folder of wheels is not enough, "" if it is."""
     command = [find_uv(), "pip", "compile", "--no-config", "--quiet", "--no-index", "--find-links", str(folder),
                "-c", str(ROOT / "constraints.txt"), "--python", sys.executable, "-o", "/dev/null", "-"]
@@ -138,10 +138,10 @@ def lacking(folder: Path) -> str:
 def last_line(text: str) -> str:
     """Return the last words of a program that failed."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith(COMPLAINTS)), lines[-1] if lines else "?")[:300]
+    return next((line for line in lines if line.startswith(ERROR_PREFIXES)), lines[-1] if lines else "?")[:300]
 
 
-def make(session: Session, recipe: Recipe, roots: Mapping[str, str], hello: Mapping[str, Any],
+def install_environment(session: Session, spec: EnvironmentSpec, roots: Mapping[str, str], hello: Mapping[str, Any],
          say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
     """Make the environment on a node unless it is there; return its Python and a word on what was done.
 
@@ -149,24 +149,24 @@ def make(session: Session, recipe: Recipe, roots: Mapping[str, str], hello: Mapp
     SshError with the mend.
     """
     machine, own_uv = hello["machine"], hello.get("uv")
-    host, root, report = str(session.node), roots["checkout"], survey(session).report
+    host, root, report = str(session.node), roots["checkout"], query_gpus(session).report
     theirs = f"{root}/.venv/bin/python"
     mine = session.run(f"test -e {shlex.quote(root)}/.venv/lanspeed.json").code == 0
-    if not mine and not unlike(session, Place(root, theirs), report):
+    if not mine and not environment_problem(session, RemoteCheckout(root, theirs), report):
         return theirs, "its own environment is equal"
     uv = f"{roots['tools']}/uv" if machine == platform.machine() else own_uv
     if not isinstance(uv, str):
         raise SshError(host, "environment", f"it is {machine}, and the uv here is for {platform.machine()}",
                        "python3 -m pip install --user uv there")
-    words = [root, uv, recipe.python, *install_words(recipe, roots, report.vendor)]
+    words = [root, uv, spec.python, *install_words(spec, roots, report.vendor)]
     word, venv = run(session, words, say, stop)
     python = f"{venv}/bin/python"
-    fault = unlike(session, Place(root, python), report)
-    if fault and word == "there":  # somebody has changed it since
-        word, _ = run(session, [root, uv, recipe.python, words[3] + "-again", "--reinstall", *words[4:]], say, stop)
-        fault = unlike(session, Place(root, python), report)
-    if fault:
-        raise SshError(host, "environment", fault, "does this machine itself follow constraints.txt (make install), "
+    reason = environment_problem(session, RemoteCheckout(root, python), report)
+    if reason and word == "there":  # somebody has changed it since
+        word, _ = run(session, [root, uv, spec.python, words[3] + "-again", "--reinstall", *words[4:]], say, stop)
+        reason = environment_problem(session, RemoteCheckout(root, python), report)
+    if reason:
+        raise SshError(host, "environment", reason, "does this machine itself follow constraints.txt (make install), "
                        "and --index-url or --wheelhouse hold what is meant?")
     return python, "environment there" if word == "there" else "environment made"
 
@@ -174,33 +174,33 @@ def make(session: Session, recipe: Recipe, roots: Mapping[str, str], hello: Mapp
 @functools.cache
 def own_facts() -> dict[str, Any]:
     """Return this machine's facts, which are read once for all hosts."""
-    return here({})
+    return local_facts({})
 
 
-def unlike(session: Session, place: Place, report: GpuReport) -> str:
+def environment_problem(session: Session, place: RemoteCheckout, report: GpuReport) -> str:
     """Return what a node's environment has otherwise than this machine's, or can't do with its GPUs; "" if nothing."""
     host, gpus = str(session.node), report.vendor != "NONE" and bool(report.slots_use)
     try:
-        facts = ask(session, place, {"torch": gpus})
+        facts = query_facts(session, place, {"torch": gpus})
     except SshError as error:
-        return error.fault
-    found = version_faults(host, facts, own_facts())
+        return error.reason
+    found = version_problems(host, facts, own_facts())
     if gpus and facts["torch"]:
-        found += torch_faults(host, report.slots_use, facts["torch"])
+        found += torch_problems(host, report.slots_use, facts["torch"])
     return found[0].text.partition(": invoke sync")[0] if found else ""
 
 
-def install_words(recipe: Recipe, roots: Mapping[str, str], vendor: str) -> list[str]:
+def install_words(spec: EnvironmentSpec, roots: Mapping[str, str], vendor: str) -> list[str]:
     """Return what is wanted, in short, and what uv pip install is told."""
-    if recipe.wheels:
+    if spec.wheels:
         source = ["--no-index", "--find-links", roots["wheels"]]
-    elif recipe.index_url:
-        source = ["--default-index", recipe.index_url]
+    elif spec.index_url:
+        source = ["--default-index", spec.index_url]
     else:  # uv knows PyTorch's indices, and finds the driver's CUDA, ROCm or XPU
         source = ["--torch-backend", "cpu" if vendor == "NONE" else "auto"]
     words = [*source, "-c", f"{roots['checkout']}/constraints.txt", *requirements()]
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    short = hashlib.sha256(json.dumps([words, constraints, recipe.python, recipe.wheels]).encode()).hexdigest()[:16]
+    short = hashlib.sha256(json.dumps([words, constraints, spec.python, spec.wheels]).encode()).hexdigest()[:16]
     return [short, *words]
 
 
@@ -214,28 +214,28 @@ def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop
                 raise SshError(host, "environment", "stopped")
             if time.monotonic() > end:
                 raise SshError(host, "environment", f"not done after {PATIENCE:.0f} s", "run it again: it goes on")
-            if said := [line for line in channel.complaints().splitlines() if line.strip()[:1].isalpha()]:
+            if said := [line for line in channel.stderr_tail().splitlines() if line.strip()[:1].isalpha()]:
                 say(said[-1].strip())  # not the list of packages
-        said = channel.complaints().splitlines()
+        said = channel.stderr_tail().splitlines()
     for line in out.decode("utf-8", "replace").splitlines():
         if line.startswith(MARK):
             word, _, venv = line.removeprefix(MARK).partition(" ")
             return word, venv
-    raise SshError(host, "environment", complaint(said), mend_of("\n".join(said)))
+    raise SshError(host, "environment", error_line(said), fix_for("\n".join(said)))
 
 
-def complaint(said: Sequence[str]) -> str:
+def error_line(said: Sequence[str]) -> str:
     """Return what uv complains of: its error, and the first cause that it gives."""
     if NO_PYTHON.search("\n".join(said)):
         return "no Python there that fits, and none can be fetched"
-    first = next((number for number, line in enumerate(said) if line.lstrip().startswith(COMPLAINTS)), None)
+    first = next((number for number, line in enumerate(said) if line.lstrip().startswith(ERROR_PREFIXES)), None)
     if first is None:
         return (said[-1] if said else "it ended without a word")[:300]
     causes = [line.split("cause:", 1)[1].strip() for line in said[first + 1 :] if line.strip().startswith("cause:")]
     return ": ".join([said[first].strip().removeprefix("error: "), *causes[:1]])[:300]
 
 
-def mend_of(said: str) -> str:
+def fix_for(said: str) -> str:
     """Return what helps against what uv says."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     if NO_PYTHON.search(said):

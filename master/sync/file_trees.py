@@ -27,7 +27,7 @@ class TreeError(UserError):
 
 
 @dataclass(frozen=True)
-class Item:
+class FileEntry:
     """A file: its path below the tree's root, where it is here, its mode and its size in bytes."""
 
     path: str
@@ -47,7 +47,7 @@ class Tree:
     here: str = ""
     below: str = ""
     whole: bool = False
-    items: list[Item] = field(default_factory=list)
+    items: list[FileEntry] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sockets, pipes, links to nothing
 
@@ -71,7 +71,7 @@ class Tree:
         elif stat.S_ISREG(status.st_mode):
             if not os.access(source, os.R_OK):
                 raise TreeError(f"{source}: this account may not read it")
-            self.items.append(Item(path, source, stat.S_IMODE(status.st_mode) & 0o777, status.st_size))
+            self.items.append(FileEntry(path, source, stat.S_IMODE(status.st_mode) & 0o777, status.st_size))
         else:
             self.left_out.append(source)
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from master.core.terminal import is_terminal, one_line, say
 
 if TYPE_CHECKING:
-    from master.ssh.run_on_all import Ask, Stranger
-    from master.sync.relay import Seat
+    from master.ssh.run_on_all import Ask, UnknownHost
+    from master.sync.relay import RelayPeer
 
 TOLD_EVERY = 10.0  # seconds between two lines, without a terminal
 WINDOW = 5.0  # seconds over which a rate is measured
 
 
-class SyncScreen:
+class SyncProgress:
     """Use as a context manager; its methods may be called from any thread."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class SyncScreen:
         self._marks: dict[str, list[tuple[float, int]]] = {}
         self._said: dict[str, str] = {}
 
-    def __enter__(self) -> SyncScreen:
+    def __enter__(self) -> SyncProgress:
         if is_terminal():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
@@ -48,10 +48,10 @@ class SyncScreen:
         if ask is None or self._bars is None:
             return ask
 
-        def asking(strangers: Sequence[Stranger]) -> bool:
+        def asking(unknown_hosts: Sequence[UnknownHost]) -> bool:
             self._bars.stop()
             try:
-                return ask(strangers)
+                return ask(unknown_hosts)
             finally:
                 self._bars.start()
 
@@ -61,11 +61,11 @@ class SyncScreen:
         """So many bytes of what is here have been read, for their digests."""
         self._show({"here": (done, total, f"reading {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")}, quick=done < total)
 
-    def rows(self, seats: Sequence[Seat]) -> None:
+    def rows(self, peers: Sequence[RelayPeer]) -> None:
         """Show how far each node is."""
         if "here" in self._tasks:
             self._bars.remove_task(self._tasks.pop("here"))
-        self._show({seat.host: (seat.written, seat.total, self._words(seat)) for seat in seats})
+        self._show({peer.host: (peer.written, peer.total, self._words(peer)) for peer in peers})
 
     def environment(self, host: str, text: str) -> None:
         """Show what goes on with an environment."""
@@ -90,20 +90,20 @@ class SyncScreen:
                 self._told = time.monotonic()
                 say("; ".join(one_line(f"{host} {text}") for host, (_, _, text) in rows.items()))
 
-    def _words(self, seat: Seat) -> str:
-        if seat.fault:
-            return seat.fault
-        if seat.same_home:
-            return f"has the home of {seat.same_home}"
-        if "plan" not in seat.said:
-            looked = seat.said.get("examining", {}).get("bytes", 0)
+    def _words(self, peer: RelayPeer) -> str:
+        if peer.reason:
+            return peer.reason
+        if peer.same_home:
+            return f"has the home of {peer.same_home}"
+        if "plan" not in peer.said:
+            looked = peer.said.get("examining", {}).get("bytes", 0)
             return f"looking at what is there ({looked / 1e6:,.0f} MB)" if looked else "being reached"
-        if seat.written >= seat.total:
-            return f"{seat.total / 1e6:,.1f} MB there"
-        now, marks = time.monotonic(), self._marks.setdefault(seat.host, [])
-        marks.append((now, seat.written))
+        if peer.written >= peer.total:
+            return f"{peer.total / 1e6:,.1f} MB there"
+        now, marks = time.monotonic(), self._marks.setdefault(peer.host, [])
+        marks.append((now, peer.written))
         while len(marks) > 2 and now - marks[0][0] > WINDOW:
             del marks[0]
-        rate = (seat.written - marks[0][1]) / max(now - marks[0][0], 0.1)
-        left = f", {(seat.total - seat.written) / rate:,.0f} s left" if rate else ""
-        return f"{seat.written / 1e6:,.0f} of {seat.total / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s{left}"
+        rate = (peer.written - marks[0][1]) / max(now - marks[0][0], 0.1)
+        left = f", {(peer.total - peer.written) / rate:,.0f} s left" if rate else ""
+        return f"{peer.written / 1e6:,.0f} of {peer.total / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s{left}"

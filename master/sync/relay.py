@@ -16,39 +16,39 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from master.core.paths import WORKER
-from master.inventory.node_facts import streamed
+from master.inventory.node_facts import stdin_loader
 from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import Ask, on_all
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import Ask, run_on_all
 from master.ssh.session import Session
-from master.sync.chunks import Pieces
+from master.sync.chunks import Chunks
 from master.sync.file_trees import TreeError
 from master.sync.job_key import make_pem
-from master.sync.relay_peer import Seat
+from master.sync.relay_peer import RelayPeer
 
 SCRIPT = WORKER / "receive_files.py"
 PYTHON = "python3 -X utf8"  # any will do that is 3.8 or newer; names are read the same in every locale
-BEAT, LOST = 3.0, 30.0  # seconds between signs of life; without one after which a node, whose disk may be slow, is lost
+HEARTBEAT_S, LOST = 3.0, 30.0  # seconds between signs of life; without one after which a node, whose disk may be slow, is lost
 STALL = 90.0  # seconds in which a node that gets nothing, while it could, is fed from here, and then let go
 UPSTREAM = 3  # nodes before it that one may turn to
 
 
-class Fanout:
-    """Use as a context manager: `reach`, then `plan` and `spread`, or `remove`. `show` is told of the seats."""
+class Relay:
+    """Use as a context manager: `reach`, then `plan` and `distribute`, or `remove`. `show` is told of the seats."""
 
-    def __init__(self, nodes: Sequence[Node], access: Access, addresses: Mapping[str, str | None],
-                 show: Callable[[Sequence[Seat]], None]) -> None:
-        self.seats = {str(node): Seat(node, address=addresses.get(str(node))) for node in nodes}
-        self._access, self._show = access, show
-        self._events: queue.Queue[tuple[Seat, dict[str, Any]]] = queue.Queue()
+    def __init__(self, nodes: Sequence[Node], ssh: SshOptions, addresses: Mapping[str, str | None],
+                 show: Callable[[Sequence[RelayPeer]], None]) -> None:
+        self.peers = {str(node): RelayPeer(node, address=addresses.get(str(node))) for node in nodes}
+        self._ssh, self._show = ssh, show
+        self._events: queue.Queue[tuple[RelayPeer, dict[str, Any]]] = queue.Queue()
         self._ended = threading.Event()
         self._feeders: list[threading.Thread] = []
-        self._pieces: Pieces | None = None
+        self._chunks: Chunks | None = None
         self._broken: TreeError | None = None
         self._fleet: threading.Thread | None = None
 
-    def __enter__(self) -> Fanout:
+    def __enter__(self) -> Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,126 +64,126 @@ class Fanout:
         """Get a session on every node and its hello; of nodes that share a home the first is for all."""
         self._fleet = threading.Thread(target=self._reach_all, args=(question,), daemon=True)
         self._fleet.start()
-        self._wait(lambda seat: "hello" in seat.said)
-        firsts: dict[str, Seat] = {}
+        self._wait(lambda peer: "hello" in peer.said)
+        firsts: dict[str, RelayPeer] = {}
         alike = []
-        for seat in self._in():
-            first = firsts.setdefault(seat.said["hello"]["id"], seat)
-            if first is not seat:  # the same home, or one that was copied with its machine
-                alike.append((seat, first))
-                seat.tell({"look": first.said["hello"]["meet"]})
-        self._wait(lambda seat: "sees" in seat.said or seat not in [one for one, _ in alike])
-        for seat, first in alike:
-            if seat.takes_part and seat.said["sees"]["there"]:
-                seat.same_home = first.host
-        for seat in self.seats.values():
-            seat.tell({"go": seat.takes_part})
+        for peer in self._in():
+            first = firsts.setdefault(peer.said["hello"]["id"], peer)
+            if first is not peer:  # the same home, or one that was copied with its machine
+                alike.append((peer, first))
+                peer.tell({"look": first.said["hello"]["meet"]})
+        self._wait(lambda peer: "sees" in peer.said or peer not in [one for one, _ in alike])
+        for peer, first in alike:
+            if peer.takes_part and peer.said["sees"]["there"]:
+                peer.same_home = first.host
+        for peer in self.peers.values():
+            peer.tell({"go": peer.takes_part})
 
     def remove(self) -> None:
         """Have every node take away what lanspeed put there."""
-        for seat in self._in():
-            seat.tell({"remove": True})
-        self._wait(lambda seat: "finished" in seat.said)
+        for peer in self._in():
+            peer.tell({"remove": True})
+        self._wait(lambda peer: "finished" in peer.said)
 
-    def plan(self, pieces: Pieces, room: Callable[[Seat], int], overwrite: bool, dry_run: bool) -> None:
-        """Announce the files; each node says where they lie and what it lacks. `room`: bytes for an environment."""
-        self._pieces = pieces
-        common = json.dumps({"trees": pieces.manifest, "pem": make_pem(), "overwrite": overwrite, "dry_run": dry_run})
-        for seat in self._in():
-            line = f'{{"room": {room(seat)}, {common[1:]}'.encode()
-            threading.Thread(target=seat.tell, args=(line,), daemon=True).start()
-        self._wait(lambda seat: "plan" in seat.said)
-        for seat in self.seats.values():
-            first = self.seats.get(seat.same_home)
+    def plan(self, chunks: Chunks, environment_bytes: Callable[[RelayPeer], int], overwrite: bool, dry_run: bool) -> None:
+        """Announce the files; each node says where they lie and what it lacks. `environment_bytes`: bytes for an environment."""
+        self._chunks = chunks
+        common = json.dumps({"trees": chunks.manifest, "pem": make_pem(), "overwrite": overwrite, "dry_run": dry_run})
+        for peer in self._in():
+            line = f'{{"room": {environment_bytes(peer)}, {common[1:]}'.encode()
+            threading.Thread(target=peer.tell, args=(line,), daemon=True).start()
+        self._wait(lambda peer: "plan" in peer.said)
+        for peer in self.peers.values():
+            first = self.peers.get(peer.same_home)
             if not first or "plan" not in first.said:
                 continue
             home, roots = first.said["hello"]["home"], first.said["plan"]["roots"].values()
             if not all(root.startswith(home + "/") for root in roots):
-                seat.fault = f"it has the home of {first.host}, but not all lies there: --nodes {seat.host} by itself"
+                peer.reason = f"it has the home of {first.host}, but not all lies there: --nodes {peer.host} by itself"
 
-    def spread(self, order: Callable[[Seat], Any]) -> None:
+    def distribute(self, order: Callable[[RelayPeer], Any]) -> None:
         """Send what is missing; the chain stands in this order. Raises TreeError if a file changes meanwhile."""
-        self._wait(lambda seat: "listening" in seat.said)
+        self._wait(lambda peer: "listening" in peer.said)
         chain = sorted(self._in(), key=order)
-        for number, seat in enumerate(chain):
-            seat.moved = time.monotonic()
+        for number, peer in enumerate(chain):
+            peer.moved = time.monotonic()
             before = [[one.host, one.address, one.said["listening"]["port"]] for one in reversed(chain[:number])
                       if one.address][:UPSTREAM]
-            seat.tell({"begin": before})
+            peer.tell({"begin": before})
             if not before:
-                self._feed(seat, seat.said["plan"]["missing"])
-        self._wait(lambda seat: seat.missing == 0, chain)
+                self._feed(peer, peer.said["plan"]["missing"])
+        self._wait(lambda peer: peer.missing == 0, chain)
         if self._broken:
             raise self._broken
-        for seat in self._in():
-            seat.tell({"finish": True})
-        self._wait(lambda seat: "finished" in seat.said)
+        for peer in self._in():
+            peer.tell({"finish": True})
+        self._wait(lambda peer: "finished" in peer.said)
 
     # -- this thread ---------------------------------------------------------------------------------------------------
 
-    def _in(self) -> list[Seat]:
-        return [seat for seat in self.seats.values() if seat.takes_part]
+    def _in(self) -> list[RelayPeer]:
+        return [peer for peer in self.peers.values() if peer.takes_part]
 
-    def _wait(self, ready: Callable[[Seat], bool], chain: Sequence[Seat] = ()) -> None:
+    def _wait(self, ready: Callable[[RelayPeer], bool], chain: Sequence[RelayPeer] = ()) -> None:
         """Take in events until all that take part are ready."""
         beat = shown = 0.0
-        while not self._broken and any(not ready(seat) for seat in self._in()):
+        while not self._broken and any(not ready(peer) for peer in self._in()):
             now = time.monotonic()
             with contextlib.suppress(queue.Empty):
                 self._take(*self._events.get(timeout=0.1))
-            if now - beat > BEAT:
+            if now - beat > HEARTBEAT_S:
                 beat = now
-                for seat in self._in():
-                    if seat.channel and now - seat.heard > LOST:
-                        seat.fault = f"no sign of life for {LOST:.0f} s"
-                    elif not seat.sending.locked():  # else something is on its way to it anyway
-                        threading.Thread(target=seat.tell, daemon=True).start()
+                for peer in self._in():
+                    if peer.channel and now - peer.heard > LOST:
+                        peer.reason = f"no sign of life for {LOST:.0f} s"
+                    elif not peer.sending.locked():  # else something is on its way to it anyway
+                        threading.Thread(target=peer.tell, daemon=True).start()
                 self._help_who_is_stalled(chain, now)
             if now - shown > 0.3:
                 shown = now
-                self._show(list(self.seats.values()))
+                self._show(list(self.peers.values()))
 
-    def _help_who_is_stalled(self, chain: Sequence[Seat], now: float) -> None:
+    def _help_who_is_stalled(self, chain: Sequence[RelayPeer], now: float) -> None:
         """Feed the first in the chain that gets nothing; if that doesn't help, let go of it."""
-        for seat in chain:
-            if seat.takes_part and seat.missing and now - seat.moved > STALL:
-                if seat.fed:
-                    seat.fault = f"it took nothing for {STALL:.0f} s"
+        for peer in chain:
+            if peer.takes_part and peer.missing and now - peer.moved > STALL:
+                if peer.fed:
+                    peer.reason = f"it took nothing for {STALL:.0f} s"
                 else:
-                    self._feed(seat, seat.said["plan"]["missing"])
+                    self._feed(peer, peer.said["plan"]["missing"])
                 for other in chain:
                     other.moved = now
                 return
 
-    def _take(self, seat: Seat, event: dict[str, Any]) -> None:
-        trees = [tree.name for tree in self._pieces.trees] if self._pieces else []
+    def _take(self, peer: RelayPeer, event: dict[str, Any]) -> None:
+        trees = [tree.name for tree in self._chunks.trees] if self._chunks else []
         try:
-            seat.hear(event, trees, len(self._pieces.pieces) if self._pieces else 0)
+            peer.accept(event, trees, len(self._chunks.chunks) if self._chunks else 0)
         except ValueError as error:
-            seat.fault = f"it says what makes no sense: {error}"
+            peer.reason = f"it says what makes no sense: {error}"
             return
         if event["event"] == "orphan":
-            self._feed(seat, event["missing"])
+            self._feed(peer, event["missing"])
 
     # -- a thread a node that is fed from here -------------------------------------------------------------------------
 
-    def _feed(self, seat: Seat, numbers: Sequence[int]) -> None:
-        pieces = self._pieces
-        assert pieces
+    def _feed(self, peer: RelayPeer, numbers: Sequence[int]) -> None:
+        chunks = self._chunks
+        assert chunks
 
         def feed() -> None:
             for number in numbers:
-                if not seat.takes_part or seat.over or self._ended.is_set():
+                if not peer.takes_part or peer.over or self._ended.is_set():
                     return
                 try:
-                    data = pieces.read(number)
+                    data = chunks.read(number)
                 except TreeError as error:
                     self._broken = error
                     return
-                seat.tell({"piece": number, "bytes": len(data)}, data)
+                peer.tell({"piece": number, "bytes": len(data)}, data)
 
-        if not seat.fed:
-            seat.fed = True
+        if not peer.fed:
+            peer.fed = True
             self._feeders.append(threading.Thread(target=feed, daemon=True))
             self._feeders[-1].start()
 
@@ -192,24 +192,24 @@ class Fanout:
     def _reach_all(self, question: Ask | None) -> None:
         def done(node: Node, result: SshError | None) -> None:
             text = str(result).removeprefix(f"{node}: ") if result else "it ended before its time"
-            self._events.put((self.seats[str(node)], {"event": "over", "text": text}))
+            self._events.put((self.peers[str(node)], {"event": "over", "text": text}))
 
-        nodes = [seat.node for seat in self.seats.values()]
-        on_all(nodes, self._access, self._work, question, done, at_once=len(nodes))
+        nodes = [peer.node for peer in self.peers.values()]
+        run_on_all(nodes, self._ssh, self._work, question, done, at_once=len(nodes))
 
     def _work(self, session: Session) -> None:
-        seat = self.seats[str(session.node)]
-        with contextlib.closing(session.open(f"exec {PYTHON} {streamed(SCRIPT)}")) as channel:
+        peer = self.peers[str(session.node)]
+        with contextlib.closing(session.open(f"exec {PYTHON} {stdin_loader(SCRIPT)}")) as channel:
             channel.send(SCRIPT.read_bytes())
-            seat.heard, seat.channel = time.monotonic(), channel
-            talk = JsonChannel(channel, seat.host)
-            while not self._ended.is_set() and seat.takes_part and not talk.ended:
-                for event in talk.receive(0.5):
-                    self._events.put((seat, event))
-            if seat.fault:
+            peer.heard, peer.channel = time.monotonic(), channel
+            messages = JsonChannel(channel, peer.host)
+            while not self._ended.is_set() and peer.takes_part and not messages.ended:
+                for event in messages.receive(0.5):
+                    self._events.put((peer, event))
+            if peer.reason:
                 session.close()  # so that whoever still sends to it gives up
-            with seat.sending:  # nobody writes to a channel that is closed
-                seat.over = True
-            said = channel.complaints().splitlines()
-            if said and "hello" not in seat.said:
-                raise SshError(seat.host, "Python", f"python3 there: {said[-1][:200]}", "sudo apt install python3")
+            with peer.sending:  # nobody writes to a channel that is closed
+                peer.over = True
+            said = channel.stderr_tail().splitlines()
+            if said and "hello" not in peer.said:
+                raise SshError(peer.host, "Python", f"python3 there: {said[-1][:200]}", "sudo apt install python3")

@@ -24,8 +24,8 @@ EVENTS: dict[str, dict[str, type]] = {
 
 
 @dataclass
-class Seat:
-    """A node in the chain; `fault` once it is out, `same_home` of another node, which gets the files for both."""
+class RelayPeer:
+    """A node in the chain; `reason` once it is out, `same_home` of another node, which gets the files for both."""
 
     node: Node
     channel: Channel | None = None
@@ -36,7 +36,7 @@ class Seat:
     missing: int = 0  # pieces
     written: int = 0  # bytes
     same_home: str = ""
-    fault: str | None = None
+    reason: str | None = None
     fed: bool = False  # from here, and not by the node before it
     over: bool = False
     sending: threading.Lock = field(default_factory=threading.Lock)
@@ -49,7 +49,7 @@ class Seat:
     @property
     def takes_part(self) -> bool:
         """True while it belongs to the chain."""
-        return self.fault is None and not self.same_home
+        return self.reason is None and not self.same_home
 
     @property
     def total(self) -> int:
@@ -66,7 +66,7 @@ class Seat:
             if self.channel and not self.over:
                 self.channel.send(line + b"\n" + data)
 
-    def hear(self, event: Mapping[str, Any], trees: Collection[str], pieces: int) -> None:
+    def accept(self, event: Mapping[str, Any], trees: Collection[str], chunks: int) -> None:
         """Take in an event; raise ValueError for one that makes no sense with these trees and so many pieces."""
         kind = event.get("event")
         if not isinstance(kind, str) or kind not in EVENTS:
@@ -81,7 +81,7 @@ class Seat:
             if form is list and not all(isinstance(each, int) if name == "missing" else isinstance(each, str)
                                         for each in event[name]):
                 raise ValueError(f"{kind} with an odd list")
-        if kind in ("plan", "orphan") and any(not 0 <= number < pieces for number in event["missing"]):
+        if kind in ("plan", "orphan") and any(not 0 <= number < chunks for number in event["missing"]):
             raise ValueError(f"{kind} with unknown pieces")
         if kind == "plan" and (set(event["roots"]) != set(trees) or not all(
                 isinstance(root, str) for root in event["roots"].values())):
@@ -90,10 +90,10 @@ class Seat:
         if kind == "hello" and isinstance(address := event.get("address"), str):
             self.address = self.address or address
         elif kind == "plan":
-            self.missing, self.fault = len(event["missing"]), "; ".join(event["faults"]) or self.fault
+            self.missing, self.reason = len(event["missing"]), "; ".join(event["faults"]) or self.reason
         elif kind == "progress":
             self.moved = self.heard if event["bytes"] != self.written else self.moved
             self.written, self.missing = event["bytes"], event["missing"]
         elif kind in ("failed", "over") and self.takes_part and "finished" not in self.said:
-            self.fault = event["text"]
+            self.reason = event["text"]
         self.said[kind] = dict(event)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from master.sync.file_trees import Tree
-from master.sync.relay import Seat
+from master.sync.relay import RelayPeer
 
 
 @dataclass
-class Outcome:
+class HostResult:
     """What came of a host: an error, or where things lie there and what was done."""
 
     host: str
@@ -27,13 +27,13 @@ class Outcome:
     paths: dict[str, str] | None = None  # here -> there
 
 
-def outcome_of(seat: Seat, trees: Sequence[Tree]) -> Outcome:
+def result_of(peer: RelayPeer, trees: Sequence[Tree]) -> HostResult:
     """Return what came of a seat in the chain."""
-    plan, finished = seat.said.get("plan"), seat.said.get("finished", {})
-    found = Outcome(seat.host, seat.fault or "", shares_home_of=seat.same_home)
-    if plan and not seat.fault:
+    plan, finished = peer.said.get("plan"), peer.said.get("finished", {})
+    found = HostResult(peer.host, peer.reason or "", shares_home_of=peer.same_home)
+    if plan and not peer.reason:
         found.folder, found.bytes_missing = plan["roots"]["checkout"], plan["bytes"]
-        found.bytes_sent, found.deleted, found.kept = seat.written, finished.get("deleted", 0), \
+        found.bytes_sent, found.deleted, found.kept = peer.written, finished.get("deleted", 0), \
             tuple(finished.get("kept", ()))
         places = {tree.here: os.path.join(plan["roots"][tree.name], tree.below) if tree.below
                   else plan["roots"][tree.name] for tree in trees if tree.here and tree.name != "checkout"}
@@ -41,7 +41,7 @@ def outcome_of(seat: Seat, trees: Sequence[Tree]) -> Outcome:
     return found
 
 
-def line_of(one: Outcome, dry_run: bool) -> str:
+def result_line(one: HostResult, dry_run: bool) -> str:
     """Return what came of a host for a person."""
     if one.error:
         return f"error: {one.error}"

@@ -17,17 +17,24 @@ from typing import Any
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError
 from master.core.terminal import one_line, say
-from master.inventory.node_facts import faults, gpu_faults, here, place_of, torch_faults
+from master.inventory.node_facts import checkout_of, gpu_problems, local_facts, node_problems, torch_problems
 from master.ssh.node_names import parse_node
 from master.ssh.options import question
-from master.ssh.route import Access, SshError
+from master.ssh.route import SshError, SshOptions
 from master.training.fetch_run import fetch_run
-from master.training.hang_detector import StallWatch
-from master.training.rank_output import Screen
+from master.training.hang_detector import HangDetector
+from master.training.rank_output import RankOutput
 from master.training.request import TrainingRequest
 from master.training.root_cause import KILLED, Cause, first_cause
-from master.training.run_folder import LAUNCHER, job_prefix, keep_hosts, mark_failed, memory_advice, sign
-from master.training.supervisor import ClusterJob, Part, Story
+from master.training.run_folder import (
+    LAUNCHER,
+    job_prefix,
+    mark_failed,
+    memory_advice,
+    save_hosts,
+    write_launcher_record,
+)
+from master.training.supervisor import ClusterJob, HostAssignment, JobResult
 
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
 WRONG_USAGE = 2  # how a rank ends that can't take its flags
@@ -44,7 +51,7 @@ class Training:
         self.stopped = False  # somebody asked for the end before it began
         self.again = False  # a restart: from the newest checkpoint that every host has
         self.name = self.new_name()
-        self.parts = [Part(parse_node(host.host), host.use, place_of(self.known.get(host.host, {})))
+        self.parts = [HostAssignment(parse_node(host.host), host.use, checkout_of(self.known.get(host.host, {})))
                       for host in request.hosts.slots]
         self.local = False  # rank 0's run folder is this machine's
         self.folders: dict[str, str] = {}  # by host: where its ranks start
@@ -64,15 +71,15 @@ class Training:
         return {"gpus": gpus, "torch": gpus, "paths": self.request.files, "port": self.request.master_port,
                 "marks": [str(Path.cwd()), str(mark)]}
 
-    def settle(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
+    def approve(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
         """Return the job, or None after telling what stands against it."""
         mark = self.run.absolute() / f".{self.name}"
         found = [str(error) for error in unreached.values()]
-        found += [str(fault) for fault in faults(facts, here({"folder": str(ROOT)}))]
-        found += [str(fault) for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
-                  for fault in gpu_faults(str(part.node), part.slots, gpus)]
-        found += [str(fault) for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
-                  for fault in torch_faults(str(part.node), part.slots, torch)]
+        found += [str(reason) for reason in node_problems(facts, local_facts({"folder": str(ROOT)}))]
+        found += [str(reason) for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
+                  for reason in gpu_problems(str(part.node), part.slots, gpus)]
+        found += [str(reason) for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
+                  for reason in torch_problems(str(part.node), part.slots, torch)]
         mark.unlink(missing_ok=True)
         for host, each in facts.items():  # it may have been started from elsewhere, or outlived its launcher
             mine = [job for job in each["jobs"] if re.fullmatch(re.escape(job_prefix(self.run)) + "-[0-9a-f]{6}", job)]
@@ -85,7 +92,7 @@ class Training:
         self.local = str(mark) in facts[first]["there"]
         address = self._address(facts[first])
         port = self.request.master_port or facts[first]["port"]
-        sign(self.run, self.name)
+        write_launcher_record(self.run, self.name)
         self._announce(facts, address, port)
         cwd = str(Path.cwd())
         self.folders = {str(part.node): cwd if cwd in facts[str(part.node)]["there"] else part.place.folder
@@ -96,7 +103,7 @@ class Training:
                 "no_local_rank": self.request.no_local_rank,
                 "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders,
                 "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
-                "scripts": {str(part.node): part.place.there(str(self.request.script)) for part in self.parts}}
+                "scripts": {str(part.node): part.place.translate_path(str(self.request.script)) for part in self.parts}}
 
     def _arguments(self) -> list[str]:
         again = ["--resume_from_checkpoint", "auto"] if self.again and self.request.is_ours else []
@@ -135,38 +142,38 @@ class Training:
                 say(f"{host}: other programs hold {mib / 1024:.1f} GiB on slot {slot}")
 
 
-def train(request: TrainingRequest, access: Access) -> int:
+def train(request: TrainingRequest, ssh: SshOptions) -> int:
     """Train and return 0, 1 on a fault, 2 if the ranks can't take their flags. Raises UsageError."""
     training = Training(request)
     restarts = request.supervision.restarts
-    sign(training.run)
-    keep_hosts(training.run, request.hosts.slots, request.hosts.cluster)
+    write_launcher_record(training.run)
+    save_hosts(training.run, request.hosts.slots, request.hosts.cluster)
     for attempt in range(restarts + 1):
         patience = time.monotonic() + (RESTART_WAIT if attempt else 0)
-        while (story := run_once(training, access)) is None:
+        while (result := run_once(training, ssh)) is None:
             if training.stopped or time.monotonic() >= patience:
                 say("stopped: nothing was started" if training.stopped else "nothing was started")
                 if not training.again:
                     _forget(training.run)
                 return 1
             time.sleep(10)
-        code = conclude(training, story, access)
-        if code == 0 or story.asked_to_stop or attempt == restarts:
+        code = conclude(training, result, ssh)
+        if code == 0 or result.asked_to_stop or attempt == restarts:
             return code
         say(f"restart {attempt + 1} of {restarts}: from the newest checkpoint that every host has")
         training.again = True
     return 1
 
 
-def run_once(training: Training, access: Access) -> Story | None:
+def run_once(training: Training, ssh: SshOptions) -> JobResult | None:
     """Run the job to its end; None if it couldn't begin."""
     watched, name = training.request.supervision, training.new_name()
-    job = ClusterJob(training.parts, access, training.wanted(), name, watched.grace, StallWatch(watched.stall_timeout),
-                     training.settle)
+    job = ClusterJob(training.parts, ssh, training.wanted(), name, watched.grace, HangDetector(watched.stall_timeout),
+                     training.approve)
     try:
-        return job.run(question(), Screen(training.run), say)
+        return job.run(question(), RankOutput(training.run), say)
     finally:
-        training.stopped = job.asked
+        training.stopped = job.stop_requested
         (training.run / f".{name}").unlink(missing_ok=True)
 
 
@@ -181,21 +188,21 @@ def _forget(run: Path) -> None:
             folder.rmdir()
 
 
-def conclude(training: Training, story: Story, access: Access) -> int:
+def conclude(training: Training, result: JobResult, ssh: SshOptions) -> int:
     """Report how it ended, bring the run folder here; return the exit code."""
-    cause = first_cause(story.ends, story.lost, {who: list(lines) for who, lines in story.said.items()})
-    failed = cause is not None or any(story.codes.get(str(part.node)) != 0 for part in training.parts)
+    cause = first_cause(result.exits, result.lost_hosts, {who: list(lines) for who, lines in result.output.items()})
+    failed = cause is not None or any(result.launcher_codes.get(str(part.node)) != 0 for part in training.parts)
     first = training.parts[0]
     here = training.local
-    if not here and str(first.node) in story.codes:
-        here = fetch_run(first.node, training.folders[str(first.node)], training.run, access,
-                         may_lack=not training.request.is_ours)
+    if not here and str(first.node) in result.launcher_codes:
+        here = fetch_run(first.node, training.folders[str(first.node)], training.run, ssh,
+                         optional=not training.request.is_ours)
     if not failed:
         return 0 if here else 1
     mark_failed(training.run, 1)
     usage = cause is not None and cause.code == WRONG_USAGE and training.request.is_ours
     if not usage:
-        say(f"training failed after {story.first_failure_at or 0:.0f} s" + (f": {cause}" if cause else ""))
+        say(f"training failed after {result.first_failure_at or 0:.0f} s" + (f": {cause}" if cause else ""))
     if cause:
         explain(cause, training.run)
     if not usage:

@@ -15,14 +15,14 @@ from typing import IO, cast
 from master.core.terminal import is_terminal, say
 from master.ssh.channel import Channel
 from master.ssh.node_names import Node
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import on_all
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
 
 PATIENCE = 60.0  # seconds without a byte
 TOLD_EVERY = 10.0  # seconds between two lines of progress, where no bar can be shown
 MARK, END = "@@SIZE ", "@@END "  # before and after the stream
-OURS = ("hostfile.txt", "cluster.json", "launcher.json", "logs", "checkpoints")  # of this machine's run folder
+NEVER_FETCHED = ("hostfile.txt", "cluster.json", "launcher.json", "logs", "checkpoints")  # of this machine's run folder
 SCRATCH = ".fetched"  # in the run folder
 
 
@@ -85,10 +85,10 @@ class Progress:
             self._bar.stop()
 
 
-def fetch_run(node: Node, folder: str, run: Path, access: Access, may_lack: bool = False) -> bool:
+def fetch_run(node: Node, folder: str, run: Path, ssh: SshOptions, optional: bool = False) -> bool:
     """Copy a run folder, relative to `folder` there, from a host; logs are kept here anyway. Say so, or why not.
 
-    `may_lack`: it need not be there, a script of the user's may have made none.
+    `optional`: it need not be there, a script of the user's may have made none.
 
     What has come is put in its place when all has come: a model is here whole or not at all.
     """
@@ -97,16 +97,16 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access, may_lack: bool
 
     def work(session: Session) -> int:
         left_out = "--exclude=checkpoints --exclude=logs --exclude=launcher.json"
-        lack = f"[ -d {shlex.quote(place)} ] || {{ echo '{MARK}'none; exit; }}; " if may_lack else ""
+        lack = f"[ -d {shlex.quote(place)} ] || {{ echo '{MARK}'none; exit; }}; " if optional else ""
         program = (f"{lack}cd {shlex.quote(place)} || exit; size=$(du -sb {left_out} . 2>/dev/null) || size=0; "
                    f"echo '{MARK}'$size; tar -cf - {left_out} .; echo {END}$?")
-        return unpacked(session, program, scratch, shown)
+        return unpack_stream(session, program, scratch, shown)
 
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        result = on_all([node], access, work)[node]
+        result = run_on_all([node], ssh, work)[node]
         if result and not isinstance(result, SshError):
-            put_in_place(scratch, run)
+            move_into_place(scratch, run)
     except (OSError, tarfile.TarError) as error:  # no room here, or the stream was cut off
         result = SshError(host, "fetch", str(error))
     finally:
@@ -120,7 +120,7 @@ def fetch_run(node: Node, folder: str, run: Path, access: Access, may_lack: bool
     return True
 
 
-def unpacked(session: Session, program: str, folder: Path, shown: Progress) -> int:
+def unpack_stream(session: Session, program: str, folder: Path, shown: Progress) -> int:
     """Unpack what a shell program on a host sends: MARK and the size, a tar, END and tar's exit code.
 
     Return how many bytes came, 0 for MARK none. Raises SshError, OSError, tarfile.TarError.
@@ -130,7 +130,7 @@ def unpacked(session: Session, program: str, folder: Path, shown: Progress) -> i
         stream = _Stream(channel, host, shown.update)
         while not (line := stream.line()).startswith(MARK):  # a shell may have a word first
             if not line:
-                raise SshError(host, "fetch", channel.complaints()[-200:] or "nothing came")
+                raise SshError(host, "fetch", channel.stderr_tail()[-200:] or "nothing came")
         if line == f"{MARK}none\n":
             return 0
         shown.total = int(line[len(MARK) :].split()[0])
@@ -141,14 +141,14 @@ def unpacked(session: Session, program: str, folder: Path, shown: Progress) -> i
         while stream.read(1 << 16):
             pass
         if not stream.end.endswith(f"{END}0\n".encode()):
-            raise SshError(host, "fetch", channel.complaints()[-200:] or "tar was cut off there")
+            raise SshError(host, "fetch", channel.stderr_tail()[-200:] or "tar was cut off there")
     return stream.bytes
 
 
-def put_in_place(scratch: Path, run: Path) -> None:
+def move_into_place(scratch: Path, run: Path) -> None:
     """Move what has come into the run folder, over what was there."""
     for path in scratch.iterdir():
-        if path.name in OURS:  # whatever a host sends
+        if path.name in NEVER_FETCHED:  # whatever a host sends
             continue
         target = run / path.name
         if target.is_dir():

@@ -12,7 +12,7 @@ KEPT = 20  # steps whose time is remembered
 STEP = re.compile(r"^step (\d+)/")
 
 
-class StallWatch:
+class HangDetector:
     """Notes every host's signs of life. `limit` in seconds, 0 never tells, None is the larger of LEAST and STEPS steps.
 
     Ranks that tell what they do count by that: a line alone, then, is no sign of life.

@@ -10,35 +10,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from master.core.paths import WORKER
-from master.inventory.node_facts import Place, streamed
-from master.ssh.json_channel import SILENCE, JsonChannel
+from master.inventory.node_facts import RemoteCheckout, stdin_loader
+from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import Node
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import Ask, on_all
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import Ask, run_on_all
 from master.ssh.session import Session
 
 MARK = b"@@MEASURED "
-BEAT = 5.0  # seconds between two signs of life to the host
+HEARTBEAT_S = 5.0  # seconds between two signs of life to the host
 
 
-class Vitals:
+class HostMetrics:
     """Asks hosts until it is closed; `latest` may be read at any time."""
 
-    def __init__(self, places: dict[Node, Place], access: Access, every: float) -> None:
-        self._places, self._access, self._every = places, access, every
+    def __init__(self, places: dict[Node, RemoteCheckout], ssh: SshOptions, every: float) -> None:
+        self._places, self._ssh, self._every = places, ssh, every
         self._closed = threading.Event()
         self._latest: dict[str, dict[str, Any]] = {str(node): {} for node in places}
         self._thread: threading.Thread | None = None
 
-    def start(self, question: Ask | None) -> Vitals:
+    def start(self, question: Ask | None) -> HostMetrics:
         """Begin; `question` decides on unknown host keys."""
         def lost(node: Node, result: object) -> None:
             if isinstance(result, SshError):
-                self._latest[str(node)] = {"fault": f"{result.stage}: {result.fault}"}
+                self._latest[str(node)] = {"fault": f"{result.stage}: {result.reason}"}
 
         nodes: Sequence[Node] = list(self._places)
         self._thread = threading.Thread(
-            target=lambda: on_all(nodes, self._access, self._work, question, lost, at_once=len(nodes)), daemon=True)
+            target=lambda: run_on_all(nodes, self._ssh, self._work, question, lost, at_once=len(nodes)), daemon=True)
         self._thread.start()
         return self
 
@@ -60,18 +60,18 @@ class Vitals:
 
     def _work(self, session: Session) -> None:
         script, host = WORKER / "measure_node.py", str(session.node)
-        command = f"exec {shlex.quote(self._places[session.node].python)} {streamed(script)} {self._every}"
+        command = f"exec {shlex.quote(self._places[session.node].python)} {stdin_loader(script)} {self._every}"
         with contextlib.closing(session.open(command)) as channel:
             channel.send(script.read_bytes())
-            talk, spoken = JsonChannel(channel, host, "gpus", MARK), time.monotonic()
+            messages, spoken = JsonChannel(channel, host, "gpus", MARK), time.monotonic()
             while not self._closed.is_set():
-                for measured in talk.receive(0.2):
+                for measured in messages.receive(0.2):
                     self._latest[host] = measured
                 now = time.monotonic()
-                if talk.ended:
-                    raise SshError(host, "connection", talk.complaints()[-200:] or "it has ended")
-                if now - talk.heard > SILENCE:
-                    raise SshError(host, "connection", f"no word for {SILENCE:.0f} s")
-                if now - spoken > BEAT:
-                    talk.send({})
+                if messages.ended:
+                    raise SshError(host, "connection", messages.stderr_tail()[-200:] or "it has ended")
+                if now - messages.last_heard > SILENCE_LIMIT_S:
+                    raise SshError(host, "connection", f"no word for {SILENCE_LIMIT_S:.0f} s")
+                if now - spoken > HEARTBEAT_S:
+                    messages.send({})
                     spoken = now

@@ -19,7 +19,7 @@ GATHERED = 2.0  # seconds in which other ranks may say the same
 PASSING = re.compile(r"0x[0-9a-f]+|[\d.:]+")  # what differs between ranks that say the same
 
 
-class Screen:
+class RankOutput:
     """Takes in what one thread tells it; `close` before anything else is printed."""
 
     def __init__(self, run: Path) -> None:

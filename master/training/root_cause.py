@@ -32,7 +32,7 @@ TAIL = 12  # lines of a failing rank that are shown
 
 
 @dataclass(frozen=True)
-class End:
+class RankExit:
     """How a rank ended: exit code (negative: a signal), seconds since the start, whether it was asked to end."""
 
     host: str
@@ -58,7 +58,7 @@ class Cause:
         return f"{where}: {self.what}"
 
 
-def in_words(code: int) -> str:
+def describe_exit(code: int) -> str:
     """Return what an exit code says."""
     if code < 0:
         try:
@@ -75,26 +75,26 @@ def excerpt(lines: Sequence[str]) -> tuple[str, ...]:
     return tuple(part if len(part) <= TAIL else [part[0], "  ...", *part[2 - TAIL :]])
 
 
-def first_cause(ends: Sequence[End], lost: Mapping[str, str], said: Mapping[tuple[str, int | None], Sequence[str]],
+def first_cause(exits: Sequence[RankExit], lost_hosts: Mapping[str, str], output: Mapping[tuple[str, int | None], Sequence[str]],
                 ) -> Cause | None:
     """Return why it failed, None if nothing did.
 
-    `lost`: hosts whose connection ended, with why; `said`: the last lines by host and rank (None: the launcher). A rank
+    `lost_hosts`: hosts whose connection ended, with why; `output`: the last lines by host and rank (None: the launcher). A rank
     that only lost its peers is no cause where another one is.
     """
-    failed = sorted((end for end in ends if end.code and not end.asked), key=lambda end: end.at)
-    causes = [end for end in failed if not COLLATERAL.search("\n".join(said.get((end.host, end.rank), [])[-40:]))
+    failed = sorted((end for end in exits if end.code and not end.asked), key=lambda end: end.at)
+    causes = [end for end in failed if not COLLATERAL.search("\n".join(output.get((end.host, end.rank), [])[-40:]))
               or end.code < 0]
-    if causes or (failed and not lost):
+    if causes or (failed and not lost_hosts):
         end = (causes or failed)[0]
-        if not said.get((end.host, end.rank)):  # what goes wrong on all ranks alike is printed by the first one
-            end = next((one for one in causes or failed if one.code == end.code and said.get((one.host, one.rank))), end)
-        lines = [line for line in said.get((end.host, end.rank), []) if line.strip()]
+        if not output.get((end.host, end.rank)):  # what goes wrong on all ranks alike is printed by the first one
+            end = next((one for one in causes or failed if one.code == end.code and output.get((one.host, one.rank))), end)
+        lines = [line for line in output.get((end.host, end.rank), []) if line.strip()]
         text = "\n".join(lines[-40:])
         hint = KILLED if end.code == -signal.SIGKILL else next(
             (hint for pattern, hint in HINTS if re.search(pattern, text)), "")
-        return Cause(end.host, end.rank, in_words(end.code), end.code, excerpt(lines), hint)
-    for host, why in lost.items():
-        lines = [line for line in said.get((host, None), []) if line.strip()]
+        return Cause(end.host, end.rank, describe_exit(end.code), end.code, excerpt(lines), hint)
+    for host, why in lost_hosts.items():
+        lines = [line for line in output.get((host, None), []) if line.strip()]
         return Cause(host, None, why, None, excerpt(lines) if lines else (), "")
     return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from master.core.atomic_write import write_whole
 from master.core.run_cli import UserError
-from master.inventory.cluster_file import merge, write_cluster
+from master.inventory.cluster_file import merge_hosts, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
 
 LAUNCHER = "launcher.json"
@@ -63,22 +63,22 @@ def started_at(pid: int) -> str | None:
         return None
 
 
-def sign(run: Path, job: str | None = None) -> None:
+def write_launcher_record(run: Path, job: str | None = None) -> None:
     """Leave word in a run folder that this process runs it, and as which job on its hosts (None: as before)."""
     run.mkdir(parents=True, exist_ok=True)
-    mine = {"pid": os.getpid(), "started": started_at(os.getpid()), "job": job or signed(run).get("job")}
+    mine = {"pid": os.getpid(), "started": started_at(os.getpid()), "job": job or read_launcher_record(run).get("job")}
     write_whole(run / LAUNCHER, json.dumps(mine) + "\n")
 
 
-def keep_hosts(run: Path, hosts: Sequence[Slots], cluster: Mapping[str, Any]) -> None:
+def save_hosts(run: Path, hosts: Sequence[Slots], cluster: Mapping[str, Any]) -> None:
     """Write hostfile.txt and cluster.json as used into a run folder, by which it is watched, stopped and resumed."""
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / "hostfile.txt", render_hostfile(hosts, {}))
     names = {host.host for host in hosts}
-    write_cluster(run / "cluster.json", merge(cluster, [each for each in cluster["hosts"] if each["name"] in names]))
+    write_cluster(run / "cluster.json", merge_hosts(cluster, [each for each in cluster["hosts"] if each["name"] in names]))
 
 
-def signed(run: Path) -> dict[str, Any]:
+def read_launcher_record(run: Path) -> dict[str, Any]:
     """Return what was left by whoever ran it last, {} if nothing."""
     try:
         found = json.loads((run / LAUNCHER).read_text(encoding="utf-8"))
@@ -87,17 +87,17 @@ def signed(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def launcher_of(run: Path) -> int | None:
+def running_launcher(run: Path) -> int | None:
     """Return the process that runs a run now, None if nobody does."""
-    word = signed(run)
+    word = read_launcher_record(run)
     pid = word.get("pid")
     alive = isinstance(pid, int) and started_at(pid) is not None and started_at(pid) == word.get("started")
     return pid if alive else None
 
 
-def refuse_twice(run: Path) -> None:
+def ensure_not_running(run: Path) -> None:
     """Raise RunError if a run is being trained now."""
-    if (pid := launcher_of(run)) is not None:
+    if (pid := running_launcher(run)) is not None:
         raise RunError(f"{run}: process {pid} trains it now: --stop {shlex.quote(str(run))} first")
 
 
@@ -109,7 +109,7 @@ def find_run(name: str | None, running: bool = False) -> Path:
                 return path
         raise RunError(f"{name}: no such run: ls runs")
     found = sorted(path for path in Path("runs").glob("*-*-*")
-                   if path.is_dir() and (not running or launcher_of(path) is not None))
+                   if path.is_dir() and (not running or running_launcher(path) is not None))
     if not found:
         raise RunError("nothing runs here" if running else "no runs here")
     return found[-1]

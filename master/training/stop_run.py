@@ -17,22 +17,22 @@ from master.core.paths import WORKER
 from master.core.terminal import say
 from master.inventory.cluster_file import read_cluster
 from master.inventory.hostfile import read_hostfile
-from master.inventory.node_facts import place_of, streamed
-from master.ssh.json_channel import SILENCE, JsonChannel
+from master.inventory.node_facts import checkout_of, stdin_loader
+from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import parse_node
-from master.ssh.options import access_of, question
+from master.ssh.options import question, ssh_options
 from master.ssh.route import SshError
-from master.ssh.run_on_all import on_all
+from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
-from master.training.run_folder import find_run, launcher_of, signed
+from master.training.run_folder import find_run, read_launcher_record, running_launcher
 
 
 def stop(name: str | None, options: argparse.Namespace) -> int:
     """Ask whoever runs a run (without a name: the newest that runs) to stop in order; wait; return the exit code."""
     run = find_run(name, running=not name)
-    pid = launcher_of(run)
+    pid = running_launcher(run)
     if pid is None:
-        job = signed(run).get("job")
+        job = read_launcher_record(run).get("job")
         if not job or not (run / "hostfile.txt").exists():
             say(f"{run}: nobody runs it")
             return 1
@@ -41,9 +41,9 @@ def stop(name: str | None, options: argparse.Namespace) -> int:
     os.kill(pid, signal.SIGINT)
     say(f"{run}: stopping; the ranks may take {options.grace:.0f} s to save")
     end = time.monotonic() + options.grace + 30
-    while launcher_of(run) == pid and time.monotonic() < end:
+    while running_launcher(run) == pid and time.monotonic() < end:
         time.sleep(0.2)
-    if launcher_of(run) == pid:
+    if running_launcher(run) == pid:
         say(f"{run}: process {pid} does not end; once more kills its ranks")
         return 1
     say(f"{run}: stopped")
@@ -57,14 +57,14 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
 
     def work(session: Session) -> int:
         host = str(session.node)
-        command = f"exec {shlex.quote(place_of(known.get(host, {})).python)} {streamed(WORKER / 'run_node.py')}"
+        command = f"exec {shlex.quote(checkout_of(known.get(host, {})).python)} {stdin_loader(WORKER / 'run_node.py')}"
         with contextlib.closing(session.open(command)) as channel:
             channel.send((WORKER / "run_node.py").read_bytes())
-            talk = JsonChannel(channel, host)
-            talk.send({"end": job, "grace": options.grace})
-            return ended(talk, host)
+            messages = JsonChannel(channel, host)
+            messages.send({"end": job, "grace": options.grace})
+            return wait_for_end(messages, host)
 
-    found = on_all(nodes, access_of(options), work, question())
+    found = run_on_all(nodes, ssh_options(options), work, question())
     for node, result in found.items():
         if isinstance(result, SshError):
             say(str(result))
@@ -73,10 +73,10 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
     return int(any(isinstance(result, SshError) for result in found.values()))
 
 
-def ended(talk: JsonChannel, host: str) -> int:
+def wait_for_end(messages: JsonChannel, host: str) -> int:
     """Return how many processes run_node.py has ended; raise SshError if it says nothing for too long."""
-    while not talk.ended and time.monotonic() - talk.heard < SILENCE:
-        for event in talk.receive(SILENCE):
+    while not messages.ended and time.monotonic() - messages.last_heard < SILENCE_LIMIT_S:
+        for event in messages.receive(SILENCE_LIMIT_S):
             if event["event"] == "ended":
                 return int(event["processes"])
-    raise SshError(host, "stop", talk.complaints()[-300:] or "it gives no answer")
+    raise SshError(host, "stop", messages.stderr_tail()[-300:] or "it gives no answer")

@@ -19,45 +19,45 @@ from types import FrameType
 from typing import Any, Protocol
 
 from master.core.paths import WORKER
-from master.inventory.node_facts import Place, ask, ask_gpus, streamed
-from master.ssh.json_channel import SILENCE, JsonChannel
+from master.inventory.node_facts import RemoteCheckout, query_facts, query_gpu_use, stdin_loader
+from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import Node
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import Ask, on_all
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import Ask, run_on_all
 from master.ssh.session import Session
-from master.training.hang_detector import StallWatch
-from master.training.root_cause import End
+from master.training.hang_detector import HangDetector
+from master.training.root_cause import RankExit
 
-BEAT = 3.0  # seconds between two signs of life, both ways
-KEPT = 200  # lines of each rank that are kept for the report of a failure
+HEARTBEAT_S = 3.0  # seconds between two signs of life, both ways
+KEPT_LINES = 200  # lines of each rank that are kept for the report of a failure
 
 
 @dataclass(frozen=True)
-class Part:
+class HostAssignment:
     """What one host does: its slots, where lanspeed lives there."""
 
     node: Node
     slots: tuple[int, ...]
-    place: Place
+    place: RemoteCheckout
 
 
 @dataclass
-class Story:
+class JobResult:
     """What happened: ends of ranks, hosts that were lost, the last lines by host and rank, reasons of an early end."""
 
-    ends: list[End] = field(default_factory=list)
-    lost: dict[str, str] = field(default_factory=dict)
-    said: dict[tuple[str, int | None], deque[str]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT)))
-    codes: dict[str, int] = field(default_factory=dict)
+    exits: list[RankExit] = field(default_factory=list)
+    lost_hosts: dict[str, str] = field(default_factory=dict)
+    output: dict[tuple[str, int | None], deque[str]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT_LINES)))
+    launcher_codes: dict[str, int] = field(default_factory=dict)
     asked_to_stop: bool = False
     first_failure_at: float | None = None
 
 
-Settle = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
+Approve = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
 
 
-class Screen(Protocol):
+class RankOutput(Protocol):
     """Where the ranks' words go (rank None: the launcher's), and the metrics of a run folder elsewhere."""
 
     def show(self, host: str, rank: int | None, text: str) -> None: ...
@@ -72,40 +72,40 @@ class Screen(Protocol):
 
 
 class ClusterJob:
-    """`settle` is given every host's facts and returns what run_node.py is told, or None to call it off."""
+    """`approve` is given every host's facts and returns what run_node.py is told, or None to call it off."""
 
-    def __init__(self, parts: Sequence[Part], access: Access, wanted: dict[str, Any], name: str, grace: float,
-                 stalls: StallWatch, settle: Settle) -> None:
+    def __init__(self, parts: Sequence[HostAssignment], ssh: SshOptions, wanted: dict[str, Any], name: str, grace: float,
+                 hangs: HangDetector, approve: Approve) -> None:
         self._parts = {str(part.node): part for part in parts}
-        self._access, self._wanted, self._name, self._grace, self._settle = access, wanted, name, grace, settle
-        self._stalls = stalls
+        self._ssh, self._wanted, self._name, self._grace, self._approve = ssh, wanted, name, grace, approve
+        self._hangs = hangs
         self._events: queue.Queue[tuple[str, str, Any]] = queue.Queue()
         self._orders: dict[str, queue.Queue[dict[str, Any]]] = {host: queue.Queue() for host in self._parts}
         self._decided = threading.Event()
         self._job: dict[str, Any] | None = None
         self._signals = 0
-        self.story = Story()
+        self.result = JobResult()
 
-    def run(self, question: Ask | None, screen: Screen, say: Callable[[str], None]) -> Story | None:
+    def run(self, question: Ask | None, output: RankOutput, say: Callable[[str], None]) -> JobResult | None:
         """Run to the end and return what happened; None if it was called off before it began."""
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
         started = time.monotonic()
         fleet = threading.Thread(target=self._reach_all, args=(question,), daemon=True)
         fleet.start()
         try:
-            if not self._gather():
+            if not self._collect_facts():
                 return None
-            self._follow(started, screen, say)
-            return self.story
+            self._supervise(started, output, say)
+            return self.result
         finally:
-            screen.close()
+            output.close()
             self._decided.set()
-            fleet.join(timeout=SILENCE + 10)
+            fleet.join(timeout=SILENCE_LIMIT_S + 10)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """True once somebody has asked for the end."""
         return self._signals > 0
 
@@ -114,7 +114,7 @@ class ClusterJob:
 
     # -- this thread: decisions ----------------------------------------------------------------------------------------
 
-    def _gather(self) -> bool:
+    def _collect_facts(self) -> bool:
         """Wait for every host's facts or fault; have it settled; let the hosts go on. False: called off."""
         facts: dict[str, dict[str, Any]] = {}
         faults: dict[str, SshError] = {}
@@ -125,21 +125,21 @@ class ClusterJob:
                     facts[host] = content
                 elif isinstance(content, SshError):
                     faults[host] = content
-        self._job = None if self._signals else self._settle(facts, faults)
+        self._job = None if self._signals else self._approve(facts, faults)
         self._decided.set()
         return self._job is not None
 
-    def _follow(self, started: float, screen: Screen, say: Callable[[str], None]) -> None:
+    def _supervise(self, started: float, output: RankOutput, say: Callable[[str], None]) -> None:
         """Take in what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
         running, told = set(self._parts), 0
         while running:
             since = time.monotonic() - started
-            screen.pass_time()
-            if stalled := self._stalls.overdue(since):
+            output.pass_time()
+            if stalled := self._hangs.overdue(since):
                 say(stalled)
             if self._signals > told:
                 told = self._signals
-                self.story.asked_to_stop = True
+                self.result.asked_to_stop = True
                 say(f"stopping: the ranks may take {self._grace:.0f} s to save; once more kills them" if told == 1
                     else "killing them")
                 self._tell(running, {"stop": self._grace} if told == 1 else {"kill": True})
@@ -149,39 +149,39 @@ class ClusterJob:
                 continue
             if kind == "over":
                 running.discard(host)
-                if isinstance(content, SshError) and host not in self.story.codes:
-                    self.story.lost[host] = f"{content.stage}: {content.fault}"
+                if isinstance(content, SshError) and host not in self.result.launcher_codes:
+                    self.result.lost_hosts[host] = f"{content.stage}: {content.reason}"
                     self._fail(host, since, running, f"{host} was lost")
             elif kind == "event":
-                self._take(host, content, since, running, screen)
+                self._handle_event(host, content, since, running, output)
 
-    def _take(self, host: str, event: dict[str, Any], since: float, running: set[str], screen: Screen) -> None:
+    def _handle_event(self, host: str, event: dict[str, Any], since: float, running: set[str], output: RankOutput) -> None:
         kind = event.get("event")
         if kind == "line":
-            self._stalls.line(host, since)
-            self.story.said[host, event["rank"]].append(event["text"])
-            screen.show(host, event["rank"], event["text"])
+            self._hangs.line(host, since)
+            self.result.output[host, event["rank"]].append(event["text"])
+            output.show(host, event["rank"], event["text"])
         elif kind == "progress":
-            self._stalls.progress(host, event["rank"], since, event["text"])
-            screen.show_progress(event["rank"], event["text"])
+            self._hangs.progress(host, event["rank"], since, event["text"])
+            output.show_progress(event["rank"], event["text"])
         elif kind == "metrics":
-            screen.add_metrics(None if event.get("fresh") else event["text"])
+            output.add_metrics(None if event.get("fresh") else event["text"])
         elif kind == "rank":
-            self.story.ends.append(End(host, event["rank"], event["code"], since, event["asked"]))
+            self.result.exits.append(RankExit(host, event["rank"], event["code"], since, event["asked"]))
             if event["code"]:
                 self._fail(host, since, running, f"rank {event['rank']} on {host} failed")
         elif kind == "ended":
-            self.story.codes[host] = event["code"]
+            self.result.launcher_codes[host] = event["code"]
             if event["code"] and not event["reason"]:
                 self._fail(host, since, running, f"DeepSpeed's launcher on {host} failed")
         elif kind == "failed":
-            self.story.lost[host] = event["text"]
+            self.result.lost_hosts[host] = event["text"]
             self._fail(host, since, running, f"{host}: {event['text']}")
 
     def _fail(self, host: str, since: float, running: set[str], why: str) -> None:
         """Note the first failure and end the job everywhere else."""
-        if self.story.first_failure_at is None:
-            self.story.first_failure_at = since
+        if self.result.first_failure_at is None:
+            self.result.first_failure_at = since
             self._tell(running - {host}, {"fail": why})
 
     def _tell(self, hosts: set[str], order: dict[str, Any]) -> None:
@@ -194,47 +194,47 @@ class ClusterJob:
         def done(node: Node, result: object) -> None:
             self._events.put((str(node), "over", result))
 
-        on_all([part.node for part in self._parts.values()], self._access, self._work, question, done,
+        run_on_all([part.node for part in self._parts.values()], self._ssh, self._work, question, done,
                at_once=len(self._parts))
 
     def _work(self, session: Session) -> None:
         host = str(session.node)
         part = self._parts[host]
-        facts = ask(session, part.place, self._wanted)
-        gpus = ask_gpus(session) if self._wanted.get("gpus") else None
+        facts = query_facts(session, part.place, self._wanted)
+        gpus = query_gpu_use(session) if self._wanted.get("gpus") else None
         self._events.put((host, "facts", {**facts, "gpus": gpus}))
         self._decided.wait()
         if self._job is None:
             return
-        command = f"exec {shlex.quote(part.place.python)} {streamed(WORKER / 'run_node.py')}"
+        command = f"exec {shlex.quote(part.place.python)} {stdin_loader(WORKER / 'run_node.py')}"
         with contextlib.closing(session.open(command)) as channel:
-            job = {**self._job, "job": self._name, "python": part.place.python, "patience": SILENCE,
+            job = {**self._job, "job": self._name, "python": part.place.python, "patience": SILENCE_LIMIT_S,
                    "node_rank": list(self._parts).index(host), "folder": self._job["folders"][host],
                    "script": self._job["scripts"][host], "log": self._job["logs"][host],
-                   "arguments": [part.place.there(word) for word in self._job["arguments"]]}
+                   "arguments": [part.place.translate_path(word) for word in self._job["arguments"]]}
             channel.send((WORKER / "run_node.py").read_bytes())
-            talk = JsonChannel(channel, host)
-            talk.send(job)
-            self._converse(host, talk)
+            messages = JsonChannel(channel, host)
+            messages.send(job)
+            self._relay_events(host, messages)
 
-    def _converse(self, host: str, talk: JsonChannel) -> None:
+    def _relay_events(self, host: str, messages: JsonChannel) -> None:
         """Hand events to the deciding thread, orders to the host, until it has ended; raise SshError if it is lost."""
         spoken, over = time.monotonic(), False
         while True:
-            for event in talk.receive(0.1):
+            for event in messages.receive(0.1):
                 over = over or event["event"] in ("ended", "failed")
                 self._events.put((host, "event", event))
             now = time.monotonic()
             if over:
                 return
-            if talk.ended:
-                raise SshError(host, "connection", talk.complaints()[-300:] or "it has ended")
-            if now - talk.heard > SILENCE:
-                raise SshError(host, "connection", f"no sign of life for {SILENCE:.0f} s")
+            if messages.ended:
+                raise SshError(host, "connection", messages.stderr_tail()[-300:] or "it has ended")
+            if now - messages.last_heard > SILENCE_LIMIT_S:
+                raise SshError(host, "connection", f"no sign of life for {SILENCE_LIMIT_S:.0f} s")
             with contextlib.suppress(queue.Empty):
                 while True:
-                    talk.send(self._orders[host].get_nowait())
+                    messages.send(self._orders[host].get_nowait())
                     spoken = now
-            if now - spoken > BEAT:
-                talk.send({"beat": 1})
+            if now - spoken > HEARTBEAT_S:
+                messages.send({"beat": 1})
                 spoken = now

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import HOME
+from conftest import ROOT
 from ssh_server import make_key
 
 from lab.hosts import Host, Lab
@@ -41,7 +41,7 @@ class BareDesk:
             (folder / "authorized_keys").write_text(key)
             for path in (folder, folder / "authorized_keys"):
                 os.chown(path, WORKER, WORKER)
-            hide(host, HOME, self.folder)
+            hide(host, ROOT, self.folder)
             host.serve()
             lab.master.resolve(host)
 
@@ -50,7 +50,7 @@ class BareDesk:
         where = self.lab.master.words("env", "-C", str(self.folder), "-u", "SSH_AUTH_SOCK", f"HOME={self.home}",
                                       f"LANSPEED_CACHE={self.folder / 'cache'}",
                                       f"PATH={Path(sys.executable).parent}:/usr/bin:/bin")
-        return [*where, sys.executable, str(HOME / "master" / "sync_nodes.py"), "--nodes", *self.hosts, *more,
+        return [*where, sys.executable, str(ROOT / "master" / "sync_nodes.py"), "--nodes", *self.hosts, *more,
                 "--host-keys", "accept-new", "--connect-timeout", "4", "--no-env"]
 
     def sync(self, *more: str, expect: int = 0) -> dict[str, dict[str, Any]]:

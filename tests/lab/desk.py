@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import HOME
+from conftest import ROOT
 from patience import wait_until
 from ssh_server import make_key
 
@@ -49,7 +49,7 @@ class Desk:
         where = self.lab.master.words("env", "-C", str(self.folder), "-u", "SSH_AUTH_SOCK", "-u", "LANSPEED_CACHE",
                                       f"HOME={self.home}", f"TMPDIR={self.scratch}",
                                       f"PATH={Path(sys.executable).parent}:/usr/bin:/bin")
-        return [*where, sys.executable, str(HOME / "master" / "launch_training.py"), "--model", "tiny",
+        return [*where, sys.executable, str(ROOT / "master" / "launch_training.py"), "--model", "tiny",
                 "--hostfile", "hostfile.txt", "--host-keys", "accept-new", "--dataset", str(self.texts), *more]
 
     def start(self, *more: str) -> subprocess.Popen[str]:

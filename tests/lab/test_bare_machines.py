@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from terminal import type_into
 
 from lab.bare import hide
@@ -23,7 +23,7 @@ def wheels(tmp_path: Path) -> Path:
     """A folder of all wheels, fetched where there is a network: the lab's machines have none."""
     code = ("import sys; from pathlib import Path; from master.sync.environments import fill; "
             "fill(Path(sys.argv[1]), '', lambda line: None)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "wheels")], cwd=HOME, text=True,
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "wheels")], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     return tmp_path / "wheels"
@@ -37,7 +37,7 @@ def test_five_commands_lead_from_bare_machines_to_a_model(lab: Lab, wheels: Path
     for path in texts.iterdir():
         (notes / path.name).write_text(path.read_text())
     for host in hosts:
-        hide(host, HOME, desk.folder)
+        hide(host, ROOT, desk.folder)
         host.serve()
     lab.master.resolve(*hosts)
     nodes = ("--nodes", "gpu[1-3]")

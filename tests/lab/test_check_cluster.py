@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from programs import program
 
 from lab.desk import Desk
@@ -31,7 +31,7 @@ def desk(lab: Lab, tmp_path: Path) -> Iterator[Desk]:
 def check(desk: Desk, *words: str, variables: tuple[str, ...] = ()) -> tuple[int, str, dict[str, Any]]:
     """Run the tool with --json; return exit code, stderr, what it found."""
     where = desk.words()
-    tool = [sys.executable, str(HOME / "master" / "check_cluster.py"), "--host-keys", "accept-new"]
+    tool = [sys.executable, str(ROOT / "master" / "check_cluster.py"), "--host-keys", "accept-new"]
     command = [*where[: where.index(sys.executable)], *variables, *tool, "--connect-timeout", "3", "--json", *words]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
     assert done.stdout, done.stderr
@@ -55,10 +55,10 @@ def test_machines_that_are_alike_pass(desk: Desk) -> None:
 def test_what_is_odd_on_one_machine_is_named(desk: Desk) -> None:
     odd = desk.hosts["gpu2"]
     other = desk.lab.folder / "other"  # another state of the checkout, with torch of another version
-    shutil.copytree(HOME / "trainer", other / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "trainer", other / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
     with (other / "trainer" / "train.py").open("a") as file:
         file.write("# changed\n")
-    subprocess.run(odd.words("mount", "--bind", str(other / "trainer"), str(HOME / "trainer")), check=True)
+    subprocess.run(odd.words("mount", "--bind", str(other / "trainer"), str(ROOT / "trainer")), check=True)
     info = next(Path(sys.prefix).glob("lib/python*/site-packages/deepspeed-*.dist-info"))
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.2\n")
     subprocess.run(odd.words("mount", "--bind", str(other / "METADATA"), str(info / "METADATA")), check=True)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from patience import wait_until
 
 from lab.desk import SMALL, Desk, assert_nothing_left, job_processes, launchers, ranks_on, wait_for_steps
@@ -46,7 +46,7 @@ def losses(run: Path) -> list[float]:
 def tool(desk: Desk, name: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run another tool of the master's at the desk."""
     where = desk.words()
-    command = [*where[: where.index(sys.executable)], sys.executable, str(HOME / "master" / name), *words]
+    command = [*where[: where.index(sys.executable)], sys.executable, str(ROOT / "master" / name), *words]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
 
 
@@ -63,7 +63,7 @@ def test_three_machines_on_slow_links_learn_what_one_process_learns(
     assert 0 < record["waiting"]["network"] < 1 and f"{record['waiting']['network']:.0%} of the steps' time" in output
     assert record["plain_command"].startswith("DS_ACCELERATOR=cpu deepspeed --hostfile=hostfile.txt ")
     alone = subprocess.run(
-        [sys.executable, HOME / "trainer" / "train.py", "--model_name_or_path", "tiny", "--dataset_path", str(texts),
+        [sys.executable, ROOT / "trainer" / "train.py", "--model_name_or_path", "tiny", "--dataset_path", str(texts),
          "--sequence_length", "64", "--per_device_train_batch_size", "6", "--logging_steps", "1", "--max_steps", "4",
          "--num_samples", "0", "--output_dir", str(tmp_path / "alone")],
         capture_output=True, text=True, env={**os.environ, "LANSPEED_CACHE": str(cache / "gpu1")}, timeout=240)
@@ -151,7 +151,7 @@ def test_scripts_for_other_launchers_run_unchanged(lab: Lab, texts: Path, cache:
         "print('steps', trainer.state.global_step, 'of', arguments.world_size, 'ranks')\n")
     code, output = desk.run("--script", str(trainer), "--", "--output_dir", "made", "--max_steps", "3", "--use_cpu",
                             "--per_device_train_batch_size", "2", "--save_strategy", "no", "--deepspeed",
-                            str(HOME / "trainer" / "configs" / "cpu.json"))
+                            str(ROOT / "trainer" / "configs" / "cpu.json"))
     assert code == 0 and "steps 3 of 2 ranks" in output, output
     assert_nothing_left(desk)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from machines import Machine, nvidia_gpu
 from ssh_server import make_key
 from terminal import type_into
@@ -32,7 +32,7 @@ class Desk:
         """Return a command line that runs an invoke task at the desk."""
         settings = [f"HOME={self.home}", f"PATH={Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
                     "TERM=xterm", "COLUMNS=200"]
-        line = ["env", "-C", str(self.folder), *settings, "invoke", "-r", str(HOME), *command]
+        line = ["env", "-C", str(self.folder), *settings, "invoke", "-r", str(ROOT), *command]
         return self.master.words(*line)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from machines import Machine, nvidia_gpu
 from patience import wait_until
 
@@ -153,7 +153,7 @@ def test_gpus_are_looked_at_before_a_start(lab: Lab, texts: Path, cache: Path) -
                    "GPU is lost.  Reboot the system to recover this GPU")
     desk.admit(host, GPU_DETECT_SYSROOT=str(machine.root), PATH=f"{machine.bin}:/usr/bin:/bin")
     (desk.folder / "hostfile.txt").write_text("gpu1 slots=2 type=NVIDIA\n")
-    code, output = desk.run("--config", str(HOME / "trainer" / "configs" / "zero1.json"))
+    code, output = desk.run("--config", str(ROOT / "trainer" / "configs" / "zero1.json"))
     assert code == 1 and "gpu1: slot 1 can't be used now (NV_GPU_LOST): invoke detect" in output, output
     assert "gpu1: torch" in output, output  # it has no GPUs to train on: built without, or no driver
     assert "nothing was started" in output

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from ssh_server import make_key
 
 from lab.hosts import Lab
@@ -29,7 +29,7 @@ def test_a_hostfile_of_two_machines_trains(lab: Lab, texts: Path, cache: Path) -
     lab.master.resolve(*hosts)
     where = lab.master.words("env", "-C", str(desk), "-u", "SSH_AUTH_SOCK", f"HOME={home}",
                              f"PATH={Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin", "invoke", "-r",
-                             str(HOME))
+                             str(ROOT))
 
     def invoke(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*where, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from ssh_server import make_key
 
 from lab.hosts import NETWORK, Host, Lab
@@ -22,7 +22,7 @@ def ask(lab: Lab, tool: str, nodes: str, *words: str) -> subprocess.CompletedPro
     folder.mkdir(exist_ok=True)
     done = subprocess.run(lab.master.words(
         "env", "-C", str(folder), "-u", "SSH_AUTH_SOCK", f"HOME={lab.master.homes / 'root'}", sys.executable,
-        str(HOME / "master" / tool), "--nodes", nodes, "--ssh-user", "worker", "--host-keys", "accept-new",
+        str(ROOT / "master" / tool), "--nodes", nodes, "--ssh-user", "worker", "--host-keys", "accept-new",
         "--connect-timeout", "4", *words), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert "Traceback" not in done.stderr, done.stderr
     return done

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from patience import wait_until
 
 from lab.bare import WORKER, BareDesk
@@ -82,7 +82,7 @@ def test_what_is_here_arrives_and_what_changes_follows(desk: BareDesk) -> None:
     for name, host in desk.hosts.items():
         assert same(data, arrived(host)), name
         assert first[name]["folder"] == str(host.home / "lanspeed")
-        assert filecmp.cmp(host.home / "lanspeed" / "trainer" / "train.py", HOME / "trainer" / "train.py")
+        assert filecmp.cmp(host.home / "lanspeed" / "trainer" / "train.py", ROOT / "trainer" / "train.py")
         assert first[name]["paths"] == {str(data): str(arrived(host))}
         assert arrived(host).stat().st_uid == WORKER
     assert {one["bytes_missing"] for one in desk.sync("--dataset", "data").values()} == {0}

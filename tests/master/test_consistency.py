@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
-from master.check.consistency import agreement, differences, gathered, prepared, troubles, unlike_here
-from master.check.network_test import Pair, judge_network
+from master.check.consistency import agreement, content_findings, differences, grouped, node_findings, normalized
+from master.check.network_test import Pair, network_findings
 
 GOOD: dict[str, Any] = {
     "code": "c1", "packages": {"torch": "2.13.0+cu130", "deepspeed": "0.19.8"}, "python": "3.11.2", "nccl": "2.28.9",
@@ -24,11 +24,11 @@ GOOD: dict[str, Any] = {
 
 
 def node(**changes: Any) -> dict[str, Any]:
-    return prepared({**GOOD, **changes}, "10.0.0.1")
+    return normalized({**GOOD, **changes}, "10.0.0.1")
 
 
 def said(changes: dict[str, Any], skew: float = 0.0) -> list[str]:
-    return [f"{found.level}: {found.what}" for found in troubles("gpu1", node(**changes), skew)]
+    return [f"{found.level}: {found.what}" for found in node_findings("gpu1", node(**changes), skew)]
 
 
 def test_the_odd_one_stands_against_the_majority() -> None:
@@ -71,13 +71,13 @@ def test_what_is_wrong_with_a_node_is_told(changes: dict[str, Any], words: list[
 def test_data_that_is_another_than_here_is_named() -> None:
     other = {"/data": "d2", "models--gpt2": None}
     nodes = {"gpu1": node(), "gpu2": node(content=other), "gpu3": node(content=other)}
-    assert [found.line() for found in gathered(unlike_here(nodes, {"/data": "d1", "models--gpt2": "m1"}))] == [
+    assert [found.line() for found in grouped(content_findings(nodes, {"/data": "d1", "models--gpt2": "m1"}))] == [
         "gpu2, gpu3: error: its /data is another than here: ranks would start from different weights, or learn "
         "different text. invoke sync with the same --model and --dataset (or does it have more files than here?)",
         "gpu2, gpu3: warning: models--gpt2 is not in its Hugging Face cache: it would be fetched there, if there is "
         "internet. invoke sync with the same --model and --dataset (or does it have more files than here?)"]
-    assert not unlike_here({"gpu1": node(missing=["/data"], content={"/data": None})}, {"/data": "d1"})
-    assert [found.hosts for found in unlike_here(nodes, {"/data": None})] == [("gpu1",)]
+    assert not content_findings({"gpu1": node(missing=["/data"], content={"/data": None})}, {"/data": "d1"})
+    assert [found.hosts for found in content_findings(nodes, {"/data": None})] == [("gpu1",)]
 
 
 def test_clocks_that_differ_are_told_of() -> None:
@@ -87,9 +87,9 @@ def test_clocks_that_differ_are_told_of() -> None:
 def test_a_pair_that_is_slower_than_its_cards_is_named() -> None:
     facts = {"gpu1": node(), "gpu2": node(nics=[{**GOOD["nics"][0], "mbit": 1000}])}
     pairs = [Pair("gpu1", "gpu2", 0.0002, alone=30e6), Pair("gpu2", "gpu1", 0.0002, alone=117e6)]
-    assert [found.what for found in judge_network(pairs, {}, facts, {})] == [
+    assert [found.what for found in network_findings(pairs, {}, facts, {})] == [
         "30.0 MB/s, the usual pair has 117.0"]
-    assert [found.what for found in judge_network([Pair("gpu1", "gpu2", 0.0002, alone=70e6)], {}, facts, {})] == [
+    assert [found.what for found in network_findings([Pair("gpu1", "gpu2", 0.0002, alone=70e6)], {}, facts, {})] == [
         "70.0 MB/s of the 125 that their cards could"]
 
 
@@ -98,6 +98,6 @@ def test_a_pair_that_is_slower_than_its_cards_is_named() -> None:
     (["--nodes", "a,a"], 2, "twice"),
 ])
 def test_wrong_usage_is_told(words: list[str], code: int, text: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, HOME / "master" / "check_cluster.py", *words], cwd=tmp_path,
+    done = subprocess.run([sys.executable, ROOT / "master" / "check_cluster.py", *words], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == code and text in done.stderr and "Traceback" not in done.stderr

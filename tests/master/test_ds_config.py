@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
 from master.ds_config.checker import Problem, Target, check
 from master.ds_config.json_text import Document
@@ -163,22 +163,22 @@ def test_auto_is_for_the_trainer() -> None:
     config = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
               "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}
     assert not found(config, TRAINER)
-    strikes = {problem.json_path: problem.strikes for problem in said(config, PLAIN) if problem.level == "error"}
-    assert strikes == {"$.train_micro_batch_size_per_gpu": "parse", "$.gradient_clipping": "step",
+    phase = {problem.json_path: problem.phase for problem in said(config, PLAIN) if problem.level == "error"}
+    assert phase == {"$.train_micro_batch_size_per_gpu": "parse", "$.gradient_clipping": "step",
                        "$.bf16.enabled": "init", "$.zero_optimization.reduce_bucket_size": "init"}
     assert "error trainer-needs-zero $.zero_optimization" in found(root(), TRAINER)
     assert not [each for each in found(root(), Target(trainer=True, completed=True)) if "needs-zero" in each]
 
 
 def test_names_are_found_again() -> None:
-    mends = {problem.json_path: problem.mend for problem in said(root(
+    fixes = {problem.json_path: problem.how_to_fix for problem in said(root(
         gradient_acumulation_steps=1, bf16={"min_loss_scale": 1}, zero_optimization={"persistence_threshold": 1},
         aio={"fast_init": True}, grad_accum_dtype="fp32"))}
-    assert mends["$.gradient_acumulation_steps"] == "did you mean gradient_accumulation_steps?"
-    assert mends["$.bf16.min_loss_scale"] == "it belongs in fp16"
-    assert mends["$.zero_optimization.persistence_threshold"] == "did you mean param_persistence_threshold?"
-    assert mends["$.aio.fast_init"] == "it belongs in zero_optimization.offload_optimizer"
-    assert mends["$.grad_accum_dtype"] == "write data_types.grad_accum_dtype"
+    assert fixes["$.gradient_acumulation_steps"] == "did you mean gradient_accumulation_steps?"
+    assert fixes["$.bf16.min_loss_scale"] == "it belongs in fp16"
+    assert fixes["$.zero_optimization.persistence_threshold"] == "did you mean param_persistence_threshold?"
+    assert fixes["$.aio.fast_init"] == "it belongs in zero_optimization.offload_optimizer"
+    assert fixes["$.grad_accum_dtype"] == "write data_types.grad_accum_dtype"
 
 
 def host(name: str, capability: str | None, gpus: int = 2, **facts: Any) -> dict[str, Any]:
@@ -242,12 +242,12 @@ def test_errors_strike_when_we_say(tmp_path: Path) -> None:
     """deepspeed.initialize and some steps for every case, on one CPU rank."""
     configs = [{**ENGINE, **case, "zero_optimization": {**SMALL, **case.get("zero_optimization", {"stage": 0})}}
                for case in CASES]
-    done = subprocess.run([sys.executable, str(HOME / "tests" / "ds_configs.py")], cwd=tmp_path, text=True,
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "ds_configs.py")], cwd=tmp_path, text=True,
                           input="\n".join(map(json.dumps, configs)), capture_output=True, timeout=550)
     answers = [json.loads(line[3:]) for line in done.stdout.splitlines() if line.startswith("=> ")]
     assert len(answers) == len(CASES), done.stderr[-2000:]
     order = ["parse", "init", "step", "ok"]
     for case, config, (stage, why) in zip(CASES, configs, answers, strict=True):
         errors = [problem for problem in said(config, Target(trainer=False, world_size=1)) if problem.level == "error"]
-        ours = min((problem.strikes for problem in errors), key=order.index, default="ok")
+        ours = min((problem.phase for problem in errors), key=order.index, default="ok")
         assert ours == stage, f"{json.dumps(case)}: DeepSpeed: {stage} {why}; we: {ours} {errors}"

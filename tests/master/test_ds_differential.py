@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from master.ds_config.checker import Target, check
-from master.ds_config.fixes import mend
+from master.ds_config.fixes import apply_fixes
 from master.ds_config.json_text import Document
 from master.ds_config.problem import PARSE
 
@@ -27,7 +27,7 @@ JSON = st.recursive(SLIPS, lambda part: st.lists(part, max_size=3) | st.dictiona
 
 def refused_by_us(config: Any, target: Target) -> list[str]:
     return [problem.line("config", 1) for problem in check(Document(json.dumps(config)), target)
-            if problem.level == "error" and problem.strikes == PARSE]
+            if problem.level == "error" and problem.phase == PARSE]
 
 
 def test_deepspeed_and_we_refuse_the_same(pytestconfig: pytest.Config) -> None:
@@ -52,15 +52,15 @@ def test_deepspeed_and_we_refuse_the_same(pytestconfig: pytest.Config) -> None:
 def test_whatever_is_written_is_answered(config: dict[str, Any], target: Target) -> None:
     for problem in check(Document(json.dumps(config)), target):
         assert "\n" not in problem.line("config", 1) and problem.code
-        assert problem.level != "error" or problem.strikes
-        assert problem.level != "error" or problem.mend, problem
+        assert problem.level != "error" or problem.phase
+        assert problem.level != "error" or problem.how_to_fix, problem
 
 
 @settings(max_examples=600, derandomize=True, **LIMITS)
 @given(configs(), st.sampled_from([Target(), Target(trainer=True), PLAIN]))
 def test_mends_make_nothing_worse(config: dict[str, Any], target: Target) -> None:
     before = check(Document(json.dumps(config, indent=2)), target)
-    text, done = mend(json.dumps(config, indent=2), target)
+    text, done = apply_fixes(json.dumps(config, indent=2), target)
     after = check(Document(text), target)
     assert len(after) <= len(before) - len(done)
     note(f"{json.dumps(config)}\n{text}")

@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
-from master.sync.chunks import Pieces
+from master.sync.chunks import Chunks
 from master.sync.file_trees import Tree, TreeError, collect, files_of_code, named, tracked
 
 
-def quiet(trees: list[Tree]) -> Pieces:
-    return Pieces(trees, lambda done, total: None)
+def quiet(trees: list[Tree]) -> Chunks:
+    return Chunks(trees, lambda done, total: None)
 
 
 @pytest.fixture(autouse=True)
@@ -58,17 +58,17 @@ def test_a_path_inside_another_goes_with_that(tmp_path: Path) -> None:
     (tmp_path / "a" / "b" / "c.txt").write_text("text")
     trees = collect("", [tmp_path / "a" / "b", tmp_path / "a"], [])
     assert [tree.name for tree in trees] == ["checkout", str(tmp_path / "a")]
-    for path, words in ((tmp_path / "gone", "there is no such file or folder"), (HOME.parent, "lanspeed itself is in")):
+    for path, words in ((tmp_path / "gone", "there is no such file or folder"), (ROOT.parent, "lanspeed itself is in")):
         with pytest.raises(TreeError, match=words):
             collect("", [path], [])
 
 
 def test_a_path_in_the_checkout_stays_in_it_and_goes_by_itself() -> None:
-    code, configs = collect("", [HOME / "trainer" / "configs"], [])
-    assert configs.roots == [str(HOME / "trainer" / "configs"), "~/lanspeed/trainer/configs"]
+    code, configs = collect("", [ROOT / "trainer" / "configs"], [])
+    assert configs.roots == [str(ROOT / "trainer" / "configs"), "~/lanspeed/trainer/configs"]
     assert "cpu.json" in [item.path for item in configs.items]
     assert not [item.path for item in code.items if item.path.startswith("trainer/configs")]
-    _, one = collect("/opt/lanspeed", [HOME / "README.md"], [])
+    _, one = collect("/opt/lanspeed", [ROOT / "README.md"], [])
     assert (one.roots, one.below) == (["/opt/lanspeed"], "README.md")
 
 
@@ -104,17 +104,17 @@ def test_a_model_of_the_hub_goes_as_its_cache_has_it(tmp_path: Path) -> None:
             "print(json.dumps([tree.roots, sorted(item.path for item in tree.items), tree.links]))")
     run = [sys.executable, "-c", code]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(run, cwd=HOME, env=environment, capture_output=True, text=True)
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert json.loads(done.stdout) == [
         [str(tmp_path / "hf" / "hub")],
         [f"models--org--small/{name}" for name in ("blobs/b1", "blobs/b2", "refs/main")],
         [[f"models--org--small/snapshots/r1/{name}", f"../../blobs/{blob}"]
          for name, blob in (("config.json", "b1"), ("model.safetensors", "b2"))]], done.stderr
     weights.unlink()
-    done = subprocess.run(run, cwd=HOME, env=environment, capture_output=True, text=True)
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "TreeError: --model org/small: only a part of it is in " in done.stderr
     run[2] = code.replace("org/small", "org/none")
-    done = subprocess.run(run, cwd=HOME, env=environment, capture_output=True, text=True)
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "TreeError: --model org/none: no file or folder here, nor to be had from the hub" in done.stderr
 
 
@@ -140,11 +140,11 @@ def test_digests_of_unchanged_files_are_kept(tmp_path: Path, monkeypatch: pytest
 
 def test_a_file_that_changes_meanwhile_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("one")
-    pieces = quiet([named(tmp_path / "a")])
-    assert pieces.read(0) == b"one"
+    chunks = quiet([named(tmp_path / "a")])
+    assert chunks.read(0) == b"one"
     (tmp_path / "a").write_text("two")
     with pytest.raises(TreeError, match="a changed while it was sent: run this again"):
-        pieces.read(0)
+        chunks.read(0)
     (tmp_path / "a").unlink()
     with pytest.raises(TreeError, match="No such file"):
-        pieces.read(0)
+        chunks.read(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from machines import Machine, nvidia_gpu
 from ssh_server import SshClient, SshServer, free_port
 
@@ -18,7 +18,7 @@ from master.inventory.cluster_file import SCHEMA
 from master.inventory.hostfile import Slots, read_hostfile
 
 pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen")
-TOOL = HOME / "master" / "generate_hostfile.py"
+TOOL = ROOT / "master" / "generate_hostfile.py"
 
 
 class Lab:
@@ -127,7 +127,7 @@ def test_a_copied_script_is_run_and_a_missing_one_replaced(lab: Lab) -> None:
     home = lab.servers["gpu1"].home
     (home / "setup").mkdir()
     copy = home / "setup" / "detect_gpus.sh"
-    copy.write_text((HOME / "worker" / "detect_gpus.sh").read_text().replace('"gpu-report/1", ', '"gpu-report/1", ', 1))
+    copy.write_text((ROOT / "worker" / "detect_gpus.sh").read_text().replace('"gpu-report/1", ', '"gpu-report/1", ', 1))
     done = lab.run("--script-path", "~/setup/detect_gpus.sh", nodes="gpu1,gpu2")
     assert done.returncode == 0
     assert "gpu1: ~/setup/detect_gpus.sh there is not executable: chmod +x" in done.stderr

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from master.training.hang_detector import LEAST, StallWatch
+from master.training.hang_detector import LEAST, HangDetector
 
 
 def test_signs_of_life_put_it_off() -> None:
-    watch = StallWatch(10)
+    watch = HangDetector(10)
     assert watch.overdue(9) is None
     watch.line("gpu1", 9)
     assert watch.overdue(18) is None
@@ -16,7 +16,7 @@ def test_signs_of_life_put_it_off() -> None:
 
 
 def test_ranks_that_tell_what_they_do_count_by_that() -> None:
-    watch = StallWatch(10)
+    watch = HangDetector(10)
     watch.progress("gpu1", 0, 1, "step 3/9")
     watch.line("gpu1", 9)
     watch.progress("gpu2", 1, 2, "saving checkpoint-3")
@@ -25,10 +25,10 @@ def test_ranks_that_tell_what_they_do_count_by_that() -> None:
 
 
 def test_long_steps_have_a_longer_limit() -> None:
-    watch = StallWatch(None)
+    watch = HangDetector(None)
     assert watch.limit == LEAST
     for number in range(5):
         watch.progress("gpu1", 0, 60.0 * 2 * number, f"step {2 * number}/100")
     assert watch.limit == 600
     assert watch.overdue(480 + 590) is None and watch.overdue(480 + 610)
-    assert StallWatch(0).overdue(1e9) is None
+    assert HangDetector(0).overdue(1e9) is None

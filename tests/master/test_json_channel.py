@@ -46,9 +46,9 @@ def test_both_sides_speak_and_silence_is_no_end() -> None:
     closing, heard = talk("""read order; echo "$order"; read empty; echo '{"event": "<'"$empty"'>"}'; sleep 60""")
     with closing:
         assert heard.receive(0.05) == [] and not heard.ended
-        before = heard.heard
+        before = heard.last_heard
         heard.send({"event": "x y", "n": 1})
-        assert heard.receive(30) == [{"event": "x y", "n": 1}] and heard.heard > before
+        assert heard.receive(30) == [{"event": "x y", "n": 1}] and heard.last_heard > before
         heard.send({})
         assert heard.receive(30) == [{"event": "<>"}]
 

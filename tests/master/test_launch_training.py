@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from patience import steps_made, wait_until
 
 from master.core.run_cli import UsageError
 from master.inventory.local_gpus import Gpus, choose_slots
 from master.training.run_folder import mark_failed, new_run_path
 
-TOOL = HOME / "master" / "launch_training.py"
+TOOL = ROOT / "master" / "launch_training.py"
 SMALL = ["--", "--sequence_length", "64", "--logging_steps", "1", "--per_device_train_batch_size", "2"]
 
 
@@ -65,8 +65,8 @@ def test_a_dry_run_for_other_machines_shows_both_commands(environment: dict[str,
                   cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "would run on gpu1: slots 0,1; gpu2: slots 1:" in done.stdout
-    assert f"deepspeed --hostfile=h --include=gpu1@gpu2:1 {HOME}/trainer/train.py" in done.stdout
-    assert done.stdout.count(f"--deepspeed_config {HOME}/trainer/configs/zero1.json --max_steps 3") == 2
+    assert f"deepspeed --hostfile=h --include=gpu1@gpu2:1 {ROOT}/trainer/train.py" in done.stdout
+    assert done.stdout.count(f"--deepspeed_config {ROOT}/trainer/configs/zero1.json --max_steps 3") == 2
     assert not (tmp_path / "runs").exists()
 
 
@@ -149,7 +149,7 @@ def test_nothing_is_compiled_nor_a_compiler_needed(environment: dict[str, str], 
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
     for config in ("cpu", "zero2_offload"):
         done = launch("--model", "tiny", "--dataset", str(texts), "--config",
-                      str(HOME / "trainer" / "configs" / f"{config}.json"), *SMALL, "--max_steps", "2",
+                      str(ROOT / "trainer" / "configs" / f"{config}.json"), *SMALL, "--max_steps", "2",
                       environment=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "extensions").exists()

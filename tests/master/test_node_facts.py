@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from master.inventory.node_facts import runs_on, torch_faults
+from master.inventory.node_facts import runs_on, torch_problems
 
 BUILT: dict[str, Any] = {
     "version": "2.13.0+cu130", "built_for": "CUDA 13.0", "archs": ["sm_75", "sm_80", "sm_90"], "error": None,
@@ -24,11 +24,11 @@ def test_what_was_built_for_one_gpu_runs_on_another(archs: list[str], device: st
 
 
 def test_a_gpu_that_torch_was_not_built_for_is_named() -> None:
-    assert torch_faults("gpu1", [0], BUILT) == []
-    (fault,) = torch_faults("gpu1", [0, 1], BUILT)
+    assert torch_problems("gpu1", [0], BUILT) == []
+    (fault,) = torch_problems("gpu1", [0, 1], BUILT)
     assert str(fault) == ("gpu1: slot 1 (P100, sm_60) is nothing that torch 2.13.0+cu130 was built for "
                           "(sm_75 sm_80 sm_90): --exclude gpu1:1")
-    (fault,) = torch_faults("gpu1", [2], BUILT)
+    (fault,) = torch_problems("gpu1", [2], BUILT)
     assert "finds 2 devices, not slot 2" in str(fault)
 
 
@@ -40,5 +40,5 @@ def test_a_gpu_that_torch_was_not_built_for_is_named() -> None:
     ({"error": "ModuleNotFoundError: No module named 'torch'"}, "No module named 'torch': invoke sync"),
 ])
 def test_a_torch_without_gpus_is_told_of(answer: dict[str, Any], words: str) -> None:
-    (fault,) = torch_faults("gpu1", [0], answer)
+    (fault,) = torch_problems("gpu1", [0], answer)
     assert words in str(fault)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from master.ssh.node_names import MOST, Node, NodeError, read_nodes
+from master.ssh.node_names import MAX_NODES, Node, NodeError, read_nodes
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -62,9 +62,9 @@ def test_what_is_no_node_is_refused_by_name(words: list[str], message: str) -> N
 
 
 def test_there_is_a_most() -> None:
-    assert len(read_nodes([f"gpu[1-{MOST}]"])) == MOST
+    assert len(read_nodes([f"gpu[1-{MAX_NODES}]"])) == MAX_NODES
     with pytest.raises(NodeError, match="more than 1024 nodes"):
-        read_nodes([f"gpu[1-{MOST}]", "one-more"])
+        read_nodes([f"gpu[1-{MAX_NODES}]", "one-more"])
 
 
 @given(st.text())

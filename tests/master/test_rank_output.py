@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from master.training.rank_output import Screen
+from master.training.rank_output import RankOutput
 
 
 def test_what_ranks_warn_of_alike_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    screen = Screen(tmp_path)
+    screen = RankOutput(tmp_path)
     for rank in range(1, 5):
         screen.show(f"gpu{rank}", rank, f"[W{rank}12] Warning: slow path at 0x{rank}f")
     screen.show("gpu2", 2, "UserWarning: odd driver")
@@ -28,7 +28,7 @@ def test_what_ranks_warn_of_alike_is_told_once(tmp_path: Path, capfd: pytest.Cap
 def test_the_first_rank_is_shown_without_codes_for_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    screen = Screen(tmp_path)
+    screen = RankOutput(tmp_path)
     screen.show("gpu1", 0, "step  3/9  loss 1\t2\x1b[31m")
     screen.show("gpu1", 0, "a warning of all")
     screen.show("gpu1", 1, "a warning of all")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from master.inventory.node_facts import faults, gpu_faults
-from master.training.root_cause import KILLED, End, excerpt, first_cause
+from master.inventory.node_facts import gpu_problems, node_problems
+from master.training.root_cause import KILLED, RankExit, excerpt, first_cause
 
 LOST_PEER = ["Traceback (most recent call last):", "  File ...", "RuntimeError: [../gloo/transport/tcp/pair.cc:534] "
              "Connection closed by peer [10.0.0.2]:4321"]
@@ -14,22 +14,22 @@ BUG = ["loading", "Traceback (most recent call last):", "  File \"mine.py\", lin
 
 @pytest.mark.parametrize(("ends", "lost", "said", "expected"), [
     ([], {}, {}, None),
-    ([End("a", 0, 0, 9.0)], {}, {}, None),
-    ([End("a", 0, 1, 2.0)], {}, {("a", 0): BUG}, "a, rank 0: ended with exit code 1"),
+    ([RankExit("a", 0, 0, 9.0)], {}, {}, None),
+    ([RankExit("a", 0, 1, 2.0)], {}, {("a", 0): BUG}, "a, rank 0: ended with exit code 1"),
     # The peer's complaint came first; the cause is the one that was killed.
-    ([End("a", 0, 1, 2.0), End("b", 1, -9, 2.1)], {}, {("a", 0): LOST_PEER}, "b, rank 1: killed by SIGKILL"),
-    ([End("a", 0, 1, 2.0), End("b", 1, 1, 2.1)], {}, {("a", 0): LOST_PEER, ("b", 1): BUG},
+    ([RankExit("a", 0, 1, 2.0), RankExit("b", 1, -9, 2.1)], {}, {("a", 0): LOST_PEER}, "b, rank 1: killed by SIGKILL"),
+    ([RankExit("a", 0, 1, 2.0), RankExit("b", 1, 1, 2.1)], {}, {("a", 0): LOST_PEER, ("b", 1): BUG},
      "b, rank 1: ended with exit code 1"),
-    ([End("a", 0, 1, 2.0)], {"b": "connection: no sign of life for 12 s"}, {("a", 0): LOST_PEER},
+    ([RankExit("a", 0, 1, 2.0)], {"b": "connection: no sign of life for 12 s"}, {("a", 0): LOST_PEER},
      "b: connection: no sign of life for 12 s"),
-    ([End("a", 0, 1, 2.0)], {}, {("a", 0): LOST_PEER}, "a, rank 0: ended with exit code 1"),
-    ([End("a", 0, -64, 2.0)], {}, {}, "a, rank 0: killed by SIGRTMAX"),
+    ([RankExit("a", 0, 1, 2.0)], {}, {("a", 0): LOST_PEER}, "a, rank 0: ended with exit code 1"),
+    ([RankExit("a", 0, -64, 2.0)], {}, {}, "a, rank 0: killed by SIGRTMAX"),
     ([], {"b": "TCP: refused"}, {("b", None): ["sh: no python"]}, "b: TCP: refused"),
 ])
 def test_the_first_cause_is_no_complaint_about_others(
-    ends: list[End], lost: dict[str, str], said: dict[tuple[str, int | None], list[str]], expected: str | None,
+    exits: list[RankExit], lost: dict[str, str], said: dict[tuple[str, int | None], list[str]], expected: str | None,
 ) -> None:
-    cause = first_cause(ends, lost, said)
+    cause = first_cause(exits, lost, said)
     assert (str(cause) if cause else None) == expected
 
 
@@ -41,12 +41,12 @@ def test_the_first_cause_is_no_complaint_about_others(
     ("ValueError: bad", ""),
 ])
 def test_well_known_faults_have_a_hint(text: str, hint: str) -> None:
-    cause = first_cause([End("a", 0, 1, 1.0)], {}, {("a", 0): [text]})
+    cause = first_cause([RankExit("a", 0, 1, 1.0)], {}, {("a", 0): [text]})
     assert cause and (hint in cause.hint if hint else not cause.hint)
 
 
 def test_a_kill_that_nobody_asked_for_is_explained() -> None:
-    cause = first_cause([End("a", 3, -9, 1.0)], {}, {("a", 3): ["step 1"]})
+    cause = first_cause([RankExit("a", 3, -9, 1.0)], {}, {("a", 3): ["step 1"]})
     assert cause and cause.hint == KILLED and cause.excerpt == ("step 1",)
 
 
@@ -58,16 +58,16 @@ def test_of_a_long_traceback_the_ends_are_shown() -> None:
 
 def test_gpus_that_are_gone_stop_a_start() -> None:
     gpus = {"vendor": "NVIDIA", "use": [0, 2], "busy": {}, "problems": ["NV_GPU_LOST"]}
-    assert not gpu_faults("gpu1", (0, 2), gpus)
-    (fault,) = gpu_faults("gpu1", (0, 1, 2, 3), gpus)
+    assert not gpu_problems("gpu1", (0, 2), gpus)
+    (fault,) = gpu_problems("gpu1", (0, 1, 2, 3), gpus)
     assert str(fault).startswith("gpu1: slot 1, 3 can't be used now (NV_GPU_LOST): invoke detect there says more")
 
 
 def test_ranks_that_were_told_to_end_are_no_cause() -> None:
-    ends = [End("gpu1", 0, 1, 5.0), End("gpu2", 1, -15, 5.1, asked=True)]
+    exits = [RankExit("gpu1", 0, 1, 5.0), RankExit("gpu2", 1, -15, 5.1, asked=True)]
     said: dict[tuple[str, int | None], list[str]] = {
         ("gpu1", 0): ["error: Gloo connectFullMesh failed: timed out connecting: Connection refused"]}
-    cause = first_cause(ends, {}, said)
+    cause = first_cause(exits, {}, said)
     assert str(cause) == "gpu1, rank 0: ended with exit code 1"
     assert cause and cause.hint.startswith("can the hosts reach each other")
 
@@ -76,10 +76,10 @@ def test_what_differs_between_nodes_stops_a_start() -> None:
     own = {"code": "c1", "packages": {"torch": "2.13.0+cpu", "deepspeed": "0.19.8"}, "python": "3.11.2"}
     same = {"code": "c1", "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "python": "3.11.9", "missing": [],
             "free_bytes": 10**12, "port": 29500}
-    assert not faults({"gpu1": same}, own)
+    assert not node_problems({"gpu1": same}, own)
     odd = {"code": None, "packages": {"torch": "2.12.0"}, "python": "3.12.1", "missing": ["/data/x"],
            "free_bytes": 10**9, "port": None}
-    assert [str(fault) for fault in faults({"gpu1": same, "gpu2": odd}, own)] == [
+    assert [str(fault) for fault in node_problems({"gpu1": same, "gpu2": odd}, own)] == [
         "gpu2: no lanspeed in the folder it trains in: invoke sync",
         "gpu2: torch 2.12.0, here 2.13.0+cpu: invoke sync",
         "gpu2: deepspeed is not installed: invoke sync",

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from machines import Machine, nvidia_gpu
 
 from master.inventory.hostfile import Slots
 from master.training.deepspeed_command import launcher_words, trainer_words
 
-SCRIPT = HOME / "master" / "run_master_setup.sh"
+SCRIPT = ROOT / "master" / "run_master_setup.sh"
 
 
 def run(folder: Path, *words: str, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +30,7 @@ def test_a_hostfile_and_its_command_are_shown(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "localhost slots=2 type=CPU" in done.stdout
     path = shlex.quote(f"{tmp_path}/my hosts.txt")
-    assert f"  cd {HOME}\n  invoke train --model MODEL --hostfile {path}\n" in done.stdout
+    assert f"  cd {ROOT}\n  invoke train --model MODEL --hostfile {path}\n" in done.stdout
     words = shlex.split(done.stdout.splitlines()[-1])
     assert words[:6] == ["DS_ACCELERATOR=cpu", "deepspeed", f"--hostfile={tmp_path}/my hosts.txt", "--no_ssh_check",
                          "--master_addr=127.0.0.1", "trainer/train.py"]

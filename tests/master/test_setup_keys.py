@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from lab.hosts import over_etc, write_accounts
 from programs import let_others_in, program
 from ssh_server import SshClient, SshServer, free_port, make_key
@@ -20,7 +20,7 @@ from master.keys.host_blocks import alias_of, block_of, plan
 from master.ssh.node_names import Node
 
 pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen")
-TOOL = HOME / "master" / "setup_keys.py"
+TOOL = ROOT / "master" / "setup_keys.py"
 MINE = "# mine\nssh-rsa AAAAoldkey me@laptop"  # without a newline at its end
 
 

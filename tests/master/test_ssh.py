@@ -27,21 +27,21 @@ from ssh_server import (
 )
 
 from master.ssh.node_names import Node, read_nodes
-from master.ssh.route import Access, SshError
-from master.ssh.run_on_all import Stranger, on_all
-from master.ssh.session import Result, Session
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import UnknownHost, run_on_all
+from master.ssh.session import CommandResult, Session
 
 pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen", "ps")
 
 
-def hello(session: Session) -> tuple[str, Result]:
+def hello(session: Session) -> tuple[str, CommandResult]:
     return session.way, session.run("cat; echo $0 >&2; exit 3", b"x" * 300_000)
 
 
-def reach(client: SshClient, *names: str, ask: Callable[..., bool] | None = None, **access: Any) -> dict[str, Any]:
+def reach(client: SshClient, *names: str, ask: Callable[..., bool] | None = None, **ssh: Any) -> dict[str, Any]:
     nodes = read_nodes(names)
-    settings: dict[str, Any] = {"ssh_config": client.config, "connect_timeout": 2, "timeout": 10, **access}
-    found = on_all(nodes, Access(**settings), hello, ask)
+    settings: dict[str, Any] = {"ssh_config": client.config, "connect_timeout": 2, "timeout": 10, **ssh}
+    found = run_on_all(nodes, SshOptions(**settings), hello, ask)
     assert list(found) == nodes
     return {str(node): result for node, result in found.items()}
 
@@ -170,8 +170,8 @@ def test_accept_new_notes_the_key_and_nothing_else(client: SshClient, server: Ss
 def test_several_unknown_hosts_are_one_question(tmp_path: Path) -> None:
     asked: list[list[str]] = []
 
-    def ask(strangers: list[Stranger]) -> bool:
-        asked.append([stranger.key.fingerprint for stranger in strangers])
+    def ask(unknown_hosts: list[UnknownHost]) -> bool:
+        asked.append([unknown.key.fingerprint for unknown in unknown_hosts])
         return len(asked) > 1
 
     with SshServer(tmp_path / "1") as one, SshServer(tmp_path / "2", address="127.0.0.2") as two:
@@ -187,15 +187,15 @@ def test_the_question_does_not_wait_for_work_that_waits_for_its_answer(tmp_path:
     with SshServer(tmp_path / "1") as one, SshServer(tmp_path / "2", address="127.0.0.2") as two:
         client = SshClient(tmp_path / "client", gpu1=one, gpu2=two)
         client.trust(one)
-        found = on_all(read_nodes(["gpu[1-2]"]), Access(ssh_config=client.config, host_keys="ask"),
-                       lambda session: meeting.wait(20) >= 0, lambda strangers: True)
+        found = run_on_all(read_nodes(["gpu[1-2]"]), SshOptions(ssh_config=client.config, host_keys="ask"),
+                       lambda session: meeting.wait(20) >= 0, lambda unknown_hosts: True)
     assert list(found.values()) == [True, True]
 
 
 @pytest.mark.parametrize("host_keys", ["yes", "ask", "accept-new"])
 def test_a_changed_key_is_always_refused(client: SshClient, server: SshServer, host_keys: str, tmp_path: Path) -> None:
     client.trust(server, make_key(tmp_path / "other"))
-    result = reach(client, "gpu1", host_keys=host_keys, ask=lambda strangers: True)["gpu1"]
+    result = reach(client, "gpu1", host_keys=host_keys, ask=lambda unknown_hosts: True)["gpu1"]
     refusal(result, "host key", "is not the one in", f"{client.known_hosts}:1", "ssh-keygen -R")
 
 
@@ -232,8 +232,8 @@ def test_a_passphrase_is_told(client: SshClient, server: SshServer) -> None:
 def test_a_password_is_in_no_word_and_no_error(client: SshClient, server: SshServer) -> None:
     client.trust(server)
     server.authorized_keys.write_text("")
-    access = Access(password="hunter2 secret")
-    assert "hunter2" not in repr(access)
+    ssh = SshOptions(password="hunter2 secret")
+    assert "hunter2" not in repr(ssh)
     assert "hunter2" not in str(reach(client, "gpu1", password="hunter2 secret")["gpu1"])
 
 
@@ -306,7 +306,7 @@ def test_a_bad_configuration_is_told(client: SshClient) -> None:
 def test_names_cannot_become_options(client: SshClient, tmp_path: Path) -> None:
     mark = tmp_path / "pwned"
     nodes = [Node(f"-oProxyCommand=touch {mark}")]
-    found = on_all(nodes, Access(ssh_config=client.config, connect_timeout=2), hello)
+    found = run_on_all(nodes, SshOptions(ssh_config=client.config, connect_timeout=2), hello)
     assert isinstance(found[nodes[0]], SshError)
     assert not mark.exists()
 
@@ -320,6 +320,6 @@ def test_a_surprise_on_one_host_costs_the_others_nothing(client: SshClient, serv
         return session.run("echo ok").out.strip()
 
     nodes = read_nodes(["localhost", "gpu1"])
-    found = on_all(nodes, Access(ssh_config=client.config, connect_timeout=5), work)
+    found = run_on_all(nodes, SshOptions(ssh_config=client.config, connect_timeout=5), work)
     assert isinstance(found[nodes[0]], SshError) and "ValueError: a surprise" in str(found[nodes[0]])
     assert str(found[nodes[0]]).isprintable() and found[nodes[1]] == "ok"

@@ -10,19 +10,19 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from patience import wait_until
 from ssh_server import SshClient, SshServer
 
-from master.inventory.cluster_file import speed_of
-from master.inventory.node_facts import Place, place_of
+from master.inventory.cluster_file import receive_rate_mbit
+from master.inventory.node_facts import RemoteCheckout, checkout_of
 from master.ssh.node_names import Node
-from master.ssh.route import Access, SshError
+from master.ssh.route import SshError, SshOptions
 from master.ssh.session import LocalSession
 from master.sync import environments
 from master.sync.file_trees import TreeError
 
-TOOL = str(HOME / "master" / "sync_nodes.py")
+TOOL = str(ROOT / "master" / "sync_nodes.py")
 
 
 @pytest.mark.parametrize(("words", "code", "text"), [
@@ -59,21 +59,21 @@ def test_a_node_that_says_anything_does_no_harm(said: list[str], tmp_path: Path)
 
 
 def test_a_word_is_said_as_the_node_has_it() -> None:
-    place = place_of({"dir": "/home/w/lanspeed", "python": "/p", "paths": {"/data": "/d", "/data/more": "/m"}})
-    assert [place.there(word) for word in (
-        f"{HOME}/trainer/train.py", str(HOME), "/data/x.txt", "/data/more/y", "/database", "--eval_dataset=/data/z",
+    place = checkout_of({"dir": "/home/w/lanspeed", "python": "/p", "paths": {"/data": "/d", "/data/more": "/m"}})
+    assert [place.translate_path(word) for word in (
+        f"{ROOT}/trainer/train.py", str(ROOT), "/data/x.txt", "/data/more/y", "/database", "--eval_dataset=/data/z",
         "data/x", "--lr=1e-4")] == [
         "/home/w/lanspeed/trainer/train.py", "/home/w/lanspeed", "/d/x.txt", "/m/y", "/database", "--eval_dataset=/d/z",
         "data/x", "--lr=1e-4"]
-    assert place_of({}) == Place(str(HOME), sys.executable)
+    assert checkout_of({}) == RemoteCheckout(str(ROOT), sys.executable)
 
 
 def test_the_fastest_come_first_in_the_chain() -> None:
     card = {"name": "eth0", "addresses": ["10.0.0.1/24"], "mbit": 2500, "mtu": 1500, "kind": "card", "driver": None}
     host = {"name": "gpu1", "address": "10.0.0.1", "facts": {"nics": [card]}}
     pair = {"from": "gpu2", "to": "gpu1", "bandwidth_bytes_per_s": 12.5e6, "latency_s": 0.1, "read_at": 1}
-    assert speed_of(host, {"pairs": [pair]}) == 100 and speed_of(host, {"pairs": []}) == 2500
-    assert speed_of({}, {"pairs": []}) == 1000
+    assert receive_rate_mbit(host, {"pairs": [pair]}) == 100 and receive_rate_mbit(host, {"pairs": []}) == 2500
+    assert receive_rate_mbit({}, {"pairs": []}) == 1000
 
 
 # -- environments ------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalSession:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     (tmp_path / "home").mkdir()
     (tmp_path / "lanspeed").mkdir()
-    return LocalSession(Node("localhost"), Access())
+    return LocalSession(Node("localhost"), SshOptions())
 
 
 def run(session: LocalSession, root: Path, *words: str, python: str = sys.executable) -> tuple[str, str]:
@@ -139,10 +139,10 @@ def is_asleep(process: Path) -> bool:
      "Failed to fetch: http://127.0.0.1:9/simple/torch/", "--wheelhouse DIR"),
 ])
 def test_what_uv_can_not_do_is_told_with_a_mend(here: LocalSession, tmp_path: Path, python: str, words: list[str],
-                                                fault: str, mend: str) -> None:
+                                                reason: str, mend: str) -> None:
     with pytest.raises(SshError) as caught:
         run(here, tmp_path / "lanspeed", *words, python=python or sys.executable)
-    assert fault in caught.value.fault and mend in (caught.value.mend or ""), caught.value
+    assert reason in caught.value.reason and mend in (caught.value.fix or ""), caught.value
 
 
 def test_a_wheelhouse_that_can_not_be_filled_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +151,12 @@ def test_a_wheelhouse_that_can_not_be_filled_is_told_of(tmp_path: Path, monkeypa
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     said: list[str] = []
     with pytest.raises(TreeError, match=r"--wheelhouse .*wheels: "):
-        environments.fill(tmp_path / "wheels", (tmp_path / "no index").as_uri(), said.append)
+        environments.fill_wheelhouse(tmp_path / "wheels", (tmp_path / "no index").as_uri(), said.append)
     assert said == [f"fetching wheels into {tmp_path / 'wheels'}"]
 
 
 def test_what_nodes_get_is_what_setup_cfg_names() -> None:
     names = [line.split(">")[0] for line in environments.requirements()]
     assert {"torch", "deepspeed", "transformers", "rich"} < set(names) and "pytest" not in names
-    pinned = {line.split("==")[0].lower() for line in (HOME / "constraints.txt").read_text().splitlines()}
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert set(names) <= pinned

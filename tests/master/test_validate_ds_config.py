@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from terminal import type_into
 
 from master.ds_config.checker import check
-from master.ds_config.fixes import mend
+from master.ds_config.fixes import apply_fixes
 from master.ds_config.json_text import Document
 from master.ds_config.problem import Target
 
-TOOL = HOME / "master" / "validate_ds_config.py"
+TOOL = ROOT / "master" / "validate_ds_config.py"
 OLD = """{
   "train_batch_size": "8",  // eight
   "fp16": { "enabled": true, "opt_level": "O2" },
@@ -63,11 +63,11 @@ def test_a_finding_is_a_line_with_place_and_mend(tmp_path: Path) -> None:
 
 
 def test_good_files_are_ok_and_every_file_is_looked_at(tmp_path: Path) -> None:
-    done = validate(*sorted((HOME / "trainer" / "configs").glob("*.json")), HOME / "trainer" / "ds_config.json")
+    done = validate(*sorted((ROOT / "trainer" / "configs").glob("*.json")), ROOT / "trainer" / "ds_config.json")
     assert done.returncode == 0 and done.stdout.count(": ok\n") == 7 and not done.stderr
     (tmp_path / "bad.json").write_bytes(b'{"a":\n"\xff"}')
     (tmp_path / "list.json").write_text("[1]")
-    done = validate("nowhere.json", "bad.json", "list.json", HOME / "trainer" / "ds_config.json", cwd=tmp_path)
+    done = validate("nowhere.json", "bad.json", "list.json", ROOT / "trainer" / "ds_config.json", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout.splitlines()[:3] == [
         "nowhere.json:1: error $: No such file or directory. Name a file that is there [parse]",
@@ -200,17 +200,17 @@ def test_what_the_system_does_is_no_traceback(tmp_path: Path) -> None:
     '{"train_batch_size": 1, "zero_optimization": true, "allgather_size": 7}',
 ])
 def test_what_has_no_sure_mend_is_left(text: str) -> None:
-    assert mend(text, Target()) == (text, [])
+    assert apply_fixes(text, Target()) == (text, [])
 
 
 def test_a_mend_that_brings_up_something_else_is_not_made() -> None:
     text = '{"train_batch_size": 1, "zero_optimization": {"stage": 1, "stage3_max_reuse_distnce": 1}}'
     assert [problem.fix for problem in check(Document(text), Target()) if problem.fix]
-    assert mend(text, Target())[0] == text  # spelt right, it would be a setting without effect
+    assert apply_fixes(text, Target())[0] == text  # spelt right, it would be a setting without effect
 
 
 def test_what_is_loaded_is_light(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-X", "importtime", TOOL, HOME / "trainer" / "ds_config.json"],
+    done = subprocess.run([sys.executable, "-X", "importtime", TOOL, ROOT / "trainer" / "ds_config.json"],
                           capture_output=True, text=True)
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "jsonschema" in loaded and not loaded & {"torch", "deepspeed", "transformers", "hjson", "pydantic", "numpy",

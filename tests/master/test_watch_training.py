@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
-from master.training.run_folder import RunError, find_run, launcher_of, sign, trainer_words
+from master.training.run_folder import RunError, find_run, running_launcher, trainer_words, write_launcher_record
 from master.watch_training import host_lines
 
-TOOL = HOME / "master" / "watch_training.py"
+TOOL = ROOT / "master" / "watch_training.py"
 
 
 def watch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -46,13 +46,13 @@ def test_a_run_whose_launcher_is_gone_does_not_go_on(tmp_path: Path) -> None:
     run = make_run(tmp_path, "running")
     done = watch(cwd=tmp_path)
     assert done.returncode == 1 and "not running any more" in done.stdout
-    sign(run)
-    assert launcher_of(run)
+    write_launcher_record(run)
+    assert running_launcher(run)
     done = watch("--once", cwd=tmp_path)
     assert done.returncode == 0 and ": running, step 3/10" in done.stdout
-    signed = json.loads((run / "launcher.json").read_text())
-    (run / "launcher.json").write_text(json.dumps({**signed, "started": "1"}))  # the number was given to another
-    assert launcher_of(run) is None
+    read_launcher_record = json.loads((run / "launcher.json").read_text())
+    (run / "launcher.json").write_text(json.dumps({**read_launcher_record, "started": "1"}))  # the number was given to another
+    assert running_launcher(run) is None
 
 
 def test_runs_are_found_and_repeated(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
 from trainer.data.chat import Taker
 from trainer.data.documents import describe, find_files, read_documents
@@ -130,7 +130,7 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(tmp_path:
             "print(source.name, len(source.fingerprint), list(source.read()))")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     run = [sys.executable, "-c", code, "org/small"]
-    done = subprocess.run(run, cwd=HOME, env=environment, capture_output=True, text=True)
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == "org/small (train) 64 ['hello']\n", done.stderr
-    done = subprocess.run([*run[:3], "org/none"], cwd=HOME, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*run[:3], "org/none"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "Fault: dataset 'org/none': neither a file or folder here nor to be had from the hub" in done.stderr

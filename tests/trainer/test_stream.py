@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOME, Train
+from conftest import ROOT, Train
 
 from trainer.data import streaming
 from trainer.data.chat import MESSAGES, TEXT
@@ -150,6 +150,6 @@ def test_a_dataset_of_the_hub_is_streamed_from_the_cache(tmp_path: Path) -> None
                "o = parse_options(['--model_name_or_path', 'x', '--dataset_path', 'org/small', '--streaming', "
                "'--max_steps', '1'])\n"
                "source = open_source('org/small', o, list)\nprint(len(list(source.read())), list(source.after(7)))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=HOME, capture_output=True, text=True, timeout=100,
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100,
                           env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"})
     assert done.stdout.strip() == f"9 {TEXTS[7:9]}", done.stderr

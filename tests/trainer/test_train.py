@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import HOME, Run, Train
+from conftest import ROOT, Run, Train
 
 SMALL = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--eval_fraction", "0.1")
-PRESETS = sorted(path.stem for path in (HOME / "trainer" / "configs").glob("*.json"))
+PRESETS = sorted(path.stem for path in (ROOT / "trainer" / "configs").glob("*.json"))
 
 
 def same_losses(one: Run, other: Run, within: float, key: str = "loss") -> None:

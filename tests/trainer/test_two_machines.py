@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HOME, TRAINER, WARM
+from conftest import ROOT, TRAINER, WARM
+from ssh_server import free_port
 from warm_trainer import Job
 
 
@@ -51,7 +52,7 @@ def checkpoints(root: Path) -> list[list[str]]:
 def test_each_keeps_its_shards_and_both_resume_from_what_both_have(
     environment: dict[str, str], tmp_path: Path, preset: str
 ) -> None:
-    config = ["--deepspeed_config", str(HOME / "trainer" / "configs" / f"{preset}.json"), "--max_steps", "6"]
+    config = ["--deepspeed_config", str(ROOT / "trainer" / "configs" / f"{preset}.json"), "--max_steps", "6"]
     # No dataset: Python's own text, which goes from rank 0 to the other machine.
     train_on_two(environment, tmp_path, *config, torchrun=preset == "zero1")
     assert checkpoints(tmp_path) == [["checkpoint-4", "checkpoint-6"]] * 2

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
-SCRIPT = HOME / "worker" / "measure_node.py"
+SCRIPT = ROOT / "worker" / "measure_node.py"
 TABLE = "0, 97, 20111, 24576, 71, 343.21\n1, [N/A], 3, 24576, [GPU requires reset], [N/A]\nUnable to say more\n"
 
 

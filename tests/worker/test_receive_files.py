@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 
 from master.inventory.node_facts import load_worker
-from master.sync.chunks import Pieces
+from master.sync.chunks import Chunks
 from master.sync.file_trees import Tree, named
 from master.sync.job_key import make_pem
 
-SCRIPT = HOME / "worker" / "receive_files.py"
+SCRIPT = ROOT / "worker" / "receive_files.py"
 
 
 class Receiver:
@@ -49,11 +49,11 @@ class Receiver:
             assert event["event"] != "failed", event
         raise AssertionError(f"it ended without {kind}")
 
-    def announce(self, pieces: Pieces, pem: str, **more: Any) -> dict[str, Any]:
+    def announce(self, chunks: Chunks, pem: str, **more: Any) -> dict[str, Any]:
         """Announce the files; return what the receiver plans."""
         self.hear("hello")
         self.tell({"go": True})
-        self.tell({"trees": pieces.manifest, "pem": pem, "overwrite": False, "dry_run": False, "room": 0, **more})
+        self.tell({"trees": chunks.manifest, "pem": pem, "overwrite": False, "dry_run": False, "room": 0, **more})
         return self.hear("plan")
 
 
@@ -76,7 +76,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pieces:
+def chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chunks:
     """A folder of a large file, a thousand small ones and an empty one, to lie in each receiver's home."""
     monkeypatch.setenv("LANSPEED_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "data"
@@ -87,19 +87,19 @@ def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pieces:
         (folder / f"{number}").write_text(f"{number}\n")
     tree = named(folder)
     tree.roots = ["~/data"]
-    return Pieces([tree], lambda done, total: None)
+    return Chunks([tree], lambda done, total: None)
 
 
-def test_pieces_pass_from_one_to_the_next(start: Any, pieces: Pieces, tmp_path: Path) -> None:
+def test_pieces_pass_from_one_to_the_next(start: Any, chunks: Chunks, tmp_path: Path) -> None:
     pem = make_pem()
     first, second = start("one"), start("two")
-    assert first.announce(pieces, pem)["missing"] == second.announce(pieces, pem)["missing"] == [0, 1, 2]
+    assert first.announce(chunks, pem)["missing"] == second.announce(chunks, pem)["missing"] == [0, 1, 2]
     port = first.hear("listening")["port"]
     second.hear("listening")
     first.tell({"begin": []})
     second.tell({"begin": [["gone", "127.0.0.1", 1], ["one", "127.0.0.1", port]]})  # nobody listens on port 1
     for number in range(3):
-        data = pieces.read(number)
+        data = chunks.read(number)
         first.tell({"piece": number, "bytes": len(data)}, data)
     for one in (first, second):
         while one.hear("progress")["missing"]:
@@ -124,18 +124,18 @@ def first_answer(port: int, pem: str | None, folder: Path) -> bytes:
     return b""
 
 
-def test_who_lacks_the_jobs_key_gets_nothing(start: Any, pieces: Pieces, tmp_path: Path) -> None:
+def test_who_lacks_the_jobs_key_gets_nothing(start: Any, chunks: Chunks, tmp_path: Path) -> None:
     one, pem = start("one"), make_pem()
-    one.announce(pieces, pem)
+    one.announce(chunks, pem)
     port = one.hear("listening")["port"]
     assert [first_answer(port, key, tmp_path) for key in (None, make_pem(), pem)] == [b"", b"", b"\xff" * 4 + b"\0" * 4]
 
 
-def test_a_piece_that_was_not_announced_is_refused(start: Any, pieces: Pieces) -> None:
+def test_a_piece_that_was_not_announced_is_refused(start: Any, chunks: Chunks) -> None:
     one = start("one")
-    one.announce(pieces, make_pem())
+    one.announce(chunks, make_pem())
     one.tell({"begin": []})
-    data = bytearray(pieces.read(0))
+    data = bytearray(chunks.read(0))
     data[5] ^= 1
     one.tell({"piece": 0, "bytes": len(data)}, bytes(data))
     with pytest.raises(AssertionError, match="10 came otherwise than announced"):
@@ -143,15 +143,15 @@ def test_a_piece_that_was_not_announced_is_refused(start: Any, pieces: Pieces) -
     assert one.process.wait(timeout=60) == 1 and not (one.home / "data" / "10").exists()
 
 
-def test_a_node_whose_copy_is_spoilt_is_passed_over(start: Any, pieces: Pieces) -> None:
+def test_a_node_whose_copy_is_spoilt_is_passed_over(start: Any, chunks: Chunks) -> None:
     pem = make_pem()
     first, second = start("one"), start("two")
-    first.announce(pieces, pem)
-    second.announce(pieces, pem)
+    first.announce(chunks, pem)
+    second.announce(chunks, pem)
     port = first.hear("listening")["port"]
     first.tell({"begin": []})
     for number in range(3):
-        data = pieces.read(number)
+        data = chunks.read(number)
         first.tell({"piece": number, "bytes": len(data)}, data)
     while first.hear("progress")["missing"]:
         pass
@@ -161,14 +161,14 @@ def test_a_node_whose_copy_is_spoilt_is_passed_over(start: Any, pieces: Pieces) 
     assert second.hear("orphan")["missing"] == [0, 1, 2]
 
 
-def test_two_homes_on_one_disk_do_not_spoil_each_others_files(start: Any, pieces: Pieces, tmp_path: Path) -> None:
-    pieces.trees[0].roots = [str(tmp_path / "shared")]
+def test_two_homes_on_one_disk_do_not_spoil_each_others_files(start: Any, chunks: Chunks, tmp_path: Path) -> None:
+    chunks.trees[0].roots = [str(tmp_path / "shared")]
     both = start("one"), start("two")
     for one in both:
-        one.announce(pieces, make_pem())
+        one.announce(chunks, make_pem())
         one.tell({"begin": []})
     for number in range(3):
-        data = pieces.read(number)
+        data = chunks.read(number)
         for one in both:
             one.tell({"piece": number, "bytes": len(data)}, data)
             while one.hear("progress")["missing"] > 2 - number:
@@ -188,12 +188,12 @@ def test_files_become_folders_and_folders_files(start: Any, tmp_path: Path, monk
     def bring(name: str) -> None:
         tree = named(data)
         tree.roots = ["~/data"]
-        pieces = Pieces([tree], lambda done, total: None)
+        chunks = Chunks([tree], lambda done, total: None)
         one = start(name)
-        assert one.announce(pieces, make_pem())["faults"] == []
+        assert one.announce(chunks, make_pem())["faults"] == []
         one.tell({"begin": []})
-        for number in range(len(pieces.pieces)):
-            block = pieces.read(number)
+        for number in range(len(chunks.chunks)):
+            block = chunks.read(number)
             one.tell({"piece": number, "bytes": len(block)}, block)
         while one.hear("progress")["missing"]:
             pass
@@ -222,24 +222,24 @@ def test_files_become_folders_and_folders_files(start: Any, tmp_path: Path, monk
     bring("one")
 
 
-def test_what_has_come_to_stand_there_meanwhile_is_left_alone(start: Any, pieces: Pieces) -> None:
+def test_what_has_come_to_stand_there_meanwhile_is_left_alone(start: Any, chunks: Chunks) -> None:
     one = start("one")
-    one.announce(pieces, make_pem())
+    one.announce(chunks, make_pem())
     one.tell({"begin": []})
     (one.home / "data").mkdir(exist_ok=True)
     (one.home / "data" / "7").write_text("mine")
-    data = pieces.read(0)
+    data = chunks.read(0)
     one.tell({"piece": 0, "bytes": len(data)}, data)
     with pytest.raises(AssertionError, match="7 has come to stand there meanwhile"):
         one.hear("finished")
     assert (one.home / "data" / "7").read_text() == "mine"
 
 
-def test_after_a_break_what_was_put_there_is_known(start: Any, pieces: Pieces, tmp_path: Path) -> None:
+def test_after_a_break_what_was_put_there_is_known(start: Any, chunks: Chunks, tmp_path: Path) -> None:
     one = start("one")
-    one.announce(pieces, make_pem())
+    one.announce(chunks, make_pem())
     one.tell({"begin": []})
-    data = pieces.read(0)
+    data = chunks.read(0)
     one.tell({"piece": 0, "bytes": len(data)}, data)
     while one.hear("progress")["missing"] > 2:
         pass
@@ -250,36 +250,36 @@ def test_after_a_break_what_was_put_there_is_known(start: Any, pieces: Pieces, t
     (tmp_path / "data" / "7").write_text("changed\n")
     tree = named(tmp_path / "data")
     tree.roots = ["~/data"]
-    assert start("one").announce(Pieces([tree], lambda done, total: None), make_pem())["faults"] == []
+    assert start("one").announce(Chunks([tree], lambda done, total: None), make_pem())["faults"] == []
 
 
-def test_it_ends_with_its_master(start: Any, pieces: Pieces) -> None:
+def test_it_ends_with_its_master(start: Any, chunks: Chunks) -> None:
     one = start("one")
-    one.announce(pieces, make_pem())
+    one.announce(chunks, make_pem())
     assert one.process.stdin
     one.process.stdin.close()
     assert one.process.wait(timeout=60) == 1
 
 
-def test_two_at_once_in_one_home_are_refused(start: Any, pieces: Pieces) -> None:
-    start("one").announce(pieces, make_pem())
+def test_two_at_once_in_one_home_are_refused(start: Any, chunks: Chunks) -> None:
+    start("one").announce(chunks, make_pem())
     with pytest.raises(AssertionError, match="another sync goes on there"):
-        start("one").announce(pieces, make_pem())
+        start("one").announce(chunks, make_pem())
 
 
 def test_a_tree_that_can_be_written_nowhere_is_told_of(start: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     tree = Tree("data", ["$HF_HOME/hub", str(tmp_path / "file" / "x")])
     with pytest.raises(AssertionError, match=r"none of .* can be written by this account"):
-        start("one").announce(Pieces([tree], lambda done, total: None), make_pem())
+        start("one").announce(Chunks([tree], lambda done, total: None), make_pem())
 
 
 def test_both_sides_cut_alike() -> None:
     receiver = load_worker("receive_files")
-    sizes = [0, 1, 10_000_000, 5, receiver.PIECE, receiver.PIECE - 1, 3]
-    files = [receiver.File("", "/", str(number), 0o644, size, ["d"] * -(-size // receiver.PIECE))
+    sizes = [0, 1, 10_000_000, 5, receiver.CHUNK_BYTES, receiver.CHUNK_BYTES - 1, 3]
+    files = [receiver.File("", "/", str(number), 0o644, size, ["d"] * -(-size // receiver.CHUNK_BYTES))
              for number, size in enumerate(sizes)]
-    pieces = list(receiver.cut(files))
-    assert [part for piece in pieces for part in piece] == [
+    chunks = list(receiver.cut(files))
+    assert [part for piece in chunks for part in piece] == [
         (1, 0), (2, 0), (2, 1), (2, 2), (3, 0), (4, 0), (5, 0), (6, 0)]
-    assert all(sum(files[one].span(part)[1] for one, part in piece) >= receiver.PIECE for piece in pieces[:-1])
+    assert all(sum(files[one].span(part)[1] for one, part in piece) >= receiver.CHUNK_BYTES for piece in chunks[:-1])

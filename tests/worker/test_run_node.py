@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOME
+from conftest import ROOT
 from patience import wait_until
 
 from master.core.paths import WORKER
-from master.inventory.node_facts import load_worker, streamed
+from master.inventory.node_facts import load_worker, stdin_loader
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
@@ -58,7 +58,7 @@ class Node:
             "world": {"here": [0, 1]}, "script": str(folder / "program.py"), "arguments": [mode, "a b"],
             "patience": patience}
         script = WORKER / "run_node.py"
-        self.process = subprocess.Popen(["sh", "-c", f"exec {shlex.quote(sys.executable)} {streamed(script)}"],
+        self.process = subprocess.Popen(["sh", "-c", f"exec {shlex.quote(sys.executable)} {stdin_loader(script)}"],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.write(script.read_bytes() + json.dumps(job).encode() + b"\n")
         self.quiet = threading.Event()  # the master's signs of life end
@@ -174,16 +174,16 @@ def test_the_way_to_an_address_is_known_without_programs(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("change", ["trainer/train.py", "trainer/data/packing.py", "trainer/new.py"])
 def test_code_that_differs_anywhere_has_another_digest(change: str, tmp_path: Path) -> None:
     copy = tmp_path / "trainer"
-    shutil.copytree(HOME / "trainer", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "trainer", copy, ignore=shutil.ignore_patterns("__pycache__"))
     digest = load_worker("describe_node").code_digest
-    assert digest(str(tmp_path)) == digest(str(HOME)) and digest(str(tmp_path / "nowhere")) is None
+    assert digest(str(tmp_path)) == digest(str(ROOT)) and digest(str(tmp_path / "nowhere")) is None
     with (tmp_path / change).open("a") as file:
         file.write("# changed\n")
-    assert digest(str(tmp_path)) != digest(str(HOME))
+    assert digest(str(tmp_path)) != digest(str(ROOT))
 
 
 def test_a_node_describes_itself(tmp_path: Path) -> None:
-    wanted = {"folder": str(HOME), "paths": [str(tmp_path), "/no/such/path"], "marks": [str(tmp_path), "/nor/this"]}
+    wanted = {"folder": str(ROOT), "paths": [str(tmp_path), "/no/such/path"], "marks": [str(tmp_path), "/nor/this"]}
     done = subprocess.run([sys.executable, WORKER / "describe_node.py", json.dumps(wanted)], capture_output=True,
                           text=True, check=True)
     facts = json.loads(done.stdout.partition("@@NODE_FACTS ")[2])

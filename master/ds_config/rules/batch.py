@@ -120,16 +120,16 @@ def auto_nobody_fills(config: Config) -> Iterator[Problem]:
 def plain_auto(config: Config, path: tuple[Any, ...], node: dict[str, Any]) -> Problem:
     """Return what plain DeepSpeed does with an "auto"."""
     if path[0] in ("steps_per_print", "gradient_clipping", "optimizer"):
-        strikes = checked_when(config) if path[0] == "optimizer" else STEP
+        phase = checked_when(config) if path[0] == "optimizer" else STEP
         return Problem("auto-plain", "error", path, '"auto" stays a text, where a number is needed', _instead(node),
-                       strikes)
+                       phase)
     if path[0] in BATCH:
         return Problem("auto-plain", "error", path, 'plain DeepSpeed knows no "auto"', _instead(node), PARSE)
     if is_checked(path[:-1]):
         default = node.get("default")
-        level, strikes = ("warning", "") if config.target.trainer is None else ("error", INIT)
+        level, phase = ("warning", "") if config.target.trainer is None else ("error", INIT)
         return Problem("auto-plain", level, path, f'plain DeepSpeed drops "auto" and takes {shown(default)}',
-                       _instead(node), strikes)
+                       _instead(node), phase)
     return Problem("auto-plain", "error", path, 'plain DeepSpeed knows no "auto"', _instead(node), INIT)
 
 
@@ -144,9 +144,9 @@ def trainer_wants(config: Config) -> Iterator[Problem]:
     """What the Trainer asks for and DeepSpeed doesn't."""
     if config.has("zero_optimization") or config.target.completed or config.target.trainer is False:
         return
-    level, strikes = ("error", INIT) if config.for_trainer else ("info", "")
+    level, phase = ("error", INIT) if config.for_trainer else ("info", "")
     yield Problem("trainer-needs-zero", level, ("zero_optimization",), "the Trainer refuses a config without it",
-                  'add "zero_optimization": {"stage": 0}', strikes)
+                  'add "zero_optimization": {"stage": 0}', phase)
 
 
 @RULES.add

@@ -21,9 +21,9 @@ RULES = Rules()
 OPTIMIZER = ("optimizer", "params")
 
 
-def fails(code: str, path: tuple[str, ...], message: str, mend: str, fix: Fix | None = None) -> Problem:
+def fails(code: str, path: tuple[str, ...], message: str, how_to_fix: str, fix: Fix | None = None) -> Problem:
     """Return an error of deepspeed.initialize."""
-    return Problem(code, "error", path, message, mend, INIT, fix)
+    return Problem(code, "error", path, message, how_to_fix, INIT, fix)
 
 
 def optimizer_name(config: Config) -> str | None:
@@ -110,12 +110,12 @@ def arguments_of(name: str, config: Config) -> set[str] | None:
 @RULES.add
 def optimizer_values(config: Config) -> Iterator[Problem]:
     """Numbers in quotes and the like."""
-    params, strikes = config.section(*OPTIMIZER), checked_when(config)
+    params, phase = config.section(*OPTIMIZER), checked_when(config)
     for key in ("lr", "eps", "weight_decay"):
         value = params.get(key, 0)
         if value != "auto" and (not isinstance(value, (int, float)) or value < 0):
             yield Problem("bad-value", "error", (*OPTIMIZER, key), f"expected a number >= 0, got {shown(value)}",
-                          "write a number", strikes, number_fix(value))
+                          "write a number", phase, number_fix(value))
     if optimizer_name(config) == "LBFGS":
         yield Problem("bad-value", "error", ("optimizer", "type"), "LBFGS steps with a function that no engine "
                       "gives it", "choose another", STEP)
@@ -125,8 +125,8 @@ def optimizer_values(config: Config) -> Iterator[Problem]:
     if betas != "auto" and not (isinstance(betas, list) and len(betas) == 2
                                 and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)):
         yield Problem("bad-value", "error", (*OPTIMIZER, "betas"), f"expected two numbers from 0 to below 1, got "
-                      f"{shown(betas)}", "write [0.9, 0.999]", strikes)
-    elif betas != "auto" and strikes == INIT and any(isinstance(beta, int) for beta in betas):
+                      f"{shown(betas)}", "write [0.9, 0.999]", phase)
+    elif betas != "auto" and phase == INIT and any(isinstance(beta, int) for beta in betas):
         hjson = " (1e-9: 0.0 is read as 0)" if config.target.trainer is False else ""
         yield Problem("bad-value", "error", (*OPTIMIZER, "betas"), "torch's Adam takes fractions only, not 0",
                       f"write 0.0{hjson}", INIT)

@@ -15,9 +15,9 @@ from master.ds_config.schema_check import coerce
 RULES = Rules()
 
 
-def refused(code: str, path: tuple[str, ...], message: str, mend: str, fix: Fix | None = None) -> Problem:
+def refused(code: str, path: tuple[str, ...], message: str, how_to_fix: str, fix: Fix | None = None) -> Problem:
     """Return an error of the parse."""
-    return Problem(code, "error", path, message, mend, PARSE, fix)
+    return Problem(code, "error", path, message, how_to_fix, PARSE, fix)
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ STAGE_1_AND_2 = {"allgather_bucket_size", "round_robin_gradients", "use_multi_ra
 NVME_ONLY = {"nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "fast_init"}
 
 
-def needs(code: str, path: tuple[str, ...], message: str, mend: str) -> Problem:
+def needs(code: str, path: tuple[str, ...], message: str, how_to_fix: str) -> Problem:
     """Return an error of deepspeed.initialize."""
-    return Problem(code, "error", path, message, mend, INIT)
+    return Problem(code, "error", path, message, how_to_fix, INIT)
 
 
 @RULES.add
