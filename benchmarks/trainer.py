@@ -31,8 +31,8 @@ from benchmarks.contenders.training import Clock, by_hand, cut, load, loss_of, o
 HELD_OUT = 150  # documents
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": False}
-NEVER_FETCHED, OURS_DEEPSPEED = "lanspeed, plain PyTorch", "lanspeed, ZeRO-1"
-PEERS = {"Trainer, concatenated and cut": NEVER_FETCHED, "TRL SFTTrainer": NEVER_FETCHED, "deepspeed.initialize by hand": OURS_DEEPSPEED}
+OURS, OURS_DEEPSPEED = "lanspeed, plain PyTorch", "lanspeed, ZeRO-1"
+PEERS = {"Trainer, concatenated and cut": OURS, "TRL SFTTrainer": OURS, "deepspeed.initialize by hand": OURS_DEEPSPEED}
 
 
 def make_data(folder: Path) -> None:
@@ -60,7 +60,7 @@ def contend(name: str, folder: Path, steps: int, tokens: int, seed: int) -> None
 
     transformers.logging.set_verbosity_error()
     zero1 = HOME / "trainer" / "configs" / "zero1.json"
-    train = {NEVER_FETCHED: lambda *words: ours(*words, None), OURS_DEEPSPEED: lambda *words: ours(*words, zero1),
+    train = {OURS: lambda *words: ours(*words, None), OURS_DEEPSPEED: lambda *words: ours(*words, zero1),
              **dict(zip(PEERS, (cut, trl, by_hand), strict=True))}[name]
     clock = Clock(steps, tokens, seed)
     model = train(folder, clock)
@@ -114,7 +114,7 @@ def compare(folder: Path, steps: int, rounds: int) -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
         tokens = 0
-        for name in (NEVER_FETCHED, *peers, OURS_DEEPSPEED):
+        for name in (OURS, *peers, OURS_DEEPSPEED):
             found.setdefault(name, []).append(measured(name, folder, steps, tokens, number))
             tokens = tokens or int(found[name][-1]["tokens"])
             print(f"round {number + 1} of {rounds}: {name} {found[name][-1]}", file=sys.stderr)

@@ -129,7 +129,8 @@ def addresses_of(facts: Mapping[str, Mapping[str, Any]], known: Mapping[str, Any
     return found
 
 
-def save_facts(path: Path, cluster: dict[str, Any], facts: Mapping[str, Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
+def save_facts(path: Path, cluster: dict[str, Any], facts: Mapping[str, Mapping[str, Any]],
+               pairs: Sequence[Pair]) -> None:
     """Write facts and measured pairs into cluster.json, for the hosts that stand in it."""
     if not path.exists():
         return
@@ -195,7 +196,8 @@ def run_allreduce_test(hostfile: Path, hosts: Sequence[str], options: argparse.N
                        "a training would fail the same way", shlex.join(words[:6]) + " shows all")
 
 
-def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pairs: Sequence[Pair], allreduce_line: str,
+def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pairs: Sequence[Pair],
+         allreduce_line: str,
          options: argparse.Namespace) -> None:
     """Print the result."""
     if options.json:

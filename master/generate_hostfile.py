@@ -93,7 +93,8 @@ def read_reports(paths: Sequence[Path]) -> list[HostAnswer]:
         try:
             text = path.read_text(encoding="utf-8").strip()
             report = check_report(json.loads(text[text.index("{") :]))
-            answers.append(HostAnswer(name, None, GpuAnswer(report, "file", None, None, (), path.stat().st_mtime), None))
+            answers.append(HostAnswer(name, None, GpuAnswer(report, "file", None, None, (), path.stat().st_mtime),
+                                      None))
         except (OSError, ValueError, ReportError) as error:
             reason = f"{path}: {getattr(error, 'strerror', None) or error}"
             say(reason)

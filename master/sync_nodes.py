@@ -100,7 +100,8 @@ def environments(nodes: Sequence[Node], peers: Mapping[str, RelayPeer], ssh: Ssh
         def work(session: Session) -> tuple[str, str]:
             host = str(session.node)
             report: Callable[[str], None] = lambda line: progress.environment(host, line)  # noqa: E731
-            done = install_environment(session, spec, peers[host].said["plan"]["roots"], peers[host].said["hello"], report, stop)
+            done = install_environment(session, spec, peers[host].said["plan"]["roots"], peers[host].said["hello"],
+                                       report, stop)
             progress.environment(host, done[1])
             return done
 

@@ -24,7 +24,7 @@ from typing import Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.atomic_write import write_whole
+from master.core.atomic_write import write_atomically
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import one_line, say
 from master.ds_config.json_text import Document, TextError
@@ -111,8 +111,8 @@ def look_at(name: str, target: Target) -> Verdict:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = data.decode("utf-8")
     except OSError as error:
-        apply_fixes = "name a file that is there" if isinstance(error, FileNotFoundError) else "name a file that can be read"
-        return Verdict(shown, None, [Problem("unreadable", "error", (), error.strerror or str(error), apply_fixes, PARSE)],
+        advice = "name a file that is there" if isinstance(error, FileNotFoundError) else "name a file that can be read"
+        return Verdict(shown, None, [Problem("unreadable", "error", (), error.strerror or str(error), advice, PARSE)],
                        [(1, 1)])
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
@@ -187,7 +187,7 @@ def offer_fixes(verdict: Verdict, target: Target, ask: bool) -> Verdict:
         if path.read_text(encoding="utf-8") != verdict.text:
             say(f"{verdict.name} was changed meanwhile, and is left as it is: once more")
             return verdict
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
         say(f"{verdict.name} can't be written: {error.strerror}")
         return verdict

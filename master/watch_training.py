@@ -162,7 +162,8 @@ def metrics_of(run: Path, options: argparse.Namespace) -> HostMetrics | None:
     if not (run / "hostfile.txt").exists():
         return None
     known = {host["name"]: host for host in read_cluster(run / "cluster.json")["hosts"]}
-    places = {parse_node(host.host): checkout_of(known.get(host.host, {})) for host in read_hostfile(run / "hostfile.txt")}
+    places = {parse_node(host.host): checkout_of(known.get(host.host, {}))
+              for host in read_hostfile(run / "hostfile.txt")}
     return HostMetrics(places, ssh_options(options), 1.0 if options.once or options.json else EVERY)
 
 

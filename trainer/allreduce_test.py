@@ -13,7 +13,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from trainer.distributed.ranks import Ranks
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 MEGABYTES = 16  # as many as DeepSpeed's buckets have on a CPU; on a LAN a fraction of a second
 ROUNDS = 5
@@ -29,12 +29,12 @@ def main() -> int:
 
     ranks = Ranks()
     try:
-        ranks.meet(MEETING_S)
-        device = devices.common_device(ranks.exchange("device", devices.device_facts()), ranks.hosts)
+        ranks.rendezvous(MEETING_S)
+        device = devices.common_device(ranks.all_gather_json("device", devices.device_facts()), ranks.hosts)
         if device != "cpu":
             torch.accelerator.set_device_index(ranks.local_rank)
         ranks.start_process_group(device)
-    except Fault as fault:
+    except UserError as fault:
         if ranks.is_first or not fault.shared:
             print(f"error: {fault}", file=sys.stderr, flush=True)
         return 1

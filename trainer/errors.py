@@ -7,7 +7,7 @@ import re
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
-class Fault(Exception):
+class UserError(Exception):
     """Ends the training with its message and an exit code; never shown with a traceback.
 
     `exit_code` is 1 for a fault in what was found, 2 for a wrong use of the command line. `shared` says that
@@ -20,9 +20,9 @@ class Fault(Exception):
         self.shared = shared
 
 
-def usage_fault(message: str) -> Fault:
+def usage_error(message: str) -> UserError:
     """Return the Fault of a wrong command line (exit code 2)."""
-    return Fault(message, exit_code=2, shared=True)
+    return UserError(message, exit_code=2, shared=True)
 
 
 def first_line(error: Exception) -> str:
@@ -30,7 +30,7 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory has run out."""
     import torch
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.errors import usage_fault
+from trainer.errors import usage_error
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parent / "ds_config.json"
 
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises instead of exiting, takes --some-flag for --some_flag, and knows what was meant."""
 
     def error(self, message: str) -> NoReturn:
-        raise usage_fault(f"{message}. All flags: python trainer/train.py --help")
+        raise usage_error(f"{message}. All flags: python trainer/train.py --help")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; raise a Fault that names the nearest known flag for an unknown one."""
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].split("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
             hint = f"did you mean {near[0]}?" if near else "all flags: python trainer/train.py --help"
-            raise usage_fault(f"unknown argument {unknown[0]}: {hint}")
+            raise usage_error(f"unknown argument {unknown[0]}: {hint}")
         return options
 
 
@@ -198,21 +198,21 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
     named = options.deepspeed if isinstance(options.deepspeed, str) else None
     if named and options.deepspeed_config and named != options.deepspeed_config:
-        raise usage_fault(f"--deepspeed {named} and --deepspeed_config {options.deepspeed_config} name two files")
+        raise usage_error(f"--deepspeed {named} and --deepspeed_config {options.deepspeed_config} name two files")
     if options.qlora and options.lora:
-        raise usage_fault("--lora and --qlora are two ways to train an adapter: keep one")
+        raise usage_error("--lora and --qlora are two ways to train an adapter: keep one")
     options.lora = options.lora or options.qlora
     if options.merge_lora and not options.lora:
-        raise usage_fault("--merge_lora without --lora: there is nothing to merge")
+        raise usage_error("--merge_lora without --lora: there is nothing to merge")
     if options.qlora and options.model_name_or_path == "tiny":
-        raise usage_fault("--qlora: tiny is too small for 4 bits: name a model, or take --lora")
+        raise usage_error("--qlora: tiny is too small for 4 bits: name a model, or take --lora")
     if not options.from_config and (options.config_overrides or options.vocab_size):
-        raise usage_fault("--config_overrides and --vocab_size shape a new model: --from_config makes one")
+        raise usage_error("--config_overrides and --vocab_size shape a new model: --from_config makes one")
     if options.from_config and (options.lora or options.model_name_or_path == "tiny"):
-        raise usage_fault("--from_config trains all of a new model: leave out --lora, and name a configuration that "
+        raise usage_error("--from_config trains all of a new model: leave out --lora, and name a configuration that "
                           "isn't tiny")
     if options.streaming and (options.max_steps < 1 or options.dataset_path is None):
-        raise usage_fault("--streaming reads without end: say --dataset_path D and --max_steps N")
+        raise usage_error("--streaming reads without end: say --dataset_path D and --max_steps N")
     config = named or options.deepspeed_config
     options.deepspeed = Path(config) if config else (DEFAULT_DS_CONFIG if options.deepspeed else None)
     return options

@@ -24,7 +24,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.signals import Interrupted, SignalWatch
-from trainer.errors import Fault, ran_out
+from trainer.errors import UserError, is_out_of_memory
 from trainer.options import parse_options
 from trainer.results.console import Console
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse_options(argv)
         with SignalWatch() as signals:
             return train(options, ranks, console, signals)
-    except Fault as fault:
+    except UserError as fault:
         console.stop_bar()
         if ranks.is_first or not fault.shared:
             console.error(str(fault))
@@ -84,7 +84,7 @@ def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: 
     config = deepspeed_config.read_config(options.deepspeed) if options.deepspeed else None
     stay_offline(options)
     console.say("lanspeed: loading torch, transformers and deepspeed")
-    heartbeat.tell("loading torch, transformers and deepspeed")
+    heartbeat.report("loading torch, transformers and deepspeed")
     # Only now: these imports take seconds, and a wrong flag should be told before.
     from trainer.training.session import Session
 
@@ -97,9 +97,9 @@ def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: 
         return session.finish()
     except BaseException as error:
         session.fail()
-        if ran_out(error):
+        if is_out_of_memory(error):
             console.keep(traceback.format_exc())
-            raise Fault(session.out_of_memory()) from None
+            raise UserError(session.out_of_memory()) from None
         raise
 
 

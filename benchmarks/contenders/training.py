@@ -178,7 +178,7 @@ def by_hand(folder: Path, clock: Clock) -> Any:
     import torch
 
     from trainer.data.dataset import prepare_dataset
-    from trainer.data.packing import Collator, Rows
+    from trainer.data.packing import Collator, PackedSequences
     from trainer.data.tokenizer import tokenizer_id
     from trainer.distributed import deepspeed_config
     from trainer.distributed.ranks import Ranks
@@ -190,7 +190,8 @@ def by_hand(folder: Path, clock: Clock) -> Any:
     torch.manual_seed(clock.seed)
     options = parse_options(["--model_name_or_path", "x", "--dataset_path", str(folder / "train.jsonl"),
                              "--eval_dataset", str(folder / "eval.jsonl"), "--cache_dir", str(folder / "cache")])
-    rows = Rows(prepare_dataset(options, tokenizer_id(tokenizer), lambda _: tokenizer, ROW, say=lambda _: None).train,
+    rows = PackedSequences(prepare_dataset(options, tokenizer_id(tokenizer), lambda _: tokenizer, ROW,
+                                           say=lambda _: None).train,
                 ROW)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True, weight_decay=0.0)
     config = {"train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": CLIP, "zero_optimization": {"stage": 1},

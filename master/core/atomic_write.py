@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all; a link stays a link. Raises OSError."""
     path = path.resolve()
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")

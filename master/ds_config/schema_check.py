@@ -85,8 +85,8 @@ def expected(node: dict[str, Any]) -> str:
         return "one of " + ", ".join(values)
     words = [NOUNS[name] for name in _types(node)] + (['"auto"'] if node.get("pattern") == "^auto$" else [])
     text = " or ".join(words)
-    for key, write_launcher_record in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")):
-        text += f" {write_launcher_record} {node[key]:g}" if key in node else ""
+    for key, symbol in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")):
+        text += f" {symbol} {node[key]:g}" if key in node else ""
     return text
 
 

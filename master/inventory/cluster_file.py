@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from master.core.atomic_write import write_whole
+from master.core.atomic_write import write_atomically
 from master.core.paths import SCHEMAS
 from master.core.run_cli import UserError
 from master.inventory.hostfile import read_hostfile
@@ -89,7 +89,7 @@ def write_cluster(path: Path, cluster: dict[str, Any]) -> None:
             return
     except (OSError, ValueError):
         pass
-    write_whole(path, json.dumps(cluster, indent=1) + "\n")
+    write_atomically(path, json.dumps(cluster, indent=1) + "\n")
 
 
 def without_times(value: Any) -> Any:

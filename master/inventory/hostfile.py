@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from master.core.atomic_write import write_whole
+from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
 from master.core.terminal import one_line
 
@@ -139,7 +139,7 @@ def write_hostfile(path: Path, text: str) -> bool:
         before = ""
     if undated(before) == undated(text):
         return False
-    write_whole(path, text)
+    write_atomically(path, text)
     return True
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from master.core.atomic_write import write_whole
+from master.core.atomic_write import write_atomically
 from master.ssh.node_names import Node
 
 HEADER = "# Written by `invoke setup-keys`; `invoke setup-keys --nodes ... --remove` takes it away again.\n"
@@ -92,5 +92,5 @@ def apply(changes: dict[Path, str | None]) -> None:
         fresh = not path.exists()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = 0o600 if fresh else path.stat().st_mode & 0o777
-        write_whole(path, text)
+        write_atomically(path, text)
         path.resolve().chmod(mode)

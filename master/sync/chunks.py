@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from master.core.atomic_write import write_whole
+from master.core.atomic_write import write_atomically
 from master.core.paths import ROOT
 from master.inventory.node_facts import load_worker
 from master.sync.file_trees import FileEntry, Tree, TreeError
@@ -64,7 +64,7 @@ class Chunks:
             cache = {source: fact for source, fact in cache.items() if source not in self._fresh} | self._fresh
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, json.dumps(dict(list(cache.items())[-KEPT:])))
+                write_atomically(path, json.dumps(dict(list(cache.items())[-KEPT:])))
         return found
 
     def _known(self, item: FileEntry, cache: dict[str, list[Any]]) -> list[str] | None:

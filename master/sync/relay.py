@@ -85,7 +85,8 @@ class Relay:
             peer.tell({"remove": True})
         self._wait(lambda peer: "finished" in peer.said)
 
-    def plan(self, chunks: Chunks, environment_bytes: Callable[[RelayPeer], int], overwrite: bool, dry_run: bool) -> None:
+    def plan(self, chunks: Chunks, environment_bytes: Callable[[RelayPeer], int], overwrite: bool,
+             dry_run: bool) -> None:
         """Announce the files; each node says where they lie and what it lacks. `environment_bytes`: bytes for an environment."""
         self._chunks = chunks
         common = json.dumps({"trees": chunks.manifest, "pem": make_pem(), "overwrite": overwrite, "dry_run": dry_run})

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
-from master.core.atomic_write import write_whole
+from master.core.atomic_write import write_atomically
 from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.inventory.node_facts import checkout_of
@@ -124,7 +124,8 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
         raise RunError(f"{run}: the checkpoint's parts can't be brought to other hosts or slots: {why}")
     if newer:
         say(f"parts of checkpoint-{newer[-1]} are nowhere: checkpoint-{merged.step} is the newest whole one")
-    lacking = {host.host: names for host in now if (names := missing_files(manifests.get(host.host, {}).get(merged.step), merged))}
+    lacking = {host.host: names for host in now if (names := missing_files(manifests.get(host.host,
+                                                                                         {}).get(merged.step), merged))}
     scratch = run / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -158,7 +159,8 @@ def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], ssh: SshOpti
     return good, [str(result) for result in results.values() if isinstance(result, SshError)]
 
 
-def _fetch(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: SshOptions, names: set[str], scratch: Path) -> None:
+def _fetch(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: SshOptions, names: set[str],
+           scratch: Path) -> None:
     """Fetch files, each from a host that has it."""
     folder = scratch / f"checkpoint-{merged.step}"
     wanted: dict[Node, list[str]] = {}
@@ -202,7 +204,8 @@ class _Sink:
         return len(data)
 
 
-def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: SshOptions, lacking: Mapping[str, Sequence[str]],
+def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: SshOptions,
+          lacking: Mapping[str, Sequence[str]],
           newer: Sequence[int], scratch: Path) -> None:
     """Send each host what it lacks and the seal of the whole, last; with the metrics, if it has fewer.
 
@@ -212,7 +215,7 @@ def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: Ss
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / METRICS).write_bytes((run / METRICS).read_bytes() if (run / METRICS).exists() else b"")
     (scratch / step).mkdir(exist_ok=True)
-    write_whole(scratch / step / MANIFEST, merged.manifest)
+    write_atomically(scratch / step / MANIFEST, merged.manifest)
     hosts = [host for host, names in lacking.items() if names]
     say(f"{step}: sending " + (f"what they lack of it to {', '.join(hosts)}" if hosts else "its seal"))
     unsealed = "".join(f"rm -f checkpoints/checkpoint-{other}/{MANIFEST}; " for other in newer)

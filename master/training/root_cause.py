@@ -75,7 +75,8 @@ def excerpt(lines: Sequence[str]) -> tuple[str, ...]:
     return tuple(part if len(part) <= TAIL else [part[0], "  ...", *part[2 - TAIL :]])
 
 
-def first_cause(exits: Sequence[RankExit], lost_hosts: Mapping[str, str], output: Mapping[tuple[str, int | None], Sequence[str]],
+def first_cause(exits: Sequence[RankExit], lost_hosts: Mapping[str, str],
+                output: Mapping[tuple[str, int | None], Sequence[str]],
                 ) -> Cause | None:
     """Return why it failed, None if nothing did.
 
@@ -88,7 +89,8 @@ def first_cause(exits: Sequence[RankExit], lost_hosts: Mapping[str, str], output
     if causes or (failed and not lost_hosts):
         end = (causes or failed)[0]
         if not output.get((end.host, end.rank)):  # what goes wrong on all ranks alike is printed by the first one
-            end = next((one for one in causes or failed if one.code == end.code and output.get((one.host, one.rank))), end)
+            end = next((one for one in causes or failed if one.code == end.code and output.get((one.host, one.rank))),
+                       end)
         lines = [line for line in output.get((end.host, end.rank), []) if line.strip()]
         text = "\n".join(lines[-40:])
         hint = KILLED if end.code == -signal.SIGKILL else next(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from master.core.atomic_write import write_whole
+from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
 from master.inventory.cluster_file import merge_hosts, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
@@ -43,7 +43,7 @@ def mark_failed(run: Path, code: int) -> None:
         return
     if record.get("status") == "running":
         record.update(status="failed", exit=code, ended=time.time())
-        write_whole(path, json.dumps(record, indent=1) + "\n")
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def memory_advice(run: Path) -> list[str]:
@@ -67,15 +67,16 @@ def write_launcher_record(run: Path, job: str | None = None) -> None:
     """Leave word in a run folder that this process runs it, and as which job on its hosts (None: as before)."""
     run.mkdir(parents=True, exist_ok=True)
     mine = {"pid": os.getpid(), "started": started_at(os.getpid()), "job": job or read_launcher_record(run).get("job")}
-    write_whole(run / LAUNCHER, json.dumps(mine) + "\n")
+    write_atomically(run / LAUNCHER, json.dumps(mine) + "\n")
 
 
 def save_hosts(run: Path, hosts: Sequence[Slots], cluster: Mapping[str, Any]) -> None:
     """Write hostfile.txt and cluster.json as used into a run folder, by which it is watched, stopped and resumed."""
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / "hostfile.txt", render_hostfile(hosts, {}))
+    write_atomically(run / "hostfile.txt", render_hostfile(hosts, {}))
     names = {host.host for host in hosts}
-    write_cluster(run / "cluster.json", merge_hosts(cluster, [each for each in cluster["hosts"] if each["name"] in names]))
+    write_cluster(run / "cluster.json", merge_hosts(cluster,
+                                                    [each for each in cluster["hosts"] if each["name"] in names]))
 
 
 def read_launcher_record(run: Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class RankOutput(Protocol):
 class ClusterJob:
     """`approve` is given every host's facts and returns what run_node.py is told, or None to call it off."""
 
-    def __init__(self, parts: Sequence[HostAssignment], ssh: SshOptions, wanted: dict[str, Any], name: str, grace: float,
+    def __init__(self, parts: Sequence[HostAssignment], ssh: SshOptions, wanted: dict[str, Any], name: str,
+                 grace: float,
                  hangs: HangDetector, approve: Approve) -> None:
         self._parts = {str(part.node): part for part in parts}
         self._ssh, self._wanted, self._name, self._grace, self._approve = ssh, wanted, name, grace, approve
@@ -155,7 +156,8 @@ class ClusterJob:
             elif kind == "event":
                 self._handle_event(host, content, since, running, output)
 
-    def _handle_event(self, host: str, event: dict[str, Any], since: float, running: set[str], output: RankOutput) -> None:
+    def _handle_event(self, host: str, event: dict[str, Any], since: float, running: set[str],
+                      output: RankOutput) -> None:
         kind = event.get("event")
         if kind == "line":
             self._hangs.line(host, since)

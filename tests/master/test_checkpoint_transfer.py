@@ -57,7 +57,8 @@ def test_who_lacks_what() -> None:
     assert merged and missing_files(manifest(2, 0, 1), merged) == []
     assert missing_files(manifest(2, 0), merged) == [PARTS.format(step=2, rank=1)] and missing_files(None, merged) == list(merged.files)
     assert missing_files(manifest(2, 0, 1, more={"model.safetensors": [6, 5]}), merged) == ["model.safetensors"]
-    assert missing_files(manifest(2, 0, 1, more={"model.safetensors": [5, 6]}), merged) == ["model.safetensors"]  # other content
+    assert missing_files(manifest(2, 0, 1, more={"model.safetensors": [5, 6]}),
+                         merged) == ["model.safetensors"]  # other content
     other = manifest(2, 0, 1)
     other["layout"]["world_size"] = 3
     assert missing_files(other, merged) == list(merged.files)
@@ -69,7 +70,8 @@ def test_names_that_lead_elsewhere_are_not_believed(name: str) -> None:
     assert set(read_manifests(said)) == {2}
 
 
-@pytest.mark.parametrize("text", ["", "motd\n", f"{MANIFEST_MARK}\nno JSON", f"{MANIFEST_MARK}\n[]", f'{MANIFEST_MARK}\n{{"step": 1}}'])
+@pytest.mark.parametrize("text", ["", "motd\n", f"{MANIFEST_MARK}\nno JSON", f"{MANIFEST_MARK}\n[]",
+                                  f'{MANIFEST_MARK}\n{{"step": 1}}'])
 def test_what_makes_no_sense_is_left_out(text: str) -> None:
     assert read_manifests(text) == {}
 

@@ -50,8 +50,8 @@ def test_a_run_whose_launcher_is_gone_does_not_go_on(tmp_path: Path) -> None:
     assert running_launcher(run)
     done = watch("--once", cwd=tmp_path)
     assert done.returncode == 0 and ": running, step 3/10" in done.stdout
-    read_launcher_record = json.loads((run / "launcher.json").read_text())
-    (run / "launcher.json").write_text(json.dumps({**read_launcher_record, "started": "1"}))  # the number was given to another
+    record = json.loads((run / "launcher.json").read_text())
+    (run / "launcher.json").write_text(json.dumps({**record, "started": "1"}))  # the number was given to another
     assert running_launcher(run) is None
 
 

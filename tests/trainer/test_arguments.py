@@ -10,7 +10,7 @@ import pytest
 from conftest import Train
 
 from trainer.data.tokenizer import own_vocabulary
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.model.from_config import overridden
 from trainer.model.loading import load_config
 from trainer.options import fill_defaults, parse_options
@@ -45,9 +45,9 @@ def test_what_is_not_installed_is_told_before_anything_is_loaded(monkeypatch: py
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not there, whether it is or not
     check_packages(parse_options(["--model_name_or_path", "x", "--report_to", "tensorboard"]), is_first=True)
     options = parse_options(["--model_name_or_path", "x", "--report_to", "wandb", "--liger"])
-    with pytest.raises(Fault, match="--report_to wandb: not installed here: pip install wandb"):
+    with pytest.raises(UserError, match="--report_to wandb: not installed here: pip install wandb"):
         check_packages(options, is_first=True)
-    with pytest.raises(Fault, match="--liger: not installed here: pip install liger-kernel"):
+    with pytest.raises(UserError, match="--liger: not installed here: pip install liger-kernel"):
         check_packages(options, is_first=False)  # another rank doesn't log
 
 
@@ -75,7 +75,7 @@ def test_overrides_carry_what_hangs_on_them() -> None:
 
 def test_without_a_compiler_nothing_is_compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Fault, match="needs a C\\+\\+ compiler"):
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         compile_model(None, "cpu", one_shape=True)
 
 
@@ -109,12 +109,12 @@ def test_flags_of_new_models(shape: Path) -> None:
     assert own_vocabulary(options, load_config(options)) == 32_000 and options.learning_rate == 6e-4
     for odd, reason in (("n_heads=2", "a key that this configuration has"), ("n_embd", "KEY=VALUE"),
                         ("n_embd=many", "--config_overrides n_embd=many: ")):
-        with pytest.raises(Fault, match=reason):
+        with pytest.raises(UserError, match=reason):
             overridden(load_config(options), odd)
     for words, reason in ((["--vocab_size", "9"], "--from_config makes one"),
                           (["--from_config", "--lora"], "trains all of a new model"),
                           (["--lora", "--qlora"], "keep one")):
-        with pytest.raises(Fault, match=reason):
+        with pytest.raises(UserError, match=reason):
             parse_options(["--model_name_or_path", str(shape), *words])
-    with pytest.raises(Fault, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         load_config(parse_options(["--model_name_or_path", str(shape)]))

@@ -49,12 +49,12 @@ def loss_and_gradients(model: Any) -> tuple[float, list[torch.Tensor]]:
 def test_numbers_and_gradients_are_the_usual_ones(name: str, more: dict[str, Any]) -> None:
     model = model_of(name, **more).eval()
     expected, gradients = loss_and_gradients(model)
-    document_attention.switch(model, document_attention.NAME)
+    document_attention.set_attention(model, document_attention.NAME)
     found, others = loss_and_gradients(model)
     assert found == pytest.approx(expected, abs=1e-6)
     for one, other in zip(gradients, others, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-    with document_attention.usual(model):
+    with document_attention.original_attention(model):
         assert model.config._attn_implementation == document_attention.USUAL
     assert model.config._attn_implementation == document_attention.NAME
 
@@ -70,24 +70,24 @@ def test_it_is_given_up_where_it_is_not_the_same(name: str, more: dict[str, Any]
             found: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         return found
 
-    document_attention.switch(model, document_attention.NAME)
-    document_attention.keep_if_alike(model, logits, VOCABULARY, "cpu")
+    document_attention.set_attention(model, document_attention.NAME)
+    document_attention.fall_back_unless_equal(model, logits, VOCABULARY, "cpu")
     assert model.config._attn_implementation == (document_attention.NAME if kept else document_attention.USUAL)
 
 
 def test_where_it_is_tried() -> None:
     options = parse_options(["--model_name_or_path", "x"])
     model = model_of("mistral", sliding_window=64)
-    assert document_attention.suits(model, options, "cpu", 64)
-    assert not document_attention.suits(model, options, "cpu", 65)
-    assert not document_attention.suits(model, options, "cuda", 64)
+    assert document_attention.can_use_varlen(model, options, "cpu", 64)
+    assert not document_attention.can_use_varlen(model, options, "cpu", 65)
+    assert not document_attention.can_use_varlen(model, options, "cuda", 64)
     asked = parse_options(["--model_name_or_path", "x", "--attn_implementation", "eager"])
-    assert not document_attention.suits(model, asked, "cpu", 64)
+    assert not document_attention.can_use_varlen(model, asked, "cpu", 64)
 
 
 def test_a_training_learns_the_same_and_saves_a_usual_model(train: Train) -> None:
     words = ("--max_steps", "3", "--sequence_length", "64", "--lr_scheduler_type", "constant")
     ours = train(*words)
-    usual = train(*words, "--attn_implementation", "sdpa", model="tiny", name="usual")
-    assert ours.losses() == pytest.approx(usual.losses(), abs=1e-5)
+    original_attention = train(*words, "--attn_implementation", "sdpa", model="tiny", name="usual")
+    assert ours.losses() == pytest.approx(original_attention.losses(), abs=1e-5)
     assert "documents" not in (ours.path / "model" / "config.json").read_text()

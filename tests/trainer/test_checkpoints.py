@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint.verification import SEAL, Layout, find_damage, list_checkpoints, rotate, seal, step_of, survey
+from trainer.checkpoint.verification import (
+    MANIFEST,
+    Layout,
+    find_damage,
+    list_checkpoints,
+    rotate,
+    step_of,
+    survey_checkpoints,
+    write_manifest,
+)
 
 LAYOUT = Layout(data="abc", world_size=2, engine="DeepSpeed ZeRO-1")
 
@@ -17,7 +26,7 @@ def make(root: Path, step: int, sealed: bool = True) -> Path:
     (folder / "weights.bin").write_bytes(bytes(range(256)) * step)
     (folder / "deep" / "state.pt").write_bytes(b"state")
     if sealed:
-        seal(folder, LAYOUT)
+        write_manifest(folder, LAYOUT)
     return folder
 
 
@@ -26,8 +35,8 @@ def test_a_sealed_checkpoint_is_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("harm", "what"), [
-    (lambda folder: (folder / SEAL).unlink(), "half-written"),
-    (lambda folder: (folder / SEAL).write_text("{"), "complete.json is unreadable"),
+    (lambda folder: (folder / MANIFEST).unlink(), "half-written"),
+    (lambda folder: (folder / MANIFEST).write_text("{"), "complete.json is unreadable"),
     (lambda folder: (folder / "weights.bin").unlink(), "weights.bin is missing"),
     (lambda folder: (folder / "weights.bin").write_bytes(b"short"), "weights.bin has changed in size"),
     (lambda folder: (folder / "deep" / "state.pt").write_bytes(b"stats"), "state.pt has changed in content"),
@@ -42,8 +51,8 @@ def test_survey_finds_the_good_ones_newest_first_and_names_the_bad(tmp_path: Pat
     for step in (5, 10, 100):
         make(tmp_path, step)
     make(tmp_path, 200, sealed=False)
-    assert survey(tmp_path) == ([100, 10], {200: "half-written (no complete.json)"})
-    assert survey(tmp_path / "nothing") == ([], {})
+    assert survey_checkpoints(tmp_path) == ([100, 10], {200: "half-written (no complete.json)"})
+    assert survey_checkpoints(tmp_path / "nothing") == ([], {})
 
 
 def test_rotation_keeps_the_newest_good_ones(tmp_path: Path) -> None:
@@ -59,7 +68,7 @@ def test_rotation_never_deletes_the_only_good_one(tmp_path: Path) -> None:
     make(tmp_path, 10)
     make(tmp_path, 20, sealed=False)
     rotate(tmp_path, keep=1)
-    assert survey(tmp_path)[0] == [10]
+    assert survey_checkpoints(tmp_path)[0] == [10]
 
 
 @pytest.mark.parametrize(("other", "what"), [

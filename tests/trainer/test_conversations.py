@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from trainer.data.chat import Taker, encode, normalized, words_of
+from trainer.data.chat import DocumentExtractor, conversation_text, encode, normalized
 from trainer.data.dataset import prepare_dataset
 from trainer.data.documents import find_files, read_documents
-from trainer.data.packing import IGNORED, Collator, Rows
+from trainer.data.packing import IGNORED, Collator, PackedSequences
 from trainer.data.tokenizer import TINY_TEMPLATE, own_tokenizer
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.options import parse_options
 
 USER = {"role": "user", "content": "how are you ?"}
@@ -47,8 +47,8 @@ def told(document: str, tokenizer: Any) -> str:
     """The tokens as words, those that carry loss in capitals."""
     found = encode(document, tokenizer)
     names = tokenizer.convert_ids_to_tokens(found.ids)
-    assert len(found.ids) == len(found.loss) == len(found.sizes)
-    return " ".join(name.upper() if learnt else name for name, learnt in zip(names, found.loss, strict=True))
+    assert len(found.ids) == len(found.loss_mask) == len(found.sizes)
+    return " ".join(name.upper() if learnt else name for name, learnt in zip(names, found.loss_mask, strict=True))
 
 
 def messages(*turns: dict[str, str]) -> str:
@@ -76,7 +76,7 @@ def test_a_template_with_marks_of_its_own_gives_the_same() -> None:
     turns = [USER, SAID, *AGAIN]
     own = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
     found = encode(messages(*turns), tokenizer)
-    assert found.ids == own["input_ids"] and found.loss == [bool(mark) for mark in own["assistant_masks"]]
+    assert found.ids == own["input_ids"] and found.loss_mask == [bool(mark) for mark in own["assistant_masks"]]
 
 
 @pytest.mark.parametrize(("row", "form", "expected"), [
@@ -92,15 +92,15 @@ def test_a_template_with_marks_of_its_own_gives_the_same() -> None:
      "conversations", "<s> user how are you ? </s> <s> assistant FINE </S>"),
 ])
 def test_each_form_is_recognised(row: dict[str, Any], form: str, expected: str) -> None:
-    take = Taker()
+    take = DocumentExtractor()
     assert told(take(row, "here"), words()) == expected and take.form == form
 
 
 def test_a_column_of_text_comes_first_and_a_named_one_before_all() -> None:
     row = {"text": "plain", "prompt": "a", "completion": "b"}
-    assert Taker()(row, "here") == "plain" and Taker("prompt")(row, "here") == "a"
-    assert Taker().columns(["id", "completion", "prompt"], "here") == ["prompt", "completion"]
-    assert words_of(messages(USER, SAID)) == "how are you ?\nfine , thanks"
+    assert DocumentExtractor()(row, "here") == "plain" and DocumentExtractor("prompt")(row, "here") == "a"
+    assert DocumentExtractor().columns(["id", "completion", "prompt"], "here") == ["prompt", "completion"]
+    assert conversation_text(messages(USER, SAID)) == "how are you ?\nfine , thanks"
 
 
 def test_a_table_of_messages_is_read_like_lines_of_them(tmp_path: Path) -> None:
@@ -110,7 +110,8 @@ def test_a_table_of_messages_is_read_like_lines_of_them(tmp_path: Path) -> None:
     rows = [{"id": 1, "messages": [USER, SAID]}, {"id": 2, "messages": [USER, SAID, *AGAIN]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    as_table, as_lines = (list(read_documents([tmp_path / name], Taker())) for name in ("a.parquet", "a.jsonl"))
+    as_table, as_lines = (list(read_documents([tmp_path / name], DocumentExtractor()))
+                          for name in ("a.parquet", "a.jsonl"))
     assert [json.loads(one) for one in as_table] == [json.loads(one) for one in as_lines] and len(as_table) == 2
 
 
@@ -126,15 +127,15 @@ def test_a_table_of_messages_is_read_like_lines_of_them(tmp_path: Path) -> None:
 ])
 def test_a_row_of_another_shape_is_named(rows: list[dict[str, Any]], fault: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(Fault) as caught:
-        list(read_documents(find_files(tmp_path / "a.jsonl"), Taker()))
+    with pytest.raises(UserError) as caught:
+        list(read_documents(find_files(tmp_path / "a.jsonl"), DocumentExtractor()))
     assert fault in str(caught.value)
 
 
 def test_a_tokenizer_without_a_template_is_told_of_with_a_mend() -> None:
-    with pytest.raises(Fault, match=r"no chat template.*--chat_template FILE"):
+    with pytest.raises(UserError, match=r"no chat template.*--chat_template FILE"):
         encode(messages(USER, SAID), words(None))
-    with pytest.raises(Fault, match="refuses a conversation: only one turn"):
+    with pytest.raises(UserError, match="refuses a conversation: only one turn"):
         encode(messages(USER, SAID), words("{{ raise_exception('only one turn') }}"))
 
 
@@ -145,11 +146,11 @@ def test_rows_of_conversations_have_labels_where_loss_is(tmp_path: Path) -> None
     options = parse_options(["--model_name_or_path", "tiny", "--cache_dir", str(tmp_path / "cache"), "--dataset_path",
                              str(tmp_path / "chat.jsonl")])
     made = prepare_dataset(options, "tiny", own_tokenizer, 48, None, say=lambda line: None)  # type: ignore[arg-type]
-    tokenizer = own_tokenizer(words_of(messages(*row["messages"])) for row in rows)
-    assert made.facts.form == "messages" and made.facts.gzip_bits_per_byte is None
+    tokenizer = own_tokenizer(conversation_text(messages(*row["messages"])) for row in rows)
+    assert made.info.form == "messages" and made.info.gzip_bits_per_byte is None
     assert tokenizer.chat_template == TINY_TEMPLATE
-    table = Rows(made.train, 48)
-    assert table.loss_tokens == sum(sum(piece["loss"]) for piece in made.train) < table.tokens
+    table = PackedSequences(made.train, 48)
+    assert table.loss_tokens == sum(sum(piece["loss_mask"]) for piece in made.train) < table.tokens
     batch = Collator(0, 48)([table[number] for number in range(table.filled)])
     labels, ids = batch["labels"], batch["input_ids"]
     assert int((labels != IGNORED).sum()) == table.loss_tokens
@@ -157,4 +158,4 @@ def test_rows_of_conversations_have_labels_where_loss_is(tmp_path: Path) -> None
     saved = own_tokenizer([""]).__class__.from_pretrained(str(made.folder / "tokenizer"))
     learnt = saved.decode([int(token) for row in labels for token in row if token != IGNORED])
     assert "how are you" not in learnt and "user" not in learnt and "very fine<|end|>" in learnt
-    assert made.facts.eval_bytes
+    assert made.info.eval_bytes

@@ -11,21 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.dataset import Prepared, prepare_dataset, split
-from trainer.data.packing import Rows
+from trainer.data.dataset import TokenizedDataset, prepare_dataset, split
+from trainer.data.packing import PackedSequences
 from trainer.data.tokenization import cut_document
 from trainer.data.tokenizer import own_tokenizer
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.options import parse_options
 
-Prepare = Callable[..., Prepared]
+Prepare = Callable[..., TokenizedDataset]
 
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Prepare:
     """Prepare data with flags: prepare("--dataset_path", folder, length=32)."""
 
-    def run(*words: str, length: int = 32, make: Any = own_tokenizer, built_in: Any = None) -> Prepared:
+    def run(*words: str, length: int = 32, make: Any = own_tokenizer, built_in: Any = None) -> TokenizedDataset:
         options: argparse.Namespace = parse_options(
             ["--model_name_or_path", "tiny", "--cache_dir", str(tmp_path / "cache"), *words])
         return prepare_dataset(options, "tiny", make, length, built_in, say=lambda line: None)
@@ -58,10 +58,10 @@ def test_the_share_is_exact_for_different_texts_and_hangs_on_the_seed() -> None:
 
 def test_nothing_is_lost_between_text_and_rows(prepare: Prepare, texts: Path) -> None:
     made = prepare("--dataset_path", str(texts), "--eval_fraction", "0.1")
-    facts = made.facts
+    facts = made.info
     assert (facts.documents, facts.eval_documents, facts.dropped) == (60, 6, 0)
     assert facts.cut > 0
-    rows = Rows(made.train, 32)
+    rows = PackedSequences(made.train, 32)
     assert sum(len(document) for row in map(rows.__getitem__, range(rows.filled)) for document in row.documents) \
         == rows.tokens == sum(made.train["length"])
     loss_bytes = sum(made.train["bytes"]) + sum(made.evaluation["bytes"])
@@ -84,41 +84,41 @@ def test_the_cache_hangs_on_content_and_settings(prepare: Prepare, texts: Path, 
     data.mkdir()
     for path in texts.iterdir():
         (data / path.name).write_bytes(path.read_bytes())
-    first = prepare("--dataset_path", str(texts)).facts.key
-    assert prepare("--dataset_path", str(data)).facts.key == first
-    assert prepare("--dataset_path", str(data), "--seed", "7").facts.key != first
-    assert prepare("--dataset_path", str(data), length=64).facts.key != first
+    first = prepare("--dataset_path", str(texts)).info.key
+    assert prepare("--dataset_path", str(data)).info.key == first
+    assert prepare("--dataset_path", str(data), "--seed", "7").info.key != first
+    assert prepare("--dataset_path", str(data), length=64).info.key != first
     (data / "00.md").write_text("changed")
-    assert prepare("--dataset_path", str(data)).facts.key != first
+    assert prepare("--dataset_path", str(data)).info.key != first
     assert not list((tmp_path / "cache" / "data").glob("making-*"))
 
 
 def test_few_long_documents_are_held_out_in_pieces(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"Sentence number {n} of a long book. " for n in range(3000)))
     made = prepare("--dataset_path", str(tmp_path / "book.txt"))
-    assert made.facts.eval_by_pieces and made.facts.eval_bytes
-    assert made.facts.gzip_bits_per_byte and 0 < made.facts.gzip_bits_per_byte < 8
+    assert made.info.eval_by_pieces and made.info.eval_bytes
+    assert made.info.gzip_bits_per_byte and 0 < made.info.gzip_bits_per_byte < 8
     assert len(made.evaluation) == pytest.approx(0.02 * (len(made.train) + len(made.evaluation)), rel=0.1)
 
 
 def test_one_short_document_is_enough(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("A short note.")
     made = prepare("--dataset_path", str(tmp_path / "note.txt"))
-    assert (len(made.train), len(made.evaluation), made.facts.eval_bytes) == (1, 0, None)
-    assert len(Rows(made.train, 32)) == 1
-    assert len(Rows(made.evaluation, 32)) == 0
+    assert (len(made.train), len(made.evaluation), made.info.eval_bytes) == (1, 0, None)
+    assert len(PackedSequences(made.train, 32)) == 1
+    assert len(PackedSequences(made.evaluation, 32)) == 0
 
 
 def test_nothing_is_held_out_if_nothing_is_asked_for(prepare: Prepare, texts: Path) -> None:
     made = prepare("--dataset_path", str(texts), "--eval_fraction", "0")
-    assert (made.facts.eval_documents, len(made.evaluation)) == (0, 0)
+    assert (made.info.eval_documents, len(made.evaluation)) == (0, 0)
 
 
 def test_an_evaluation_set_of_its_own(prepare: Prepare, texts: Path, tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").write_text('{"text": "A held out text."}\n')
     made = prepare("--dataset_path", str(texts), "--eval_dataset", str(tmp_path / "eval.jsonl"))
-    assert (made.facts.documents, made.facts.eval_documents) == (60, 1)
-    assert made.facts.eval_bytes == len("A held out text.")
+    assert (made.info.documents, made.info.eval_documents) == (60, 1)
+    assert made.info.eval_bytes == len("A held out text.")
 
 
 def test_python_s_own_text_is_there() -> None:
@@ -139,7 +139,7 @@ def test_bad_data_is_one_line(words: list[str], message: str, prepare: Prepare, 
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(*[word.format(tmp=tmp_path) for word in words])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -149,4 +149,4 @@ def test_a_document_may_be_empty_among_others(prepare: Prepare, tmp_path: Path) 
     lines = ['{"text": ""}'] + [f'{{"text": "some text {n}"}}' for n in range(99)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     made = prepare("--dataset_path", str(tmp_path / "a.jsonl"))
-    assert (made.facts.documents, made.facts.dropped) == (99, 1)
+    assert (made.info.documents, made.info.dropped) == (99, 1)

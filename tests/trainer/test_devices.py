@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainer.distributed.devices import choose_precision, common_device, device_facts, device_peak, peak_flops
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 CPU: dict[str, Any] = {"type": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False}
 V100: dict[str, Any] = {"type": "cuda", "name": "Tesla V100-SXM2-32GB", "count": 1, "bf16": False, "fp16": True}
@@ -28,7 +28,7 @@ def test_this_machine_s_device_is_what_torch_finds() -> None:
 def test_ranks_share_one_kind_of_device() -> None:
     assert common_device([H100, V100], ["gpu1", "gpu2"]) == "cuda"
     assert common_device([CPU], ["gpu1"]) == "cpu"
-    with pytest.raises(Fault, match=r"different devices: cpu on gpu2; cuda on gpu1, gpu3. Is a GPU driver broken"):
+    with pytest.raises(UserError, match=r"different devices: cpu on gpu2; cuda on gpu1, gpu3. Is a GPU driver broken"):
         common_device([H100, CPU, CPU, V100], ["gpu1", "gpu2", "gpu2", "gpu3"])
 
 
@@ -40,7 +40,7 @@ def test_auto_takes_what_is_fast_on_every_rank(wanted: str, facts: list[dict[str
 
 
 def test_fp16_is_refused_where_one_rank_has_no_gpu() -> None:
-    with pytest.raises(Fault, match="fp16 needs a GPU on every rank"):
+    with pytest.raises(UserError, match="fp16 needs a GPU on every rank"):
         choose_precision("fp16", [H100, CPU])
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trainer.data.chat import Taker
+from trainer.data.chat import DocumentExtractor
 from trainer.data.documents import describe, find_files, read_documents
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 ROWS: list[dict[str, object]] = [
     {"text": "first\nwith two lines"}, {"text": ""}, {"text": None}, {"text": 'say "ü", twice'}]
@@ -34,7 +34,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def read(path: Path, column: str | None = None) -> list[str]:
-    return list(read_documents(find_files(path), Taker(column)))
+    return list(read_documents(find_files(path), DocumentExtractor(column)))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
@@ -68,7 +68,7 @@ def test_a_folder_is_searched_and_told_by_form(tmp_path: Path) -> None:
         write(tmp_path / name, f"\ufeffin {name}")
     files = find_files(tmp_path)
     assert describe(files) == "1 .md file, 2 .txt files"
-    assert list(read_documents(files, Taker())) == ["in a.md", "in b.txt", "in deep/c.txt"]
+    assert list(read_documents(files, DocumentExtractor())) == ["in a.md", "in b.txt", "in deep/c.txt"]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -93,14 +93,14 @@ def test_a_folder_is_searched_and_told_by_form(tmp_path: Path) -> None:
 ])
 def test_a_fault_names_file_and_line(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
     write(tmp_path / name, content)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         read(tmp_path / name)
     assert message in str(caught.value)
 
 
 def test_a_missing_column_of_parquet_is_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [{"body": "a"}])
-    with pytest.raises(Fault, match="no column 'text'; it has body"):
+    with pytest.raises(UserError, match="no column 'text'; it has body"):
         read(tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", "body") == ["a"]
 
@@ -109,12 +109,12 @@ def test_a_pattern_chooses_files(tmp_path: Path) -> None:
     for name in ("b.md", "a.md", "settings.json"):
         write(tmp_path / name, name)
     assert read(tmp_path / "*.md") == ["a.md", "b.md"]
-    with pytest.raises(Fault, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         find_files(tmp_path / "*.csv")
 
 
 def test_a_folder_without_data_is_a_fault(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="no data files in this folder"):
+    with pytest.raises(UserError, match="no data files in this folder"):
         find_files(tmp_path)
 
 

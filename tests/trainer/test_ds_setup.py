@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from trainer.distributed import deepspeed_config
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.options import parse_options
 
 
@@ -39,7 +39,7 @@ def test_values_of_the_config_become_the_flags() -> None:
     ([], {"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}, "$.train_batch_size is 7, which is not"),
 ])
 def test_a_contradiction_is_told(words: list[str], config: dict[str, Any], message: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         deepspeed_config.adopt_values(options(*words), config, 2)
     assert message in str(caught.value)
 
@@ -75,7 +75,7 @@ def test_stage_3_always_gathers_the_weights() -> None:
 def test_an_unreadable_config_is_one_line(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "c.json").write_text(content)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         deepspeed_config.read_config(tmp_path / "c.json")
     assert message in str(caught.value)
 
@@ -94,7 +94,7 @@ def test_a_lock_left_by_a_killed_compilation_is_found(tmp_path: Path, monkeypatc
     with subprocess.Popen([sys.executable, "-c", "input()"], cwd=tmp_path / "lion", stdin=subprocess.PIPE) as builder:
         assert deepspeed_config.stale_locks() == [tmp_path / "cpu_adam" / "lock"]
         assert f"clear it: rm {tmp_path}/cpu_adam/lock" in deepspeed_config.check_compilation([])[0]
-        with pytest.raises(Fault, match="would wait for it for ever: rm "):
+        with pytest.raises(UserError, match="would wait for it for ever: rm "):
             deepspeed_config.check_compilation(["cpu_adam"])
         assert builder.stdin
         builder.stdin.close()
@@ -104,7 +104,7 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert deepspeed_config.check_compilation([]) == []
-    with pytest.raises(Fault, match="there is no C\\+\\+ compiler"):
+    with pytest.raises(UserError, match="there is no C\\+\\+ compiler"):
         deepspeed_config.check_compilation(["lion"])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Train
 
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.model.lora import gathered_gigabytes, merged
 from trainer.options import parse_options
 
@@ -78,7 +78,7 @@ def test_a_resumed_adapter_goes_on_as_if_never_stopped(train: Train) -> None:
 
 def test_flags_and_costs() -> None:
     assert parse_options(["--model_name_or_path", "tiny", "--lora"]).lora == 16
-    with pytest.raises(Fault, match="nothing to merge"):
+    with pytest.raises(UserError, match="nothing to merge"):
         parse_options(["--model_name_or_path", "tiny", "--merge_lora"])
     # A 7 B model in 16 bits on two hosts: both times half of 14 GB.
     assert gathered_gigabytes(7_000_000_000, 2, 2) == 14.0

@@ -13,10 +13,11 @@ import torch
 from conftest import TRAINER, WARM, Train
 from warm_trainer import Job
 
-from trainer.errors import ran_out
-from trainer.estimate.memory import Load, advice, needs, told
+from trainer.errors import is_out_of_memory
+from trainer.estimate.memory import MemoryInputs, bytes_needed, report_lines, savings
 
-SEVEN_B = Load(weights=7e9, trained=7e9, layers=32, hidden=4096, intermediate=11008, keys=4096, vocabulary=32000,
+SEVEN_B = MemoryInputs(weights=7e9, trained=7e9, layers=32, hidden=4096, intermediate=11008, keys=4096,
+                       vocabulary=32000,
                sequence=1024, micro=8, accumulation=2, ranks=4, stage=1, number=2)
 
 
@@ -48,37 +49,37 @@ def test_activations_are_what_torch_keeps(dtype: torch.dtype, hidden: int, inter
                - kept_for_gradients(1, hidden, intermediate, keys, dtype)) / 2
     load = replace(SEVEN_B, layers=1, hidden=hidden, intermediate=intermediate, keys=keys, sequence=64, micro=2,
                    number=dtype.itemsize)
-    assert needs(load)["activations"] == pytest.approx(a_layer, rel=0.02)
+    assert bytes_needed(load)["activations"] == pytest.approx(a_layer, rel=0.02)
 
 
 def test_a_seven_billion_model_needs_what_the_papers_say() -> None:
-    found = needs(replace(SEVEN_B, ranks=1, stage=0))
+    found = bytes_needed(replace(SEVEN_B, ranks=1, stage=0))
     assert (found["weights"], found["gradients"], found["optimizer states"]) == (14e9, 14e9, 84e9)
-    split = needs(replace(SEVEN_B, stage=3))
+    split = bytes_needed(replace(SEVEN_B, stage=3))
     assert (split["weights"], split["gradients"], split["optimizer states"]) == (3.5e9, 3.5e9, 21e9)
-    assert needs(replace(SEVEN_B, stage=2, offloads=True))["optimizer states"] == 0
+    assert bytes_needed(replace(SEVEN_B, stage=2, offloads=True))["optimizer states"] == 0
 
 
 def test_advice_goes_from_gentle_to_hard_and_leaves_out_what_is_done() -> None:
-    words = [words for words, _ in advice(SEVEN_B, on_gpu=True)]
+    words = [words for words, _ in savings(SEVEN_B, on_gpu=True)]
     assert words[0] == "--per_device_train_batch_size 4 --gradient_accumulation_steps 4"
     assert [word.split("/")[-1] for word in words[1:]] == [
         "--liger", "zero2.json", "--activation_checkpointing", "zero2_offload.json", "zero3.json",
         "zero3_offload.json", "--lora", "--qlora", "--sequence_length 512"]
-    saved = dict(advice(SEVEN_B, on_gpu=True))
+    saved = dict(savings(SEVEN_B, on_gpu=True))
     assert saved["--deepspeed_config trainer/configs/zero2.json"] == pytest.approx(14e9 * 3 / 4)
-    assert advice(replace(SEVEN_B, micro=5), on_gpu=True)[0][0].startswith("--per_device_train_batch_size 1 --gradient_"
+    assert savings(replace(SEVEN_B, micro=5), on_gpu=True)[0][0].startswith("--per_device_train_batch_size 1 --gradient_"
                                                                           "accumulation_steps 10")
     done = replace(SEVEN_B, checkpoints=True, stage=3, trained=5e7, micro=1)
-    left = [words for words, _ in advice(done, on_gpu=False)]
+    left = [words for words, _ in savings(done, on_gpu=False)]
     assert not any("zero" in words or "lora" in words or "checkpointing" in words for words in left)
-    assert told(SEVEN_B, on_gpu=True)[0].startswith("a rank needs about ")
+    assert report_lines(SEVEN_B, on_gpu=True)[0].startswith("a rank needs about ")
 
 
 def test_which_errors_say_so() -> None:
-    assert ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert ran_out(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"))
-    assert not ran_out(RuntimeError("shapes differ")) and not ran_out(OSError("out of memory"))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"))
+    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(OSError("out of memory"))
 
 
 # A rank that may have so many bytes more than it has with its libraries loaded: its logits alone want more.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.packing import Collator, Row
+from trainer.data.packing import Collator, PackedSequence
 from trainer.data.tokenizer import own_tokenizer
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.model import loading
 from trainer.options import parse_options
 
@@ -51,7 +51,8 @@ def test_changing_one_document_of_a_row_changes_no_other(name: str, tokenizer: A
     generator = np.random.default_rng(0)
     first, changed, last = generator.integers(0, 200, (3, 20))
     for rows in (1, 3):  # the same row several times: a batch has kernels of its own
-        alone, packed, other = (collate([Row(list(row))] * rows) for row in ([last], [first, last], [changed, last]))
+        alone, packed, other = (collate([PackedSequence(list(row))] * rows)
+                                for row in ([last], [first, last], [changed, last]))
         with torch.no_grad():
             logits = [model(input_ids=b["input_ids"], position_ids=b["position_ids"], use_cache=False).logits
                       for b in (alone, packed, other)]
@@ -76,7 +77,7 @@ def test_the_check_passes_where_documents_are_apart(name: str, rows: int, tokeni
 def test_the_check_sees_a_leak(leak: str, name: str, rows: int, tokenizer: Any) -> None:
     model = build(name, tokenizer)
     more = {"use_cache": True} if leak == "cache" else {"use_cache": False, "attention_mask": torch.ones(rows, 24)}
-    with torch.no_grad(), pytest.raises(Fault, match="train it with --no_packing"):
+    with torch.no_grad(), pytest.raises(UserError, match="train it with --no_packing"):
         loading.check_isolation(lambda ids, positions: model(input_ids=ids, position_ids=positions, **more).logits,
                                len(tokenizer), "cpu", rows)
 
@@ -93,7 +94,7 @@ def test_the_check_looks_at_as_many_rows_as_are_trained(odd: int, tokenizer: Any
 
     with torch.no_grad():
         loading.check_isolation(logits, len(tokenizer), "cpu", 4 - odd)
-        with pytest.raises(Fault, match="train it with --no_packing"):
+        with pytest.raises(UserError, match="train it with --no_packing"):
             loading.check_isolation(logits, len(tokenizer), "cpu", odd)
 
 
@@ -115,7 +116,7 @@ def test_the_own_tokenizer_knows_any_text(tokenizer: Any) -> None:
     (["--model_name_or_path", "no-such/model-anywhere"], "model 'no-such/model-anywhere': "),
 ])
 def test_a_model_that_is_not_there_is_one_line(words: list[str], message: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         loading.load_config(parse_options(words))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -125,7 +126,7 @@ def test_weights_that_are_not_safetensors_need_a_flag(tokenizer: Any, tmp_path: 
     model = build("gpt2", tokenizer)
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(Fault, match="--allow_pickle"):
+    with pytest.raises(UserError, match="--allow_pickle"):
         loading.load_model(parse_options(["--model_name_or_path", str(tmp_path)]), "float32")
     assert loading.load_model(parse_options(["--model_name_or_path", str(tmp_path), "--allow_pickle"]), "float32")
 
@@ -169,5 +170,5 @@ def test_the_sequence_length_has_a_default(words: list[str], expected: int) -> N
 
 def test_a_row_longer_than_the_model_is_refused() -> None:
     options = parse_options(["--model_name_or_path", "tiny", "--sequence_length", "9999"])
-    with pytest.raises(Fault, match="takes 2 to 2,048 tokens"):
+    with pytest.raises(UserError, match="takes 2 to 2,048 tokens"):
         loading.choose_sequence_length(options, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.options import DEFAULT_DS_CONFIG, parse_options
 
 
@@ -40,12 +40,12 @@ def test_dashes_serve_as_underscores() -> None:
     (["--deepspeed", "a.json", "--deepspeed_config", "b.json"], "name two files"),
 ])
 def test_a_wrong_use_is_one_line_and_exit_code_2(words: list[str], message: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         parse(*words)
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 def test_the_model_is_required() -> None:
-    with pytest.raises(Fault, match="--model_name_or_path"):
+    with pytest.raises(UserError, match="--model_name_or_path"):
         parse_options([])

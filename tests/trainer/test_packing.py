@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.packing import FILLER, IGNORED, Collator, Row, best_fit
+from trainer.data.packing import FILLER, IGNORED, Collator, PackedSequence, best_fit
 
 
 @given(st.integers(1, 300).flatmap(lambda room: st.tuples(st.just(room), st.lists(st.integers(1, room), max_size=200))))
@@ -35,7 +35,7 @@ def test_an_item_that_cannot_fit_is_refused() -> None:
 
 
 def test_tensors_of_a_packed_row_are_as_written_by_hand() -> None:
-    batch = Collator(pad_token=9, width=7)([Row([np.array([1, 2, 3]), np.array([4, 5])]), FILLER])
+    batch = Collator(pad_token=9, width=7)([PackedSequence([np.array([1, 2, 3]), np.array([4, 5])]), FILLER])
     no = IGNORED
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9, 9], [9] * 7]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1], list(range(7))]
@@ -44,5 +44,5 @@ def test_tensors_of_a_packed_row_are_as_written_by_hand() -> None:
 
 
 def test_without_a_width_rows_are_padded_to_the_longest() -> None:
-    batch = Collator(pad_token=0, width=None)([Row([np.arange(1, 4)]), Row([np.arange(1, 6)])])
+    batch = Collator(pad_token=0, width=None)([PackedSequence([np.arange(1, 4)]), PackedSequence([np.arange(1, 6)])])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 4, 5]]

@@ -18,10 +18,10 @@ from conftest import ROOT, Train
 from trainer.data import streaming
 from trainer.data.chat import MESSAGES, TEXT
 from trainer.data.dataset import digest_of
-from trainer.data.packing import Row
-from trainer.data.streaming import Place, Reading, Stream
+from trainer.data.packing import PackedSequence
+from trainer.data.streaming import Stream, StreamPosition, StreamSettings
 from trainer.data.tokenizer import own_tokenizer
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.options import parse_options
 
 TEXTS = [f"document {number} " + "word " * (number % 17) for number in range(300)]
@@ -38,10 +38,10 @@ def made(tokenizer: Any, rank: int = 0, ranks: int = 1, held_out: tuple[str, ...
         return iter(texts[start:])
 
     digests = frozenset(map(digest_of, held_out))
-    return Stream(Reading(read, form, tokenizer, 32, digests, rank, ranks, 1), capacity)
+    return Stream(StreamSettings(read, form, tokenizer, 32, digests, rank, ranks, 1), capacity)
 
 
-def texts_of(rows: list[Row], tokenizer: Any) -> Counter[str]:
+def texts_of(rows: list[PackedSequence], tokenizer: Any) -> Counter[str]:
     return Counter(tokenizer.decode(ids, skip_special_tokens=True) for row in rows for ids in row.documents)
 
 
@@ -53,9 +53,9 @@ def test_a_pass_has_each_document_once_on_one_rank(tokenizer: Any, monkeypatch: 
     seen: Counter[str] = Counter()
     for rank in range(ranks):
         one = made(tokenizer, rank, ranks, held_out)
-        rows: list[Row] = []
+        rows: list[PackedSequence] = []
         for row in one:
-            if one.place_of(10**9).turn:
+            if one.position_after(10**9).turn:
                 break
             rows.append(row)
         assert all(sum(map(len, row.documents)) <= 32 for row in rows)
@@ -90,17 +90,17 @@ def test_conversations_carry_their_losses(tokenizer: Any) -> None:
     document = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
                            "trained": 0})
     row = next(iter(made(tokenizer, texts=[document] * 20, form=MESSAGES)))
-    assert row.losses and len(row.losses[0]) == len(row.documents[0]) and 0 < sum(row.losses[0]) < len(row.losses[0])
+    assert row.loss_masks and len(row.loss_masks[0]) == len(row.documents[0]) and 0 < sum(row.loss_masks[0]) < len(row.loss_masks[0])
 
 
 def test_too_few_documents_and_states_of_others_are_told(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(Fault, match="the data has no document for rank 3 of 4"):
+    with pytest.raises(UserError, match="the data has no document for rank 3 of 4"):
         next(iter(made(tokenizer, 3, 4, texts=TEXTS[:2])))
-    with pytest.raises(Fault, match="this checkpoint is of a run without --streaming"):
+    with pytest.raises(UserError, match="this checkpoint is of a run without --streaming"):
         streaming.load(made(tokenizer), tmp_path, 0)
-    with pytest.raises(Fault, match="say --dataset_path D and --max_steps N"):
+    with pytest.raises(UserError, match="say --dataset_path D and --max_steps N"):
         parse_options(["--model_name_or_path", "tiny", "--streaming"])
-    assert made(tokenizer).place_of(0) == Place()
+    assert made(tokenizer).position_after(0) == StreamPosition()
 
 
 @pytest.mark.parametrize(("ranks", "config"), [

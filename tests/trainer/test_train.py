@@ -196,11 +196,11 @@ def test_the_same_seed_makes_the_same_losses_with_activations_kept_or_not(train:
 
 @pytest.mark.parametrize(("transformers", "engine"), [(1, 2), (2, 1), (1, 1)])
 def test_ranks_that_are_counted_differently_stop_the_run(transformers: int, engine: int) -> None:
-    from trainer.errors import Fault
+    from trainer.errors import UserError
     from trainer.training.preflight import check_world_sizes
 
     check_world_sizes(2, 2, 2)
-    with pytest.raises(Fault, match="the launcher started 2 ranks"):
+    with pytest.raises(UserError, match="the launcher started 2 ranks"):
         check_world_sizes(2, transformers, engine)
 
 

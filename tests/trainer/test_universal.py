@@ -9,7 +9,7 @@ import pytest
 from conftest import Run, Train
 
 from trainer.checkpoint import universal
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--lr_scheduler_type", "constant",
          "--save_steps", "2", "--eval_steps", "0")
@@ -50,28 +50,28 @@ def options(micro: int, accumulation: int) -> argparse.Namespace:
     (3, 1, 8, 1, (2, 4))])
 def test_a_step_keeps_its_rows(micro: int, accumulation: int, rows: int, world: int, expected: tuple[int, int]) -> None:
     found = options(micro, accumulation)
-    universal.keep_batch(found, rows, world)
+    universal.keep_global_batch(found, rows, world)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == expected
 
 
 def test_rows_that_cannot_be_shared_are_told() -> None:
-    with pytest.raises(Fault, match=r"16 rows in this run, which 3 ranks .* go on with 1, 2, 4, 8, 16 ranks"):
-        universal.keep_batch(options(8, 1), 16, 3)
+    with pytest.raises(UserError, match=r"16 rows in this run, which 3 ranks .* go on with 1, 2, 4, 8, 16 ranks"):
+        universal.keep_global_batch(options(8, 1), 16, 3)
 
 
 def test_parts_that_are_elsewhere_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     (folder / "global_step2").mkdir(parents=True)
-    assert universal.missing_parts(folder, 2) is None  # states that every rank has whole
+    assert universal.missing_shards(folder, 2) is None  # states that every rank has whole
     for name in ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_2_mp_rank_00_optim_states.pt"):
         (folder / "global_step2" / name).touch()
-    assert universal.parts(folder) == {0, 2}
-    assert "lacks the parts of rank 1, 3" in str(universal.missing_parts(folder, 4))
+    assert universal.optimizer_shards(folder) == {0, 2}
+    assert "lacks the parts of rank 1, 3" in str(universal.missing_shards(folder, 4))
 
 
 def test_a_part_that_cannot_be_read_ends_the_conversion(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     (folder / "global_step2").mkdir(parents=True)
     (folder / "global_step2" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(Fault, match="can't be converted for another number of ranks: "):
+    with pytest.raises(UserError, match="can't be converted for another number of ranks: "):
         universal.convert(folder)

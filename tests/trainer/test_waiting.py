@@ -8,17 +8,17 @@ import pytest
 from conftest import RunRanks
 
 from trainer.distributed import heartbeat
-from trainer.distributed.communication_time import shares
+from trainer.distributed.communication_time import time_shares
 
 
 def test_the_rank_that_waits_least_is_the_slowest() -> None:
-    found = shares([5.0, 2.0, 7.0], [10.0, 10.0, 10.0], ["gpu1", "gpu2", "gpu3"])
+    found = time_shares([5.0, 2.0, 7.0], [10.0, 10.0, 10.0], ["gpu1", "gpu2", "gpu3"])
     assert found == {"network": 0.2, "slowest": 0.4, "slowest_rank": 1, "slowest_host": "gpu2"}
 
 
 @pytest.mark.parametrize("steps", [[10.0], [0.0, 10.0], []])
 def test_without_steps_of_several_ranks_nothing_is_said(steps: list[float]) -> None:
-    assert shares([1.0] * len(steps), steps, ["gpu1"] * len(steps)) is None
+    assert time_shares([1.0] * len(steps), steps, ["gpu1"] * len(steps)) is None
 
 
 def test_real_collectives_are_measured_in_steps_alone(run_ranks: RunRanks) -> None:
@@ -50,7 +50,7 @@ told.update(waited=waiting.waited_s, steps=waiting.steps_s, value=value.tolist()
         assert told["outside"] == 0 and told["pending"] == "bool" and told["value"] == [4.0] * 4
         assert told["waited"] <= told["steps"] and told["steps"] >= 1.0
     assert one["waited"] >= 0.9 and one["waited"] > other["waited"]
-    found = shares([one["waited"], other["waited"]], [one["steps"], other["steps"]], ["gpu1", "gpu2"])
+    found = time_shares([one["waited"], other["waited"]], [one["steps"], other["steps"]], ["gpu1", "gpu2"])
     assert found and found["slowest_rank"] == 1
 
 
@@ -75,12 +75,12 @@ flag.close()
 
 def test_a_rank_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    heartbeat.tell("to nobody")
+    heartbeat.report("to nobody")
     monkeypatch.setenv("LANSPEED_PROGRESS", str(tmp_path))
-    heartbeat.tell("saving")
-    heartbeat.tell("step 1/9", often=True)  # too soon after the other
+    heartbeat.report("saving")
+    heartbeat.report("step 1/9", often=True)  # too soon after the other
     assert (tmp_path / "3").read_text() == "saving"
-    heartbeat.tell("step 2/9")
+    heartbeat.report("step 2/9")
     assert (tmp_path / "3").read_text() == "step 2/9"
     monkeypatch.setenv("LANSPEED_PROGRESS", str(tmp_path / "gone"))
-    heartbeat.tell("to a folder that isn't there")
+    heartbeat.report("to a folder that isn't there")

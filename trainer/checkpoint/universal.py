@@ -15,14 +15,14 @@ from typing import Any
 
 from trainer.checkpoint import verification
 from trainer.distributed import heartbeat
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 SUFFIX = "_universal"
 LATEST = "latest_universal"  # by which DeepSpeed finds it
 COPIES = 3  # of the states that the conversion writes before it is done: fragments, whole parameters, room to spare
 
 
-def keep_batch(options: argparse.Namespace, rows: int, world_size: int) -> None:
+def keep_global_batch(options: argparse.Namespace, rows: int, world_size: int) -> None:
     """Make micro batch and accumulation give `rows` a step, the micro batch no larger than asked for.
 
     Raises Fault where so many ranks can't share them.
@@ -32,7 +32,7 @@ def keep_batch(options: argparse.Namespace, rows: int, world_size: int) -> None:
     each, rest = divmod(rows, world_size)
     if rest:
         fitting = [str(count) for count in range(1, rows + 1) if rows % count == 0][:8]
-        raise Fault(f"a step has {rows} rows in this run, which {world_size} ranks can't share evenly: "
+        raise UserError(f"a step has {rows} rows in this run, which {world_size} ranks can't share evenly: "
                     f"go on with {', '.join(fitting)} ranks", shared=True)
     micro = next(size for size in range(min(options.per_device_train_batch_size, each), 0, -1) if each % size == 0)
     options.per_device_train_batch_size, options.gradient_accumulation_steps = micro, each // micro
@@ -45,7 +45,7 @@ def free_batch(config: dict[str, Any]) -> None:
             config[key] = "auto"
 
 
-def parts(folder: Path) -> set[int]:
+def optimizer_shards(folder: Path) -> set[int]:
     """Return the ranks whose optimizer states are in a checkpoint's folder; none for states that every rank has."""
     found = set()
     for path in folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt"):
@@ -53,9 +53,9 @@ def parts(folder: Path) -> set[int]:
     return found
 
 
-def missing_parts(folder: Path, world_size: int) -> str | None:
+def missing_shards(folder: Path, world_size: int) -> str | None:
     """Return what lacks of a checkpoint that `world_size` ranks have written, None for nothing."""
-    there = parts(folder)
+    there = optimizer_shards(folder)
     lacking = sorted(set(range(world_size)) - there) if there else []
     if not lacking:
         return None
@@ -70,18 +70,18 @@ def convert(folder: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     needed, free = COPIES * verification.folder_bytes(source), verification.free_bytes(folder)
     if free < needed:
-        raise Fault(f"{folder}: {needed / 1e9:.1f} GB are needed to make it fit another number of ranks, and "
+        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed to make it fit another number of ranks, and "
                     f"{free / 1e9:.1f} GB are free")
-    heartbeat.tell(f"converting {folder.name} for another number of ranks")
+    heartbeat.report(f"converting {folder.name} for another number of ranks")
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source),
                "--output_folder", str(target), "--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not (folder / LATEST).exists():
         said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no reason given"]
-        raise Fault(f"{folder} can't be converted for another number of ranks: {said[-1]}")
+        raise UserError(f"{folder} can't be converted for another number of ranks: {said[-1]}")
 
 
-def own_step_counts(engine: Any) -> None:
+def separate_step_counts(engine: Any) -> None:
     """Give each parameter a step count of its own: at stage 3 DeepSpeed 0.19.8 loads one tensor for all of them, and
     torch's fused Adam counts it up once for each."""
     for state in engine.optimizer.optimizer.state.values():
@@ -89,7 +89,7 @@ def own_step_counts(engine: Any) -> None:
             state["step"] = state["step"].clone()
 
 
-def forget(folder: Path) -> None:
+def remove_universal(folder: Path) -> None:
     """Delete what `convert` made: it is as large as the checkpoint."""
     for path in folder.glob(f"global_step*{SUFFIX}"):
         shutil.rmtree(path, ignore_errors=True)

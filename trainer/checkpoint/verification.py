@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-SEAL = "complete.json"
+MANIFEST = "complete.json"
 # ZeRO with Adam keeps fp32 weights and two moments (12 bytes a parameter), beside the weights, which are
 # saved twice: for DeepSpeed and for from_pretrained.
 STATE_BYTES = 12
@@ -63,20 +63,20 @@ def crc32_of(path: Path) -> int:
 
 def file_sums(folder: Path) -> dict[str, list[int]]:
     """Return [size, CRC-32] of every file below `folder` but the seal; zlib lets threads run side by side."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(crc32_of, files))
     return {str(path.relative_to(folder)): [path.stat().st_size, value]
             for path, value in zip(files, sums, strict=True)}
 
 
-def seal(folder: Path, layout: Layout) -> None:
+def write_manifest(folder: Path, layout: Layout) -> None:
     """Declare a checkpoint complete."""
     content = {"step": step_of(folder), "layout": vars(layout), "files": file_sums(folder)}
-    write_whole(folder / SEAL, json.dumps(content, indent=1))
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     scratch = path.with_name(path.name + ".part")
     with scratch.open("w", encoding="utf-8") as file:
@@ -88,17 +88,17 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_layout(folder: Path) -> Layout:
     """Return the layout in a sealed checkpoint."""
-    return Layout(**json.loads((folder / SEAL).read_text())["layout"])
+    return Layout(**json.loads((folder / MANIFEST).read_text())["layout"])
 
 
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if every file is as it was when it was sealed."""
     try:
-        sealed = json.loads((folder / SEAL).read_text())["files"]
+        sealed = json.loads((folder / MANIFEST).read_text())["files"]
     except FileNotFoundError:
-        return f"half-written (no {SEAL})"
+        return f"half-written (no {MANIFEST})"
     except (OSError, ValueError, KeyError):
-        return f"damaged ({SEAL} is unreadable)"
+        return f"damaged ({MANIFEST} is unreadable)"
     present = file_sums(folder)
     for name, expected in sealed.items():
         if name not in present:
@@ -109,7 +109,7 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def survey(root: Path) -> tuple[list[int], dict[int, str]]:
+def survey_checkpoints(root: Path) -> tuple[list[int], dict[int, str]]:
     """Return the steps of the good checkpoints in `root`, newest first, and what is wrong with the newer bad ones.
 
     Only as many are read as it takes to find two good ones: another machine may lack the newest.
@@ -130,12 +130,12 @@ def survey(root: Path) -> tuple[list[int], dict[int, str]]:
 def rotate(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` sealed checkpoints, and half-written ones older than those."""
     folders = list_checkpoints(root)
-    sealed = [folder for folder in folders if (folder / SEAL).exists()]
+    sealed = [folder for folder in folders if (folder / MANIFEST).exists()]
     oldest_kept = step_of(sealed[-keep:][0]) if sealed else 0
     for folder in folders:
         if step_of(folder) < oldest_kept:
             # Without its seal first: a deletion that is cut short must not leave a good-looking checkpoint.
-            (folder / SEAL).unlink(missing_ok=True)
+            (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.documents import text_of
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 TEXT, MESSAGES, PAIRS, ALPACA, SHAREGPT = "text", "messages", "prompt + completion", "instruction + output", \
     "conversations"
 COLUMNS = {MESSAGES: ("messages",), PAIRS: ("prompt", "completion"), ALPACA: ("instruction", "output"),
            SHAREGPT: ("conversations",)}
 # What ShareGPT's files call the speakers, and what templates do.
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
             "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"}
 ASSISTANT = "assistant"
 UNKNOWN = "\0"  # in place of a text: no other begins with it
@@ -27,15 +27,15 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedDocument:
     """A document as the model sees it: token ids, whether each carries loss, the UTF-8 bytes that each stands for."""
 
     ids: list[int]
-    loss: list[bool]
+    loss_mask: list[bool]
     sizes: list[int]
 
 
-class Taker:
+class DocumentExtractor:
     """Takes the document out of each row of a source: a column's text, or a conversation as JSON.
 
     Without `column` the first row decides by the names of its columns; all others must be of the same form.
@@ -58,7 +58,7 @@ class Taker:
         if form == TEXT:
             return text_of(row, self.column, where)
         if not isinstance(row, dict) or form_of(row) != form:
-            raise Fault(f"{where}: no {form}, which the rows before it have")
+            raise UserError(f"{where}: no {form}, which the rows before it have")
         return normalized(row, form, where)
 
     def _settle(self, names: Iterable[str]) -> str:
@@ -89,7 +89,7 @@ def normalized(row: dict[str, Any], form: str, where: str) -> str:
     if form == SHAREGPT:
         turns = row.get("conversations")
         if isinstance(turns, list) and all(isinstance(turn, dict) and "from" in turn for turn in turns):
-            turns = [{"role": SPEAKERS.get(str(turn["from"]), f"?{turn['from']}"), "content": turn.get("value")}
+            turns = [{"role": ROLES.get(str(turn["from"]), f"?{turn['from']}"), "content": turn.get("value")}
                      for turn in turns]
         return packed(checked(turns, where, "conversations"), 0, where)
     if form == ALPACA:
@@ -107,25 +107,25 @@ def normalized(row: dict[str, Any], form: str, where: str) -> str:
 def checked(messages: Any, where: str, column: str) -> list[Message]:
     """Return messages that have a role and words each; raise Fault for anything else."""
     if not isinstance(messages, list) or not messages:
-        raise Fault(f"{where}: column '{column}' is no list of messages with role and content")
+        raise UserError(f"{where}: column '{column}' is no list of messages with role and content")
     for number, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role.startswith("?"):
-            raise Fault(f"{where}: message {number} has the role {role.removeprefix('?') if role else role!r}: "
+            raise UserError(f"{where}: message {number} has the role {role.removeprefix('?') if role else role!r}: "
                         "system, user, assistant or tool are known")
         if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
-            raise Fault(f"{where}: message {number} ({role}) has no content")
+            raise UserError(f"{where}: message {number} ({role}) has no content")
     return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
 def packed(messages: Sequence[Message], trained: int, where: str) -> str:
     """Return messages as JSON; raise Fault if none of them is the assistant's to learn."""
     if not any(message["role"] == ASSISTANT for message in messages[trained:]):
-        raise Fault(f"{where}: nothing that the assistant says, so nothing to learn")
+        raise UserError(f"{where}: nothing that the assistant says, so nothing to learn")
     return json.dumps({"messages": list(messages), "trained": trained})
 
 
-def words_of(document: str) -> str:
+def conversation_text(document: str) -> str:
     """Return all words of a normalized document, for a tokenizer that is trained on them."""
     found = json.loads(document)
     if "prompt" in found:
@@ -133,14 +133,14 @@ def words_of(document: str) -> str:
     return "\n".join(str(message.get("content", "")) for message in found["messages"])
 
 
-def encode(document: str, tokenizer: Any) -> Encoded:
+def encode(document: str, tokenizer: Any) -> EncodedDocument:
     """Return a normalized document's tokens. Raises Fault where the tokenizer has no template, or none that fits."""
     found = json.loads(document)
     if "prompt" in found:
         text = found["prompt"] + found["completion"]
         return tokenized(text, [(len(found["prompt"]), len(text))], tokenizer, special=True)
     if not tokenizer.chat_template:
-        raise Fault("the tokenizer has no chat template, so it doesn't know how to show messages: take the model's "
+        raise UserError("the tokenizer has no chat template, so it doesn't know how to show messages: take the model's "
                     "instruct version, --chat_template FILE, or columns prompt and completion")
     text, spans = shown(found["messages"], found["trained"], tokenizer)
     return tokenized(text, spans, tokenizer, special=False)
@@ -162,7 +162,7 @@ def shown(messages: Sequence[Message], trained: int, tokenizer: Any) -> tuple[st
     try:
         text = render(messages, tokenizer)
     except jinja2.TemplateError as error:
-        raise Fault(f"the chat template refuses a conversation: {error}") from None
+        raise UserError(f"the chat template refuses a conversation: {error}") from None
     spans: list[tuple[int, int]] = []
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT or number < trained:
@@ -179,29 +179,29 @@ def shown(messages: Sequence[Message], trained: int, tokenizer: Any) -> tuple[st
             end = len(after) if text.startswith(after) else start + len(words)
             spans.append((start, start + len(text[start:end].rstrip())))
     if not spans:
-        raise Fault("the chat template doesn't show what the assistant says")
+        raise UserError("the chat template doesn't show what the assistant says")
     return text, spans
 
 
-def tokenized(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any, special: bool) -> Encoded:
+def tokenized(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any, special: bool) -> EncodedDocument:
     """Return the tokens of a text; those that have a part in a span carry loss. `special`: it needs begin and end."""
     if not tokenizer.is_fast:
-        raise Fault("this tokenizer doesn't know where its tokens stand in the text: instruction data needs a fast one")
+        raise UserError("this tokenizer doesn't know where its tokens stand in the text: instruction data needs a fast one")
     found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False,
                       verbose=False)
-    ids, loss, sizes = list(found["input_ids"]), [], []
+    ids, loss_mask, sizes = list(found["input_ids"]), [], []
     at = counted = 0
     for start, end in found["offset_mapping"]:
         while at < len(spans) and spans[at][1] <= start:
             at += 1
         inside = at < len(spans) and start < end and end > spans[at][0] and start < spans[at][1]
-        loss.append(inside)
+        loss_mask.append(inside)
         sizes.append(len(text[max(start, counted) : end].encode()))  # tokens of one character share its place
         counted = max(counted, end)
     end_token = tokenizer.eos_token_id
-    spoken = {token for token, learnt in zip(ids, loss, strict=True) if learnt}
+    spoken = {token for token, learnt in zip(ids, loss_mask, strict=True) if learnt}
     if special and end_token is not None and ids and ids[-1] == end_token:
-        loss[-1] = True  # where it ends is learnt too
+        loss_mask[-1] = True  # where it ends is learnt too
     elif end_token is not None and end_token not in spoken and ids and spans and spans[-1][1] == len(text.rstrip()):
-        ids, loss, sizes = [*ids, end_token], [*loss, True], [*sizes, 0]
-    return Encoded(ids, loss, sizes)
+        ids, loss_mask, sizes = [*ids, end_token], [*loss_mask, True], [*sizes, 0]
+    return EncodedDocument(ids, loss_mask, sizes)

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data import python_docs
-from trainer.data.chat import TEXT, words_of
+from trainer.data.chat import TEXT, conversation_text
 from trainer.data.sources import Source, hashed, open_source
 from trainer.data.tokenization import tokenize
-from trainer.data.tokenizer import TRAINED_ON, first_of
-from trainer.errors import Fault
+from trainer.data.tokenizer import TOKENIZER_CHARACTERS, first_characters
+from trainer.errors import UserError
 
-LOOKED_AT = 2000  # documents of a stream, or as many as train a tokenizer if those are fewer
-FORMAT = 3  # part of the cache's key: raise it when what is stored changes
+SAMPLE_DOCUMENTS = 2000  # documents of a stream, or as many as train a tokenizer if those are fewer
+FORMAT = 4  # part of the cache's key: raise it when what is stored changes
 
 
 @dataclass
-class Facts:
+class DatasetInfo:
     """What is known of prepared data; stored beside it. `gzip_bits_per_byte` is of the held-out text, gzip -9."""
 
     key: str
@@ -44,10 +44,10 @@ class Facts:
 
 
 @dataclass
-class Prepared:
+class TokenizedDataset:
     """Tokenized pieces (see pieces.tokenize) for training and evaluation, and facts about them."""
 
-    facts: Facts
+    info: DatasetInfo
     train: Any
     evaluation: Any
     folder: Path = field(default_factory=Path)
@@ -66,7 +66,7 @@ def prepare_dataset(
     sequence_length: int,
     built_in: Callable[[], list[str]] = python_docs.python_documents,
     say: Callable[[str], None] = print,
-) -> Prepared:
+) -> TokenizedDataset:
     """Return the data that `options` name, tokenized into pieces of at most `sequence_length` tokens.
 
     `make_tokenizer` gets the training documents (a tokenizer may be trained on them) and returns one;
@@ -81,25 +81,25 @@ def prepare_dataset(
     if options.streaming:
         source = replace(source, read=partial(first_documents, source.read))
     folder = cache_folder(options) / key
-    if (folder / "facts.json").exists():
+    if (folder / "info.json").exists():
         say(f"data: {source.name}, tokenized before ({folder})")
     else:
         say(f"data: {source.name}, tokenizing")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as scratch:
-            made = build(Path(scratch), Facts(key, source.name), source, evaluation, options,
+            made = build(Path(scratch), DatasetInfo(key, source.name), source, evaluation, options,
                          make_tokenizer, sequence_length)
             try:
                 os.rename(made, folder)
             except OSError:
-                if not (folder / "facts.json").exists():  # else another run was faster
+                if not (folder / "info.json").exists():  # else another run was faster
                     raise
-    return load_prepared(folder)
+    return load_tokenized(folder)
 
 
 def first_documents(read: Callable[[], Iterable[str]]) -> Iterator[str]:
     """Return the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
-    return itertools.islice(first_of(read(), TRAINED_ON), LOOKED_AT)
+    return itertools.islice(first_characters(read(), TOKENIZER_CHARACTERS), SAMPLE_DOCUMENTS)
 
 
 def digest_of(text: str) -> str:
@@ -107,19 +107,19 @@ def digest_of(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def load_prepared(folder: Path) -> Prepared:
+def load_tokenized(folder: Path) -> TokenizedDataset:
     """Open what `prepare_dataset` stored."""
     from datasets import load_from_disk
 
-    facts = Facts(**json.loads((folder / "facts.json").read_text()))
+    info = DatasetInfo(**json.loads((folder / "info.json").read_text()))
     train = load_from_disk(str(folder / "train"))
     evaluation = load_from_disk(str(folder / "eval")) if (folder / "eval").exists() else train.select([])
-    return Prepared(facts, train, evaluation, folder)
+    return TokenizedDataset(info, train, evaluation, folder)
 
 
 def build(
     scratch: Path,
-    facts: Facts,
+    info: DatasetInfo,
     source: Source,
     evaluation: Source | None,
     options: argparse.Namespace,
@@ -128,38 +128,38 @@ def build(
 ) -> Path:
     """Make everything in `scratch` and return the folder that is complete."""
     texts = read_texts(source, scratch, "texts")
-    facts.documents, facts.dropped = len(texts), texts.dropped
-    facts.form = source.take.form or TEXT
+    info.documents, info.dropped = len(texts), texts.dropped
+    info.form = source.extract.form or TEXT
     train, held_out = texts, read_texts(evaluation, scratch, "eval-texts") if evaluation else None
-    if evaluation and (evaluation.take.form or TEXT) != facts.form:
-        raise Fault(f"{evaluation.name} holds {evaluation.take.form}, and {source.name} {facts.form}")
+    if evaluation and (evaluation.extract.form or TEXT) != info.form:
+        raise UserError(f"{evaluation.name} holds {evaluation.extract.form}, and {source.name} {info.form}")
     if held_out is None:
         least = 1 if options.streaming and options.eval_fraction else 0  # pieces of what is read again won't do
         inside, outside = split(texts["text"], options.eval_fraction, options.seed, least)
         train, held_out = texts.select(inside), texts.select(outside)
         if options.streaming:
-            facts.held_out = sorted({digest_of(text) for text in held_out["text"]})
-    tokenizer = make_tokenizer(train["text"] if facts.form == TEXT else map(words_of, train["text"]))
-    train, facts.cut = tokenize(train, tokenizer, sequence_length, facts.form)
-    held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, facts.form)
-    facts.eval_documents = len(held_out)
-    facts.gzip_bits_per_byte = gzip_bits(held_out["text"]) if facts.form == TEXT else None
+            info.held_out = sorted({digest_of(text) for text in held_out["text"]})
+    tokenizer = make_tokenizer(train["text"] if info.form == TEXT else map(conversation_text, train["text"]))
+    train, info.cut = tokenize(train, tokenizer, sequence_length, info.form)
+    held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, info.form)
+    info.eval_documents = len(held_out)
+    info.gzip_bits_per_byte = gzip_bits(held_out["text"]) if info.form == TEXT else None
     if not len(held_out) and options.eval_fraction and len(train) > 1 and not options.streaming:
         count = max(1, round(len(train) * options.eval_fraction))
         order = train.train_test_split(test_size=count, seed=options.seed)
-        train, held_out_pieces, facts.eval_by_pieces = order["train"], order["test"], True
-        if facts.form == TEXT:
-            facts.gzip_bits_per_byte = gzip_bits(tokenizer.batch_decode(order["test"]["input_ids"][:], True))
+        train, held_out_pieces, info.eval_by_pieces = order["train"], order["test"], True
+        if info.form == TEXT:
+            info.gzip_bits_per_byte = gzip_bits(tokenizer.batch_decode(order["test"]["input_ids"][:], True))
     if not len(train):
-        raise Fault(f"{source.name}: nothing to train on: {facts.documents} documents, none with two tokens or more")
+        raise UserError(f"{source.name}: nothing to train on: {info.documents} documents, none with two tokens or more")
     sizes = held_out_pieces["bytes"][:]
-    facts.eval_bytes = sum(sizes) if sizes and None not in sizes else None
+    info.eval_bytes = sum(sizes) if sizes and None not in sizes else None
     made = scratch / "made"
     train.save_to_disk(str(made / "train"))
     if len(held_out_pieces):  # datasets cannot load a table without rows
         held_out_pieces.save_to_disk(str(made / "eval"))
     tokenizer.save_pretrained(str(made / "tokenizer"))
-    (made / "facts.json").write_text(json.dumps(asdict(facts), indent=1))
+    (made / "info.json").write_text(json.dumps(asdict(info), indent=1))
     return made
 
 
@@ -187,13 +187,13 @@ def read_texts(source: Source, scratch: Path, name: str) -> Any:
         table = Dataset.from_generator(rows, features=Features({"text": Value("large_string")}),
                                        cache_dir=str(scratch / name), fingerprint=name)
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, Fault):
+        if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
     except ValueError:
         if kept:  # else: datasets cannot make a table without rows
             raise
-        raise Fault(f"{source.name}: no documents" + (f": all {dropped:,} are empty" if dropped else "")) from None
+        raise UserError(f"{source.name}: no documents" + (f": all {dropped:,} are empty" if dropped else "")) from None
     table.dropped = dropped
     return table
 

@@ -1,6 +1,6 @@
 """Documents out of files: .txt .md .jsonl .json .csv .parquet, each also as .gz, one by one and with their place.
 
-A text file is one document; elsewhere each row is one. What of a row is the document, `take(row, where)` says.
+A text file is one document; elsewhere each row is one. What of a row is the document, `extract(row, where)` says.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 
-class Take(Protocol):
+class Extractor(Protocol):
     """Makes a document of a row; see conversations.Taker."""
 
     def __call__(self, row: Any, where: str) -> str:
@@ -50,18 +50,18 @@ def find_files(path: Path) -> list[Path]:
     if not path.exists():
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         if not files:
-            raise Fault(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         return [file for found in files for file in find_files(found)]
     if path.is_file():
         if not form_of(path):
-            raise Fault(f"{path}: no known form: rename it to one of {known}")
+            raise UserError(f"{path}: no known form: rename it to one of {known}")
         return [path]
     files = sorted(
         file for file in path.rglob("*")
         if file.is_file() and form_of(file) and not any(p.startswith(".") for p in file.relative_to(path).parts)
     )
     if not files:
-        raise Fault(f"{path}: no data files in this folder; known forms: {known}")
+        raise UserError(f"{path}: no data files in this folder; known forms: {known}")
     return files
 
 
@@ -71,13 +71,13 @@ def describe(files: list[Path]) -> str:
     return ", ".join(f"{n:,} {form} file{'s' * (n > 1)}" for form, n in sorted(counts.items()))
 
 
-def read_documents(files: list[Path], take: Take) -> Iterator[str]:
+def read_documents(files: list[Path], extract: Extractor) -> Iterator[str]:
     """Yield every document's text, empty ones included; raise a Fault with file and line for an unreadable row."""
     for path in files:
         try:
-            yield from READERS[str(form_of(path))](path, take)
+            yield from READERS[str(form_of(path))](path, extract)
         except (OSError, EOFError, zlib.error) as error:
-            raise Fault(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -91,7 +91,7 @@ def decode(raw: bytes, path: Path, line: int) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         bad = line + raw.count(b"\n", 0, error.start)
-        raise Fault(f"{path}:{bad}: not UTF-8 ({error.reason}). Convert it: iconv -f ENCODING -t UTF-8") from None
+        raise UserError(f"{path}:{bad}: not UTF-8 ({error.reason}). Convert it: iconv -f ENCODING -t UTF-8") from None
 
 
 def text_of(row: Any, column: str, where: str) -> str:
@@ -99,25 +99,25 @@ def text_of(row: Any, column: str, where: str) -> str:
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise Fault(f"{where}: a row is an object or a string, not a {type(row).__name__}")
+        raise UserError(f"{where}: a row is an object or a string, not a {type(row).__name__}")
     if column not in row:
         names = ", ".join(map(str, row)) or "nothing"
-        raise Fault(f"{where}: no column '{column}'; it has {names}. Choose one: --text_column NAME")
+        raise UserError(f"{where}: no column '{column}'; it has {names}. Choose one: --text_column NAME")
     text = row[column]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise Fault(f"{where}: column '{column}' holds a {type(text).__name__}, not text")
+        raise UserError(f"{where}: column '{column}' holds a {type(text).__name__}, not text")
     return text
 
 
-def read_text(path: Path, take: Take) -> Iterator[str]:
+def read_text(path: Path, extract: Extractor) -> Iterator[str]:
     """Yield a whole text file."""
     with open_bytes(path) as file:
-        yield take(decode(file.read(), path, 1), str(path))
+        yield extract(decode(file.read(), path, 1), str(path))
 
 
-def read_jsonl(path: Path, take: Take) -> Iterator[str]:
+def read_jsonl(path: Path, extract: Extractor) -> Iterator[str]:
     """Yield the document of each line's object or string; blank lines don't count."""
     with open_bytes(path) as file:
         for line, raw in enumerate(file, 1):
@@ -125,11 +125,11 @@ def read_jsonl(path: Path, take: Take) -> Iterator[str]:
                 try:
                     row = json.loads(decode(raw, path, line))
                 except json.JSONDecodeError as error:
-                    raise Fault(f"{path}:{line}: not JSON: {error.msg}") from None
-                yield take(row, f"{path}:{line}")
+                    raise UserError(f"{path}:{line}: not JSON: {error.msg}") from None
+                yield extract(row, f"{path}:{line}")
 
 
-def read_json(path: Path, take: Take) -> Iterator[str]:
+def read_json(path: Path, extract: Extractor) -> Iterator[str]:
     """Yield the documents of a JSON array; a file with an object a line is read as .jsonl."""
     with open_bytes(path) as file:
         text = decode(file.read(), path, 1)
@@ -137,14 +137,14 @@ def read_json(path: Path, take: Take) -> Iterator[str]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
-            raise Fault(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        yield from read_jsonl(path, take)
+            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        yield from read_jsonl(path, extract)
         return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield take(row, f"{path}: row {number}")
+        yield extract(row, f"{path}: row {number}")
 
 
-def read_csv(path: Path, take: Take) -> Iterator[str]:
+def read_csv(path: Path, extract: Extractor) -> Iterator[str]:
     """Yield the document of each record; the first line names the columns."""
     csv.field_size_limit(2**31 - 1)
     with open_bytes(path) as file:
@@ -152,15 +152,15 @@ def read_csv(path: Path, take: Take) -> Iterator[str]:
         try:
             for row in records:
                 if None in row or None in row.values():
-                    raise Fault(f"{path}:{records.line_num}: not {len(records.fieldnames or [])} fields as in line 1")
-                yield take(row, f"{path}:{records.line_num}")
+                    raise UserError(f"{path}:{records.line_num}: not {len(records.fieldnames or [])} fields as in line 1")
+                yield extract(row, f"{path}:{records.line_num}")
         except csv.Error as error:
-            raise Fault(f"{path}:{records.line_num + 1}: not CSV: {error}") from None
+            raise UserError(f"{path}:{records.line_num + 1}: not CSV: {error}") from None
         except UnicodeDecodeError as error:
-            raise Fault(f"{path}: after line {records.line_num}: not UTF-8 ({error.reason})") from None
+            raise UserError(f"{path}: after line {records.line_num}: not UTF-8 ({error.reason})") from None
 
 
-def read_parquet(path: Path, take: Take) -> Iterator[str]:
+def read_parquet(path: Path, extract: Extractor) -> Iterator[str]:
     """Yield the document of each row."""
     import pyarrow
     from pyarrow import parquet
@@ -169,12 +169,12 @@ def read_parquet(path: Path, take: Take) -> Iterator[str]:
         with open_bytes(path) as file:
             source = parquet.ParquetFile(file)
             number = 0
-            for batch in source.iter_batches(columns=take.columns(source.schema_arrow.names, str(path))):
+            for batch in source.iter_batches(columns=extract.columns(source.schema_arrow.names, str(path))):
                 for row in batch.to_pylist():
                     number += 1
-                    yield take(row, f"{path}: row {number}")
+                    yield extract(row, f"{path}: row {number}")
     except pyarrow.ArrowException as error:
-        raise Fault(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
 
 
 READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".json": read_json,

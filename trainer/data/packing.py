@@ -47,20 +47,20 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-class Row(NamedTuple):
+class PackedSequence(NamedTuple):
     """One row before it becomes tensors: the token lists of its documents (none in a filler row).
 
-    `losses` has for each of them which tokens carry loss; None: all but the first.
+    `loss_masks` has for each of them which tokens carry loss; None: all but the first.
     """
 
     documents: list[np.ndarray]
-    losses: list[np.ndarray] | None = None
+    loss_masks: list[np.ndarray] | None = None
 
 
-FILLER = Row([])
+FILLER = PackedSequence([])
 
 
-class Rows(torch.utils.data.Dataset[Row]):
+class PackedSequences(torch.utils.data.Dataset[PackedSequence]):
     """Rows over a table of tokenized pieces, made when they are asked for.
 
     `pieces` has the columns input_ids and length, and of conversations loss and trained. The number of rows is a
@@ -72,11 +72,11 @@ class Rows(torch.utils.data.Dataset[Row]):
         """Pack to `capacity` tokens a row, or with None put one piece in each."""
         lengths = pieces.with_format("numpy")["length"][:] if len(pieces) else []
         order = best_fit(lengths, capacity) if capacity else [[number] for number in range(len(lengths))]
-        self._masked = len(pieces) > 0 and "loss" in pieces.column_names
-        self._pieces = pieces.with_format("numpy", columns=["input_ids", *(["loss"] if self._masked else [])])
+        self._masked = len(pieces) > 0 and "loss_mask" in pieces.column_names
+        self._pieces = pieces.with_format("numpy", columns=["input_ids", *(["loss_mask"] if self._masked else [])])
         self._order = order
         self.tokens = int(np.sum(lengths))
-        self.loss_tokens = int(np.sum(pieces.with_format("numpy")["trained"][:])) if self._masked else \
+        self.loss_tokens = int(np.sum(pieces.with_format("numpy")["loss_tokens"][:])) if self._masked else \
             self.tokens - len(lengths)  # the first token of each piece has nothing before it
         self.filled = len(order)
         self._count = -(-len(order) // multiple_of) * multiple_of
@@ -84,13 +84,13 @@ class Rows(torch.utils.data.Dataset[Row]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, number: int) -> PackedSequence:
         if not 0 <= number < self._count:
             raise IndexError(number)
         if number >= self.filled:
             return FILLER
         chosen = self._pieces[self._order[number]]
-        return Row(list(chosen["input_ids"]), list(chosen["loss"]) if self._masked else None)
+        return PackedSequence(list(chosen["input_ids"]), list(chosen["loss_mask"]) if self._masked else None)
 
 
 class Collator:
@@ -104,20 +104,21 @@ class Collator:
         self._pad_token = pad_token
         self._width = width
 
-    def __call__(self, rows: Iterable[Row]) -> dict[str, torch.Tensor]:
-        rows = list(rows)
-        longest = max(sum(map(len, row.documents)) for row in rows)
+    def __call__(self, sequences: Iterable[PackedSequence]) -> dict[str, torch.Tensor]:
+        sequences = list(sequences)
+        longest = max(sum(map(len, sequence.documents)) for sequence in sequences)
         width = self._width or max(longest, 2)
-        shape = (len(rows), width)
+        shape = (len(sequences), width)
         tokens = np.full(shape, self._pad_token, dtype=np.int64)
         positions = np.empty(shape, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
-        for number, row in enumerate(rows):
+        for number, sequence in enumerate(sequences):
             start = 0
-            for place, document in enumerate(row.documents):
+            for place, document in enumerate(sequence.documents):
                 end = start + len(document)
                 tokens[number, start:end] = document
-                learnt = document if row.losses is None else np.where(row.losses[place], document, IGNORED)
+                learnt = document if sequence.loss_masks is None else np.where(sequence.loss_masks[place], document,
+                                                                               IGNORED)
                 labels[number, start + 1 : end] = learnt[1:]
                 positions[number, start:end] = np.arange(end - start)
                 start = end

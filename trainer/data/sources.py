@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data import documents
-from trainer.data.chat import Taker
-from trainer.errors import Fault
+from trainer.data.chat import DocumentExtractor
+from trainer.errors import UserError
 
 END = 1 << 16  # bytes
 BUILT_IN = "the documentation that comes with Python"
@@ -22,13 +22,13 @@ BUILT_IN = "the documentation that comes with Python"
 class Source:
     """Where documents come from: what to call it, a hash of its content, how to read them.
 
-    `take` knows their form once the first was read.
+    `extract` knows their form once the first was read.
     """
 
     name: str
     fingerprint: str
     read: Callable[[], Iterable[str]]
-    take: Taker
+    extract: DocumentExtractor
     read_from: Callable[[int], Iterator[str]] | None = None  # where passing over the first documents is cheaper
 
     def after(self, number: int) -> Iterator[str]:
@@ -44,20 +44,20 @@ def looks_like_path(name: str) -> bool:
 
 def open_source(name: str | None, options: argparse.Namespace, built_in: Callable[[], list[str]]) -> Source:
     """Return the Source that --dataset_path or --eval_dataset names; raise a Fault if it isn't there."""
-    take = Taker(options.text_column)
+    extract = DocumentExtractor(options.text_column)
     if name is None:
         texts = built_in()
-        return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts, Taker("text"))
+        return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts, DocumentExtractor("text"))
     path = Path(name).expanduser()
     if path.exists() or looks_like_path(name):
         files = documents.find_files(path)
         what = f"{path} ({documents.describe(files)})"
         fingerprint = ends_hash(files) if options.streaming else files_hash(files)
-        return Source(what, fingerprint, lambda: documents.read_documents(files, take), take)
-    return hub_source(name, options, take)
+        return Source(what, fingerprint, lambda: documents.read_documents(files, extract), extract)
+    return hub_source(name, options, extract)
 
 
-def hub_source(name: str, options: argparse.Namespace, take: Taker) -> Source:
+def hub_source(name: str, options: argparse.Namespace, extract: DocumentExtractor) -> Source:
     """Return a Hugging Face dataset as a Source."""
     import datasets
 
@@ -79,23 +79,23 @@ def hub_source(name: str, options: argparse.Namespace, take: Taker) -> Source:
                 fingerprint = files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise Fault(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
+        raise UserError(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
     where = f"dataset '{name}'"
     if not options.streaming:
-        rows = table.select_columns(take.columns(table.column_names, where))
+        rows = table.select_columns(extract.columns(table.column_names, where))
         return Source(f"{name} ({options.dataset_split})", fingerprint or table._fingerprint,
-                      lambda: (take(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)), take)
+                      lambda: (extract(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)), extract)
 
     def read_from(start: int) -> Iterator[str]:
         try:
             for number, row in enumerate(table.skip(start) if start else table, start + 1):
-                yield take(row, f"{where}, row {number}")
+                yield extract(row, f"{where}, row {number}")
         except (OSError, datasets.exceptions.DatasetsError) as error:
-            raise Fault(f"{where} can't be read on: {error}: is the network there? --resume_from_checkpoint auto goes "
+            raise UserError(f"{where} can't be read on: {error}: is the network there? --resume_from_checkpoint auto goes "
                         "on") from None
 
     fingerprint = fingerprint or hashed(str(part).encode() for part in (name, options.dataset_config))
-    return Source(f"{name} ({options.dataset_split})", fingerprint, lambda: read_from(0), take, read_from)
+    return Source(f"{name} ({options.dataset_split})", fingerprint, lambda: read_from(0), extract, read_from)
 
 
 def hashed(parts: Iterable[bytes]) -> str:

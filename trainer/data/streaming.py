@@ -22,25 +22,25 @@ import torch
 
 from trainer.data.chat import TEXT
 from trainer.data.dataset import digest_of
-from trainer.data.packing import Row, best_fit
+from trainer.data.packing import PackedSequence, best_fit
 from trainer.data.tokenization import pieces_of
-from trainer.errors import Fault
+from trainer.errors import UserError
 
-BLOCK_ROWS = 512  # are packed together: enough to fill them, few enough to hold
+BLOCK_SEQUENCES = 512  # are packed together: enough to fill them, few enough to hold
 DOCUMENTS_AT_ONCE = 100  # are tokenized together
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPosition:
     """Where a block of rows begins: pass over the source, the next document's number in it, the rows before it."""
 
     turn: int = 0
     document: int = 0
-    rows: int = 0
+    sequences: int = 0
 
 
 @dataclass(frozen=True)
-class Reading:
+class StreamSettings:
     """What a rank reads: documents from a number on, their form, how they become tokens, which are held out."""
 
     read: Callable[[int], Iterator[str]]
@@ -53,41 +53,41 @@ class Reading:
     seed: int
 
 
-class Stream(torch.utils.data.IterableDataset[Row]):
+class Stream(torch.utils.data.IterableDataset[PackedSequence]):
     """This rank's rows, without end. `capacity`: tokens a row, None for one document in each."""
 
-    def __init__(self, reading: Reading, capacity: int | None) -> None:
+    def __init__(self, reading: StreamSettings, capacity: int | None) -> None:
         self._reading, self._capacity = reading, capacity
-        self._start, self._skip = Place(), 0
-        self._begun: deque[Place] = deque([self._start], maxlen=64)
+        self._start, self._skip = StreamPosition(), 0
+        self._begun: deque[StreamPosition] = deque([self._start], maxlen=64)
 
-    def place_of(self, rows: int) -> Place:
-        """Return the place of the block in which the row after `rows` rows stands."""
-        return [place for place in self._begun if place.rows <= rows][-1]
+    def position_after(self, sequences: int) -> StreamPosition:
+        """Return the place of the block in which the row after `sequences` rows stands."""
+        return [place for place in self._begun if place.sequences <= sequences][-1]
 
-    def go_on(self, place: Place, rows: int) -> None:
-        """Begin after `rows` rows, in the block that begins at `place`."""
-        self._start, self._skip = place, rows - place.rows
+    def resume_at(self, place: StreamPosition, sequences: int) -> None:
+        """Begin after `sequences` rows, in the block that begins at `place`."""
+        self._start, self._skip = place, sequences - place.sequences
         self._begun = deque([place], maxlen=64)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[PackedSequence]:
         place, skip = self._start, self._skip
         with ThreadPoolExecutor(1) as ahead:  # tokenizers let go of Python's lock: the next block comes meanwhile
             blocks = self._blocks(place)
             coming = ahead.submit(next, blocks)
             while True:
-                rows, before, after = coming.result()
+                sequences, before, after = coming.result()
                 coming = ahead.submit(next, blocks)
-                self._begun.append(Place(before.turn, before.document, place.rows))
-                yield from rows[skip:]
-                skip, place = 0, Place(after.turn, after.document, place.rows + len(rows))
+                self._begun.append(StreamPosition(before.turn, before.document, place.sequences))
+                yield from sequences[skip:]
+                skip, place = 0, StreamPosition(after.turn, after.document, place.sequences + len(sequences))
 
-    def _blocks(self, place: Place) -> Iterator[tuple[list[Row], Place, Place]]:
+    def _blocks(self, place: StreamPosition) -> Iterator[tuple[list[PackedSequence], StreamPosition, StreamPosition]]:
         """Yield blocks of rows with the places where each begins and ends (whose rows don't count)."""
         pieces: list[dict[str, Any]] = []
         waiting: list[str] = []
         before, reading = place, self._reading
-        enough = BLOCK_ROWS * (self._capacity or reading.length)
+        enough = BLOCK_SEQUENCES * (self._capacity or reading.length)
         for text, after in self._documents(place):
             if text is not None:
                 waiting.append(text)
@@ -97,19 +97,19 @@ class Stream(torch.utils.data.IterableDataset[Row]):
                 waiting = []
             if text is None or (not waiting and sum(piece["length"] for piece in pieces) >= enough):
                 if pieces:
-                    yield self._rows(pieces, before), before, after
+                    yield self._sequences(pieces, before), before, after
                 pieces, before = [], after
 
-    def _rows(self, pieces: list[dict[str, Any]], place: Place) -> list[Row]:
+    def _sequences(self, pieces: list[dict[str, Any]], place: StreamPosition) -> list[PackedSequence]:
         lengths = [piece["length"] for piece in pieces]
         order = best_fit(lengths, self._capacity) if self._capacity else [[number] for number in range(len(pieces))]
         seed = f"{self._reading.seed} {self._reading.rank} {place.turn} {place.document}"
         random.Random(seed).shuffle(order)  # noqa: S311
         masked = self._reading.form != TEXT
-        return [Row([np.array(pieces[number]["input_ids"]) for number in row],
-                    [np.array(pieces[number]["loss"]) for number in row] if masked else None) for row in order]
+        return [PackedSequence([np.array(pieces[number]["input_ids"]) for number in row],
+                    [np.array(pieces[number]["loss_mask"]) for number in row] if masked else None) for row in order]
 
-    def _documents(self, place: Place) -> Iterator[tuple[str | None, Place]]:
+    def _documents(self, place: StreamPosition) -> Iterator[tuple[str | None, StreamPosition]]:
         """Yield this rank's documents, each with the place after it, over and over; None at the end of each pass."""
         reading, start = self._reading, place.document
         for turn in itertools.count(place.turn):
@@ -119,11 +119,11 @@ class Stream(torch.utils.data.IterableDataset[Row]):
                     continue
                 if digest_of(text) not in reading.held_out:
                     found = True
-                    yield text, Place(turn, number + 1)
+                    yield text, StreamPosition(turn, number + 1)
             if not found and not start:
-                raise Fault(f"the data has no document for rank {reading.rank} of {reading.world_size}")
+                raise UserError(f"the data has no document for rank {reading.rank} of {reading.world_size}")
             start = 0
-            yield None, Place(turn + 1)
+            yield None, StreamPosition(turn + 1)
 
 
 def state_file(checkpoint: Path, rank: int) -> Path:
@@ -131,16 +131,16 @@ def state_file(checkpoint: Path, rank: int) -> Path:
     return checkpoint / f"stream_{rank}.json"
 
 
-def save(stream: Stream, rows: int, checkpoint: Path, rank: int) -> None:
-    """Write where this rank is in its stream after `rows` rows."""
-    state_file(checkpoint, rank).write_text(json.dumps({**asdict(stream.place_of(rows)), "read": rows}))
+def save(stream: Stream, sequences: int, checkpoint: Path, rank: int) -> None:
+    """Write where this rank is in its stream after `sequences` rows."""
+    state_file(checkpoint, rank).write_text(json.dumps({**asdict(stream.position_after(sequences)), "read": sequences}))
 
 
 def load(stream: Stream, checkpoint: Path, rank: int) -> None:
     """Have a stream go on after the rows that were trained on. Raises Fault where a checkpoint doesn't say."""
     try:
         state = json.loads(state_file(checkpoint, rank).read_text())
-        stream.go_on(Place(state["turn"], state["document"], state["rows"]), state["read"])
+        stream.resume_at(StreamPosition(state["turn"], state["document"], state["rows"]), state["read"])
     except (OSError, ValueError, KeyError) as error:
-        raise Fault(f"{state_file(checkpoint, rank)}: {error}: this checkpoint is of a run without --streaming, or of "
+        raise UserError(f"{state_file(checkpoint, rank)}: {error}: this checkpoint is of a run without --streaming, or of "
                     "other ranks") from None

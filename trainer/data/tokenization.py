@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.data import chat
-from trainer.data.chat import TEXT, Encoded
+from trainer.data.chat import TEXT, EncodedDocument
 from trainer.distributed import heartbeat
 
 BATCH = 100  # documents tokenized at once: enough for all cores; more only takes memory
@@ -28,14 +28,15 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT)
 
     features = Features({"input_ids": List(Value("int32")), "length": Value("int32"), "bytes": Value("int64")})
     if form != TEXT:
-        features |= {"loss": List(Value("int8")), "trained": Value("int32")}
+        features |= {"loss_mask": List(Value("int8")), "loss_tokens": Value("int32")}
     if not len(texts):  # datasets leaves the columns of an empty table as they were
         return Dataset.from_dict({name: [] for name in features}, features=features), 0
     cut = done = 0
 
     def batch(columns: dict[str, list[str]]) -> dict[str, list[Any]]:
         nonlocal cut, done
-        heartbeat.tell(f"tokenizing, {(done := done + len(columns['text'])):,} of {len(texts):,} documents", often=True)
+        heartbeat.report(f"tokenizing, {(done := done + len(columns['text'])):,} of {len(texts):,} documents",
+                         often=True)
         made: dict[str, list[Any]] = {name: [] for name in features}
         for pieces in pieces_of(columns["text"], tokenizer, sequence_length, form):
             cut += len(pieces) > 1
@@ -72,14 +73,15 @@ def each_text(texts: list[str], tokenizer: Any, longest: int) -> Iterator[list[d
                for start, end in cut_document(len(ids), longest)]
 
 
-def conversation_pieces(document: Encoded, longest: int) -> Iterator[dict[str, Any]]:
+def conversation_pieces(document: EncodedDocument, longest: int) -> Iterator[dict[str, Any]]:
     """Yield the pieces of a conversation; one in which nothing carries loss teaches nothing, and is left out."""
     for start, end in cut_document(len(document.ids), longest):
-        loss = [False, *document.loss[start + 1 : end]]  # the first has nothing before it
-        if any(loss):
+        loss_mask = [False, *document.loss_mask[start + 1 : end]]  # the first has nothing before it
+        if any(loss_mask):
             sizes = document.sizes[start:end]
-            yield {"input_ids": document.ids[start:end], "length": end - start, "loss": loss, "trained": sum(loss),
-                   "bytes": sum(size for size, learnt in zip(sizes, loss, strict=True) if learnt)}
+            yield {"input_ids": document.ids[start:end], "length": end - start, "loss_mask": loss_mask,
+                   "loss_tokens": sum(loss_mask),
+                   "bytes": sum(size for size, learnt in zip(sizes, loss_mask, strict=True) if learnt)}
 
 
 def cut_document(length: int, longest: int) -> Iterator[tuple[int, int]]:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import Fault, first_line
+from trainer.errors import UserError, first_line
 
 LARGEST_VOCABULARY = 32_000
 TINY_VOCABULARY = 2048
-TRAINED_ON = 20_000_000  # characters; more only takes longer
+TOKENIZER_CHARACTERS = 20_000_000  # characters; more only takes longer
 # How it is shown conversations: each turn ends with the end token, so that it learns where its own end; after a line's
 # end a word is the same tokens whether it is read or to be said.
 TINY_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ message.role }}\n{{ message.content }}"
@@ -31,14 +31,14 @@ def own_tokenizer(texts: Iterable[str], template: str = TINY_TEMPLATE, vocabular
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(first_of(texts, TRAINED_ON), trainer)
+    tokenizer.train_from_iterator(first_characters(texts, TOKENIZER_CHARACTERS), trainer)
     begin = (BEGIN, tokenizer.token_to_id(BEGIN))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END,
                                    chat_template=template)
 
 
-def first_of(texts: Iterable[str], characters: int) -> Iterator[str]:
+def first_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
     """Yield texts until they have come to so many characters."""
     seen = 0
     for text in texts:
@@ -56,9 +56,9 @@ def load_tokenizer(options: argparse.Namespace, folder: str | Path | None = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise Fault(f"model '{name}': its tokenizer cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"model '{name}': its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.pad_token_id is None:
-        raise Fault(f"model '{name}': its tokenizer has no end-of-text token, so documents cannot be told apart")
+        raise UserError(f"model '{name}': its tokenizer has no end-of-text token, so documents cannot be told apart")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     if options.chat_template:
@@ -71,7 +71,7 @@ def read_template(path: Path) -> str:
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Fault(f"--chat_template {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--chat_template {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def tokenizer_id(tokenizer: Any) -> str:

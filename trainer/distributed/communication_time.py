@@ -20,7 +20,7 @@ COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_in
                "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier")
 
 
-class Waiting(TrainerCallback):
+class CommunicationTimer(TrainerCallback):
     """Measures one rank; `device_type` is cuda, xpu or cpu. Install it before DeepSpeed looks for the collectives."""
 
     def __init__(self, device_type: str) -> None:
@@ -54,7 +54,7 @@ class Waiting(TrainerCallback):
         event.record()
         return event
 
-    def around(self, call: Callable[..., Any], *words: Any, **named: Any) -> Any:
+    def timed(self, call: Callable[..., Any], *words: Any, **named: Any) -> Any:
         """Call a function and count the time until it, or the stream that it holds up, goes on."""
         if self._began is None:
             return call(*words, **named)
@@ -69,7 +69,7 @@ class Waiting(TrainerCallback):
     def _measured(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(collective)
         def measured(*words: Any, **named: Any) -> Any:
-            result = self.around(collective, *words, **named)
+            result = self.timed(collective, *words, **named)
             return _Work(result, self) if isinstance(result, dist.Work) else result
 
         return measured
@@ -78,17 +78,17 @@ class Waiting(TrainerCallback):
 class _Work:
     """A collective under way, whose `wait` is measured."""
 
-    def __init__(self, work: dist.Work, waiting: Waiting) -> None:
+    def __init__(self, work: dist.Work, waiting: CommunicationTimer) -> None:
         self._work, self._waiting = work, waiting
 
     def wait(self, *words: Any, **named: Any) -> Any:
-        return self._waiting.around(self._work.wait, *words, **named)
+        return self._waiting.timed(self._work.wait, *words, **named)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
 
 
-def shares(waited: Sequence[float], steps: Sequence[float], hosts: Sequence[str]) -> dict[str, Any] | None:
+def time_shares(waited: Sequence[float], steps: Sequence[float], hosts: Sequence[str]) -> dict[str, Any] | None:
     """Return the shares of the steps' time that went by in waiting, from each rank's seconds; None without steps.
 
     "network": for the network; "slowest": for `slowest_rank` on `slowest_host`, by the mean of the others.

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 # option -> the places in a DeepSpeed config that mean the same
 SAME_AS_OPTION = {
@@ -41,14 +41,14 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Fault(f"{path}: {error.strerror}. Presets: {path_list()}", shared=True) from None
+        raise UserError(f"{path}: {error.strerror}. Presets: {path_list()}", shared=True) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = getattr(error, "lineno", 1)
         reason = getattr(error, "msg", str(error))
-        raise Fault(f"{path}:{line}: not JSON: {reason} (comments and trailing commas aren't allowed)",
+        raise UserError(f"{path}:{line}: not JSON: {reason} (comments and trailing commas aren't allowed)",
                     shared=True) from None
     if not isinstance(config, dict):
-        raise Fault(f"{path}: a DeepSpeed config is an object {{...}}, not a {type(config).__name__}", shared=True)
+        raise UserError(f"{path}: a DeepSpeed config is an object {{...}}, not a {type(config).__name__}", shared=True)
     config.pop("$schema", None)  # an editor's, and a path that is wrong in the run folder's copy
     return config
 
@@ -78,7 +78,7 @@ def adopt_values(options: argparse.Namespace, config: dict[str, Any], world_size
                 value = value[1]
             said = getattr(options, option)
             if said is not None and said != value:
-                raise Fault(
+                raise UserError(
                     f"{options.deepspeed}: $.{place} is {value}, but --{option} {said} was given: "
                     'drop the flag, or write "auto" in the config', exit_code=2, shared=True)
             setattr(options, option, value)
@@ -90,9 +90,9 @@ def adopt_precision(options: argparse.Namespace, config: dict[str, Any]) -> None
     """Take the precision that the config switches on, refusing two of them or one against the flag."""
     enabled = [kind for kind in ("bf16", "fp16") if lookup(config, f"{kind}.enabled") is True]
     if len(enabled) == 2:
-        raise Fault(f"{options.deepspeed}: fp16 and bf16 are both enabled: keep one", shared=True)
+        raise UserError(f"{options.deepspeed}: fp16 and bf16 are both enabled: keep one", shared=True)
     if enabled and options.precision not in ("auto", enabled[0]):
-        raise Fault(f"{options.deepspeed}: $.{enabled[0]}.enabled is true, but --precision {options.precision} "
+        raise UserError(f"{options.deepspeed}: $.{enabled[0]}.enabled is true, but --precision {options.precision} "
                     "was given: drop one", exit_code=2, shared=True)
     if enabled:
         options.precision = enabled[0]
@@ -111,7 +111,7 @@ def adopt_global_batch(options: argparse.Namespace, config: dict[str, Any], worl
     if accumulation is None:
         accumulation = total // (world_size * max(micro, 1))
     if total != world_size * micro * accumulation:
-        raise Fault(
+        raise UserError(
             f"{options.deepspeed}: $.train_batch_size is {total}, which is not world size {world_size} x micro batch "
             f'{micro} x accumulation {accumulation}: write "auto" there', shared=True)
     options.per_device_train_batch_size, options.gradient_accumulation_steps = micro, accumulation
@@ -180,10 +180,10 @@ def check_compilation(operators: list[str]) -> list[str]:
     locks = stale_locks()
     blocking = [lock for lock in locks if lock.parent.name in operators]
     if blocking:
-        raise Fault(f"{blocking[0]} was left by a compilation that was killed; this run would wait for it for ever: "
+        raise UserError(f"{blocking[0]} was left by a compilation that was killed; this run would wait for it for ever: "
                     f"rm {blocking[0]}")
     if operators and not (shutil.which("c++") or shutil.which("g++")):
-        raise Fault(f"DeepSpeed must compile {operators[0]}, and there is no C++ compiler: install g++, "
+        raise UserError(f"DeepSpeed must compile {operators[0]}, and there is no C++ compiler: install g++, "
                     'or take AdamW as the optimizer, which needs none', shared=True)
     return [f"{lock} was left by a compilation that was killed. This run doesn't need it; clear it: rm {lock}"
             for lock in locks]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 # Longest name first where one contains another: the first that occurs in the device's name counts.
 PEAK_TFLOPS = {
@@ -44,7 +44,7 @@ def common_device(facts: list[dict[str, Any]], hosts: Sequence[str]) -> str:
     places = {kind: sorted({h for h, entry in zip(hosts, facts, strict=True) if entry["type"] == kind})
               for kind in sorted(kinds)}
     found = "; ".join(f"{kind} on {', '.join(names)}" for kind, names in places.items())
-    raise Fault(f"the ranks have different devices: {found}. Is a GPU driver broken there? Try: nvidia-smi")
+    raise UserError(f"the ranks have different devices: {found}. Is a GPU driver broken there? Try: nvidia-smi")
 
 
 def choose_precision(wanted: str, facts: list[dict[str, Any]]) -> str:
@@ -53,7 +53,7 @@ def choose_precision(wanted: str, facts: list[dict[str, Any]]) -> str:
     Raises Fault for fp16 on a CPU, which DeepSpeed and torch refuse there.
     """
     if wanted == "fp16" and not all(entry["fp16"] for entry in facts):
-        raise Fault("fp16 needs a GPU on every rank: leave --precision at auto, or take bf16 or fp32", shared=True)
+        raise UserError("fp16 needs a GPU on every rank: leave --precision at auto, or take bf16 or fp32", shared=True)
     if wanted != "auto":
         return wanted
     return next((kind for kind in ("bf16", "fp16") if all(entry[kind] for entry in facts)), "fp32")

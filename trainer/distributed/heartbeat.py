@@ -13,7 +13,7 @@ EVERY_S = 1.0  # a step or batch may be shorter: not each is told of
 _told = 0.0
 
 
-def tell(what: str, often: bool = False) -> None:
+def report(what: str, often: bool = False) -> None:
     """Say what is being done ("step 12/550"); `often`: it comes many times a second, and may be left out."""
     global _told
     folder, now = os.environ.get("LANSPEED_PROGRESS"), time.monotonic()

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-MEETING_LIMIT_S = 600
-FIRST_SUM_LIMIT_S = 60
+RENDEZVOUS_LIMIT_S = 600
+ALL_REDUCE_LIMIT_S = 60
 PREPARING_LIMIT_S = 7 * 24 * 3600
 
 
@@ -65,9 +65,9 @@ def interface_towards(address: str) -> str | None:
     return None
 
 
-def first_rank_gone() -> Fault:
+def rank_0_lost() -> UserError:
     """Return the Fault of a lost store: rank 0, which holds it, has said itself why it ended; others stay silent."""
-    return Fault("rank 0 has gone", shared=True)
+    return UserError("rank 0 has gone", shared=True)
 
 
 class Ranks:
@@ -105,7 +105,7 @@ class Ranks:
         """True if every rank is on the same machine; known once they have met."""
         return len(set(self.nodes)) == 1
 
-    def meet(self, limit_s: int = MEETING_LIMIT_S) -> None:
+    def rendezvous(self, limit_s: int = RENDEZVOUS_LIMIT_S) -> None:
         """Open the store at MASTER_ADDR and wait for every rank; raise a Fault that names the missing ones."""
         from torch.distributed import DistNetworkError, DistStoreError, rendezvous
 
@@ -118,13 +118,13 @@ class Ranks:
             self._store, _, _ = next(rendezvous("env://", self.rank, self.world_size, timeout=limit))
         except (DistNetworkError, DistStoreError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise Fault(
+            raise UserError(
                 f"{self.host}: rank {self.rank} cannot meet the others at {where}: {reason}. "
                 "Is the port free there and reachable from here?"
             ) from None
-        self.hosts, self.nodes = zip(*self.exchange("host", [self.host, self.node], limit_s), strict=True)
+        self.hosts, self.nodes = zip(*self.all_gather_json("host", [self.host, self.node], limit_s), strict=True)
 
-    def exchange(self, name: str, value: Any, limit_s: int = MEETING_LIMIT_S) -> list[Any]:
+    def all_gather_json(self, name: str, value: Any, limit_s: int = RENDEZVOUS_LIMIT_S) -> list[Any]:
         """Return what every rank gave under `name`, in rank order (any JSON value); works without process group.
 
         Raises Fault, naming the ranks that gave nothing within `limit_s` seconds.
@@ -138,22 +138,22 @@ class Ranks:
             return [json.loads(self._store.get(key)) for key in keys]
         except DistStoreError:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            raise Fault(f"{self.host}: after {limit_s} s nothing came from rank {missing} ({name})") from None
+            raise UserError(f"{self.host}: after {limit_s} s nothing came from rank {missing} ({name})") from None
         except DistNetworkError:
-            raise first_rank_gone() from None
+            raise rank_0_lost() from None
 
-    def publish(self, name: str, value: Any) -> None:
+    def set(self, name: str, value: Any) -> None:
         """Offer `value` (any JSON value) to whichever rank asks for `name`."""
         self._store.set(f"lanspeed/{name}", json.dumps(value))
 
-    def ask(self, name: str, limit_s: int = PREPARING_LIMIT_S) -> Any:
+    def get(self, name: str, limit_s: int = PREPARING_LIMIT_S) -> Any:
         """Return what a rank published under `name`, waiting for it up to `limit_s` seconds."""
         from torch.distributed import DistNetworkError
 
         try:
             self._store.wait([f"lanspeed/{name}"], timedelta(seconds=limit_s))
         except DistNetworkError:
-            raise first_rank_gone() from None
+            raise rank_0_lost() from None
         return json.loads(self._store.get(f"lanspeed/{name}"))
 
     def start_process_group(self, device_type: str) -> None:
@@ -164,22 +164,22 @@ class Ranks:
         """
         import torch.distributed as dist
 
-        cards = self.exchange("card", os.environ.get("GLOO_SOCKET_IFNAME", "the default"))
+        interfaces = self.all_gather_json("card", os.environ.get("GLOO_SOCKET_IFNAME", "the default"))
         backend = {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
         try:
             dist.init_process_group(
                 backend, store=dist.PrefixStore("group", self._store), rank=self.rank, world_size=self.world_size)
-            self._add_up(device_type)
+            self._test_all_reduce(device_type)
         except RuntimeError as error:
             reason = str(error).splitlines()[0][:200]
             missing = sorted({int(rank) for rank in re.findall(r"[Rr]ank (\d+)", reason)} - {self.rank})
-            who = ", ".join(f"rank {rank} on {self.hosts[rank]} (network card {cards[rank]})" for rank in missing
+            who = ", ".join(f"rank {rank} on {self.hosts[rank]} (network card {interfaces[rank]})" for rank in missing
                             if rank < self.world_size) or "some ranks"
-            raise Fault(f"{self.host} (network card {cards[self.rank]}): {who} did not come to the first sum: {reason}."
+            raise UserError(f"{self.host} (network card {interfaces[self.rank]}): {who} did not come to the first sum: {reason}."
                         " Can the hosts reach each other? GLOO_SOCKET_IFNAME names the network card") from None
         self._side_group = dist.new_group(backend="gloo")
 
-    def _add_up(self, device_type: str) -> None:
+    def _test_all_reduce(self, device_type: str) -> None:
         """Add up a number over all ranks, before anything big is loaded; raise RuntimeError if not all come.
 
         Ranks that met at the store may still not reach each other: the store is a connection to rank 0 alone.
@@ -187,7 +187,7 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        limit = timedelta(seconds=FIRST_SUM_LIMIT_S)
+        limit = timedelta(seconds=ALL_REDUCE_LIMIT_S)
         group = dist.new_group(backend="gloo", timeout=limit)
         dist.monitored_barrier(group, timeout=limit, wait_all_ranks=True)
         value = torch.ones(1, device=device_type)
@@ -196,7 +196,7 @@ class Ranks:
             raise RuntimeError(f"the sum over all ranks is {int(value)}")
         dist.destroy_process_group(group)
 
-    def total(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         """Return each value summed over all ranks; every rank must call it with as many."""
         import torch
         import torch.distributed as dist
@@ -207,7 +207,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.total(0)
+        self.all_reduce_sum(0)
 
 
 class SharedFlag:

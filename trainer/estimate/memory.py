@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 LORA_SHARE = 0.01  # of a model's weights in an adapter of rank 16, about
 NF4 = 0.55  # bytes of a weight in 4 bits with its doubly quantized scales (arXiv 2305.14314)
-TOLD_FROM = 0.02  # of what is needed: less isn't worth a word
+MIN_SAVING = 0.02  # of what is needed: less isn't worth a word
 
 
 @dataclass(frozen=True)
-class Load:
+class MemoryInputs:
     """What is trained how: weights, those trained, shape of the model, of a micro batch, of ZeRO (stage None: without).
 
     `number`: bytes of a weight and an activation, `weight`: of a frozen weight where that is kept smaller.
@@ -42,66 +42,67 @@ class Load:
     liger: bool = False
 
 
-def needs(load: Load) -> dict[str, float]:
+def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     """Return the bytes of one rank on its device, by what takes them."""
-    stage, split = load.stage or 0, 1 / load.ranks
-    kept = 4 if load.stage is None else load.number  # plain PyTorch keeps 32 bits
-    states = (8 if load.stage is None else 12) * load.trained * (split if stage >= 1 else 1)
-    weights = load.weights * (load.weight or kept) * (split if stage == 3 else 1)
-    layer = 8 * load.hidden + 4 * load.intermediate + 2 * load.keys + (2 * load.hidden if load.number == 2 else 0)
-    tokens = load.micro * load.sequence
-    numbers = layer + load.hidden * load.layers if load.checkpoints else layer * load.layers
-    logits = (8 + 2 * load.number) * tokens * load.vocabulary  # they, their log-softmax, its gradient, their own
-    return {"weights": weights, "gradients": load.trained * kept * (split if stage >= 2 else 1),
-            "optimizer states": 0.0 if load.offloads else states, "activations": numbers * tokens * load.number,
-            "logits": logits / 10 if load.liger else logits}
+    stage, split = inputs.stage or 0, 1 / inputs.ranks
+    kept = 4 if inputs.stage is None else inputs.number  # plain PyTorch keeps 32 bits
+    states = (8 if inputs.stage is None else 12) * inputs.trained * (split if stage >= 1 else 1)
+    weights = inputs.weights * (inputs.weight or kept) * (split if stage == 3 else 1)
+    layer = 8 * inputs.hidden + 4 * inputs.intermediate + 2 * inputs.keys + (2 * inputs.hidden if inputs.number == 2
+                                                                             else 0)
+    tokens = inputs.micro * inputs.sequence
+    numbers = layer + inputs.hidden * inputs.layers if inputs.checkpoints else layer * inputs.layers
+    logits = (8 + 2 * inputs.number) * tokens * inputs.vocabulary  # they, their log-softmax, its gradient, their own
+    return {"weights": weights, "gradients": inputs.trained * kept * (split if stage >= 2 else 1),
+            "optimizer states": 0.0 if inputs.offloads else states, "activations": numbers * tokens * inputs.number,
+            "logits": logits / 10 if inputs.liger else logits}
 
 
-def advice(load: Load, on_gpu: bool) -> list[tuple[str, float]]:
+def savings(inputs: MemoryInputs, on_gpu: bool) -> list[tuple[str, float]]:
     """Return what would save memory and how many bytes of a rank's, the gentlest first."""
-    before = sum(needs(load).values())
-    found = [(words, before - sum(needs(other).values())) for words, other in choices(load, on_gpu)]
-    return [(words, saved) for words, saved in found if saved > TOLD_FROM * before]
+    before = sum(bytes_needed(inputs).values())
+    found = [(words, before - sum(bytes_needed(other).values())) for words, other in alternatives(inputs, on_gpu)]
+    return [(words, saved) for words, saved in found if saved > MIN_SAVING * before]
 
 
-def choices(load: Load, on_gpu: bool) -> Iterator[tuple[str, Load]]:
+def alternatives(inputs: MemoryInputs, on_gpu: bool) -> Iterator[tuple[str, MemoryInputs]]:
     """Yield flags and the load with them: first what leaves the result as it is, then what costs time, then others."""
     flag = "--config" if "LANSPEED_PLAIN" in os.environ else "--deepspeed_config"  # the launcher's, or the trainer's
-    presets, stage = f"{flag} trainer/configs", load.stage or 0
-    if load.micro > 1:
-        parts = next(number for number in range(2, load.micro + 1) if load.micro % number == 0)
-        micro, more = load.micro // parts, load.accumulation * parts
+    presets, stage = f"{flag} trainer/configs", inputs.stage or 0
+    if inputs.micro > 1:
+        parts = next(number for number in range(2, inputs.micro + 1) if inputs.micro % number == 0)
+        micro, more = inputs.micro // parts, inputs.accumulation * parts
         yield (f"--per_device_train_batch_size {micro} --gradient_accumulation_steps {more}",
-               replace(load, micro=micro, accumulation=more))
-    if on_gpu and not load.liger:
-        yield "--liger", replace(load, liger=True)
-    if load.ranks > 1 and stage < 1:
-        yield f"{presets}/zero1.json", replace(load, stage=1)
-    if load.ranks > 1 and stage < 2:
-        yield f"{presets}/zero2.json", replace(load, stage=2)
-    if not load.checkpoints:
-        yield "--activation_checkpointing", replace(load, checkpoints=True)
-    if on_gpu and not load.offloads:
-        yield f"{presets}/zero2_offload.json", replace(load, stage=max(stage, 2), offloads=True)
-    if load.ranks > 1 and stage < 3 and not load.weight:
-        yield f"{presets}/zero3.json", replace(load, stage=3)
+               replace(inputs, micro=micro, accumulation=more))
+    if on_gpu and not inputs.liger:
+        yield "--liger", replace(inputs, liger=True)
+    if inputs.ranks > 1 and stage < 1:
+        yield f"{presets}/zero1.json", replace(inputs, stage=1)
+    if inputs.ranks > 1 and stage < 2:
+        yield f"{presets}/zero2.json", replace(inputs, stage=2)
+    if not inputs.checkpoints:
+        yield "--activation_checkpointing", replace(inputs, checkpoints=True)
+    if on_gpu and not inputs.offloads:
+        yield f"{presets}/zero2_offload.json", replace(inputs, stage=max(stage, 2), offloads=True)
+    if inputs.ranks > 1 and stage < 3 and not inputs.weight:
+        yield f"{presets}/zero3.json", replace(inputs, stage=3)
         if on_gpu:
-            yield f"{presets}/zero3_offload.json", replace(load, stage=3, offloads=True)
-    if load.trained == load.weights:
-        adapter = replace(load, trained=LORA_SHARE * load.weights)
+            yield f"{presets}/zero3_offload.json", replace(inputs, stage=3, offloads=True)
+    if inputs.trained == inputs.weights:
+        adapter = replace(inputs, trained=LORA_SHARE * inputs.weights)
         yield "--lora", adapter
         if on_gpu and stage < 3:
             yield "--qlora", replace(adapter, weight=NF4)
-    yield f"--sequence_length {load.sequence // 2}", replace(load, sequence=load.sequence // 2)
+    yield f"--sequence_length {inputs.sequence // 2}", replace(inputs, sequence=inputs.sequence // 2)
 
 
-def told(load: Load, on_gpu: bool) -> list[str]:
+def report_lines(inputs: MemoryInputs, on_gpu: bool) -> list[str]:
     """Return the lines that a person reads when memory has run out."""
-    parts = needs(load)
+    parts = bytes_needed(inputs)
     what = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
     lines = [f"a rank needs about {gigabytes(sum(parts.values()))} GB: {what}",
              "what saves how much of it, the gentlest first:"]
-    found = advice(load, on_gpu)
+    found = savings(inputs, on_gpu)
     width = max((len(words) for words, _ in found), default=0)
     return lines + [f"  {words:<{width}}  {gigabytes(saved)} GB" for words, saved in found]
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME, USUAL = "documents", "sdpa"
-ALIKE = 1e-3  # of the logits' spread, by which two ways to compute them may differ in float32
+LOGIT_TOLERANCE = 1e-3  # of the logits' spread, by which two ways to compute them may differ in float32
 _last: tuple[Any, list[int]] = (None, [])  # every layer asks for the same positions
 
 
@@ -50,7 +50,7 @@ def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     return torch.cat(parts, dim=2).transpose(1, 2).reshape(rows, width, heads, value.shape[3]), None
 
 
-def suits(model: Any, options: argparse.Namespace, device: str, longest: int) -> bool:
+def can_use_varlen(model: Any, options: argparse.Namespace, device: str, longest: int) -> bool:
     """Tell whether to try it: on a CPU, with nothing else asked for, where all of a document is seen."""
     text = model.config.get_text_config()
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -58,7 +58,7 @@ def suits(model: Any, options: argparse.Namespace, device: str, longest: int) ->
         model.config._attn_implementation == USUAL and all(not window or window >= longest for window in windows)
 
 
-def switch(model: Any, name: str) -> None:
+def set_attention(model: Any, name: str) -> None:
     """Have a model attend in one way or the other."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, lambda *_, **__: None)
@@ -66,20 +66,20 @@ def switch(model: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def usual(model: Any) -> Iterator[None]:
+def original_attention(model: Any) -> Iterator[None]:
     """Attend in the usual way for a while: with a cache."""
     before = model.config._attn_implementation
     if before != NAME:
         yield
         return
-    switch(model, USUAL)
+    set_attention(model, USUAL)
     try:
         yield
     finally:
-        switch(model, NAME)
+        set_attention(model, NAME)
 
 
-def keep_if_alike(model: Any, logits: Any, vocabulary: int, device: Any) -> None:
+def fall_back_unless_equal(model: Any, logits: Any, vocabulary: int, device: Any) -> None:
     """Go back to the usual attention if a model's logits for a packed row differ with it; `logits` as in CausalTrainer.
 
     Under ZeRO-3 every rank must call it.
@@ -92,7 +92,7 @@ def keep_if_alike(model: Any, logits: Any, vocabulary: int, device: Any) -> None
         found = logits(ids, positions).float()
     except (ValueError, TypeError, RuntimeError):
         found = None
-    switch(model, USUAL)
+    set_attention(model, USUAL)
     expected = logits(ids, positions).float()
-    if found is not None and (found - expected).abs().max().item() <= ALIKE * expected.std().item():
-        switch(model, NAME)
+    if found is not None and (found - expected).abs().max().item() <= LOGIT_TOLERANCE * expected.std().item():
+        set_attention(model, NAME)

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from trainer.errors import Fault, first_line, ran_out
+from trainer.errors import UserError, first_line, is_out_of_memory
 from trainer.model.loading import attention_of
 
 # What a configuration works out from other values, and keeps: another value makes it wrong.
@@ -20,7 +20,7 @@ def overridden(config: Any, text: str) -> Any:
         key, equals, value = map(str.strip, word.partition("="))
         key = (config.attribute_map or {}).get(key, key)
         if not equals or key not in values:
-            raise Fault(f"--config_overrides {word}: KEY=VALUE, a key that this configuration has, like "
+            raise UserError(f"--config_overrides {word}: KEY=VALUE, a key that this configuration has, like "
                         f"{', '.join(sorted(name for name in values if 'hidden' in name or 'n_' in name)[:3])}",
                         shared=True)
         try:
@@ -33,7 +33,7 @@ def overridden(config: Any, text: str) -> Any:
     try:
         return type(config).from_dict({**values, **wanted})
     except Exception as error:  # each class has its own way to refuse
-        raise Fault(f"--config_overrides {text}: {first_line(error)}", shared=True) from None
+        raise UserError(f"--config_overrides {text}: {first_line(error)}", shared=True) from None
 
 
 def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype: str) -> Any:
@@ -55,6 +55,6 @@ def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype:
             config, dtype=getattr(torch, dtype), attn_implementation=attention_of(options, dtype),
             trust_remote_code=options.trust_remote_code)
     except Exception as error:  # a shape that can't be shows in many ways
-        if ran_out(error):
+        if is_out_of_memory(error):
             raise
-        raise Fault(f"model '{options.model_name_or_path}': {first_line(error)}", shared=True) from None
+        raise UserError(f"model '{options.model_name_or_path}': {first_line(error)}", shared=True) from None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import Fault, first_line
+from trainer.errors import UserError, first_line
 
 TINY = "tiny"
 # Chosen by what a minute on two cores teaches: fewer weights and more steps beat a bigger model.
@@ -31,11 +31,11 @@ def load_config(options: argparse.Namespace) -> Any:
         return None
     path = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not (path.is_dir() or (options.from_config and path.is_file())):
-        raise Fault(f"model '{name}': no such folder")
+        raise UserError(f"model '{name}': no such folder")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise Fault(f"model '{name}': {first_line(error)}") from None
+        raise UserError(f"model '{name}': {first_line(error)}") from None
 
 
 def choose_sequence_length(options: argparse.Namespace, config: Any) -> int:
@@ -48,7 +48,7 @@ def choose_sequence_length(options: argparse.Namespace, config: Any) -> int:
     wanted = options.sequence_length or min(256 if config is None else 1024, limit)
     if not 2 <= wanted <= limit:
         name = options.model_name_or_path
-        raise Fault(f"--sequence_length {wanted}: {name} takes 2 to {limit:,} tokens", shared=True)
+        raise UserError(f"--sequence_length {wanted}: {name} takes 2 to {limit:,} tokens", shared=True)
     return wanted
 
 
@@ -87,7 +87,7 @@ def load_model(options: argparse.Namespace, dtype: str, in_4_bits_on: Any = None
             use_safetensors=None if options.allow_pickle else True, **quantized(dtype, in_4_bits_on))
     except (OSError, ValueError, ImportError) as error:
         hint = " Weights in another form: --allow_pickle" if "safetensors" in str(error) else ""
-        raise Fault(f"model '{name}': {first_line(error)}{hint}") from None
+        raise UserError(f"model '{name}': {first_line(error)}{hint}") from None
 
 
 def quantized(dtype: str, device: Any) -> dict[str, Any]:
@@ -119,5 +119,5 @@ def check_isolation(forward: Callable[..., Any], vocabulary: int, device: Any, r
               for before in (first, other)]
     change = (behind[0] - behind[1]).abs().max().item()
     if not change <= 0.01 * behind[0].std().item():
-        raise Fault("this model lets packed documents see each other (logits change by "
+        raise UserError("this model lets packed documents see each other (logits change by "
                     f"{change:.2g}): train it with --no_packing", shared=True)

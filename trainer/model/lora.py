@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.distributed.deepspeed_config import lookup
-from trainer.errors import Fault, first_line
+from trainer.errors import UserError, first_line
 from trainer.model import loading
 
 ALPHA = 2  # times the rank: peft scales what is learnt by alpha / rank
@@ -19,7 +19,7 @@ ALPHA = 2  # times the rank: peft scales what is learnt by alpha / rank
 def check(options: argparse.Namespace, ds_config: dict[str, Any] | None) -> None:
     """Raise a Fault for an adapter that can't be trained so."""
     if options.qlora and lookup(ds_config or {}, "zero_optimization.stage") == 3:
-        raise Fault("--qlora: ZeRO-3 can't split weights of 4 bits: take trainer/configs/zero1.json, or --lora",
+        raise UserError("--qlora: ZeRO-3 can't split weights of 4 bits: take trainer/configs/zero1.json, or --lora",
                     exit_code=2, shared=True)
 
 
@@ -34,7 +34,7 @@ def add_adapter(model: Any, options: argparse.Namespace) -> Any:
         found = get_peft_model(model, LoraConfig(
             r=options.lora, lora_alpha=ALPHA * options.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
     except (ValueError, NotImplementedError) as error:
-        raise Fault(f"--lora: {first_line(error)}", shared=True) from None
+        raise UserError(f"--lora: {first_line(error)}", shared=True) from None
     if options.activation_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
         model.enable_input_require_grads()
     return found

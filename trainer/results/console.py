@@ -36,7 +36,7 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Silence what libraries say that nobody can do anything about."""
     import datasets
     import transformers

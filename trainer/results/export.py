@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.verification import write_whole
+from trainer.checkpoint.verification import write_atomically
 from trainer.model import loading, lora
 from trainer.results.setup import Setup
 
@@ -22,7 +22,7 @@ def keep_ds_config(setup: Setup, trainer: Any) -> None:
         used.pop("steps_per_print", None)  # infinity, set by accelerate; not JSON
         if setup.universal:  # that form is gone by then
             used["checkpoint"] = {key: value for key, value in used["checkpoint"].items() if key != "load_universal"}
-        write_whole(setup.run.path / "ds_config.json", json.dumps(used, indent=2) + "\n")
+        write_atomically(setup.run.path / "ds_config.json", json.dumps(used, indent=2) + "\n")
 
 
 def save_model(setup: Setup, trainer: Any) -> None:

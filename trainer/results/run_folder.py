@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.verification import write_whole
+from trainer.checkpoint.verification import write_atomically
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -93,7 +93,7 @@ class RunFolder:
                         "versions": package_versions(), "git_commit": git_commit()}
         self._write_record()
         kept = [row for row in self.read_metrics() if row["step"] <= (resumed_at or 0)] if resumed_at else []
-        write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def finish(self, status: str, exit_code: int, **facts: Any) -> None:
         """Complete run.json: status finished, stopped or failed."""
@@ -101,7 +101,7 @@ class RunFolder:
         self._write_record()
 
     def _write_record(self) -> None:
-        write_whole(self.path / "run.json", json.dumps(self._record, indent=1) + "\n")
+        write_atomically(self.path / "run.json", json.dumps(self._record, indent=1) + "\n")
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from trainer.checkpoint.verification import write_whole
+from trainer.checkpoint.verification import write_atomically
 from trainer.distributed import heartbeat
 from trainer.model import document_attention
 from trainer.results.setup import Setup
@@ -41,15 +41,15 @@ def write(setup: Setup, trainer: Any) -> None:
     if not setup.options.num_samples or not (setup.ranks.is_first or setup.engine.endswith("ZeRO-3")):
         return
     step = trainer.state.global_step
-    heartbeat.tell(f"writing samples of step {step}")
+    heartbeat.report(f"writing samples of step {step}")
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     made = list(continuations(model, setup.tokenizer, prompts(setup), setup.options.seed))
     if setup.ranks.is_first:
         text = "\n".join(f"[{number}] {prompt.strip()} >>>{said.rstrip()}\n"
                          for number, (prompt, said) in enumerate(made, 1))
         setup.run.samples.mkdir(exist_ok=True)
-        write_whole(setup.run.samples / f"step-{step:07d}.txt", f"after {step} steps\n\n{text}\n")
-        write_whole(setup.run.sample, text)
+        write_atomically(setup.run.samples / f"step-{step:07d}.txt", f"after {step} steps\n\n{text}\n")
+        write_atomically(setup.run.sample, text)
 
 
 def prompts(setup: Setup) -> list[list[int]]:
@@ -60,8 +60,8 @@ def prompts(setup: Setup) -> list[list[int]]:
     for piece in pieces:
         if len(found) == setup.options.num_samples:
             break
-        if "loss" in piece:
-            asked = piece["loss"].index(1)  # up to where the assistant begins to speak
+        if "loss_mask" in piece:
+            asked = piece["loss_mask"].index(1)  # up to where the assistant begins to speak
             if asked <= room:
                 found.append(piece["input_ids"][:asked])
         elif piece["length"] >= 2 * PROMPT_TOKENS:
@@ -81,7 +81,7 @@ def continuations(model: Any, tokenizer: Any, asked: list[list[int]], seed: int)
     model.eval()
     here = [model.device.index or 0] if model.device.type == "cuda" else []
     eager = torch.compiler.set_stance("force_eager")  # each length would be compiled anew
-    with torch.random.fork_rng(here), torch.no_grad(), eager, document_attention.usual(model):
+    with torch.random.fork_rng(here), torch.no_grad(), eager, document_attention.original_attention(model):
         torch.manual_seed(seed)
         for prompt in asked:
             ids = torch.tensor([prompt], device=next(model.parameters()).device)

@@ -9,8 +9,8 @@ from typing import Any
 
 from trainer.checkpoint import verification
 from trainer.checkpoint.verification import Layout
-from trainer.data.dataset import Prepared
-from trainer.data.packing import Rows
+from trainer.data.dataset import TokenizedDataset
+from trainer.data.packing import PackedSequences
 from trainer.distributed import deepspeed_config
 from trainer.distributed.ranks import Ranks
 from trainer.results.console import Console
@@ -36,7 +36,7 @@ class Setup:
     spare_devices: int
     ds_config: dict[str, Any] | None
     config: Any
-    data: Prepared
+    data: TokenizedDataset
     tokenizer: Any
     sequence_length: int
     run: RunFolder
@@ -56,9 +56,9 @@ class Setup:
         return verification.step_of(self.checkpoint) if self.checkpoint else None
 
     @property
-    def rows_a_step(self) -> int:
+    def global_batch_size(self) -> int:
         """Rows of all ranks in an optimizer step."""
-        return rows_a_step(self.options, self.ranks.world_size)
+        return global_batch_size(self.options, self.ranks.world_size)
 
     @property
     def writes(self) -> bool:
@@ -72,17 +72,17 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is trained: the model's configuration, its parameters and those that are trained, rows, steps."""
 
     config: Any
     parameters: int
     trained: int
-    rows: Rows
+    sequences: PackedSequences
     steps: int
 
 
-def rows_a_step(options: argparse.Namespace, world_size: int) -> int:
+def global_batch_size(options: argparse.Namespace, world_size: int) -> int:
     """Return the rows of all ranks in an optimizer step."""
     return int(options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size)
 

@@ -10,35 +10,35 @@ from typing import Any
 from trainer.data.chat import TEXT
 from trainer.model import lora
 from trainer.results.console import duration, short
-from trainer.results.setup import Setup, Work
+from trainer.results.setup import Setup, Workload
 
 SHOWN = 1000  # characters at each end of the first example
-TOLD_OF = 0.02  # share of the time that goes by in waiting for the slowest rank
+MIN_WAIT_SHARE = 0.02  # share of the time that goes by in waiting for the slowest rank
 
 
-def describe(setup: Setup, work: Work) -> None:
+def describe(setup: Setup, workload: Workload) -> None:
     """Print what is about to be done."""
-    o, facts, rows, ranks = setup.options, setup.data.facts, work.rows, setup.ranks
+    o, facts, rows, ranks = setup.options, setup.data.info, workload.sequences, setup.ranks
     hosts = Counter(ranks.hosts)
-    adapter = f", {short(work.trained)} of an adapter are trained (LoRA, rank {o.lora})" if o.lora else ""
+    adapter = f", {short(workload.trained)} of an adapter are trained (LoRA, rank {o.lora})" if o.lora else ""
     share = f"{short(rows.loss_tokens)} tokens that carry loss"
     if facts.form != TEXT:
         share = f"`{facts.form}`, {rows.loss_tokens / rows.tokens:.0%} of {short(rows.tokens)} tokens carry loss"
-    batch = setup.rows_a_step
+    batch = setup.global_batch_size
     fill = rows.tokens / (rows.filled * setup.sequence_length)
     packed = "padded" if o.no_packing else f"packed, {fill:.1%} full"
     held_out = f"{facts.eval_documents:,} documents" if not facts.eval_by_pieces else "pieces of few documents"
     dropped = f", {facts.dropped:,} empty ones left out" if facts.dropped else ""
     where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
     setup.console.block("lanspeed", {
-        "model": f"{o.model_name_or_path}, {short(work.parameters)} parameters{adapter}",
+        "model": f"{o.model_name_or_path}, {short(workload.parameters)} parameters{adapter}",
         "data": f"{'streamed; the first ' if o.streaming else ''}{facts.documents:,} documents{dropped}, {share}",
         "rows": f"{rows.filled:,} of {setup.sequence_length} tokens, {packed}; {facts.cut:,} documents cut",
         "evaluation": f"{held_out} held out" if len(setup.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
         "batch": f"{batch} rows a step = {o.per_device_train_batch_size} micro x {o.gradient_accumulation_steps} "
                  f"accumulation x {ranks.world_size} ranks, {short(batch * rows.tokens / rows.filled)} tokens",
-        "steps": f"{work.steps:,}" + (f", continuing after {setup.resume_step:,}" if setup.resume_step else ""),
+        "steps": f"{workload.steps:,}" + (f", continuing after {setup.resume_step:,}" if setup.resume_step else ""),
         "precision": f"{setup.precision} on {setup.device}",
         "engine": setup.engine,
         "run": f"{setup.run.path}",
@@ -46,7 +46,7 @@ def describe(setup: Setup, work: Work) -> None:
     if o.lora and setup.engine.endswith("ZeRO-3") and not ranks.on_one_machine:
         weight = 4 if setup.precision == "fp32" else 2
         setup.console.warn(
-            f"ZeRO-3 sends each rank {lora.gathered_gigabytes(work.parameters, weight, ranks.world_size):.1f} GB of "
+            f"ZeRO-3 sends each rank {lora.gathered_gigabytes(workload.parameters, weight, ranks.world_size):.1f} GB of "
             "frozen weights at every micro step: trainer/configs/zero1.json sends the adapter's gradients alone")
     if shown := example(setup):
         setup.console.result("the first example as the model sees it; what stands between » and « carries loss:\n"
@@ -57,23 +57,24 @@ def describe(setup: Setup, work: Work) -> None:
 
 def example(setup: Setup) -> str:
     """Return the first example as the model sees it, what carries loss between » and «; "" for plain text."""
-    if setup.data.facts.form == TEXT:
+    if setup.data.info.form == TEXT:
         return ""
     piece, found = setup.data.train[0], ""
-    for learnt, group in itertools.groupby(zip(piece["input_ids"], piece["loss"], strict=True), lambda pair: pair[1]):
+    for learnt, group in itertools.groupby(zip(piece["input_ids"], piece["loss_mask"], strict=True),
+                                           lambda pair: pair[1]):
         text = setup.tokenizer.decode([token for token, _ in group])
         found += f"»{text}«" if learnt else text
     return found if len(found) <= 2 * SHOWN else f"{found[:SHOWN]} [...] {found[-SHOWN:]}"
 
 
-def run_facts(setup: Setup, work: Work, memory: dict[str, Any] | None) -> dict[str, Any]:
+def run_facts(setup: Setup, workload: Workload, memory: dict[str, Any] | None) -> dict[str, Any]:
     """Return what run.json says of the run."""
     hosts = Counter(setup.ranks.hosts)
-    return {"model": setup.options.model_name_or_path, "dataset": setup.data.facts.name,
-            "data_key": setup.data.facts.key, "hosts": list(hosts), "slots": dict(hosts),
+    return {"model": setup.options.model_name_or_path, "dataset": setup.data.info.name,
+            "data_key": setup.data.info.key, "hosts": list(hosts), "slots": dict(hosts),
             "world_size": setup.ranks.world_size, "engine": setup.engine, "precision": setup.precision,
-            "parameters": work.parameters, "trained_parameters": work.trained, "lora": setup.options.lora,
-            "steps": work.steps, "seed": setup.options.seed, "memory": memory}
+            "parameters": workload.parameters, "trained_parameters": workload.trained, "lora": setup.options.lora,
+            "steps": workload.steps, "seed": setup.options.seed, "memory": memory}
 
 
 def evaluations(trainer: Any) -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ def summary(setup: Setup, trainer: Any, seconds: float, tokens: int) -> dict[str
         found |= {"eval_loss_first": rows[0]["eval_loss"], "eval_loss_last": rows[-1]["eval_loss"],
                   "bits_per_byte_first": rows[0].get("eval_bits_per_byte"),
                   "bits_per_byte_last": rows[-1].get("eval_bits_per_byte"),
-                  "gzip_bits_per_byte": setup.data.facts.gzip_bits_per_byte}
+                  "gzip_bits_per_byte": setup.data.info.gzip_bits_per_byte}
     return found
 
 
@@ -120,7 +121,7 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
         slow = f", {waited['slowest']:.0%} for rank {waited['slowest_rank']} on {waited['slowest_host']}"
         what = "for the ranks' exchange" if ranks_here else "for the network"
         say(f"  waiting          {waited['network']:.0%} of the steps' time {what}"
-            + (slow if waited["slowest"] >= TOLD_OF else ""))
+            + (slow if waited["slowest"] >= MIN_WAIT_SHARE else ""))
     if run.sample.exists():
         say("\nhow it goes on after >>>, in text that was held out:\n")
         say(textwrap.indent(run.sample.read_text(encoding="utf-8").rstrip(), "  "))

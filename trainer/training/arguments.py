@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.results.setup import Setup
 
 NEVER = 10**9
@@ -48,7 +48,7 @@ def check_packages(options: argparse.Namespace, is_first: bool) -> None:
     wanted += [(f"--{name}", name) for name in ("liger", "qlora") if getattr(options, name)]
     for flag, name in wanted:
         if find_spec(PACKAGES[name]) is None:
-            raise Fault(f"{flag}: not installed here: pip install {PACKAGES[name].replace('_', '-')}")
+            raise UserError(f"{flag}: not installed here: pip install {PACKAGES[name].replace('_', '-')}")
 
 
 def place_loggers(path: Any) -> None:
@@ -64,5 +64,6 @@ def compile_model(model: Any, device: str, one_shape: bool) -> None:
     Raises Fault where a compiler is missing.
     """
     if device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
-        raise Fault("--torch_compile on a CPU needs a C++ compiler: install g++, or leave the flag out", shared=True)
+        raise UserError("--torch_compile on a CPU needs a C++ compiler: install g++, or leave the flag out",
+                        shared=True)
     model.compile(dynamic=False if one_shape else None)

@@ -22,11 +22,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trainer.checkpoint import verification
 from trainer.checkpoint.verification import Layout
 from trainer.data import streaming
-from trainer.data.packing import FILLER, IGNORED, Collator, Rows
+from trainer.data.packing import FILLER, IGNORED, Collator, PackedSequences
 from trainer.data.streaming import Stream
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks, SharedFlag
-from trainer.errors import Fault
+from trainer.errors import UserError
 
 
 class CausalTrainer(Trainer):
@@ -37,11 +37,12 @@ class CausalTrainer(Trainer):
     """
 
     def __init__(
-        self, *, ranks: Ranks, eval_rows: Rows, eval_bytes: int | None, layout: Layout, keep: int, collate: Collator,
+        self, *, ranks: Ranks, eval_sequences: PackedSequences, eval_bytes: int | None, layout: Layout, keep: int,
+        collate: Collator,
         **others: Any,
     ) -> None:
-        super().__init__(eval_dataset=eval_rows, data_collator=collate, **others)
-        self._eval_rows, self._collate = eval_rows, collate
+        super().__init__(eval_dataset=eval_sequences, data_collator=collate, **others)
+        self._eval_rows, self._collate = eval_sequences, collate
         self._ranks = ranks
         self._eval_bytes = eval_bytes
         self._layout = layout
@@ -76,7 +77,7 @@ class CausalTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             return self.model_wrapped(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
-    def token_loss(self, rows: Rows) -> tuple[float, int]:
+    def token_loss(self, rows: PackedSequences) -> tuple[float, int]:
         """Return the summed loss in nats and the number of tokens that carry it, over all rows and ranks.
 
         Every rank does as many batches as the others, the last ones possibly empty: ZeRO-3 gathers at each.
@@ -85,7 +86,7 @@ class CausalTrainer(Trainer):
         batches = -(-len(rows) // (size * world))
         nats, tokens = 0.0, 0
         for batch in range(batches):
-            heartbeat.tell(f"evaluation, batch {batch + 1}/{batches}", often=True)
+            heartbeat.report(f"evaluation, batch {batch + 1}/{batches}", often=True)
             first = (batch * world + rank) * size
             chosen = [rows[number] if number < len(rows) else FILLER for number in range(first, first + size)]
             inputs = self._collate(chosen)
@@ -95,7 +96,7 @@ class CausalTrainer(Trainer):
                 nats += functional.cross_entropy(
                     logits[row, :-1].float(), labels[row], ignore_index=IGNORED, reduction="sum").item()
             tokens += int((labels != IGNORED).sum())
-        total_nats, total_tokens = self._ranks.total(nats, tokens)
+        total_nats, total_tokens = self._ranks.all_reduce_sum(nats, tokens)
         return total_nats, int(total_tokens)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -118,8 +119,8 @@ class CausalTrainer(Trainer):
         writes = self.args.should_save
         if writes:
             shutil.rmtree(folder, ignore_errors=True)  # left half-written by an earlier run
-        heartbeat.tell(f"saving {folder.name}")
-        self._check_room(folder, writes)
+        heartbeat.report(f"saving {folder.name}")
+        self._check_disk_space(folder, writes)
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:
@@ -130,7 +131,7 @@ class CausalTrainer(Trainer):
         self._ranks.barrier()
         if writes:
             self._name_latest(folder)
-            verification.seal(folder, self._layout)
+            verification.write_manifest(folder, self._layout)
             verification.rotate(folder.parent, self._keep)
             self._checkpoint_bytes = verification.folder_bytes(folder)
         self._ranks.barrier()
@@ -140,15 +141,15 @@ class CausalTrainer(Trainer):
         """Write the file by which DeepSpeed finds its part of a checkpoint; it does so itself on one machine only."""
         tag = f"global_step{self.state.global_step}"
         if (folder / tag).is_dir() and not (folder / "latest").exists():
-            verification.write_whole(folder / "latest", tag)
+            verification.write_atomically(folder / "latest", tag)
 
-    def _check_room(self, folder: Path, writes: bool) -> None:
+    def _check_disk_space(self, folder: Path, writes: bool) -> None:
         lacking = writes and verification.free_bytes(folder) < self._checkpoint_bytes
-        problems = self._ranks.exchange(
+        problems = self._ranks.all_gather_json(
             f"room/{self.state.global_step}", f"{self._ranks.host}: {folder.parent}" if lacking else None)
         full = [problem for problem in problems if problem]
         if full:
-            raise Fault(f"no room for checkpoint-{self.state.global_step} "
+            raise UserError(f"no room for checkpoint-{self.state.global_step} "
                         f"({self._checkpoint_bytes / 1e9:.2f} GB) at {', '.join(full)}. The last good checkpoint is "
                         "intact: free space, then --resume_from_checkpoint auto", shared=True)
 
@@ -158,11 +159,11 @@ class CausalTrainer(Trainer):
         if not (full or "PytorchStreamWriter" in str(error)):
             return error
         shutil.rmtree(folder, ignore_errors=True)
-        return Fault(f"{self._ranks.host}: {folder} could not be written: no space left. The checkpoint before it is "
+        return UserError(f"{self._ranks.host}: {folder} could not be written: no space left. The checkpoint before it is "
                      "intact: free space, then --resume_from_checkpoint auto")
 
 
-class Stop(TrainerCallback):
+class StopOnSignal(TrainerCallback):
     """Save and stop all ranks at the same step once any of them was asked to."""
 
     def __init__(self, ranks: Ranks) -> None:

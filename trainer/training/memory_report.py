@@ -7,22 +7,22 @@ from typing import Any
 
 from trainer.distributed.deepspeed_config import lookup
 from trainer.distributed.ranks import Ranks
-from trainer.estimate.memory import NF4, Load, gigabytes, needs, told
-from trainer.results.setup import Setup, Work
+from trainer.estimate.memory import NF4, MemoryInputs, bytes_needed, gigabytes, report_lines
+from trainer.results.setup import Setup, Workload
 
 UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
 
 
-def load_of(setup: Setup, work: Work) -> Load:
+def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
     """Return what a training puts on each rank."""
-    o, config = setup.options, work.config
+    o, config = setup.options, workload.config
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     stage = None if setup.ds_config is None else int(lookup(setup.ds_config, "zero_optimization.stage") or 0)
     device = lookup(setup.ds_config or {}, "zero_optimization.offload_optimizer.device")
-    return Load(
-        weights=work.parameters, trained=work.trained, layers=config.num_hidden_layers, hidden=hidden,
+    return MemoryInputs(
+        weights=workload.parameters, trained=workload.trained, layers=config.num_hidden_layers, hidden=hidden,
         intermediate=max(inner) if isinstance(inner, list) else inner,
         keys=size * (getattr(config, "num_key_value_heads", None) or heads), vocabulary=config.vocab_size,
         sequence=setup.sequence_length, micro=o.per_device_train_batch_size,
@@ -31,35 +31,35 @@ def load_of(setup: Setup, work: Work) -> Load:
         offloads=device in ("cpu", "nvme"), checkpoints=o.activation_checkpointing, liger=o.liger)
 
 
-def explained(ranks: Ranks, setup: Setup | None, work: Work | None, step: int) -> str:
+def explained(ranks: Ranks, setup: Setup | None, workload: Workload | None, step: int) -> str:
     """Return what a rank says whose memory has run out after `step` steps; what was not settled by then is None."""
     where = f"{ranks.host}: rank {ranks.rank} ran out of memory"
     if setup is None:
         return f"{where} as it prepared the data: --streaming holds little of it at once"
-    if work is None:
+    if workload is None:
         return f"{where} as it loaded the model: fewer ranks a host, or ZeRO-3, which loads it in parts"
-    where += f" after step {step} of {work.steps}"
+    where += f" after step {step} of {workload.steps}"
     try:
-        return "\n".join([where, *told(load_of(setup, work), setup.device != "cpu")])
+        return "\n".join([where, *report_lines(memory_inputs(setup, workload), setup.device != "cpu")])
     except UNKNOWN_SHAPE:
         return f"{where}: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps"
 
 
-def described(setup: Setup, work: Work) -> dict[str, Any] | None:
+def described(setup: Setup, workload: Workload) -> dict[str, Any] | None:
     """Return what run.json says of memory; "host" has what would save a host's own, should the kernel kill a rank.
 
     None for a model whose configuration has other names for its shape.
     """
     try:
-        load = load_of(setup, work)
+        load = memory_inputs(setup, workload)
     except UNKNOWN_SHAPE:
         return None
-    host = told(load, on_gpu=False) if setup.device == "cpu" else []
+    host = report_lines(load, on_gpu=False) if setup.device == "cpu" else []
     if host:
         host.append(f"and fewer slots a host: {setup.ranks.local_world_size} ranks share the memory of "
                     f"{setup.ranks.host}")
     elif load.offloads:
-        states = needs(replace(load, offloads=False))["optimizer states"]
+        states = bytes_needed(replace(load, offloads=False))["optimizer states"]
         host = [f"each rank keeps {gigabytes(states)} GB of optimizer states in the host's memory: "
                 "trainer/configs/zero2.json leaves them on the GPU, --lora needs almost none"]
-    return {"needs": {name: round(size) for name, size in needs(load).items()}, "host": host}
+    return {"needs": {name: round(size) for name, size in bytes_needed(load).items()}, "host": host}

@@ -7,14 +7,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from trainer.checkpoint import universal
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.model import document_attention, loading
 from trainer.results import export
 from trainer.results.setup import Setup
 from trainer.training.causal_trainer import CausalTrainer
 
 
-class FirstLook(TrainerCallback):
+class Preflight(TrainerCallback):
     """Before the first step, with the engine built: do ranks agree on their number, and documents stay apart?"""
 
     def __init__(self, setup: Setup, trainer: CausalTrainer) -> None:
@@ -25,14 +25,14 @@ class FirstLook(TrainerCallback):
         setup, trainer = self._setup, self._trainer
         export.keep_ds_config(setup, trainer)
         if setup.universal:  # loaded by now, on all ranks
-            universal.own_step_counts(trainer.model_wrapped)
+            universal.separate_step_counts(trainer.model_wrapped)
             setup.ranks.barrier()
             if setup.checkpoint and setup.writes:
-                universal.forget(setup.checkpoint)
+                universal.remove_universal(setup.checkpoint)
         check_world_sizes(launcher=setup.ranks.world_size, transformers=trainer.args.world_size,
                           engine=getattr(trainer.model_wrapped, "dp_world_size", setup.ranks.world_size))
         vocabulary, device = len(setup.tokenizer), trainer.args.device
-        document_attention.keep_if_alike(trainer.model, trainer.logits, vocabulary, device)
+        document_attention.fall_back_unless_equal(trainer.model, trainer.logits, vocabulary, device)
         if not setup.options.no_packing:
             loading.check_isolation(trainer.logits, vocabulary, device, setup.options.per_device_train_batch_size)
 
@@ -43,6 +43,6 @@ def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:
     Otherwise batches are split by one number and gradients averaged by another, without a word.
     """
     if not launcher == transformers == engine:
-        raise Fault(f"the launcher started {launcher} ranks, transformers counts {transformers}, DeepSpeed {engine}: "
+        raise UserError(f"the launcher started {launcher} ranks, transformers counts {transformers}, DeepSpeed {engine}: "
                     "ranks would train on the wrong part of the data. Start with `invoke train` or `deepspeed`",
                     shared=True)

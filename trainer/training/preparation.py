@@ -16,18 +16,18 @@ import torch
 
 from trainer.checkpoint.verification import Layout
 from trainer.data import dataset, python_docs, tokenizer
-from trainer.data.dataset import Prepared
+from trainer.data.dataset import TokenizedDataset
 from trainer.distributed import deepspeed_config, devices, heartbeat
-from trainer.distributed.communication_time import Waiting
+from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.model import from_config, loading, lora
 from trainer.options import fill_defaults
-from trainer.results.console import Console, quieten
+from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run
-from trainer.results.setup import Setup, rows_a_step, writes
+from trainer.results.setup import Setup, global_batch_size, writes
 from trainer.training.arguments import check_packages
-from trainer.training.resume import choose_checkpoint, fit_ranks
+from trainer.training.resume import adapt_to_ranks, choose_checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,40 +41,40 @@ class Hardware:
 
 
 def prepare(options: argparse.Namespace, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
-            ) -> tuple[Setup, Waiting]:
+            ) -> tuple[Setup, CommunicationTimer]:
     """Do everything up to the model; return what the ranks have agreed on, and what measures their waiting."""
     check_packages(options, ranks.is_first)
     lora.check(options, ds_config)
-    hardware = meet(options, ranks, ds_config)
+    hardware = agree_on_hardware(options, ranks, ds_config)
     config = loading.load_config(options)
     if options.config_overrides:
         config = from_config.overridden(config, options.config_overrides)
     length = loading.choose_sequence_length(options, config)
     data = make_data(options, ranks, console, config, length)
     waiting = start_engine_libraries(ds_config, hardware.device, ranks, console)
-    run = RunFolder(Path(ranks.exchange("run", str(find_run(options)))[0]))
+    run = RunFolder(Path(ranks.all_gather_json("run", str(find_run(options)))[0]))
     kind = "QLoRA" if options.qlora else "LoRA"
     adapter = f", {kind} of rank {options.lora}" if options.lora else ""
-    layout = Layout(data.facts.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
-                    rows_a_step(options, ranks.world_size))
+    layout = Layout(data.info.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
+                    global_batch_size(options, ranks.world_size))
     checkpoint = choose_checkpoint(options, run, ranks, layout, console)
     console.keep_log(run.path / "logs")
     shared_disk = is_shared(run.path, ranks)
     universal = False
     if checkpoint:
-        universal = fit_ranks(checkpoint, options, ds_config, ranks, console, writes(ranks, shared_disk))
-        layout.batch = rows_a_step(options, ranks.world_size)
+        universal = adapt_to_ranks(checkpoint, options, ds_config, ranks, console, writes(ranks, shared_disk))
+        layout.batch = global_batch_size(options, ranks.world_size)
     own = tokenizer.load_tokenizer(options, data.folder / "tokenizer")
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
                  ds_config, config, data, own, length, run, layout, shared_disk, checkpoint, universal), waiting
 
 
-def meet(options: argparse.Namespace, ranks: Ranks, ds_config: dict[str, Any] | None) -> Hardware:
+def agree_on_hardware(options: argparse.Namespace, ranks: Ranks, ds_config: dict[str, Any] | None) -> Hardware:
     """Meet the other ranks; settle device, precision and batch sizes with them."""
-    quieten()
-    heartbeat.tell("meeting the other ranks")
-    ranks.meet()
-    facts = ranks.exchange("device", devices.device_facts())
+    silence_libraries()
+    heartbeat.report("meeting the other ranks")
+    ranks.rendezvous()
+    facts = ranks.all_gather_json("device", devices.device_facts())
     device = devices.common_device(facts, ranks.hosts)
     if device != "cpu":
         torch.accelerator.set_device_index(ranks.local_rank)
@@ -87,7 +87,8 @@ def meet(options: argparse.Namespace, ranks: Ranks, ds_config: dict[str, Any] | 
                     facts[ranks.rank]["count"] - ranks.local_world_size)
 
 
-def make_data(options: argparse.Namespace, ranks: Ranks, console: Console, config: Any, length: int) -> Prepared:
+def make_data(options: argparse.Namespace, ranks: Ranks, console: Console, config: Any,
+              length: int) -> TokenizedDataset:
     """Tokenize once a host; open the result on every rank; make sure that all hosts have the same."""
     if vocabulary := tokenizer.own_vocabulary(options, config):
         own = options.chat_template
@@ -98,29 +99,30 @@ def make_data(options: argparse.Namespace, ranks: Ranks, console: Console, confi
         loaded = tokenizer.load_tokenizer(options)
         name, make = tokenizer.tokenizer_id(loaded), lambda texts: loaded
     if ranks.is_first_here:
-        made = dataset.prepare_dataset(options, name, make, length, partial(built_in, ranks), console.say)
-        ranks.publish(f"data/{ranks.node}", str(made.folder))
-    data = dataset.load_prepared(Path(ranks.ask(f"data/{ranks.node}")))
-    keys = ranks.exchange("data-key", data.facts.key, PREPARING_LIMIT_S)  # another host may be slower
+        made = dataset.prepare_dataset(options, name, make, length, partial(built_in_documents, ranks), console.say)
+        ranks.set(f"data/{ranks.node}", str(made.folder))
+    data = dataset.load_tokenized(Path(ranks.get(f"data/{ranks.node}")))
+    keys = ranks.all_gather_json("data-key", data.info.key, PREPARING_LIMIT_S)  # another host may be slower
     if len(set(keys)) > 1:
         odd = sorted({host for host, key in zip(ranks.hosts, keys, strict=True) if key != keys[0]})
-        raise Fault(f"the data or tokenizer on {', '.join(odd)} differs from that on {ranks.hosts[0]}: "
+        raise UserError(f"the data or tokenizer on {', '.join(odd)} differs from that on {ranks.hosts[0]}: "
                     "copy the same to every host", shared=True)
     return data
 
 
-def built_in(ranks: Ranks) -> list[str]:
+def built_in_documents(ranks: Ranks) -> list[str]:
     """Return Python's documentation as rank 0 has it: it differs between Python releases."""
     if ranks.is_first:
         texts = python_docs.python_documents()
         if not ranks.on_one_machine:
-            ranks.publish("built-in", texts)
+            ranks.set("built-in", texts)
         return texts
-    found: list[str] = ranks.ask("built-in")
+    found: list[str] = ranks.get("built-in")
     return found
 
 
-def start_engine_libraries(ds_config: dict[str, Any] | None, device: str, ranks: Ranks, console: Console) -> Waiting:
+def start_engine_libraries(ds_config: dict[str, Any] | None, device: str, ranks: Ranks,
+                           console: Console) -> CommunicationTimer:
     """Start the process group, and keep DeepSpeed from compiling what this run doesn't need."""
     if ds_config is not None:
         operators = deepspeed_config.complete_config(ds_config, device == "cpu")
@@ -128,9 +130,9 @@ def start_engine_libraries(ds_config: dict[str, Any] | None, device: str, ranks:
             console.warn(warning)
         if device == "cpu":
             deepspeed_config.skip_shared_memory_operator()
-    heartbeat.tell("the first sum over all ranks")
+    heartbeat.report("the first sum over all ranks")
     ranks.start_process_group(device)
-    waiting = Waiting(device)
+    waiting = CommunicationTimer(device)
     if ds_config is not None:  # without DeepSpeed gradients go by another way
         waiting.install()
         deepspeed_config.adopt_process_group()
@@ -143,7 +145,7 @@ def is_shared(path: Path, ranks: Ranks) -> bool:
     if ranks.is_first:
         mark.touch()
     ranks.barrier()
-    seen = ranks.total(mark.exists())[0] == ranks.world_size
+    seen = ranks.all_reduce_sum(mark.exists())[0] == ranks.world_size
     if ranks.is_first:
         mark.unlink()
     return seen

@@ -14,7 +14,7 @@ from trainer.results.run_folder import RunFolder
 from trainer.training.causal_trainer import CausalTrainer
 
 
-class Report(TrainerCallback):
+class ProgressReport(TrainerCallback):
     """Write metrics.jsonl and show progress. `flops_per_token` and `peak` (FLOP/s) give the MFU if both are known."""
 
     KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu")
@@ -41,7 +41,7 @@ class Report(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Move the bar."""
-        heartbeat.tell(f"step {state.global_step}/{state.max_steps}", often=True)
+        heartbeat.report(f"step {state.global_step}/{state.max_steps}", often=True)
         self._console.show_step(state.global_step, state.max_steps)
 
     def on_log(
@@ -62,7 +62,7 @@ class Report(TrainerCallback):
         """Return all ranks' tokens so far and a second since the last call, pauses left out; the MFU if known."""
         assert self._trainer
         counted, now, paused = self._trainer.own_tokens, time.monotonic(), self._trainer.paused_s
-        fresh = int(self._ranks.total(counted - self._counted)[0])
+        fresh = int(self._ranks.all_reduce_sum(counted - self._counted)[0])
         seconds = now - self._since - (paused - self._paused)
         self._counted, self._since, self._paused = counted, now, paused
         self.tokens += fresh

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.checkpoint import universal, verification
 from trainer.checkpoint.verification import Layout
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
 
@@ -25,26 +25,26 @@ def choose_checkpoint(
     """
     wanted = options.resume_from_checkpoint
     if not wanted:
-        if any((folder / verification.SEAL).exists() for folder in verification.list_checkpoints(run.checkpoints)):
-            raise Fault(f"{run.path} holds an earlier run: --resume_from_checkpoint auto continues it, another "
+        if any((folder / verification.MANIFEST).exists() for folder in verification.list_checkpoints(run.checkpoints)):
+            raise UserError(f"{run.path} holds an earlier run: --resume_from_checkpoint auto continues it, another "
                         "--output_dir starts a new one", shared=True)
         return None
     named = Path(wanted) if Path(wanted).name.startswith("checkpoint-") else None
-    views = ranks.exchange("checkpoints", look(run, named) if ranks.is_first_here else None)
-    folder = agree(views, ranks.hosts, run, console if ranks.is_first else None)
+    views = ranks.all_gather_json("checkpoints", local_checkpoints(run, named) if ranks.is_first_here else None)
+    folder = newest_common(views, ranks.hosts, run, console if ranks.is_first else None)
     if folder is None:
         if wanted != "auto":
-            raise Fault(f"{named or run.checkpoints}: no good checkpoint there", shared=True)
+            raise UserError(f"{named or run.checkpoints}: no good checkpoint there", shared=True)
         console.say(f"no good checkpoint in {run.checkpoints}: starting anew")
         return None
     differs = verification.read_layout(folder).difference(layout) if ranks.is_first_here else None
-    found = [text for text in ranks.exchange("checkpoint-layout", differs) if text]
+    found = [text for text in ranks.all_gather_json("checkpoint-layout", differs) if text]
     if found:
-        raise Fault(f"{folder} {found[0]}", shared=True)
+        raise UserError(f"{folder} {found[0]}", shared=True)
     return folder
 
 
-def fit_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] | None, ranks: Ranks,
+def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] | None, ranks: Ranks,
               console: Console, writes: bool) -> bool:
     """Make a checkpoint and the batch fit the ranks that are there now; return whether it is in universal form then.
 
@@ -52,15 +52,15 @@ def fit_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] 
     elsewhere, or a step's rows can't be shared.
     """
     before = verification.read_layout(folder) if ranks.is_first_here else None
-    told = next(each for each in ranks.exchange("written-by", before and vars(before)) if each)
+    told = next(each for each in ranks.all_gather_json("written-by", before and vars(before)) if each)
     written = Layout(**told)
     now = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.world_size
     if written.world_size == ranks.world_size and written.batch in (0, now):
         return False
     if options.streaming and written.world_size != ranks.world_size:
-        raise Fault(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: go on with as "
+        raise UserError(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: go on with as "
                     "many", shared=True)
-    universal.keep_batch(options, written.batch, ranks.world_size)
+    universal.keep_global_batch(options, written.batch, ranks.world_size)
     if config is not None:
         universal.free_batch(config)
     same = written.world_size == ranks.world_size
@@ -69,29 +69,29 @@ def fit_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] 
                 f"{options.per_device_train_batch_size} micro x {options.gradient_accumulation_steps} accumulation")
     if same:
         return False
-    lacking = universal.missing_parts(folder, written.world_size) if ranks.is_first_here else None
-    if found := [text for text in ranks.exchange("parts", lacking) if text]:
-        raise Fault(found[0], shared=True)
-    split = any(ranks.exchange("split", ranks.is_first_here and bool(universal.parts(folder))))
+    lacking = universal.missing_shards(folder, written.world_size) if ranks.is_first_here else None
+    if found := [text for text in ranks.all_gather_json("parts", lacking) if text]:
+        raise UserError(found[0], shared=True)
+    split = any(ranks.all_gather_json("split", ranks.is_first_here and bool(universal.optimizer_shards(folder))))
     if config is not None and split:
         if writes:
             universal.convert(folder)
-        ranks.exchange("universal", True, PREPARING_LIMIT_S)  # a large model's takes long
+        ranks.all_gather_json("universal", True, PREPARING_LIMIT_S)  # a large model's takes long
         config.setdefault("checkpoint", {})["load_universal"] = True
     return split
 
 
-def look(run: RunFolder, named: Path | None) -> dict[str, Any]:
+def local_checkpoints(run: RunFolder, named: Path | None) -> dict[str, Any]:
     """Return the good steps on this machine and what is wrong with the bad ones."""
     if named:
         damage = verification.find_damage(named)
         step = verification.step_of(named)
         return {"good": [] if damage else [step], "bad": {str(step): damage} if damage else {}}
-    good, bad = verification.survey(run.checkpoints)
+    good, bad = verification.survey_checkpoints(run.checkpoints)
     return {"good": good, "bad": {str(step): text for step, text in bad.items()}}
 
 
-def agree(
+def newest_common(
     views: list[dict[str, Any] | None], hosts: Sequence[str], run: RunFolder, console: Console | None
 ) -> Path | None:
     """Return the newest checkpoint that is good in every machine's view; name the newer ones that aren't."""

@@ -14,23 +14,23 @@ import transformers
 
 from trainer.checkpoint import verification
 from trainer.data import sources, streaming
-from trainer.data.packing import Collator, Rows
+from trainer.data.packing import Collator, PackedSequences
 from trainer.distributed import heartbeat
-from trainer.distributed.communication_time import shares
+from trainer.distributed.communication_time import time_shares
 from trainer.distributed.ranks import Ranks
-from trainer.errors import Fault
+from trainer.errors import UserError
 from trainer.estimate.flops import flops_per_token
 from trainer.model import document_attention, from_config, loading, lora
 from trainer.results import export, samples, summary
 from trainer.results.console import Console
 from trainer.results.samples import Samples
-from trainer.results.setup import Setup, Work
+from trainer.results.setup import Setup, Workload
 from trainer.training import memory_report
 from trainer.training.arguments import compile_model, training_arguments
-from trainer.training.causal_trainer import CausalTrainer, Stop
-from trainer.training.preflight import FirstLook, check_world_sizes
+from trainer.training.causal_trainer import CausalTrainer, StopOnSignal
+from trainer.training.preflight import Preflight, check_world_sizes
 from trainer.training.preparation import prepare
-from trainer.training.progress_report import Report
+from trainer.training.progress_report import ProgressReport
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -39,7 +39,7 @@ class Session:
     """One rank's training: `prepare`, `run_steps`, `finish`; whatever fails between, `fail`."""
 
     setup: Setup
-    work: Work
+    workload: Workload
     trainer: CausalTrainer
 
     def __init__(
@@ -51,10 +51,10 @@ class Session:
 
     def prepare(self) -> None:
         """Do everything up to the first step."""
-        self.setup, self._waiting = prepare(*self._given)
+        self.setup, self._communication = prepare(*self._given)
         self._build_trainer()
-        check_room(self.setup, self.work, self.dtype_bytes)
-        summary.describe(self.setup, self.work)
+        check_disk_space(self.setup, self.workload, self.dtype_bytes)
+        summary.describe(self.setup, self.workload)
 
     # -- the trainer -----------------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ class Session:
     def _build_trainer(self) -> None:
         """Make rows, arguments, model and Trainer; stop if the Trainer and DeepSpeed count different ranks."""
         setup, options, ranks = self.setup, self.setup.options, self.setup.ranks
-        heartbeat.tell("loading the model")
+        heartbeat.report("loading the model")
         tiny = options.model_name_or_path == loading.TINY
         # A tiny model is built before transformers knows of ZeRO-3, so that its weights hang on the seed alone.
         model = loading.build_tiny(setup.tokenizer, options.seed) if tiny else None
@@ -91,8 +91,8 @@ class Session:
             model = self._build_model()
         config = model.config.get_text_config()
         parameters = model.num_parameters() if options.qlora else lora.trained(model)
-        if document_attention.suits(model, options, setup.device, setup.sequence_length):
-            document_attention.switch(model, document_attention.NAME)
+        if document_attention.can_use_varlen(model, options, setup.device, setup.sequence_length):
+            document_attention.set_attention(model, document_attention.NAME)
         if options.lora:
             transformers.set_seed(options.seed)
             model = lora.add_adapter(model, options)
@@ -100,33 +100,34 @@ class Session:
         if options.torch_compile:
             compile_model(model, setup.device, one_shape=not options.no_packing)
         capacity = None if options.no_packing else setup.sequence_length
-        rows = Rows(setup.data.train, capacity, multiple_of=setup.rows_a_step)
-        micro_steps = len(rows) // (options.per_device_train_batch_size * ranks.world_size)
+        sequences = PackedSequences(setup.data.train, capacity, multiple_of=setup.global_batch_size)
+        micro_steps = len(sequences) // (options.per_device_train_batch_size * ranks.world_size)
         epoch_steps = micro_steps // options.gradient_accumulation_steps
         steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
-        self.work = Work(config, parameters, trained, rows, steps)
-        self.stop = Stop(ranks)
+        self.workload = Workload(config, parameters, trained, sequences, steps)
+        self.stop = StopOnSignal(ranks)
         flops = flops_per_token(config, parameters, setup.sequence_length, frozen=bool(options.lora))
-        self._report = Report(ranks, setup.run, setup.console, flops, setup.peak)
+        self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak)
         self.trainer = CausalTrainer(
-            ranks=ranks, eval_rows=Rows(setup.data.evaluation, capacity), eval_bytes=setup.data.facts.eval_bytes,
+            ranks=ranks, eval_sequences=PackedSequences(setup.data.evaluation, capacity),
+            eval_bytes=setup.data.info.eval_bytes,
             layout=setup.layout, keep=options.save_total_limit,
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
-            train_dataset=stream_of(setup, capacity) if options.streaming else rows,
-            processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._waiting])
+            train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
+            processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._communication])
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
-        for added in (FirstLook(setup, self.trainer), Samples(setup, self.trainer)):
+        for added in (Preflight(setup, self.trainer), Samples(setup, self.trainer)):
             self.trainer.add_callback(added)
 
     # -- training and after ----------------------------------------------------------------------------------------
 
     def run_steps(self) -> None:
         """Train."""
-        setup, work = self.setup, self.work
+        setup, workload = self.setup, self.workload
         self._began = True
         if setup.ranks.is_first:
-            facts = summary.run_facts(setup, work, memory_report.described(setup, work))
+            facts = summary.run_facts(setup, workload, memory_report.described(setup, workload))
             setup.run.start(facts, setup.resume_step)
         tokens = [row.get("tokens", 0) for row in setup.run.read_metrics()] if setup.resume_step else [0]
         self._report.watch(self.trainer, max(tokens, default=0))
@@ -138,15 +139,15 @@ class Session:
     def finish(self) -> int:
         """Save the model, or after a request to stop say how to go on; return 0."""
         setup, run, step = self.setup, self.setup.run, self.trainer.state.global_step
-        times = setup.ranks.exchange("waiting", [self._waiting.waited_s, self._waiting.steps_s])
+        times = setup.ranks.all_gather_json("waiting", [self._communication.waited_s, self._communication.steps_s])
         waited = None
         if setup.ds_config is not None:
-            waited = shares([time[0] for time in times], [time[1] for time in times], setup.ranks.hosts)
+            waited = time_shares([time[0] for time in times], [time[1] for time in times], setup.ranks.hosts)
         if self.stop.stopped:
             if setup.ranks.is_first:
                 run.finish("stopped", 0, step=step, waiting=waited)
                 run.draw_curve()
-            setup.console.result(f"stopped at step {step} of {self.work.steps}; saved {run.checkpoints}/checkpoint-"
+            setup.console.result(f"stopped at step {step} of {self.workload.steps}; saved {run.checkpoints}/checkpoint-"
                                  f"{step}\ncontinue: the same command with --resume_from_checkpoint {run.path}")
         else:
             self._save()
@@ -164,12 +165,12 @@ class Session:
         setup, trainer = self.setup, self.trainer
         if setup.evaluates and summary.last_evaluation(trainer)["step"] != trainer.state.global_step:
             trainer.evaluate()
-        heartbeat.tell("saving the model")
+        heartbeat.report("saving the model")
         export.save_model(setup, trainer)
         if not setup.evaluates:  # else they came with it
             samples.write(setup, trainer)
         if setup.ranks.is_first and export.merges(setup.options):
-            heartbeat.tell("merging the adapter")
+            heartbeat.report("merging the adapter")
             whole = lora.merged(setup.options, setup.tokenizer, self.dtype, setup.run.adapter)
             export.put_in_place(setup, whole, setup.run.model, type(whole).save_pretrained)
 
@@ -186,9 +187,9 @@ class Session:
 
 def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
     """Return this rank's stream of rows, at its begin or where the checkpoint was."""
-    options, ranks, facts = setup.options, setup.ranks, setup.data.facts
+    options, ranks, facts = setup.options, setup.ranks, setup.data.info
     source = sources.open_source(options.dataset_path, options, list)
-    made = streaming.Stream(streaming.Reading(
+    made = streaming.Stream(streaming.StreamSettings(
         source.after, facts.form, setup.tokenizer, setup.sequence_length, frozenset(facts.held_out), ranks.rank,
         ranks.world_size, options.seed), capacity)
     if setup.checkpoint:
@@ -196,19 +197,19 @@ def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
     return made
 
 
-def check_room(setup: Setup, work: Work, weight: int) -> None:
+def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
     """Raise a Fault if a machine lacks the disk space for the checkpoints that will be there at once.
 
     `weight`: bytes of a saved weight.
     """
     options, ranks, path = setup.options, setup.ranks, setup.run.path
-    interval = options.save_steps or work.steps
-    saves = work.steps / (interval if interval >= 1 else max(interval * work.steps, 1))
+    interval = options.save_steps or workload.steps
+    saves = workload.steps / (interval if interval >= 1 else max(interval * workload.steps, 1))
     together = min(options.save_total_limit + 1, int(saves) + 1)
-    one = verification.expected_bytes(work.trained, weight, ranks.local_world_size, ranks.world_size)
-    needed, free = together * one + weight * work.parameters, verification.free_bytes(path)
+    one = verification.expected_bytes(workload.trained, weight, ranks.local_world_size, ranks.world_size)
+    needed, free = together * one + weight * workload.parameters, verification.free_bytes(path)
     short = (f"{ranks.host}: {path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and the model, and "
              f"{free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")
-    found = [text for text in ranks.exchange("room", short if free < needed else None) if text]
+    found = [text for text in ranks.all_gather_json("room", short if free < needed else None) if text]
     if found:
-        raise Fault(found[0], shared=True)
+        raise UserError(found[0], shared=True)
