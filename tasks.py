@@ -47,7 +47,7 @@ def flags(**values: object) -> list[str]:
     "dataset": "a file, a folder or a Hugging Face name (default: Python's own documentation)",
     "config": "DeepSpeed config (presets: trainer/configs/)",
     "hostfile": "train on these hosts (default: on this machine)",
-    "nodes": "find these hosts' GPUs first, and train on them: names, user@host:port, ranges gpu[1-4], @file",
+    "nodes": "find the GPUs of these hosts first, then train on them: names, user@host:port, ranges gpu[1-4], @file",
     "slots": "ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes",
     "script": "your own training script instead of trainer/train.py (with --hostfile)",
     "env": "a variable for all ranks, K=V, or K as it is here",
@@ -55,14 +55,14 @@ def flags(**values: object) -> list[str]:
     "ssh-user": "login name on the hosts (default: as your ssh configuration says)",
     "host-keys": "unknown host keys: ask, accept-new, yes (refuse)",
     "include": "these hosts and slots of the hostfile, as in gpu1@gpu2:0,2",
-    "exclude": "all but these",
-    "resume": "go on with this run from its newest good checkpoint",
+    "exclude": "all hosts and slots but these",
+    "resume": "resume this run from its newest valid checkpoint",
     "restarts": "after a failure on the hosts begin again, so many times",
-    "stall-timeout": "seconds without a sign of life that are told of (300, or 10 steps)",
+    "stall-timeout": "report a hang after so many seconds without progress",
     "on-lost-master": "what the hosts do when this machine is gone: end, continue",
-    "detach": "go on without this terminal",
-    "grace": "seconds to save in after Ctrl-C (60)",
-    "dry-run": "print what would run",
+    "detach": "continue without this terminal",
+    "grace": "seconds that the ranks get to save after Ctrl-C (60)",
+    "dry-run": "print what would be run",
 }, iterable=["env"])
 def train(c, model="", dataset="", config="", hostfile="", nodes="", slots="", script="", env=None, ssh_user="",  # type: ignore[no-untyped-def]
           host_keys="", include="", exclude="", resume="", restarts="", stall_timeout="", on_lost_master="",
@@ -80,9 +80,9 @@ def train(c, model="", dataset="", config="", hostfile="", nodes="", slots="", s
 
 
 @task(auto_shortflags=False, help={
-    "run": "a run folder (default: the newest)", "once": "look once", "json": "look once, and print JSON"})
+    "run": "a run folder (default: the newest)", "once": "print the state once", "json": "look once, and print JSON"})
 def watch(c, run="", once=False, json=False):  # type: ignore[no-untyped-def]
-    """Follow a run: progress, speed, and each host's GPUs, memory, temperature, network, last words."""
+    """Follow a run: progress, speed, and each host's GPUs, memory, temperature, network, last line."""
     run_tool("master.watch_training", *([run] if run else []), *flags(once=once, json=json), *after_dashes())
 
 
@@ -94,7 +94,7 @@ def stop(c, run=""):  # type: ignore[no-untyped-def]
 
 @task(auto_shortflags=False, help={
     "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file",
-    "remove": "take the key off the nodes and the Host blocks out of ~/.ssh/config",
+    "remove": "remove the key from the nodes and the Host blocks from ~/.ssh/config",
     "dry-run": "say what would be done",
 })
 def setup_keys(c, nodes="", remove=False, dry_run=False):  # type: ignore[no-untyped-def]
@@ -108,7 +108,7 @@ def setup_keys(c, nodes="", remove=False, dry_run=False):  # type: ignore[no-unt
     "output": "the hostfile (hostfile.txt); cluster.json stands beside it",
     "vendor": "NVIDIA, AMD or INTEL (default: the one with most usable GPUs)",
     "cpu-slots": "so many CPU slots on every host, whatever GPUs it has",
-    "allow-missing": "exit 0 although a host failed",
+    "allow-missing": "exit 0 even if a host failed",
 })
 def hostfile(c, nodes="", output="", vendor="", cpu_slots="", allow_missing=False):  # type: ignore[no-untyped-def]
     """Ask all hosts for their GPUs and write hostfile.txt; flags of master/generate_hostfile.py follow --."""
@@ -126,7 +126,7 @@ def hostfile(c, nodes="", output="", vendor="", cpu_slots="", allow_missing=Fals
     "json": "what was found as JSON",
 })
 def check(c, nodes="", hostfile="", model="", dataset="", fast=False, network=False, json=False):  # type: ignore[no-untyped-def]
-    """Tell whether every node is ready, and the same; flags of master/check_cluster.py follow --."""
+    """Return whether every node is ready, and the same; flags of master/check_cluster.py follow --."""
     words = flags(hostfile=hostfile, model=model, dataset=dataset, fast=fast, network=network, json=json)
     run_tool("master.check_cluster", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
 
@@ -137,12 +137,12 @@ def check(c, nodes="", hostfile="", model="", dataset="", fast=False, network=Fa
     "model": "a folder, or a Hugging Face name",
     "dataset": "a file, a folder, or a Hugging Face name",
     "folder": "where lanspeed goes (default: this path there too, or ~/lanspeed)",
-    "no-env": "leave environments alone",
+    "no-env": "leave the Python environments alone",
     "index-url": "package index instead of PyPI and PyTorch's",
     "wheelhouse": "for nodes without internet: wheels go from this folder here, which is filled if it lacks some",
     "overwrite": "replace files that are there with other content",
-    "dry-run": "say what would be sent",
-    "remove": "take away all that lanspeed has put there",
+    "dry-run": "print what would be sent",
+    "remove": "remove everything that lanspeed put there",
     "json": "what was done as JSON",
 })
 def sync(c, nodes="", hostfile="", model="", dataset="", folder="", no_env=False, index_url="", wheelhouse="",  # type: ignore[no-untyped-def]
@@ -168,7 +168,7 @@ def validate(c, config="", hostfile="", plain_deepspeed=False, strict=False, fix
 
 @task(auto_shortflags=False, help={"json": "the report as the one line that other tools read"})
 def detect(c: Context, json=False):  # type: ignore[no-untyped-def]
-    """Show this machine's GPUs, what is wrong with them and what mends it."""
+    """Show this machine's GPUs, what is wrong with them and how to fix it."""
     script = [str(ROOT / "worker" / "detect_gpus.sh"), "--json" if json else "--table"]
     print("$", shlex.join(["bash", *script]), file=sys.stderr, flush=True)
     raise Exit(code=subprocess.run(["bash", *script]).returncode)

@@ -1,10 +1,10 @@
-"""Is every node ready, and the same? Ask all, compare them, try the network from each to each; say what to mend.
+"""Is every node ready and consistent? Ask all, compare them, try the network from each to each; say what to fix.
 
     invoke check --nodes 'gpu[1-3]'
     invoke check --hostfile hostfile.txt --network
     python master/check_cluster.py --nodes gpu1,gpu2 --fast --json
 
-Nothing is changed on a node. Exit code 1 if something stands against a training.
+Nothing is changed on a node. Exit code 1 if something prevents a training.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder or Hugging Face name that has to be on every host, and the same")
     flag("--dataset", metavar="D", help="the same of a file, folder or Hugging Face name")
-    flag("--fast", action="store_true", help="leave out the network between the hosts, and the sum over all slots")
+    flag("--fast", action="store_true", help="leave out the network between the hosts, and the all-reduce test")
     flag("--network", action="store_true", help="measure each pair's rate and round trip, a few seconds each")
     flag("--json", action="store_true", help="print what was found as JSON")
     add_ssh_flags(parser)
@@ -170,7 +170,7 @@ def check(options: argparse.Namespace) -> int:
     hostfile = options.hostfile or Path("hostfile.txt")
     adding = [host.host for host in read_hostfile(hostfile) if host.host in facts] if hostfile.exists() else []
     if adding and not options.fast and not any(finding.level == "error" for finding in findings):
-        say("all slots add up a number")
+        say("running the all-reduce test on all slots")
         allreduce_line, reason = run_allreduce_test(hostfile, adding, options, ssh)
         findings += [reason] if reason else []
     findings = sorted(grouped(findings), key=lambda finding: LEVELS.index(finding.level))
@@ -190,9 +190,9 @@ def run_allreduce_test(hostfile: Path, hosts: Sequence[str], options: argparse.N
                               env={**os.environ, **password})
     if done.returncode == 0:
         return (done.stdout.strip().splitlines() or ["?"])[-1], None
-    said = [line.strip() for line in done.stderr.splitlines() if ": " in line and not line.startswith("all that was")]
+    said = [line.strip() for line in done.stderr.splitlines() if ": " in line and not line.startswith("output: ")]
     what = next((line for line in said if line.startswith("error: ")), said[-1] if said else f"exit {done.returncode}")
-    return "", Finding("error", tuple(hosts), f"the ranks did not add up: {what.removeprefix('error: ')}",
+    return "", Finding("error", tuple(hosts), f"the all-reduce test failed: {what.removeprefix('error: ')}",
                        "a training would fail the same way", shlex.join(words[:6]) + " shows all")
 
 
@@ -219,7 +219,7 @@ def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the cluster; return 0, 1 if something stands against a training, 2 for wrong usage."""
+    """Check the cluster; return 0, 1 if something prevents a training, 2 for wrong usage."""
     options = build_parser().parse_args(argv)
     return run_cli(lambda: check(options))
 

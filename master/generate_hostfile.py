@@ -48,12 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--nodes", nargs="+", metavar="N", default=[],
          help="hosts: names, user@host:port, ranges gpu[1-4], @file, localhost; separated by spaces or commas")
     flag("--from-reports", nargs="+", metavar="F", type=Path, default=[],
-         help="GPU reports kept in files, NAME.json each, instead of hosts")
+         help="read GPU reports from files, NAME.json each, instead of asking hosts")
     flag("--output", type=Path, default=Path("hostfile.txt"), metavar="F", help="the hostfile (hostfile.txt)")
     flag("--vendor", choices=["NVIDIA", "AMD", "INTEL"], type=str.upper,
          help="train on this vendor's hosts (default: the one with most usable GPUs)")
     flag("--cpu-slots", type=int, metavar="N", help="N CPU slots on every host, whatever GPUs it has")
-    flag("--allow-missing", action="store_true", help="exit 0 although a host failed")
+    flag("--allow-missing", action="store_true", help="exit 0 even if a host failed")
     flag("--script-path", metavar="P", help="run the detect_gpus.sh that was copied there, instead of sending it")
     flag("--json", action="store_true", help="print what was found as JSON")
     add_ssh_flags(parser)

@@ -48,25 +48,28 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--config", metavar="C", type=Path,
          help="DeepSpeed config (default: trainer/ds_config.json; without a GPU trainer/configs/cpu.json)")
     flag("--hostfile", type=Path, metavar="H", help="train on these hosts (default: on this machine)")
-    flag("--nodes", nargs="+", metavar="N", default=[], help="find these hosts' GPUs first, and train on them")
+    flag("--nodes", nargs="+", metavar="N", default=[], help="find the GPUs of these hosts first, then train on them")
     flag("--slots", type=int, metavar="N",
          help="ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes")
-    flag("--grace", type=float, default=60, metavar="S", help="seconds to save in after Ctrl-C (60)")
-    flag("--include", default="", metavar="I", help="these hosts and slots of the hostfile: gpu1@gpu2:0,2")
-    flag("--exclude", default="", metavar="E", help="all but these")
-    flag("--resume", metavar="RUN", help="go on with a run from its newest good checkpoint, as it was started")
-    flag("--restarts", type=int, default=0, metavar="N", help="after a failure begin again, so many times (0)")
+    flag("--grace", type=float, default=60, metavar="S", help="seconds that the ranks get to save after Ctrl-C (60)")
+    flag("--include", default="", metavar="I", help="only these hosts and slots of the hostfile: gpu1@gpu2:0,2")
+    flag("--exclude", default="", metavar="E", help="all hosts and slots but these")
+    flag("--resume", metavar="RUN",
+         help="resume a run from its newest valid checkpoint, with the flags it was started with")
+    flag("--restarts", type=int, default=0, metavar="N", help="restart after a failure, at most N times (0)")
     flag("--stall-timeout", type=float, metavar="S",
-         help="seconds without a sign of life that are told of (default: 300, or 10 steps if that is more; 0: none)")
+         help="report a hang after so many seconds without progress (default: 300, or 10 steps if longer; 0: never)")
     flag("--on-lost-master", choices=["end", "continue"], default="end",
-         help="what the hosts do when this machine is gone (end)")
-    flag("--detach", action="store_true", help="go on without this terminal")
-    flag("--stop", nargs="?", const="", metavar="RUN", help="stop a run in order (default: the newest that runs)")
+         help="what the hosts do when this machine is lost (end)")
+    flag("--detach", action="store_true", help="continue without this terminal")
+    flag("--stop", nargs="?", const="", metavar="RUN",
+         help="stop a run; its ranks save first (default: the newest active run)")
     flag("--script", metavar="F", help="your own training script instead of trainer/train.py ")
     flag("--no-local-rank", action="store_true", help="start it without DeepSpeed's --local_rank=N")
-    flag("--env", action="append", default=[], metavar="K=V", help="a variable for all ranks; K alone: as it is here")
+    flag("--env", action="append", default=[], metavar="K=V",
+         help="an environment variable for all ranks; K alone: with its value here")
     flag("--master-port", type=int, metavar="P", help="port of rank 0 (default: one that is free there)")
-    flag("--dry-run", action="store_true", help="print what would run")
+    flag("--dry-run", action="store_true", help="print what would be run")
     add_ssh_flags(parser)
     flag("trainer_flags", nargs="*", metavar="-- FLAGS", help="flags of trainer/train.py")
     return parser
@@ -131,7 +134,7 @@ def ask_nodes(options: argparse.Namespace, ssh: SshOptions) -> Hosts:
                    "--output", str(hostfile), *ssh_flags(options)]
         command += ["--cpu-slots", str(options.slots)] if options.slots else []
         if subprocess.run(command, stdout=sys.stderr, env={**os.environ, **password}).returncode:
-            raise HostsError("nothing was started: leave out of --nodes what failed, or fix it (--slots N trains on "
+            raise HostsError("nothing was started: fix what failed or leave it out of --nodes (--slots N trains on "
                              "CPUs)")
         hosts = select(read_hostfile(hostfile), options.include, options.exclude)
         # The name to show is the one that `invoke hostfile --nodes ...` would write.
@@ -152,7 +155,7 @@ def show(request: TrainingRequest) -> int:
 
 
 def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOptions) -> TrainingRequest:
-    """Return the request with its hosts holding all of the resumed run's checkpoint, whose path the ranks are told.
+    """Return the request with its hosts holding all of the resumed run's checkpoint, whose path is passed to the ranks.
 
     `before` is the hostfile that it ran on. Raises RunError where the checkpoint can't be had.
     """

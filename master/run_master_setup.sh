@@ -28,7 +28,7 @@ find_python() { # a Python that has paramiko: the environment in use, .venv, the
 may_install() {
   [[ -z $yes ]] || return 0
   if [[ ! -t 0 ]]; then
-    echo "run_master_setup.sh: paramiko is missing, and nobody to ask here: make -C $root install, or --yes" >&2
+    echo "run_master_setup.sh: paramiko is missing, and no terminal to ask on: make -C $root install, or --yes" >&2
     return 1
   fi
   local answer

@@ -48,13 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="setup_keys.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--nodes", nargs="+", metavar="N", required=True, help="hosts, as every tool takes them")
+    flag("--nodes", nargs="+", metavar="N", required=True, help="hosts: names, user@host:port, ranges gpu[1-4], @file")
     flag("--key-type", choices=["ed25519", "rsa"], default="ed25519", help="of a new key (ed25519; rsa has 4096 bits)")
     flag("--passphrase", action="store_true", help="ask for a passphrase for a new key, and load it into the agent")
-    flag("--no-config", action="store_true", help="leave ~/.ssh/config alone")
+    flag("--no-config", action="store_true", help="don't touch ~/.ssh/config")
     flag("--yes", action="store_true", help="write ~/.ssh/config without asking")
-    flag("--remove", action="store_true", help="take the key off the nodes and the Host blocks out of ~/.ssh/config")
-    flag("--dry-run", action="store_true", help="say what would be done, with the keys that work already")
+    flag("--remove", action="store_true", help="remove the key from the nodes and the Host blocks from ~/.ssh/config")
+    flag("--dry-run", action="store_true", help="only print what would be done, by the keys that already work")
     add_ssh_flags(parser)
     return parser
 
@@ -124,7 +124,7 @@ def visit_all(
                    if isinstance(result, SshError) and result.stage == "authentication"]
         left = refused if may_ask else []
         if left:
-            say(f"no key lets us in on {', '.join(map(str, left))}")
+            say(f"no key was accepted by {', '.join(map(str, left))}")
             password = getpass.getpass("their password (empty: leave them out): ")
             if not password:
                 break
@@ -142,8 +142,8 @@ def prove(results: Sequence[HostResult], ssh: SshOptions, pair: KeyPair) -> None
     for result in results:
         refusal = found.get(result.node)
         if isinstance(refusal, SshError):
-            result.reason = (f"the key is installed and still refused ({refusal.reason}): on the node, look at the modes "
-                             "of ~ and ~/.ssh, and at PubkeyAuthentication and AuthorizedKeysFile in sshd_config")
+            result.reason = (f"the key is installed and still refused ({refusal.reason}): on the node, look at the "
+                             "modes of ~ and ~/.ssh, and at PubkeyAuthentication and AuthorizedKeysFile in sshd_config")
 
 
 def update_config(results: Sequence[HostResult], options: argparse.Namespace, key: Path) -> None:
@@ -166,7 +166,7 @@ def update_config(results: Sequence[HostResult], options: argparse.Namespace, ke
         return
     if not options.yes:
         if not sys.stdin.isatty():
-            say("not written, nobody to ask: --yes writes it, --no-config never does")
+            say("not written, no terminal to ask on: --yes writes it, --no-config never does")
             return
         print("Write this, so that plain ssh and deepspeed reach the nodes too? [yes/no] ", end="", file=sys.stderr,
               flush=True)
@@ -186,7 +186,7 @@ def show(results: Sequence[HostResult]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Set up keys on all nodes; return 0, 1 if a host still refuses, 2 for wrong usage."""
     options = build_parser().parse_args(argv)
-    return run_cli(lambda: set_up(options), "stopped; what was installed stays, and a second run goes on from there")
+    return run_cli(lambda: set_up(options), "stopped; what was installed stays; run it again to continue")
 
 
 def set_up(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@
     python master/sync_nodes.py --hostfile hostfile.txt --dry-run
 
 One copy leaves this machine: nodes pass on what they get while they get it. What comes is verified by its hash; after a
-break the same command goes on. What lanspeed didn't put there is neither changed nor deleted. --remove undoes it all.
+break the same command resumes. What lanspeed didn't put there is neither changed nor deleted. --remove undoes it all.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder, or a Hugging Face name (from the cache here, or fetched once)")
     flag("--dataset", metavar="D", help="a file, a folder, or a Hugging Face name")
-    flag("--with", dest="more", nargs="+", type=Path, default=[], metavar="F", help="more files or folders")
+    flag("--with", dest="more", nargs="+", type=Path, default=[], metavar="F", help="more files or folders to copy")
     flag("--folder", default="", metavar="F", help="where lanspeed goes (default: this path there too, or ~/lanspeed)")
-    flag("--no-env", action="store_true", help="leave environments alone")
+    flag("--no-env", action="store_true", help="leave the Python environments alone")
     flag("--python", metavar="P", default=f"{sys.version_info[0]}.{sys.version_info[1]}",
          help="the Python to make them with: a version or a path there (default: this one's; fetched if need be)")
     flag("--index-url", default="", metavar="U", help="package index instead of PyPI and PyTorch's")
     flag("--wheelhouse", type=Path, metavar="DIR",
          help="for nodes without internet: wheels go from this folder here, which is filled if it lacks some")
     flag("--overwrite", action="store_true", help="replace files that are there with other content")
-    flag("--dry-run", action="store_true", help="say what would be sent")
-    flag("--remove", action="store_true", help="take away all that lanspeed has put there")
+    flag("--dry-run", action="store_true", help="print what would be sent")
+    flag("--remove", action="store_true", help="remove everything that lanspeed put there")
     flag("--json", action="store_true", help="print what was done as JSON")
     add_ssh_flags(parser)
     return parser
@@ -80,7 +80,7 @@ def trees_of(options: argparse.Namespace) -> list[Tree]:
     trees = collect(options.folder, paths, names)
     for tree in trees:
         if tree.left_out:
-            say(f"left out (no file, or a link to nothing): {', '.join(tree.left_out[:5])}"
+            say(f"skipped (not a file, or a broken link): {', '.join(tree.left_out[:5])}"
                 + (f" and {len(tree.left_out) - 5} more" if len(tree.left_out) > 5 else ""))
     if options.no_env:
         return trees
@@ -133,20 +133,20 @@ def save_places(path: Path, cluster: dict[str, Any], found: Mapping[str, HostRes
     if path.exists() and cluster["hosts"]:
         write_cluster(path, cluster)
     if unknown_hosts:
-        say(f"{', '.join(unknown_hosts)}: not in {path}, where the other tools look: invoke hostfile writes it, then sync "
-            "again")
+        say(f"{', '.join(unknown_hosts)}: not in {path}, where the other tools look: invoke hostfile writes it, then "
+            "sync again")
 
 
 def sync(options: argparse.Namespace) -> int:
     """Do it; return the exit code."""
     if options.remove and options.dry_run:
-        raise UsageError("--remove has no --dry-run: it takes away only what lanspeed has put there")
+        raise UsageError("--remove has no --dry-run: it removes only what lanspeed put there")
     if options.folder and not options.folder.startswith(("/", "~/")):
         raise UsageError(f"--folder {options.folder}: a whole path on the nodes, or one below ~/")
     nodes, path = cluster_file.chosen_nodes(options.nodes, options.hostfile)
     if len(nodes) == 1 and nodes[0].is_local:
         trees_of(options)
-        print("localhost: nothing to do: it is all here")
+        print("localhost: nothing to do: everything is already here")
         return 0
     nodes = [node for node in nodes if not node.is_local]
     cluster = read_cluster(path)
@@ -228,7 +228,7 @@ def report(found: Sequence[HostResult], options: argparse.Namespace, seconds: fl
 def main(argv: Sequence[str] | None = None) -> int:
     """Sync; return 0, 1 if a host failed, 2 for wrong usage."""
     options = build_parser().parse_args(argv)
-    return run_cli(lambda: sync(options), "stopped: what has come stays there, the same command goes on")
+    return run_cli(lambda: sync(options), "stopped: what was copied stays there; run the same command to continue")
 
 
 if __name__ == "__main__":

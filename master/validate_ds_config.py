@@ -1,4 +1,4 @@
-"""Tell what is wrong with DeepSpeed configs before any node starts, in one line each, with the mend.
+"""Tell what is wrong with DeepSpeed configs before any node starts, in one line each, with how to fix it.
 
     invoke validate --config ds_config.json
     python master/validate_ds_config.py --hostfile hostfile.txt ds_config.json
@@ -36,7 +36,7 @@ from master.inventory.hostfile import read_hostfile
 
 @dataclass
 class Verdict:
-    """What is said of one file; `text` is None where it couldn't be read."""
+    """The findings of one file; `text` is None where it couldn't be read."""
 
     name: str
     text: str | None
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--hostfile", type=Path, metavar="H", help="these hosts will train: their slots, and cluster.json beside it")
     flag("--cluster", type=Path, metavar="C", help="the hosts of this cluster.json will train")
     flag("--world-size", type=int, metavar="N", help="so many ranks will train")
-    flag("--fix", action="store_true", help="mend what has one safe mend: show the change, ask, write the file")
+    flag("--fix", action="store_true", help="fix what has one safe fix: show the change, ask, write the file")
     flag("--yes", action="store_true", help="with --fix: don't ask")
     return parser
 
@@ -92,7 +92,7 @@ def checked(host: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         check_report(host["report"])
     except ReportError as error:
-        raise ClusterError(f"{path}: {host['name']}: {error}: delete it, it is written anew") from None
+        raise ClusterError(f"{path}: {host['name']}: {error}: delete it; it will be written again") from None
     return host
 
 
@@ -146,14 +146,14 @@ def print_json(verdicts: Sequence[Verdict]) -> None:
     """Print the findings for another program."""
     print(json.dumps([{"file": verdict.name, "problems": [
         {"level": problem.level, "code": problem.code, "path": problem.json_path, "line": line, "column": column,
-         "message": problem.message, "mend": problem.how_to_fix, "strikes": problem.phase or None,
+         "message": problem.message, "fix": problem.how_to_fix, "phase": problem.phase or None,
          "fixable": problem.fix is not None}
         for problem, (line, column) in zip(verdict.problems, verdict.lines, strict=True)]}
         for verdict in verdicts], indent=1))
 
 
 def fixable(verdict: Verdict, target: Target) -> bool:
-    """Tell whether --fix would change a file."""
+    """Return whether --fix would change a file."""
     from master.ds_config.fixes import apply_fixes
 
     if not verdict.text or not any(problem.fix for problem in verdict.problems):
@@ -172,7 +172,7 @@ def offer_fixes(verdict: Verdict, target: Target, ask: bool) -> Verdict:
     if not done or verdict.text is None:
         return verdict
     change = difflib.unified_diff(verdict.text.splitlines(), text.splitlines(), verdict.name,
-                                  f"{verdict.name} (mended)", lineterm="")
+                                  f"{verdict.name} (fixed)", lineterm="")
     say("\n".join(map(one_line, change)))
     path = Path(verdict.name)
     if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o200:
@@ -191,7 +191,7 @@ def offer_fixes(verdict: Verdict, target: Target, ask: bool) -> Verdict:
     except OSError as error:
         say(f"{verdict.name} can't be written: {error.strerror}")
         return verdict
-    say(f"{verdict.name}: {len(done)} mended")
+    say(f"{verdict.name}: {len(done)} fixed")
     return look_at(verdict.name, target)
 
 
@@ -217,7 +217,7 @@ def answer(options: argparse.Namespace) -> int:
     (print_json if options.json else print_text)(verdicts)
     sys.stdout.flush()
     if not (options.fix or options.json) and any(fixable(verdict, target) for verdict in verdicts):
-        say("--fix mends some of it")
+        say("--fix fixes some of it")
     levels = ("error", "warning") if options.strict else ("error",)
     return int(any(verdict.count(level) for verdict in verdicts for level in levels))
 

@@ -121,7 +121,7 @@ def network(nics: list[dict[str, Any]]) -> str:
 
 
 def host_lines(state: dict[str, Any]) -> list[str]:
-    """Return a line for each host: how busy it is, where that is known, and what it said last."""
+    """Return a line for each host: how busy it is, where that is known, and its last line."""
     lines = []
     nodes: dict[str, dict[str, Any]] = state["nodes"]
     for host in dict.fromkeys([*nodes, *state["hosts"]]):
@@ -139,8 +139,8 @@ def table(state: dict[str, Any]) -> Table:
     from rich.text import Text
 
     shown = Table(title=Text(state_line(state)), title_justify="left", box=None, pad_edge=False)
-    for name in ("host", "busy", "memory", "network", "last words"):
-        shown.add_column(name, overflow="ellipsis", no_wrap=name in ("host", "last words"))
+    for name in ("host", "busy", "memory", "network", "last line"):
+        shown.add_column(name, overflow="ellipsis", no_wrap=name in ("host", "last line"))
     nodes: dict[str, dict[str, Any]] = state["nodes"]
     for host in dict.fromkeys([*nodes, *state["hosts"]]):
         measured, last = nodes.get(host, {}), state["hosts"].get(host, {"last": ""})
@@ -196,8 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="watch_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
-    parser.add_argument("--once", action="store_true", help="look once")
-    parser.add_argument("--json", action="store_true", help="print what is known as JSON, and look once")
+    parser.add_argument("--once", action="store_true", help="print the state once")
+    parser.add_argument("--json", action="store_true", help="print the state as JSON, once")
     add_ssh_flags(parser)
     options = parser.parse_args(argv)
     return run_cli(lambda: watch(options))

@@ -62,7 +62,7 @@ def as_root() -> str:
 
 @cache
 def may_mount() -> bool:
-    """Tell whether mounts and network namespaces may be made here; root in a container often may not."""
+    """Return whether mounts and network namespaces may be made here; root in a container often may not."""
     if os.geteuid() or not find_program("unshare") or not find_program("mount"):
         return False
     words = ["unshare", "-m", "-n", "sh", "-c", "mount -t tmpfs none /mnt"]

@@ -50,7 +50,7 @@ def main() -> int:
     moved = MEGABYTES * 2 * (ranks.world_size - 1) / ranks.world_size
     if ranks.is_first:
         rate = moved / sorted(times)[ROUNDS // 2]
-        print(f"{ranks.world_size} ranks added up on {device}: {rate:.0f} MB/s", flush=True)
+        print(f"{ranks.world_size} ranks joined the all-reduce test on {device}: {rate:.0f} MB/s", flush=True)
     ranks.barrier()
     dist.destroy_process_group()
     return 0

@@ -1,4 +1,4 @@
-"""The error that a user can mend: one line that says where, what, and what mends it."""
+"""The error that a user can fix: one line that says where, what, and how to fix it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 def usage_error(message: str) -> UserError:
-    """Return the Fault of a wrong command line (exit code 2)."""
+    """Return the UserError of a wrong command line (exit code 2)."""
     return UserError(message, exit_code=2, shared=True)
 
 
@@ -31,7 +31,7 @@ def first_line(error: Exception) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory has run out."""
+    """Return whether an error says that memory has run out."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

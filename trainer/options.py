@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         raise usage_error(f"{message}. All flags: python trainer/train.py --help")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`; raise a Fault that names the nearest known flag for an unknown one."""
+        """Parse `argv`; raise a UserError that names the nearest known flag for an unknown one."""
         options, unknown = self.parse_known_args([with_underscores(word) for word in argv])
         if unknown:
             name = unknown[0].split("=")[0]
@@ -131,10 +131,10 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
          "prompt + completion or instruction + output are recognised)")
     flag("--chat_template", metavar="FILE", help="Jinja template that shows messages (default: the tokenizer's)")
     flag("--sequence_length", type=positive, metavar="N",
-         help="tokens a row (default: 1024, 256 for tiny, never more than the model's own limit)")
+         help="tokens per sequence (default: 1024, 256 for tiny, never more than the model's own limit)")
     flag("--streaming", action="store_true",
          help="read the data while training, for more than fits memory or disk (needs --dataset_path and --max_steps)")
-    flag("--no_packing", action="store_true", help="one document a row, padded to the longest")
+    flag("--no_packing", action="store_true", help="one document per sequence, padded to the longest")
     flag("--eval_fraction", type=fraction, default=0.02, metavar="F",
          help="share of the documents held out for evaluation (0.02; 0: none)")
     flag("--eval_dataset", metavar="D", help="evaluate on this file, folder or name instead")
@@ -143,10 +143,10 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the optimization."""
     flag = group.add_argument
-    flag("--num_epochs", type=positive, default=1, metavar="N", help="passes over the data (1)")
+    flag("--num_epochs", type=positive, default=1, metavar="N", help="epochs, passes over the data (1)")
     flag("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps; overrides epochs if > 0")
-    flag("--per_device_train_batch_size", type=positive, metavar="N", help="rows a rank and micro step (8)")
-    flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps an optimizer step (1)")
+    flag("--per_device_train_batch_size", type=positive, metavar="N", help="sequences per rank and micro step (8)")
+    flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps per optimizer step (1)")
     flag("--learning_rate", type=float, metavar="R",
          help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
     flag("--lr_scheduler_type", default="cosine", metavar="NAME", help="cosine, linear, constant, ... (cosine)")
@@ -168,9 +168,9 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
          help="steps between evaluations, or a share of all steps below 1 (0.2; 0: only first and last)")
     flag("--save_steps", type=every, default=500, metavar="N",
          help="steps between checkpoints, or a share below 1 (500; 0: none but the last)")
-    flag("--save_total_limit", type=positive, default=2, metavar="N", help="good checkpoints to keep (2)")
+    flag("--save_total_limit", type=positive, default=2, metavar="N", help="valid checkpoints to keep (2)")
     flag("--resume_from_checkpoint", metavar="auto|PATH",
-         help="auto: newest good checkpoint of the run folder, else start anew; or a checkpoint or run folder")
+         help="auto: the newest valid checkpoint of the run folder, if any; or a checkpoint or run folder")
     flag("--num_samples", type=natural, default=3, metavar="N",
          help="continuations written to samples/ at each evaluation (3; 0: none)")
     flag("--report_to", nargs="+", default=[], choices=["tensorboard", "wandb", "trackio"], metavar="L",
@@ -190,7 +190,7 @@ def add_deepspeed_flags(group: argparse._ArgumentGroup) -> None:
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse `argv` (default: sys.argv); `options.deepspeed` becomes the config's path, or None without DeepSpeed.
 
-    Raises Fault (exit code 2) with the nearest known flag. Batch size, accumulation, learning rate, warm-up,
+    Raises UserError (exit code 2) with the nearest known flag. Batch size, accumulation, learning rate, warm-up,
     weight decay and clipping stay None where the user didn't say them, so that a DeepSpeed config can.
     """
     import sys

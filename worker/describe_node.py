@@ -101,7 +101,7 @@ def room_bytes(folder: str) -> int | None:
 
 
 def usable(path: str) -> bool:
-    """Tell whether a path is there, and, of a folder, whether this account may work in it."""
+    """Return whether a path is there, and, of a folder, whether this account may work in it."""
     return os.access(path, os.R_OK | os.W_OK | os.X_OK) if os.path.isdir(path) else os.path.exists(path)
 
 

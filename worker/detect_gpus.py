@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tell which GPUs this machine can train on, what is wrong with the others, and what mends it.
+"""Tell which GPUs this machine can train on, what is wrong with the others, and how to fix it.
 
     python3 worker/detect_gpus.py            a table on a terminal, else the report as one line
     python3 worker/detect_gpus.py --nonce N  the line '@@GPU_REPORT N {...}' (schemas/gpu_report.schema.json)
@@ -57,7 +57,7 @@ LIMIT_S = time_limit()
 
 
 class Problem(Exception):
-    """Something wrong, or (codes in NOTICES and *_SET) worth knowing: a code, and a message with its mend."""
+    """Something wrong, or (codes in NOTICES and *_SET) worth knowing: a code, and a message that says how to fix it."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -631,7 +631,7 @@ def nv_without_answer(answer: Answer, found: Findings) -> list[Gpu]:
 
 
 def nv_off_bus() -> bool:
-    """Tell whether there are signs of NVIDIA hardware that no PCI bus shows, or that its driver was here."""
+    """Return whether there are signs of NVIDIA hardware that no PCI bus shows, or that its driver was here."""
     return bool(nv_jetson() or listed("/dev", "nvidia[0-9]+"))
 
 
@@ -1013,10 +1013,10 @@ def explain_hardware(found: Findings, functions: list[PciFunction]) -> None:
     elif found.vendor == "INTEL" and driver in ("i915", "xe"):
         found.add("TOOL_BAD_OUTPUT", f"{what}, and no xpu-smi to ask about it: install xpu-smi and level-zero")
     else:
-        mend = {"NVIDIA": "install NVIDIA's driver", "AMD": "install amdgpu and ROCm",
+        remedy = {"NVIDIA": "install NVIDIA's driver", "AMD": "install amdgpu and ROCm",
                 "INTEL": "install Intel's GPU driver and level-zero"}[found.vendor]
         holder = f" (bound to {driver})" if driver else ""
-        found.add("HW_WITHOUT_DRIVER", f"{what} without its driver{holder}: {mend}, then reboot")
+        found.add("HW_WITHOUT_DRIVER", f"{what} without its driver{holder}: {remedy}, then reboot")
 
 
 def leave_out(rows: list[Gpu]) -> None:

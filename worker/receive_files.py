@@ -31,7 +31,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 CHUNK_BYTES = 4 << 20  # bytes; the master cuts the same way
 SEGMENTS = 2000  # small files in one piece at most
 WINDOW = 6  # pieces asked for ahead of time
-BEAT, SILENCE = 2.0, 20.0  # seconds between signs of life; without one after which the other side counts as gone
+BEAT, SILENCE = 2.0, 20.0  # seconds between heartbeats; without one after which the other side counts as gone
 RESERVE = 256 << 20  # bytes that stay free on each disk
 HOME = os.path.expanduser("~/.lanspeed")
 RECORD = "files.jsonl"
@@ -52,15 +52,15 @@ class Known(NamedTuple):
     ours: bool
 
 
-class Fault(Exception):
+class NodeError(Exception):
     """What stops this node; the message is for the master's user."""
 
 
-class Spoilt(Exception):
+class CorruptData(Exception):
     """A piece that isn't what was announced; the message names the file."""
 
 
-class Gone(Exception):
+class ConnectionLost(Exception):
     """The master has gone, or has had enough."""
 
 
@@ -114,7 +114,7 @@ class Record:
             self._file.write(json.dumps([path, *(fact or [])]) + "\n")
 
     def is_as_left(self, path: str) -> bool:
-        """Tell whether lanspeed put there what stands there, and nobody has changed it since.
+        """Return whether lanspeed put there what stands there, and nobody has changed it since.
 
         A note is made before the file is put in its place: after a break between, the note before it counts too.
         """
@@ -244,7 +244,7 @@ class Store:
             file.have += [False] * (len(file.digests) - len(file.have))
 
     def _may_replace(self, place: str) -> bool:
-        """Tell whether nothing stands there, or what lanspeed left there, or what may go anyway."""
+        """Return whether nothing stands there, or what lanspeed left there, or what may go anyway."""
         if not os.path.lexists(place):
             return True
         if os.path.isdir(place) and not os.path.islink(place):
@@ -262,7 +262,7 @@ class Store:
                     self._looked += len(block)
                     self._say(self._looked)
                     if not _master_listens:
-                        raise Gone
+                        raise ConnectionLost
         except OSError:
             return []
         return found
@@ -310,9 +310,10 @@ class Store:
         self._put_in_place(scratch, place, Known(tree, root, 0, 0, digest(os.fsencode(target)), True))
 
     def _put_in_place(self, scratch: str, target: str, known: Known) -> None:
-        """Rename, after noting it (a rename keeps the time); raise Fault for what somebody has put there meanwhile."""
+        """Rename, after noting it (a rename keeps the time); raise UserError for what somebody has put there
+        meanwhile."""
         if not self._may_replace(target):
-            raise Fault(f"{target} has come to stand there meanwhile, and lanspeed did not put it there")
+            raise NodeError(f"{target} appeared there meanwhile, and lanspeed did not put it there")
         status = os.lstat(scratch)
         self._record.note(target, known._replace(size=status.st_size, mtime_ns=status.st_mtime_ns))
         os.replace(scratch, target)
@@ -330,7 +331,7 @@ class Store:
             offset, size = file.span(part)
             block, at = view[at : at + size], at + size
             if digest(block) != file.digests[part]:
-                raise Spoilt(f"{file.path} came otherwise than announced: did it change meanwhile?")
+                raise CorruptData(f"{file.path} differs from what was announced: did it change meanwhile?")
             if not file.have[part]:
                 with writing(file.target):
                     self._write(file, offset, block)
@@ -410,17 +411,17 @@ def above(path: str) -> Iterator[str]:
 
 
 def is_link_to(place: str, target: str) -> bool:
-    """Tell whether a link to this target stands there."""
+    """Return whether a link to this target stands there."""
     return os.path.islink(place) and os.readlink(place) == target
 
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Make a Fault of what the disk refuses."""
+    """Makea NodeError of what the disk refuses."""
     try:
         yield
     except OSError as error:
-        raise Fault(f"{path}: {error.strerror}") from None
+        raise NodeError(f"{path}: {error.strerror}") from None
 
 
 def delete(record: Record, paths: list[str]) -> tuple[int, list[str]]:
@@ -498,7 +499,7 @@ def nearest(path: str) -> str:
 
 
 def choose_root(tree: dict[str, Any], record: Record, overwrite: bool) -> str:
-    """Return the first place where the tree can be written, or is already; raise Fault if there is none."""
+    """Return the first place where the tree can be written, or is already; raise UserError if there is none."""
     for word in tree["roots"]:
         path = os.path.expanduser(word) if word.startswith("~") else word
         if path.startswith("$HF_HOME/"):
@@ -510,7 +511,7 @@ def choose_root(tree: dict[str, Any], record: Record, overwrite: bool) -> str:
         if os.path.isdir(top) and os.access(top, os.W_OK | os.X_OK) and (path != top or may_hold(tree, path)):
             others = {known.tree for known in record.known.values() if known.root == path and known.ours}
             if tree["code"] and not others <= {tree["key"]} and not overwrite:
-                raise Fault(f"{path} holds what was synced from another checkout ({min(others - {tree['key']})}): "
+                raise NodeError(f"{path} holds what was synced from another checkout ({min(others - {tree['key']})}): "
                             "--folder takes this one elsewhere")
             return path
         if os.path.isdir(path):
@@ -520,11 +521,11 @@ def choose_root(tree: dict[str, Any], record: Record, overwrite: bool) -> str:
             if all(file.placed for file in trial.files) and not trial.foreign and all(
                     is_link_to(os.path.join(path, link), target) for _, _, link, target in trial.links):
                 return path
-    raise Fault(f"none of {', '.join(tree['roots'])} can be written by this account")
+    raise NodeError(f"none of {', '.join(tree['roots'])} can be written by this account")
 
 
 def may_hold(tree: dict[str, Any], path: str) -> bool:
-    """Tell whether a folder that is there may get the tree: code goes to none that somebody else owns."""
+    """Return whether a folder that is there may get the tree: code goes to none that somebody else owns."""
     return not tree["code"] or os.stat(path).st_uid == os.geteuid()
 
 
@@ -567,7 +568,7 @@ def serve(listening: socket.socket, context: ssl.SSLContext, store: Store) -> No
 
 
 def give(connection: socket.socket, context: ssl.SSLContext, store: Store) -> None:
-    """Answer each asked number with its piece, with signs of life until it is here."""
+    """Answer each asked number with its piece, with heartbeats until it is here."""
     with contextlib.suppress(OSError, IndexError):  # it has gone, or asks for what there isn't
         connection.settimeout(SILENCE)
         with context.wrap_socket(connection, server_side=True) as peer:
@@ -604,10 +605,10 @@ def pull(upstream: list[list[Any]], context: ssl.SSLContext, store: Store) -> No
     for name, address, port in upstream:
         try:
             pull_from(address, port, context, store)
-        except Fault as fault:
+        except NodeError as fault:
             tell(event="failed", text=str(fault))
             return
-        except (OSError, Spoilt, ValueError, TypeError, OverflowError) as error:  # a node may say anything
+        except (OSError, CorruptData, ValueError, TypeError, OverflowError) as error:  # a node may say anything
             tell(event="lost", peer=name, text=str(error) or type(error).__name__)
         if not store.missing:
             return
@@ -635,7 +636,7 @@ def pull_from(address: str, port: int, context: ssl.SSLContext, store: Store) ->
             if number == WAITING:
                 continue
             if size > 2 * CHUNK_BYTES:
-                raise OSError("it sends more than a piece")
+                raise OSError("it sent more than a chunk")
             data = receive(peer, size)
             asked += ask() - 1
             store.put(number, data)
@@ -654,11 +655,11 @@ class Master:
         ready, _, _ = select.select([0], [], [], SILENCE)
         block = os.read(0, 1 << 18) if ready else b""
         if not block:
-            raise Gone
+            raise ConnectionLost
         self._rest += block
 
     def order(self) -> dict[str, Any]:
-        """Return the next order; empty lines are signs of life."""
+        """Return the next order; empty lines are heartbeats."""
         while True:
             while (end := self._rest.find(b"\n")) < 0:
                 self._more()
@@ -698,12 +699,12 @@ def own_id() -> str:
 
 
 def take_lock() -> Any:
-    """Hold this home's lock until the end; raise Fault if another sync has it."""
+    """Hold this home's lock until the end; raise UserError if another sync has it."""
     lock = open(os.path.join(HOME, "lock"), "w")  # noqa: SIM115, held as long as this runs
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise Fault("another sync goes on there: wait for its end") from None
+        raise NodeError("another sync is running there: wait until it ends") from None
     return lock
 
 
@@ -830,9 +831,9 @@ def main() -> int:
             return take_part(master, Record())
         finally:
             lock.close()
-    except Gone:
+    except ConnectionLost:
         return 1
-    except (Fault, Spoilt) as fault:
+    except (NodeError, CorruptData) as fault:
         tell(event="failed", text=str(fault))
     except OSError as error:
         tell(event="failed", text=f"{error.filename}: {error.strerror}" if error.filename else str(error))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run one node's part of a training: DeepSpeed's per-node launcher, watched, ended as a whole, told of as data.
+"""Run one node's part of a training: DeepSpeed's per-node launcher, watched, ended as a whole, reported as data.
 
 The master streams this file to each node over SSH and stays connected:
 
@@ -39,7 +39,7 @@ SIOCGIFCONF = 0x8912  # linux/sockios.h
 TICK = 0.1  # seconds between two looks at ranks and logs
 FIRST_TICK = 0.02  # the same until every rank has been seen
 LOOK = 1.0  # seconds between two looks at what the ranks say that they do
-BEAT = 3.0  # seconds between two signs of life
+BEAT = 3.0  # seconds between two heartbeats
 PATIENCE = 2.0  # seconds between TERM and KILL after a failure
 LINE_LIMIT = 16384  # characters of a printed line that are passed on
 TAIL_BLOCK = 1 << 16
@@ -53,7 +53,7 @@ def keep_in(path: str, why: str) -> None:
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         kept_in[:] = [path]
-        say(event="line", rank=None, text=f"{why}: the job goes on without it")
+        say(event="line", rank=None, text=f"{why}: the job continues without it")
 
 
 def say(**fields: object) -> None:
@@ -146,7 +146,7 @@ def end_all(job: str, own: set[int]) -> None:
 
 
 def has_rank(pid: int) -> bool:
-    """Tell whether a process is a rank, or was started by one."""
+    """Return whether a process is a rank, or was started by one."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             return b"\0RANK=" in b"\0" + file.read()
@@ -362,7 +362,7 @@ class Node:
             self.ranks.update(zip(sorted(strays), missing))
 
     def watch_ranks(self) -> None:
-        """Tell how ranks ended, as soon as they do; one that failed ends the job here."""
+        """Report how ranks ended, as soon as they do; one that failed ends the job here."""
         for pid, rank in self.ranks.items():
             if rank not in self.ended:
                 code = exit_status(pid)
@@ -457,7 +457,7 @@ class Node:
                 time.sleep(TICK)
 
     def look_at_progress(self) -> None:
-        """Hand on what the ranks say that they do, where it has changed."""
+        """Forward what the ranks say that they do, where it has changed."""
         if time.monotonic() - self.looked < LOOK:
             return
         self.looked = time.monotonic()
@@ -472,7 +472,7 @@ class Node:
                         say(event="progress", rank=int(entry.name), text=text)
 
     def pass_on(self, last: bool = False) -> None:
-        """Hand on what ranks and launcher have printed."""
+        """Forward what ranks and launcher have printed."""
         for tail in self.tails.values():
             while tail.read(last):
                 pass

@@ -1,6 +1,7 @@
-"""What differs between nodes that must be alike, and what on a node will hurt a training: findings with their mends.
+"""What differs between nodes that must be the same, and what on a node will harm a training: findings, each with how
+to fix it.
 
-`invoke check` shows them. The facts come from worker/describe_node.py; the majority decides what is odd.
+`invoke check` shows them. The facts come from worker/describe_node.py; the majority decides which host differs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 GIB = 1 << 30
-MIN_FREE_BYTES, LOW_FREE_BYTES = 2 * GIB, 20 * GIB  # free bytes for runs and checkpoints: an error below, a warning below
+# free bytes for runs and checkpoints: an error below, a warning below
+MIN_FREE_BYTES, LOW_FREE_BYTES = 2 * GIB, 20 * GIB
 MIN_SHM_BYTES = 1 * GIB  # NCCL and data loaders of one node share memory there
 MIN_OPEN_FILES = 4096  # open files: a loader's workers and a rank's sockets take thousands
 MAX_CLOCK_SKEW_S = 2.0  # seconds: logs of several hosts can't be read side by side beyond it
@@ -22,7 +24,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about hosts: error (no training), warning (it will hurt) or info; what it does to one; the mend."""
+    """Something about hosts: error (no training), warning (it will hurt) or info, its effect and how to fix it."""
 
     level: str
     hosts: tuple[str, ...]
@@ -38,7 +40,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class ComparedFact:
-    """A fact that all nodes should have alike: its name, how to read it, what a difference does and mends."""
+    """A fact that should be the same on all nodes: its name, how to read it, what a difference causes, how to fix
+    it."""
 
     name: str
     path: tuple[str, ...]
@@ -57,18 +60,18 @@ COMPARED_FACTS = [
     *(ComparedFact(name, ("packages", name), "warning", "data may be tokenized differently", INSTALL)
       for name in ("datasets", "tokenizers")),
     ComparedFact("Python", ("minor",), "error", "packages differ with it", "install the same minor release there"),
-    ComparedFact("NCCL", ("nccl",), "error", "its ranks do not speak with each other", INSTALL),
+    ComparedFact("NCCL", ("nccl",), "error", "its ranks can't communicate with the others", INSTALL),
     ComparedFact("GPU driver", ("driver",), "warning", "one host may refuse what the others run", "update it there"),
     ComparedFact("glibc", ("glibc",), "info", "packages built on one host may not load on another", ""),
-    ComparedFact("operating system", ("os",), "info", "nothing by itself", ""),
+    ComparedFact("operating system", ("os",), "info", "none by itself", ""),
     ComparedFact("MTU of the training's network card", ("mtu",), "warning",
-          "large packets are lost without a word, and a sum hangs", "sudo ip link set dev CARD mtu 1500 there"),
+          "large packets are lost silently, and all-reduce hangs", "sudo ip link set dev CARD mtu 1500 there"),
     ComparedFact("time zone", ("timezone",), "info", "the logs' times differ by it", ""),
 ]
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether an address, with a scope or without, leads to the machine itself."""
+    """Return whether an address, with a scope or without, leads to the machine itself."""
     return ipaddress.ip_address(address.split("%")[0]).is_loopback
 
 
@@ -98,7 +101,7 @@ def card_of(facts: Facts, address: str | None) -> dict[str, Any] | None:
 
 
 def differences(nodes: Mapping[str, Facts]) -> list[Finding]:
-    """Return what single nodes have unlike the majority; of a tie the first node's is the majority's."""
+    """Return in what single nodes differ from the majority; of a tie the first node's is the majority's."""
     found = []
     for fact in COMPARED_FACTS:
         values = {host: value_at(facts, fact.path) for host, facts in nodes.items()}
@@ -125,7 +128,7 @@ def node_findings(host: str, facts: Facts, here: float | None) -> list[Finding]:
         if disk["free_bytes"] < LOW_FREE_BYTES:
             level = "error" if disk["free_bytes"] < MIN_FREE_BYTES else "warning"
             add(level, f"{disk['free_bytes'] / 1e9:.1f} GB are free on {disk['mount']}",
-                "checkpoints or packages won't fit", "make room there")
+                "checkpoints or packages won't fit", "free disk space there")
     if facts["shm_bytes"] is not None and facts["shm_bytes"] < MIN_SHM_BYTES:
         add("warning", f"its shared memory has {facts['shm_bytes'] / 1e6:.0f} MB",
             "ranks of one host die of a bus error",
@@ -145,7 +148,7 @@ def node_findings(host: str, facts: Facts, here: float | None) -> list[Finding]:
     for name, known in facts["names"].items():
         if name != facts["hostname"] and known and all(is_loopback(each) for each in known):
             add("warning", f"it knows {name} as {', '.join(known)}, which is itself",
-                "ranks started by that name would wait for each other for ever", "mend /etc/hosts there")
+                "ranks started by that name would wait for each other for ever", "fix /etc/hosts there")
     if facts["port"] is None:
         add("info", "another program listens on port 29500 there",
             "invoke train takes another; plain deepspeed would fail", "--master_port N for plain deepspeed")
@@ -159,25 +162,25 @@ def node_findings(host: str, facts: Facts, here: float | None) -> list[Finding]:
 
 
 def content_findings(nodes: Mapping[str, Facts], own: Mapping[str, str | None]) -> list[Finding]:
-    """Return what the nodes have of models and data otherwise than this machine, or, where it has none, than most."""
+    """Return models and data that differ from this machine's, or, where it has none, from most nodes'."""
     found: list[Finding] = []
     for name, digest in own.items() if nodes else ():
         usual = digest or Counter(facts["content"].get(name) for facts in nodes.values()).most_common(1)[0][0]
         for host, facts in nodes.items():
             theirs = facts["content"].get(name)
-            if theirs == usual or name in facts["missing"]:  # which is told of anyway
+            if theirs == usual or name in facts["missing"]:  # which is reported anyway
                 continue
             if theirs is None:
                 found.append(Finding("warning", (host,), f"{name} is not in its Hugging Face cache",
-                                     "it would be fetched there, if there is internet", SEND))
+                                     "it would be downloaded there, if there is internet", SEND))
             else:
-                found.append(Finding("error", (host,), f"its {name} is another than here",
+                found.append(Finding("error", (host,), f"its {name} differs from this machine's",
                                      "ranks would start from different weights, or learn different text", SEND))
     return found
 
 
 def grouped(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings with those made one that say the same of single hosts; a pair stays a pair."""
+    """Return the findings, with equal ones about single hosts merged; pairs stay separate."""
     hosts: dict[Finding, list[str]] = {}
     for finding in findings:
         alone = len(finding.hosts) == 1
@@ -198,11 +201,12 @@ def card_findings(host: str, facts: Facts) -> list[Finding]:
     if faster:
         found.append(Finding(
             "warning", (host,), f"{card['name']} ({card['mbit']} Mbit/s) is used, and {faster[0]['name']} has "
-            f"{faster[0]['mbit']}", "sums take as much longer",
+            f"{faster[0]['mbit']}", "communication takes as much longer",
             f"name the host by its address on {faster[0]['name']} ({', '.join(faster[0]['addresses'])})"))
     elif card["mbit"] and card["mbit"] < SLOW_MBIT:
         found.append(Finding("warning", (host,), f"{card['name']} runs at {card['mbit']} Mbit/s",
-                             "sums take ten times as long as on gigabit", "look at the cable and the switch's port"))
+                             "communication takes ten times as long as on gigabit",
+                             "look at the cable and the switch's port"))
     networks: dict[Any, str] = {}
     for each in real:
         for network in {ipaddress.ip_interface(address).network for address in each["addresses"]}:
@@ -214,7 +218,7 @@ def card_findings(host: str, facts: Facts) -> list[Finding]:
 
 
 def agreement(nodes: Mapping[str, Facts]) -> list[str]:
-    """Return lines of what all nodes have alike: one for those that agree wholly, one for each that doesn't."""
+    """Return lines that summarize the nodes: nodes with equal facts share a line."""
     groups: dict[str, list[str]] = {}
     for host, facts in nodes.items():
         words = [f"{facts['os']}, Python {facts['minor']}"]

@@ -1,4 +1,4 @@
-"""The network between nodes, tried from each to each: worker/probe_network.py on all of them, told what to do.
+"""The network between nodes, tested from each to each: worker/probe_network.py on all of them, told what to do.
 
 A port that one node can't reach on another, the rate and the round trip of each pair, and of all pairs at once.
 """
@@ -44,7 +44,7 @@ class Pair:
 
 
 class Peer:
-    """A node that follows orders; one that is lost answers None from then on."""
+    """A node that follows orders; after its connection is lost it answers None."""
 
     def __init__(self, host: str, channel: Channel) -> None:
         self.host, self._channel = host, JsonChannel(channel, host)
@@ -53,7 +53,7 @@ class Peer:
         self.ports: list[int | None] = []
 
     def tell(self, **order: Any) -> None:
-        """Send an order; without one, a sign of life."""
+        """Send an order; without one, a heartbeat."""
         if not self.lost:
             try:
                 self._channel.send(order)
@@ -74,7 +74,7 @@ class Peer:
                 self.lost = error.reason
                 break
             if self._channel.ended or left <= 0:
-                self.lost = (self._channel.stderr_tail()[-200:] if self._channel.ended else "") or "it gives no answer"
+                self.lost = (self._channel.stderr_tail()[-200:] if self._channel.ended else "") or "no answer"
         return None
 
 
@@ -173,7 +173,7 @@ def network_findings(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapp
     for pair in pairs:
         for reason in pair.faults:
             found.append(Finding("error", (pair.source,), f"{pair.target} {reason}",
-                                 "the ranks can't meet, or hang at the first sum",
+                                 "the ranks can't connect, or hang at the first all-reduce",
                                  f"open {pair.target}'s firewall for {addresses[pair.source]}, as by "
                                  f"sudo ufw allow from {addresses[pair.source]} there"))
     rates = sorted(pair.alone for pair in pairs if pair.alone)
@@ -191,5 +191,6 @@ def network_findings(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapp
         elif expected and pair.alone < FULL_SPEED * expected:
             found.append(Finding("warning", (pair.source, pair.target),
                                  f"{pair.alone / 1e6:.1f} MB/s of the {expected / 1e6:.0f} that their cards could",
-                                 "sums take longer than they need", "look at cables, the switch and other traffic"))
+                                 "communication takes longer than it should",
+                                 "look at cables, the switch and other traffic"))
     return found

@@ -18,7 +18,7 @@ class UsageError(UserError):
 
 
 def run_cli(work: Callable[[], int], stopped: str = "stopped") -> int:
-    """Do the work of a tool and return its exit code; `stopped` is what is said after Ctrl-C."""
+    """Do the work of a tool and return its exit code; `stopped` is printed after Ctrl-C."""
     try:
         code = work()
         if sys.stdout:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 T = TypeVar("T")
-NAMED = 6  # hosts that are named while they are waited for; of more their number is told
+NAMED = 6  # hosts that are listed while they are waited for; of more only the number
 
 
 def say(line: str) -> None:
@@ -27,12 +27,13 @@ def one_line(text: str) -> str:
 
 
 def is_terminal() -> bool:
-    """Tell whether progress is read on a terminal that can move its cursor."""
+    """Return whether progress is read on a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class HostTable:
-    """A table that grows by a row as each host answers; on a terminal the line below says who is still waited for.
+    """A table that grows by a row as each host answers; on a terminal the line below lists the hosts that haven't
+    answered.
 
     Rows may come from any thread. Use as a context manager.
     """

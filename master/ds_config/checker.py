@@ -46,7 +46,7 @@ def hjson_numbers(value: Any) -> Any:
 
 
 def _gravest(problems: list[Problem]) -> list[Problem]:
-    """Drop findings where a graver one, or an equal one with the same code, is told of the same key."""
+    """Drop findings where a more severe one, or an equal one with the same code, exists for the same key."""
     best: dict[KeyPath, int] = {}
     for problem in problems:
         rank = LEVELS.index(problem.level)
@@ -90,7 +90,7 @@ def text_problems(document: Document, target: Target) -> Iterator[Problem]:
 
 
 def _equal_twins(document: Document, path: KeyPath) -> bool:
-    """Tell whether all the values of a duplicate key are the same."""
+    """Return whether all the values of a duplicate key are the same."""
     parent = document.member(path[:-1])
     node = parent.node if parent else document.root
     duplicate_hosts = [member.node.value for member in node.members if member.key == path[-1]]

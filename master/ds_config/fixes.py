@@ -1,4 +1,4 @@
-"""Mends of a DeepSpeed config that can't be wrong, made in its text so that order and formatting stay."""
+"""Safe fixes of a DeepSpeed config, made in its text so that order and formatting stay."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from master.ds_config.checker import check
 from master.ds_config.json_text import Document, KeyPath, TextError, put, remove, rename
 from master.ds_config.problem import Problem, Target
 
-ROUNDS = 500  # more mends than any config needs; each round makes one
+ROUNDS = 500  # more fixes than any config needs; each round makes one
 
 
 def apply_fixes(text: str, target: Target) -> tuple[str, list[Problem]]:
-    """Return the text with every safe mend made, and the problems that they solved.
+    """Return the text with every safe fix applied, and the problems that they solved.
 
-    A mend is undone if it brings up anything that wasn't there before: a config never gets worse. Raises TextError.
+    A fix is undone if it brings up anything that wasn't there before: a config never gets worse. Raises TextError.
     """
     done: list[Problem] = []
     refused: set[tuple[str, KeyPath]] = set()
@@ -49,7 +49,7 @@ def _kinds(problems: list[Problem], fixed: Problem) -> Counter[tuple[str, str, K
 
 
 def apply(document: Document, problem: Problem) -> str:
-    """Return the text with one mend made."""
+    """Return the text with one fix applied."""
     fix = problem.fix
     if fix is None:
         return document.text

@@ -34,7 +34,7 @@ class TextError(ValueError):
 
 @dataclass(frozen=True)
 class Slip:
-    """Something that strict JSON refuses, with the piece of text that would mend it."""
+    """Something that strict JSON refuses, with the piece of text that would fix it."""
 
     what: str
     at: int

@@ -18,7 +18,7 @@ PARSE, INIT, STEP = "parse", "init", "step"  # DeepSpeedConfig refuses; deepspee
 
 @dataclass(frozen=True)
 class Fix:
-    """A mend that can't be wrong. kind: rename (value: the new key), put (value), replace (new key and value), remove
+    """A change that is always safe. kind: rename (value: the new key), put (value), replace (new key and value), remove
     (value "first": of duplicates, the first), strict (the whole text as plain JSON).
     """
 
@@ -30,7 +30,8 @@ class Fix:
 class Problem:
     """One finding. level: error (it will be refused or fail), warning (ignored, or can't be meant), info (harmless).
 
-    `phase`, for errors: when. `path`: the keys from the root. `how_to_fix`: what to do, a sentence without its full stop.
+    `phase`, for errors: when. `path`: the keys from the root. `how_to_fix`: what to do, a sentence without its full
+    stop.
     """
 
     code: str
@@ -49,7 +50,8 @@ class Problem:
     def line(self, file: str, number: int) -> str:
         """Return the finding as one line of text."""
         command = self.how_to_fix.startswith(("pip ", "make ", "invoke "))
-        how_to_fix = f". {self.how_to_fix if command else self.how_to_fix[:1].upper() + self.how_to_fix[1:]}" if self.how_to_fix else ""
+        text = self.how_to_fix if command else self.how_to_fix[:1].upper() + self.how_to_fix[1:]
+        how_to_fix = f". {text}" if text else ""
         phase = f" [{self.phase}]" if self.phase else ""
         return one_line(f"{file}:{number}: {self.level} {self.json_path}: {self.message}{how_to_fix}{phase}")
 
@@ -86,7 +88,7 @@ class Config:
         return node
 
     def has(self, *path: str) -> bool:
-        """Tell whether a path is written."""
+        """Return whether a path is written."""
         missing = object()
         return self.get(*path, default=missing) is not missing
 
@@ -96,7 +98,7 @@ class Config:
         return found if isinstance(found, dict) else {}
 
     def on(self, *path: str) -> bool:
-        """Tell whether a switch is on, in any of the spellings that DeepSpeed takes."""
+        """Return whether a switch is on, in any of the spellings that DeepSpeed takes."""
         value = self.get(*path)
         return value in (True, 1) or (isinstance(value, str) and value.lower() in ("true", "t", "yes", "y", "on", "1"))
 
@@ -124,7 +126,7 @@ class Config:
 
     @functools.cached_property
     def for_trainer(self) -> bool:
-        """True if the Trainer will read it: it was said, or a value that only the Trainer fills is "auto"."""
+        """True if the Trainer will read it: it was given, or a value that only the Trainer fills is "auto"."""
         if self.target.trainer is not None:
             return self.target.trainer
         return any(value == "auto" and fills_auto(path) for path, value in leaves(self.root))

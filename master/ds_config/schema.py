@@ -43,10 +43,10 @@ def section_of(path: KeyPath) -> KeyPath:
 
 
 def is_checked(path: KeyPath) -> bool:
-    """Tell whether DeepSpeed checks the values in this section."""
+    """Return whether DeepSpeed checks the values in this section."""
     return bool((node_of(path) or {}).get("x-checked"))
 
 
 def fills_auto(path: KeyPath) -> bool:
-    """Tell whether the Trainer fills an "auto" here."""
+    """Return whether the Trainer fills an "auto" here."""
     return bool((node_of(path) or {}).get("x-auto"))

@@ -1,7 +1,7 @@
 """What the schema finds in a config: unknown keys, wrong values, removed and renamed names.
 
 DeepSpeed checks only some sections (x-checked: pydantic, in its lax mode); there a wrong value is refused, and "2" for
-2 is taken. In the others nothing is checked, and an unknown key is ignored without a word.
+2 is taken. In the others nothing is checked, and an unknown key is ignored silently.
 """
 
 from __future__ import annotations

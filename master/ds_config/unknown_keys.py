@@ -37,7 +37,7 @@ def unknown(path: KeyPath, section: dict[str, Any]) -> Problem:
     refused = is_checked(parent) and section[key] != "auto"
     level, phase = ("error", PARSE) if refused else ("warning", "")
     place = "in " + ".".join(map(str, parent)) if parent else "at the top level"
-    what = "refused" if refused else "ignored without a word"
+    what = "refused" if refused else "ignored silently"
     if COMMENT.match(key):
         return Problem("comment-key", level, path, f"no comments {place}: an unknown key is {what}",
                        "move it to the top level, or take it out", phase, Fix("remove"))
@@ -48,7 +48,7 @@ def unknown(path: KeyPath, section: dict[str, Any]) -> Problem:
 
 
 def suggestion(path: KeyPath, section: dict[str, Any]) -> tuple[str, Fix | None]:
-    """Return the mend for an unknown key, and the fix if there is no doubt."""
+    """Return how to fix an unknown key, and the fix itself if there is no doubt."""
     parent, key = path[:-1], str(path[-1])
     if known := KNOWN_AS.get(path):
         if known[:-1] == parent:

@@ -51,11 +51,12 @@ def read_cluster(path: Path) -> dict[str, Any]:
         return empty_cluster()
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ClusterError(f"{path}: {why}: delete it, it is written anew") from None
+        raise ClusterError(f"{path}: {why}: delete it; it will be written again") from None
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
     faults = sorted(validator.iter_errors(cluster), key=lambda reason: [str(part) for part in reason.absolute_path])
     if faults:
-        raise ClusterError(f"{path}: {faults[0].json_path}: {faults[0].message[:200]}: delete it, it is written anew")
+        raise ClusterError(f"{path}: {faults[0].json_path}: {faults[0].message[:200]}: delete it; it will be written "
+                           "again")
     return cluster
 
 

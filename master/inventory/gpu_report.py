@@ -47,7 +47,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Problem:
-    """A fault or a notice, with its mend."""
+    """A fault or a notice, and how to fix it."""
 
     code: str
     message: str

@@ -94,7 +94,7 @@ def select(hosts: Sequence[Slots], include: str, exclude: str) -> list[Slots]:
                   if host.host in without else host.use, host.vendor) for host in hosts]
     kept = [host for host in kept if host.use]
     if not kept:
-        raise HostfileError(f"--exclude {exclude}: nothing is left")
+        raise HostfileError(f"--exclude {exclude}: no slots are left")
     return kept
 
 

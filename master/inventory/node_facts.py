@@ -1,4 +1,4 @@
-"""What each node has for a training, asked of the Python that will train there, and what stands against a start.
+"""Each node's facts, from the Python that will train there, and what prevents a start.
 
 `worker/describe_node.py` answers; `node_problems` compares the answers with this machine's.
 """
@@ -23,7 +23,7 @@ from master.ssh.session import Session
 MARK = "@@NODE_FACTS "
 NOT_FOUND = (126, 127)  # what a shell says of a program that isn't there, or isn't one
 MIN_FREE_BYTES = 2 << 30  # bytes
-BUSY_MIB = 1024  # MiB that other programs hold on a GPU from which it is told of: a desktop takes less
+BUSY_MIB = 1024  # MiB held on a GPU by other programs, from which it is reported: a desktop takes less
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def checkout_of(known: Mapping[str, Any]) -> RemoteCheckout:
 
 @dataclass(frozen=True)
 class NodeProblem:
-    """What stops a start, on one host, with the mend."""
+    """What prevents a start on one host, and how to fix it."""
 
     host: str
     text: str
@@ -71,7 +71,7 @@ def stdin_loader(script: Path) -> str:
 
 
 def query_facts(session: Session, place: RemoteCheckout, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a node's facts; raise SshError with the mend where they can't be had.
+    """Return a node's facts; raise SshError with the fix where they can't be had.
 
     Paths in `wanted`, and those that are missing there, are this machine's.
     """
@@ -112,7 +112,7 @@ def gpu_problems(host: str, slots: Sequence[int], gpus: Mapping[str, Any]) -> li
 
 
 def torch_problems(host: str, slots: Sequence[int], torch: Mapping[str, Any]) -> list[NodeProblem]:
-    """Return why the PyTorch of a host can't use these slots of its, by what it said itself (describe_node.py)."""
+    """Return why the PyTorch of a host can't use these slots, by its own report (describe_node.py)."""
     version = f"torch {torch.get('version', '')}".strip()
     if not torch.get("built_for"):
         if "version" not in torch:
@@ -128,13 +128,13 @@ def torch_problems(host: str, slots: Sequence[int], torch: Mapping[str, Any]) ->
                                      "CUDA_VISIBLE_DEVICES set there?"))
         elif not runs_on(torch["archs"], torch["devices"][slot]["arch"]):
             device = torch["devices"][slot]
-            found.append(NodeProblem(host, f"slot {slot} ({device['name']}, {device['arch']}) is nothing that {version} was "
-                                     f"built for ({' '.join(torch['archs'])}): --exclude {host}:{slot}"))
+            found.append(NodeProblem(host, f"slot {slot} ({device['name']}, {device['arch']}): not supported by "
+                                     f"{version} (built for {' '.join(torch['archs'])}): --exclude {host}:{slot}"))
     return found
 
 
 def runs_on(archs: Sequence[str], device: str | None) -> bool:
-    """Tell whether code built for these architectures runs on a device; an unknown one is believed to.
+    """Return whether code built for these architectures runs on a device; an unknown one is believed to.
 
     NVIDIA: binary code (sm_MN) runs on the same major version from that minor one on, PTX (compute_MN) on all later
     ones (CUDA C++ programming guide, "binary compatibility" and "PTX compatibility"). AMD: on the same name.
@@ -186,12 +186,12 @@ def node_problems(answers: Mapping[str, Mapping[str, Any]], own: Mapping[str, An
     found = []
     for host, facts in answers.items():
         if facts["code"] != own["code"]:
-            what = "another state of lanspeed's code" if facts["code"] else "no lanspeed"
+            what = "a different version of lanspeed's code" if facts["code"] else "no lanspeed"
             found.append(NodeProblem(host, f"{what} in the folder it trains in: invoke sync"))
         found += version_problems(host, facts, own)
         found += [NodeProblem(host, f"{path} is not there: invoke sync -- --with {path}") for path in facts["missing"]]
         if facts["free_bytes"] is not None and facts["free_bytes"] < MIN_FREE_BYTES:
-            found.append(NodeProblem(host, f"{facts['free_bytes'] / 1e9:.1f} GB are free on its disk: make room"))
+            found.append(NodeProblem(host, f"{facts['free_bytes'] / 1e9:.1f} GB are free on its disk: free some"))
         if facts["port"] is None:
-            found.append(NodeProblem(host, "the port is taken: --master-port N names another"))
+            found.append(NodeProblem(host, "the port is taken: --master-port N picks another"))
     return found

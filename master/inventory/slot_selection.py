@@ -1,4 +1,4 @@
-"""Who trains with whom: from the hosts' answers to slots of one vendor, and a remark on each host."""
+"""Decides which slots train: from the hosts' GPU reports to slots of one vendor, and a comment on each host."""
 
 from __future__ import annotations
 

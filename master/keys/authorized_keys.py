@@ -76,7 +76,7 @@ def run_script(session: Session, deed: str, pair: KeyPair) -> str:
     host = str(session.node)
     if not marked:
         said = (done.err.strip().splitlines() or ["nothing"])[-1]
-        raise SshError(host, "key", f"the host's shell said: {said}", f"ssh-copy-id -i {pair.path}.pub {host}")
+        raise SshError(host, "key", f"the host's shell printed: {said}", f"ssh-copy-id -i {pair.path}.pub {host}")
     for line in marked:
         if line.startswith("fault "):
             raise SshError(host, "key", line.removeprefix("fault "))
@@ -85,7 +85,7 @@ def run_script(session: Session, deed: str, pair: KeyPair) -> str:
 
 
 def key_is_there(session: Session, pair: KeyPair) -> bool:
-    """Tell whether a host knows the key."""
+    """Return whether a host knows the key."""
     return run_script(session, "check", pair) == "was there"
 
 

@@ -21,7 +21,7 @@ def alias_of(node: Node) -> str:
 
 
 def block_of(node: Node, user: str | None, port: int | None, key: Path) -> str:
-    """Return a node's block: only what its name or the flags said, and the key."""
+    """Return a node's block: only what its name or the flags give, and the key."""
     alias, user, port = alias_of(node), node.user or user, node.port or port
     home = Path.home()
     shown = f"~/{key.relative_to(home)}" if key.is_relative_to(home) else str(key)

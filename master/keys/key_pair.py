@@ -60,7 +60,7 @@ def make_pair(path: Path, kind: str, passphrase: bool) -> KeyPair:
 
 
 def has_passphrase(path: Path) -> bool:
-    """Tell whether a private key needs a passphrase."""
+    """Return whether a private key needs a passphrase."""
     command = ["ssh-keygen", "-y", "-P", "", "-f", str(path)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     return done.returncode != 0

@@ -1,4 +1,4 @@
-"""A command on a host that goes on while both sides talk: its input stays open, its output is read as it comes.
+"""A command that keeps running on a host while both sides exchange data: its input stays open, its output is streamed.
 
     with contextlib.closing(session.open(command)) as channel:
         channel.send(b"...")
@@ -28,7 +28,7 @@ SEND_TIMEOUT_S = 60.0  # seconds in which a peer that takes nothing is gone
 
 
 class Channel(Protocol):
-    """Raises SshError where the connection breaks."""
+    """Raises SshError if the connection breaks."""
 
     def send(self, data: bytes) -> None:
         """Write to the command's input."""
@@ -43,7 +43,7 @@ class Channel(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the command; it sees the end of its input."""
+        """Release the command; it sees the end of its input."""
         ...
 
 
@@ -69,9 +69,9 @@ class ProcessChannel:
                 if select.select([], [self._in], [], TICK)[1]:
                     rest, since = rest[os.write(self._in, rest[:BLOCK]) :], time.monotonic()
                 elif time.monotonic() - since > SEND_TIMEOUT_S:
-                    raise SshError(self._host, "command", f"it took nothing for {SEND_TIMEOUT_S:.0f} s")
+                    raise SshError(self._host, "command", f"it accepted no data for {SEND_TIMEOUT_S:.0f} s")
         except OSError as error:
-            raise SshError(self._host, "command", f"it reads no more: {error.strerror}") from None
+            raise SshError(self._host, "command", f"it stopped reading: {error.strerror}") from None
 
     def receive(self, seconds: float) -> bytes | None:
         """Wait for output."""
@@ -121,7 +121,7 @@ class SshChannel:
                 rest, since = rest[count:], time.monotonic()
             except TimeoutError:
                 if time.monotonic() - since > SEND_TIMEOUT_S:
-                    raise SshError(self._host, "command", f"it took nothing for {SEND_TIMEOUT_S:.0f} s") from None
+                    raise SshError(self._host, "command", f"it accepted no data for {SEND_TIMEOUT_S:.0f} s") from None
             except Exception as error:  # EOFError and paramiko's own among them
                 raise SshError(self._host, "command", f"the connection broke: {error or 'closed'}") from None
 

@@ -4,7 +4,7 @@
     talk.send({"stop": 60})
     for event in talk.receive(1.0): ...
 
-A start-up file of the host's shell may print anything: what is no object with the key that is asked for is passed over.
+A start-up file of the host's shell may print anything: whatever isn't an object with the expected key is ignored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class JsonChannel:
         self.ended = False
 
     def send(self, order: Mapping[str, Any], data: bytes = b"") -> None:
-        """Send an object, and the bytes that go with it; {} is an empty line, a sign of life."""
+        """Send an object, and the bytes that go with it; {} is an empty line, a heartbeat."""
         self._channel.send((json.dumps(order).encode() if order else b"") + b"\n" + data)
 
     def receive(self, seconds: float) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ class JsonChannel:
         self.last_heard = time.monotonic()
         *lines, self._rest = (self._rest + block).split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
-            raise SshError(self._host, "connection", "it says more than makes sense")
+            raise SshError(self._host, "connection", "a line of its output is too long")
         found = (parse_object(line[len(self._mark) :], self._key) for line in lines if line.startswith(self._mark))
         return [event for event in found if event is not None]
 

@@ -114,7 +114,7 @@ def expand(word: str, where: str) -> Iterable[str]:
         choices.append(expand_range(part, word, where) if position % 2 else [part])
         count *= len(choices[-1])
     if count > MAX_NODES:
-        raise NodeError(f"{where}{show(word)} names {count:,} nodes, and {MAX_NODES} are the most")
+        raise NodeError(f"{where}{show(word)} names {count:,} nodes; at most {MAX_NODES} are allowed")
     return map("".join, itertools.product(*choices))
 
 
@@ -129,7 +129,8 @@ def expand_range(text: str, word: str, where: str) -> list[str]:
         if int(last) < int(first):
             raise NodeError(f"{where}{show(word)}: the range {piece} runs backwards")
         if int(last) - int(first) >= MAX_NODES:
-            raise NodeError(f"{where}{show(word)} names {int(last) - int(first) + 1:,} nodes, and {MAX_NODES} are the most")
+            count = int(last) - int(first) + 1
+            raise NodeError(f"{where}{show(word)} names {count:,} nodes; at most {MAX_NODES} are allowed")
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     return numbers
 

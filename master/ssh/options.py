@@ -1,4 +1,4 @@
-"""The flags by which every tool is told how to reach hosts, and the questions that go with them."""
+"""The flags that tell every tool how to reach hosts."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def password_of(options: argparse.Namespace) -> str | None:
             raise SshOptionsError(f"--ssh-password-file: {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
     if options.ssh_password is PROMPT:
         if not sys.stdin.isatty():
-            raise SshOptionsError(f"--ssh-password: nobody to ask here: set {PASSWORD_VARIABLE}, or --ssh-password-file F")
+            raise SshOptionsError(f"--ssh-password: no terminal to ask on: set {PASSWORD_VARIABLE}, or give "
+                                  "--ssh-password-file F")
         return getpass.getpass("SSH password: ")
     if options.ssh_password is not None:
         print("warning: a password on the command line can be read by every user of this machine (ps) and stays in the "

@@ -20,7 +20,7 @@ HOST_KEY_WORDS = {"yes": "yes", "true": "yes", "ask": "ask", "accept-new": "acce
 
 
 class SshError(Exception):
-    """Why a host can't be worked on: the stage, the fault, and the command or deed that mends it."""
+    """Why a host can't be worked on: the stage, the fault, and the command that fixes it."""
 
     def __init__(self, host: str, stage: str, reason: str, fix: str = "") -> None:
         self.host, self.stage, self.fix = host, stage, fix
@@ -96,7 +96,7 @@ def resolve(node: Node, ssh: SshOptions) -> Route:
                        shlex.join(command)) from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["ssh -G failed"]
-        raise SshError(str(node), "configuration", lines[0], "mend that line of your ssh config")
+        raise SshError(str(node), "configuration", lines[0], "fix that line of your ssh config")
     return route_of(node, ssh, settings_of(done.stdout))
 
 

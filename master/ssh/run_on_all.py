@@ -50,7 +50,8 @@ def run_on_all(
     """Do `work` with a session on every node; return its results, or why there is none, in the nodes' order.
 
     `ask` decides on unknown host keys, all at once (None refuses them), as soon as every node was reached or not;
-    `done` is told of each result as it comes, from the thread that made it. Work that waits for that of other nodes
+    `done` is called with each result as it arrives, from the thread that made it. Work that waits for that of other
+    nodes
     needs all of them `at_once`.
     """
     results: dict[Node, T | SshError] = {}

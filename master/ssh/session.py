@@ -55,7 +55,7 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         ...
 
 
@@ -77,7 +77,7 @@ class LocalSession:
         return ProcessChannel(["/bin/sh", "-c", command], str(self.node))
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to close."""
 
 
 class OpenSshSession:
@@ -115,8 +115,8 @@ class OpenSshSession:
 
 
 def openssh_error(host: str, text: str) -> SshError:
-    """Return what ssh's last words mean."""
-    lines = [line for line in text.strip().splitlines() if line.strip()] or ["ssh gave up without a word"]
+    """Return what ssh's error output means."""
+    lines = [line for line in text.strip().splitlines() if line.strip()] or ["ssh failed without any output"]
     if "identification has changed" in text.lower():
         place = next((line.strip() for line in lines if line.startswith("Offending")), "the known one")
         return SshError(host, "host key", f"not the one that is known: {place}", "ask whoever runs it; if the machine "

@@ -1,4 +1,4 @@
-"""Trees cut into pieces with their digests, as worker/receive_files.py cuts them: what is announced, and what is sent.
+"""File trees cut into chunks with their digests, as worker/receive_files.py cuts them.
 
 Digests are kept in the cache folder by path, size, time and inode, so that an unchanged model is read once.
 """
@@ -26,9 +26,9 @@ KEPT = 200_000  # files whose digests are kept
 
 
 class Chunks:
-    """All trees' files with their digests; pieces are numbered as on the nodes.
+    """All trees' files with their digests; chunks are numbered as on the nodes.
 
-    `say` is told how many bytes of how many have been read. Raises TreeError for what can't be read.
+    `say` is called with the bytes read and the total. Raises TreeError for what can't be read.
     """
 
     def __init__(self, trees: Sequence[Tree], say: Callable[[int, int], None]) -> None:

@@ -39,12 +39,12 @@ MARK = "@@ENV "
 ERROR_PREFIXES = ("ERROR", "error", "\N{MULTIPLICATION SIGN}")  # how pip's and uv's lines begin that say what is wrong
 NO_PYTHON = re.compile("No interpreter found|python-build-standalone")  # that is from where uv would fetch one
 TOOLS, WHEELS = "~/.lanspeed/tools", "~/.lanspeed/wheels"
-# $1: the checkout, $2: uv, $3: which Python, $4: what is wanted, in short; the rest: what uv pip install is told.
+# $1: the checkout, $2: uv, $3: which Python, $4: what is wanted, in short; the rest: arguments of uv pip install.
 SCRIPT = r"""
 root=$1 uv=$2 python=$3 wanted=$4; shift 4
 umask 022
 exec 3<&0
-( cat <&3 >/dev/null; kill -TERM 0 ) &  # whoever asked for this has gone: nothing goes on
+( cat <&3 >/dev/null; kill -TERM 0 ) &  # the master has disconnected: stop
 watch=$!
 trap 'kill $watch 2>/dev/null' EXIT
 say() { printf '\n@@ENV %s\n' "$*"; }
@@ -136,7 +136,7 @@ def missing_wheels(folder: Path) -> str:
 
 
 def last_line(text: str) -> str:
-    """Return the last words of a program that failed."""
+    """Return the error line of a program that failed."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if line.startswith(ERROR_PREFIXES)), lines[-1] if lines else "?")[:300]
 
@@ -145,8 +145,8 @@ def install_environment(session: Session, spec: EnvironmentSpec, roots: Mapping[
          say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
     """Make the environment on a node unless it is there; return its Python and a word on what was done.
 
-    `hello`: what the node said of itself (its machine, its own uv); `say` is told what goes on; `stop` ends it. Raises
-    SshError with the mend.
+    `hello`: what the node reported (its machine, its own uv); `say` gets the progress; `stop` ends it. Raises
+    SshError with the fix.
     """
     machine, own_uv = hello["machine"], hello.get("uv")
     host, root, report = str(session.node), roots["checkout"], query_gpus(session).report
@@ -191,7 +191,7 @@ def environment_problem(session: Session, place: RemoteCheckout, report: GpuRepo
 
 
 def install_words(spec: EnvironmentSpec, roots: Mapping[str, str], vendor: str) -> list[str]:
-    """Return what is wanted, in short, and what uv pip install is told."""
+    """Return what is wanted, in short, and arguments of uv pip install."""
     if spec.wheels:
         source = ["--no-index", "--find-links", roots["wheels"]]
     elif spec.index_url:
@@ -213,7 +213,7 @@ def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop
             if stop.is_set():
                 raise SshError(host, "environment", "stopped")
             if time.monotonic() > end:
-                raise SshError(host, "environment", f"not done after {PATIENCE:.0f} s", "run it again: it goes on")
+                raise SshError(host, "environment", f"not done after {PATIENCE:.0f} s", "run it again: it resumes")
             if said := [line for line in channel.stderr_tail().splitlines() if line.strip()[:1].isalpha()]:
                 say(said[-1].strip())  # not the list of packages
         said = channel.stderr_tail().splitlines()
@@ -230,7 +230,7 @@ def error_line(said: Sequence[str]) -> str:
         return "no Python there that fits, and none can be fetched"
     first = next((number for number, line in enumerate(said) if line.lstrip().startswith(ERROR_PREFIXES)), None)
     if first is None:
-        return (said[-1] if said else "it ended without a word")[:300]
+        return (said[-1] if said else "it exited without any output")[:300]
     causes = [line.split("cause:", 1)[1].strip() for line in said[first + 1 :] if line.strip().startswith("cause:")]
     return ": ".join([said[first].strip().removeprefix("error: "), *causes[:1]])[:300]
 
@@ -241,7 +241,7 @@ def fix_for(said: str) -> str:
     if NO_PYTHON.search(said):
         return f"sudo apt install python{version} there, or --python PATH of one"
     if "No space left" in said:
-        return "make room there; what was fetched is kept"
+        return "free disk space there; what was downloaded is kept"
     if "dns error" in said or "Connect" in said or "Request failed" in said:
         return "without internet there: --wheelhouse DIR sends wheels from here"
     return ""

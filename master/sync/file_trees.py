@@ -85,7 +85,7 @@ def listed(folder: str) -> list[str]:
 
 
 def stays_inside(link: str, top: str) -> bool:
-    """Tell whether a link leads, by a relative path, to something in the tree's folder."""
+    """Return whether a link leads, by a relative path, to something in the tree's folder."""
     target = os.readlink(link)
     place = os.path.normpath(os.path.join(os.path.dirname(link), target))
     return not os.path.isabs(target) and (place + "/").startswith(top.rstrip("/") + "/") and os.path.exists(link)
@@ -188,5 +188,5 @@ def hub(kind: str, name: str) -> Tree:
     for place in sorted({os.path.normpath(os.path.join(os.path.dirname(link), target)) for link, target in tree.links}):
         tree.add(place, os.path.join(cache, place), cache)
     if kind == "model" and not any(path.endswith(".safetensors") for path, _ in tree.links):
-        raise TreeError(f"--{kind} {name}: only a part of it is in {folder}, without weights as safetensors")
+        raise TreeError(f"--{kind} {name}: only a part of it is in {folder}, without safetensors weights")
     return tree

@@ -68,7 +68,7 @@ class SyncProgress:
         self._show({peer.host: (peer.written, peer.total, self._words(peer)) for peer in peers})
 
     def environment(self, host: str, text: str) -> None:
-        """Show what goes on with an environment."""
+        """Show the progress of an environment."""
         with self._lock:
             if self._said.get(host) == text:
                 return
@@ -94,10 +94,10 @@ class SyncProgress:
         if peer.reason:
             return peer.reason
         if peer.same_home:
-            return f"has the home of {peer.same_home}"
+            return f"shares the home folder of {peer.same_home}"
         if "plan" not in peer.said:
             looked = peer.said.get("examining", {}).get("bytes", 0)
-            return f"looking at what is there ({looked / 1e6:,.0f} MB)" if looked else "being reached"
+            return f"checking existing files ({looked / 1e6:,.0f} MB)" if looked else "being reached"
         if peer.written >= peer.total:
             return f"{peer.total / 1e6:,.1f} MB there"
         now, marks = time.monotonic(), self._marks.setdefault(peer.host, [])

@@ -1,6 +1,6 @@
 """One copy of the data leaves this machine, whatever the number of nodes: each passes on what it gets while it gets it.
 
-The nodes stand in a chain. The first gets its pieces over its SSH session; each other one pulls from the one before, by
+The nodes form a chain. The first gets its chunks over its SSH session; each other one pulls from the one before, by
 TLS with a key pair that is made for this one job. A node that is lost costs the others nothing: the next in the chain
 turns to the one before, or else is fed from here. worker/receive_files.py is the nodes' side.
 """
@@ -29,13 +29,14 @@ from master.sync.relay_peer import RelayPeer
 
 SCRIPT = WORKER / "receive_files.py"
 PYTHON = "python3 -X utf8"  # any will do that is 3.8 or newer; names are read the same in every locale
-HEARTBEAT_S, LOST = 3.0, 30.0  # seconds between signs of life; without one after which a node, whose disk may be slow, is lost
-STALL = 90.0  # seconds in which a node that gets nothing, while it could, is fed from here, and then let go
+# seconds between heartbeats; without one after which a node, whose disk may be slow, is lost
+HEARTBEAT_S, LOST = 3.0, 30.0
+STALL = 90.0  # seconds in which a node that gets nothing, while it could, is fed from here, and then dropped
 UPSTREAM = 3  # nodes before it that one may turn to
 
 
 class Relay:
-    """Use as a context manager: `reach`, then `plan` and `distribute`, or `remove`. `show` is told of the seats."""
+    """Use as a context manager: `reach`, then `plan` and `distribute`, or `remove`. `show` is called with the peers."""
 
     def __init__(self, nodes: Sequence[Node], ssh: SshOptions, addresses: Mapping[str, str | None],
                  show: Callable[[Sequence[RelayPeer]], None]) -> None:
@@ -87,7 +88,8 @@ class Relay:
 
     def plan(self, chunks: Chunks, environment_bytes: Callable[[RelayPeer], int], overwrite: bool,
              dry_run: bool) -> None:
-        """Announce the files; each node says where they lie and what it lacks. `environment_bytes`: bytes for an environment."""
+        """Announce the files; each node says where they lie and what it lacks. `environment_bytes`: bytes for an
+        environment."""
         self._chunks = chunks
         common = json.dumps({"trees": chunks.manifest, "pem": make_pem(), "overwrite": overwrite, "dry_run": dry_run})
         for peer in self._in():
@@ -100,7 +102,8 @@ class Relay:
                 continue
             home, roots = first.said["hello"]["home"], first.said["plan"]["roots"].values()
             if not all(root.startswith(home + "/") for root in roots):
-                peer.reason = f"it has the home of {first.host}, but not all lies there: --nodes {peer.host} by itself"
+                peer.reason = (f"it shares the home folder of {first.host}, but not all paths are below it: --nodes "
+                               f"{peer.host} by itself")
 
     def distribute(self, order: Callable[[RelayPeer], Any]) -> None:
         """Send what is missing; the chain stands in this order. Raises TreeError if a file changes meanwhile."""
@@ -126,7 +129,7 @@ class Relay:
         return [peer for peer in self.peers.values() if peer.takes_part]
 
     def _wait(self, ready: Callable[[RelayPeer], bool], chain: Sequence[RelayPeer] = ()) -> None:
-        """Take in events until all that take part are ready."""
+        """Handle events until all that take part are ready."""
         beat = shown = 0.0
         while not self._broken and any(not ready(peer) for peer in self._in()):
             now = time.monotonic()
@@ -136,7 +139,7 @@ class Relay:
                 beat = now
                 for peer in self._in():
                     if peer.channel and now - peer.heard > LOST:
-                        peer.reason = f"no sign of life for {LOST:.0f} s"
+                        peer.reason = f"no answer for {LOST:.0f} s"
                     elif not peer.sending.locked():  # else something is on its way to it anyway
                         threading.Thread(target=peer.tell, daemon=True).start()
                 self._help_who_is_stalled(chain, now)
@@ -145,11 +148,11 @@ class Relay:
                 self._show(list(self.peers.values()))
 
     def _help_who_is_stalled(self, chain: Sequence[RelayPeer], now: float) -> None:
-        """Feed the first in the chain that gets nothing; if that doesn't help, let go of it."""
+        """Feed the first in the chain that gets nothing; if that doesn't help, drop it."""
         for peer in chain:
             if peer.takes_part and peer.missing and now - peer.moved > STALL:
                 if peer.fed:
-                    peer.reason = f"it took nothing for {STALL:.0f} s"
+                    peer.reason = f"it accepted no data for {STALL:.0f} s"
                 else:
                     self._feed(peer, peer.said["plan"]["missing"])
                 for other in chain:
@@ -161,7 +164,7 @@ class Relay:
         try:
             peer.accept(event, trees, len(self._chunks.chunks) if self._chunks else 0)
         except ValueError as error:
-            peer.reason = f"it says what makes no sense: {error}"
+            peer.reason = f"invalid message: {error}"
             return
         if event["event"] == "orphan":
             self._feed(peer, event["missing"])
@@ -192,7 +195,7 @@ class Relay:
 
     def _reach_all(self, question: Ask | None) -> None:
         def done(node: Node, result: SshError | None) -> None:
-            text = str(result).removeprefix(f"{node}: ") if result else "it ended before its time"
+            text = str(result).removeprefix(f"{node}: ") if result else "it exited early"
             self._events.put((self.peers[str(node)], {"event": "over", "text": text}))
 
         nodes = [peer.node for peer in self.peers.values()]

@@ -1,4 +1,4 @@
-"""A node that gets files: its channel, what it has said, how far it is. What it says is checked before it counts."""
+"""A node that gets files: its channel, its messages, its progress. Every message is validated before it is used."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RelayPeer:
         return int(self.said.get("plan", {}).get("bytes", 0))
 
     def tell(self, order: Mapping[str, Any] | bytes = b"", data: bytes = b"") -> None:
-        """Send an order (as JSON already, or not yet) and the bytes that go with it; an empty one is a sign of life.
+        """Send an order (as JSON already, or not yet) and the bytes that go with it; an empty one is a heartbeat.
 
         A connection that breaks shows elsewhere.
         """
@@ -67,7 +67,7 @@ class RelayPeer:
                 self.channel.send(line + b"\n" + data)
 
     def accept(self, event: Mapping[str, Any], trees: Collection[str], chunks: int) -> None:
-        """Take in an event; raise ValueError for one that makes no sense with these trees and so many pieces."""
+        """Handle an event; raise ValueError for one that makes no sense with these trees and so many pieces."""
         kind = event.get("event")
         if not isinstance(kind, str) or kind not in EVENTS:
             raise ValueError("unknown event")

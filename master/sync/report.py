@@ -1,4 +1,4 @@
-"""What came of each host as files and an environment were brought there, and how a person is told."""
+"""The result of a sync on each host, and the line that reports it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HostResult:
 
 
 def result_of(peer: RelayPeer, trees: Sequence[Tree]) -> HostResult:
-    """Return what came of a seat in the chain."""
+    """Return the result of a peer in the chain."""
     plan, finished = peer.said.get("plan"), peer.said.get("finished", {})
     found = HostResult(peer.host, peer.reason or "", shares_home_of=peer.same_home)
     if plan and not peer.reason:
@@ -46,12 +46,12 @@ def result_line(one: HostResult, dry_run: bool) -> str:
     if one.error:
         return f"error: {one.error}"
     if one.shares_home_of:
-        return f"has the home of {one.shares_home_of}"
+        return f"shares the home folder of {one.shares_home_of}"
     if dry_run:
         return f"would get {one.bytes_missing / 1e6:,.1f} MB; lanspeed in {one.folder}"
     words = [f"{one.bytes_sent / 1e6:,.1f} MB new" if one.bytes_sent else "nothing new"]
-    words += [f"{one.deleted:,} files gone"] if one.deleted else []
-    words += [f"{len(one.kept):,} kept that were changed there ({one.kept[0]})"] if one.kept else []
+    words += [f"{one.deleted:,} files deleted"] if one.deleted else []
+    words += [f"{len(one.kept):,} kept because they were changed there ({one.kept[0]})"] if one.kept else []
     words += [one.environment] if one.environment else []
     moved = {here: there for here, there in (one.paths or {}).items() if here != there}
     places = [f"lanspeed in {one.folder}", *(f"{here} in {there}" for here, there in moved.items())]

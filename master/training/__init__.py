@@ -1,1 +1,1 @@
-"""One training: started, supervised, stopped, resumed, and its run folder brought here."""
+"""One training: started, supervised, stopped, resumed, and its run folder fetched here."""

@@ -1,4 +1,4 @@
-"""A checkpoint whose parts lie on several hosts, brought whole to others, so that a run can go on there.
+"""A checkpoint whose shards are on several hosts, gathered and copied to others so that a run can resume there.
 
 Each rank has written its part of the optimizer's states to its own host's disk. With other hosts, or another number of
 slots, every host needs all parts: they are fetched here from where they are, and sent to whoever lacks some.
@@ -120,10 +120,10 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
     merged = newest_complete(manifests)
     newer = sorted({step for each in manifests.values() for step in each if merged is None or step > merged.step})
     if merged is None or (newer and unreached):
-        why = "; ".join(unreached) or "no host has a whole one"
-        raise RunError(f"{run}: the checkpoint's parts can't be brought to other hosts or slots: {why}")
+        why = "; ".join(unreached) or "no host has a complete one"
+        raise RunError(f"{run}: the checkpoint's shards can't be copied to other hosts or slots: {why}")
     if newer:
-        say(f"parts of checkpoint-{newer[-1]} are nowhere: checkpoint-{merged.step} is the newest whole one")
+        say(f"checkpoint-{newer[-1]} is incomplete: checkpoint-{merged.step} is the newest complete one")
     lacking = {host.host: names for host in now if (names := missing_files(manifests.get(host.host,
                                                                                          {}).get(merged.step), merged))}
     scratch = run / SCRATCH
@@ -134,7 +134,7 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
         if lacking or newer:
             _send(run, merged, known, ssh, {host.host: lacking.get(host.host, []) for host in now}, newer, scratch)
     except (OSError, tarfile.TarError) as error:
-        raise RunError(f"{run}: checkpoint-{merged.step} can't be brought together: {error}") from None
+        raise RunError(f"{run}: checkpoint-{merged.step} can't be gathered: {error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return run / "checkpoints" / f"checkpoint-{merged.step}"
@@ -142,10 +142,12 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
 
 def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], ssh: SshOptions
          ) -> tuple[dict[str, Manifests], list[str]]:
-    """Return the seals of each host's checkpoints, and why others can't be asked; RunError if the run goes on there."""
-    program = (f"grep -aqsF {shlex.quote(f'LANSPEED_JOB={job_prefix(run)}-')} /proc/[0-9]*/environ && echo {STILL_RUNNING}; "
-               f"for seal in {shlex.quote(str(run))}/checkpoints/checkpoint-*/{MANIFEST}; do "
-               f'[ -f "$seal" ] && echo "{MANIFEST_MARK}" && cat "$seal"; done; exit 0')
+    """Return the manifests of each host's checkpoints, and why others can't be asked; RunError if the run is still
+    running there."""
+    job = shlex.quote(f"LANSPEED_JOB={job_prefix(run)}-")
+    program = (f"grep -aqsF {job} /proc/[0-9]*/environ && echo {STILL_RUNNING}; "
+               f"for manifest in {shlex.quote(str(run))}/checkpoints/checkpoint-*/{MANIFEST}; do "
+               f'[ -f "$manifest" ] && echo "{MANIFEST_MARK}" && cat "$manifest"; done; exit 0')
 
     def work(session: Session) -> str:
         words = f"{cd_to_start(str(session.node), known)} && {{ {program}; }}"
@@ -154,7 +156,7 @@ def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], ssh: SshOpti
     results = run_on_all([parse_node(name) for name in names], ssh, work, question())
     for node, result in results.items():
         if isinstance(result, str) and STILL_RUNNING in result.splitlines():
-            raise RunError(f"{node}: the run goes on there: --stop {shlex.quote(str(run))} ends it")
+            raise RunError(f"{node}: the run is still running there: --stop {shlex.quote(str(run))} ends it")
     good = {str(node): read_manifests(result) for node, result in results.items() if isinstance(result, str)}
     return good, [str(result) for result in results.values() if isinstance(result, SshError)]
 
@@ -169,13 +171,14 @@ def _fetch(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: S
     sizes = {node: sum(merged.files[name][1][0] for name in mine) for node, mine in wanted.items()}
     total = sum(sizes.values())
     if shutil.disk_usage(run).free < total:
-        raise RunError(f"{run}: {total / 1e9:.1f} GB are needed here for the parts of checkpoint-{merged.step}")
-    say(f"checkpoint-{merged.step}: fetching its parts from {', '.join(map(str, wanted))} ({total / 1e6:,.1f} MB)")
+        raise RunError(f"{run}: {total / 1e9:.1f} GB are needed here for the shards of checkpoint-{merged.step}")
+    say(f"checkpoint-{merged.step}: fetching its shards from {', '.join(map(str, wanted))} ({total / 1e6:,.1f} MB)")
 
     def work(session: Session) -> int:
         host, shown = str(session.node), Progress(str(session.node))
         mine = " ".join(map(shlex.quote, wanted[session.node]))
-        program = (f"{cd_to_start(host, known)} && cd {shlex.quote(str(run))}/checkpoints/checkpoint-{merged.step} || exit; "
+        program = (f"{cd_to_start(host, known)} && "
+                   f"cd {shlex.quote(str(run))}/checkpoints/checkpoint-{merged.step} || exit; "
                    f"echo '{MARK}'{sizes[session.node]}; tar -cf - -- {mine}; echo {END}$?")
         try:
             return unpack_stream(session, program, folder, shown)
@@ -207,9 +210,9 @@ class _Sink:
 def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: SshOptions,
           lacking: Mapping[str, Sequence[str]],
           newer: Sequence[int], scratch: Path) -> None:
-    """Send each host what it lacks and the seal of the whole, last; with the metrics, if it has fewer.
+    """Send each host the files it is missing and, last, the manifest of all files; also the metrics, if it has fewer.
 
-    What there is of newer checkpoints loses its seal. A checkpoint that is cut off on its way has none.
+    Newer, incomplete checkpoints lose their manifest. A checkpoint that was only partly copied has none.
     """
     step, place = f"checkpoint-{merged.step}", shlex.quote(str(run))
     scratch.mkdir(parents=True, exist_ok=True)
@@ -217,7 +220,7 @@ def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: Ss
     (scratch / step).mkdir(exist_ok=True)
     write_atomically(scratch / step / MANIFEST, merged.manifest)
     hosts = [host for host, names in lacking.items() if names]
-    say(f"{step}: sending " + (f"what they lack of it to {', '.join(hosts)}" if hosts else "its seal"))
+    say(f"{step}: sending " + (f"missing files to {', '.join(hosts)}" if hosts else "its manifest"))
     unsealed = "".join(f"rm -f checkpoints/checkpoint-{other}/{MANIFEST}; " for other in newer)
 
     def work(session: Session) -> None:

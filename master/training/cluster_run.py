@@ -72,7 +72,7 @@ class Training:
                 "marks": [str(Path.cwd()), str(mark)]}
 
     def approve(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
-        """Return the job, or None after telling what stands against it."""
+        """Return the job, or None after telling what prevents it."""
         mark = self.run.absolute() / f".{self.name}"
         found = [str(error) for error in unreached.values()]
         found += [str(reason) for reason in node_problems(facts, local_facts({"folder": str(ROOT)}))]
@@ -83,7 +83,8 @@ class Training:
         mark.unlink(missing_ok=True)
         for host, each in facts.items():  # it may have been started from elsewhere, or outlived its launcher
             mine = [job for job in each["jobs"] if re.fullmatch(re.escape(job_prefix(self.run)) + "-[0-9a-f]{6}", job)]
-            found += [f"{host}: {job} goes on there: --stop {shlex.quote(str(self.run))} ends it" for job in mine]
+            found += [f"{host}: {job} is still running there: --stop {shlex.quote(str(self.run))} ends it"
+                      for job in mine]
         if found:
             for line in found:
                 say(one_line(line))
@@ -206,7 +207,7 @@ def conclude(training: Training, result: JobResult, ssh: SshOptions) -> int:
     if cause:
         explain(cause, training.run)
     if not usage:
-        say(f"all that was said: {shlex.quote(str(training.run / 'logs'))}")
+        say(f"output: {shlex.quote(str(training.run / 'logs'))}")
     return WRONG_USAGE if usage else 1
 
 

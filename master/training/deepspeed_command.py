@@ -10,7 +10,7 @@ from master.inventory.hostfile import Slots, include_filter
 
 
 def is_only_here(hosts: Sequence[Slots]) -> bool:
-    """Tell whether a hostfile names this machine and no other."""
+    """Return whether a hostfile names this machine and no other."""
     return [host.host for host in hosts] == ["localhost"]
 
 

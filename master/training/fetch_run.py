@@ -1,4 +1,4 @@
-"""The run folder of rank 0's host, brought to this machine: everything but the checkpoints' shards."""
+"""The run folder of rank 0's host, fetched to this machine: everything but the checkpoints' shards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCRATCH = ".fetched"  # in the run folder
 
 
 class _Stream:
-    """A channel as the file that tarfile reads; `on_bytes` is told how many have come."""
+    """A channel as the file that tarfile reads; `on_bytes` is called with the bytes received so far."""
 
     def __init__(self, channel: Channel, host: str, on_bytes: Callable[[int], None]) -> None:
         self._channel, self._host, self._on_bytes, self._rest = channel, host, on_bytes, b""
@@ -45,7 +45,7 @@ class _Stream:
         while len(self._rest) < size:
             block = self._channel.receive(PATIENCE)
             if block is None:
-                raise SshError(self._host, "fetch", f"nothing came for {PATIENCE:.0f} s")
+                raise SshError(self._host, "fetch", f"no data for {PATIENCE:.0f} s")
             if not block:
                 break
             self._rest += block
@@ -80,7 +80,7 @@ class Progress:
             say(f"fetching from {self._host}: {done / 1e6:.0f} of {self.total / 1e6:.0f} MB")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar:
             self._bar.stop()
 
@@ -107,7 +107,7 @@ def fetch_run(node: Node, folder: str, run: Path, ssh: SshOptions, optional: boo
         result = run_on_all([node], ssh, work)[node]
         if result and not isinstance(result, SshError):
             move_into_place(scratch, run)
-    except (OSError, tarfile.TarError) as error:  # no room here, or the stream was cut off
+    except (OSError, tarfile.TarError) as error:  # the disk here is full, or the stream was cut off
         result = SshError(host, "fetch", str(error))
     finally:
         shown.close()
@@ -130,7 +130,7 @@ def unpack_stream(session: Session, program: str, folder: Path, shown: Progress)
         stream = _Stream(channel, host, shown.update)
         while not (line := stream.line()).startswith(MARK):  # a shell may have a word first
             if not line:
-                raise SshError(host, "fetch", channel.stderr_tail()[-200:] or "nothing came")
+                raise SshError(host, "fetch", channel.stderr_tail()[-200:] or "no data")
         if line == f"{MARK}none\n":
             return 0
         shown.total = int(line[len(MARK) :].split()[0])

@@ -1,4 +1,4 @@
-"""When does a training hang? Nobody has made a step, evaluated, saved, tokenized or said a word for too long."""
+"""Detects a hang: for too long there was no step, evaluation, checkpoint, tokenization or output."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ STEP = re.compile(r"^step (\d+)/")
 
 
 class HangDetector:
-    """Notes every host's signs of life. `limit` in seconds, 0 never tells, None is the larger of LEAST and STEPS steps.
+    """Tracks every host's activity. `limit` in seconds: 0 never reports, None is the larger of LEAST and STEPS steps.
 
-    Ranks that tell what they do count by that: a line alone, then, is no sign of life.
+    For ranks that report what they do, output alone doesn't count as activity.
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -32,7 +32,7 @@ class HangDetector:
             self._signs[host] = at, "a line"
 
     def progress(self, host: str, rank: int, at: float, what: str) -> None:
-        """Note what a rank says that it does."""
+        """Note what a rank reports that it does."""
         self._telling = True
         self._signs[host] = at, what
         found = STEP.match(what)
@@ -44,17 +44,17 @@ class HangDetector:
 
     @property
     def limit(self) -> float:
-        """The seconds without a sign of life that are too many."""
+        """The seconds without activity after which a hang is reported."""
         if self._limit is not None:
             return self._limit
         return max(LEAST, STEPS * median(self._seconds)) if self._seconds else LEAST
 
     def overdue(self, now: float) -> str | None:
-        """Return what to say if nothing has happened for too long, once for each such time."""
+        """Return the message for a hang, once for each."""
         latest = max((at for at, _ in self._signs.values()), default=0.0)
         if not self.limit or now - max(latest, self._warned) <= self.limit:
             return None
         self._warned = now
         last = "; ".join(f"{host}: {what}, {now - at:.0f} s ago" for host, (at, what) in sorted(self._signs.items()))
-        return (f"NOTHING HAPPENS for {now - latest:.0f} s: no step, evaluation, save or word. Last signs of life: "
+        return (f"NO PROGRESS for {now - latest:.0f} s: no step, evaluation, checkpoint or output. Last activity:  "
                 f"{last or 'none'}. Ctrl-C stops")

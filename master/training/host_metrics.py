@@ -18,7 +18,7 @@ from master.ssh.run_on_all import Ask, run_on_all
 from master.ssh.session import Session
 
 MARK = b"@@MEASURED "
-HEARTBEAT_S = 5.0  # seconds between two signs of life to the host
+HEARTBEAT_S = 5.0  # seconds between two heartbeats to the host
 
 
 class HostMetrics:
@@ -47,13 +47,13 @@ class HostMetrics:
         return dict(self._latest)
 
     def wait(self, seconds: float) -> None:
-        """Wait until every host has said something, no longer than so many seconds."""
+        """Wait until every host has reported, at most so many seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and not all(self._latest.values()):
             time.sleep(0.05)
 
     def close(self) -> None:
-        """Let go of the hosts."""
+        """Disconnect from the hosts."""
         self._closed.set()
         if self._thread:
             self._thread.join(timeout=5)
@@ -69,9 +69,9 @@ class HostMetrics:
                     self._latest[host] = measured
                 now = time.monotonic()
                 if messages.ended:
-                    raise SshError(host, "connection", messages.stderr_tail()[-200:] or "it has ended")
+                    raise SshError(host, "connection", messages.stderr_tail()[-200:] or "it exited")
                 if now - messages.last_heard > SILENCE_LIMIT_S:
-                    raise SshError(host, "connection", f"no word for {SILENCE_LIMIT_S:.0f} s")
+                    raise SshError(host, "connection", f"no answer for {SILENCE_LIMIT_S:.0f} s")
                 if now - spoken > HEARTBEAT_S:
                     messages.send({})
                     spoken = now

@@ -1,6 +1,7 @@
-"""What of the ranks' words is shown while a training runs on hosts, and kept in the run folder.
+"""Which output of the ranks is shown while a training runs, and what is kept in the run folder.
 
-Rank 0's lines are shown at once, its steps as a bar where there is a terminal; what several other ranks warn of is told
+Rank 0's lines are shown at once, its steps as a bar where there is a terminal; a warning of several other ranks is
+shown
 once. Everything is kept in logs/<host>.log.
 """
 
@@ -31,7 +32,7 @@ class RankOutput:
         (run / "logs").mkdir(parents=True, exist_ok=True)
 
     def show(self, host: str, rank: int | None, text: str) -> None:
-        """Take in a line that a rank, or the launcher (None), has printed."""
+        """Handle a line that a rank, or the launcher (None), has printed."""
         with (self._run / "logs" / f"{host}.log").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%H:%M:%S')} [{'-' if rank is None else rank}] {text}\n")
         if rank == 0:
@@ -43,17 +44,17 @@ class RankOutput:
             who.append(f"{host}, {'launcher' if rank is None else f'rank {rank}'}")
 
     def add_metrics(self, line: str | None) -> None:
-        """Take in a line of the metrics.jsonl of a run folder elsewhere; None: it is told anew from its beginning."""
+        """Handle a line of the metrics.jsonl of a run folder elsewhere; None: it starts again from the beginning."""
         with (self._run / "metrics.jsonl").open("w" if line is None else "a", encoding="utf-8") as file:
             file.write("" if line is None else line + "\n")
 
     def show_progress(self, rank: int, text: str) -> None:
-        """Take in what a rank says that it does."""
+        """Handle what a rank says that it does."""
         if rank == 0 and is_terminal() and (step := STEP.match(text)):
             self._move(step)
 
     def pass_time(self, every: float = GATHERED) -> None:
-        """Tell of warnings that have been gathered for so long."""
+        """Print warnings that have been collected for so long."""
         for kind, (since, text, who) in list(self._warnings.items()):
             if time.monotonic() - since >= every:
                 del self._warnings[kind]
@@ -62,7 +63,7 @@ class RankOutput:
                 say(one_line(f"{ranks[0] if len(ranks) == 1 else f'{len(ranks)} ranks'}: {text}"))
 
     def close(self) -> None:
-        """Tell the rest, take the bar away."""
+        """Print the rest, remove the bar."""
         if self._bar:
             self._bar.stop()
             self._bar = None

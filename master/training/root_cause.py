@@ -10,24 +10,24 @@ from dataclasses import dataclass
 # What a rank says that lost another one: the cause is elsewhere.
 COLLATERAL = re.compile(
     r"Connection (closed|reset) by peer|connection was closed|Broken pipe|NCCL.*(remote error|unhandled system error)|"
-    r"Gloo.*(Timed out|Read error|Write error)|DistNetworkError|DistStoreError|rank 0 has gone|"
+    r"Gloo.*(Timed out|Read error|Write error)|DistNetworkError|DistStoreError|rank 0 exited|"
     r"Socket closed|connectFullMesh.*closed", re.IGNORECASE)
 HINTS: list[tuple[str, str]] = [
-    (r"what saves how much of it", ""),  # the trainer has said all
+    (r"what would save memory", ""),  # the trainer's own message has it all
     (r"CUDA out of memory|OutOfMemoryError|HIP out of memory", "smaller --per_device_train_batch_size or "
      "--sequence_length, or a preset with offload (trainer/configs/)"),
-    (r"No space left on device", "make room on that host's disk, or --save_total_limit 1"),
-    (r"Address already in use|EADDRINUSE", "another program has the port: --master-port N, or end it"),
+    (r"No space left on device", "free disk space on that host, or --save_total_limit 1"),
+    (r"Address already in use|EADDRINUSE", "the port is taken: --master-port N, or end that program"),
     (r"connectFullMesh|unable to connect to|No route to host|Connection refused|Connection timed out",
      "can the hosts reach each other (firewall)? --env GLOO_SOCKET_IFNAME=... names the network card"),
     (r"unrecognized arguments:.*--local_rank", "--no-local-rank starts a script without that flag"),
-    (r"ModuleNotFoundError|ImportError", "the packages differ there: make install on that host"),
+    (r"ModuleNotFoundError|ImportError", "the packages differ there: invoke sync"),
     (r"CUDA driver version is insufficient|no CUDA GPUs are available|Found no NVIDIA driver",
-     "invoke detect on that host says what its driver lacks"),
+     "invoke detect on that host says what is wrong with its driver"),
     (r"FileNotFoundError|No such file or directory", "copy the file to the same path on every host"),
     (r"Permission denied", "the account there may not read or write that"),
 ]
-KILLED = "nobody asked for it: if you didn't, the kernel ran out of memory: sudo dmesg | tail on that host"
+KILLED = "if you didn't kill it, the kernel ran out of memory: sudo dmesg | tail on that host"
 TAIL = 12  # lines of a failing rank that are shown
 
 
@@ -65,11 +65,11 @@ def describe_exit(code: int) -> str:
             return f"killed by {signal.Signals(-code).name}"
         except ValueError:
             return f"killed by signal {-code}"
-    return f"ended with exit code {code}"
+    return f"exited with code {code}"
 
 
 def excerpt(lines: Sequence[str]) -> tuple[str, ...]:
-    """Return the end of what a rank said, from its last traceback on if there is one; the middle of a long one goes."""
+    """Return the end of a rank's output, from its last traceback on if there is one, shortened in the middle."""
     starts = [number for number, line in enumerate(lines) if line.startswith(("Traceback", "error: "))]
     part = list(lines[starts[-1] :] if starts else lines[-TAIL:])
     return tuple(part if len(part) <= TAIL else [part[0], "  ...", *part[2 - TAIL :]])
@@ -80,7 +80,8 @@ def first_cause(exits: Sequence[RankExit], lost_hosts: Mapping[str, str],
                 ) -> Cause | None:
     """Return why it failed, None if nothing did.
 
-    `lost_hosts`: hosts whose connection ended, with why; `output`: the last lines by host and rank (None: the launcher). A rank
+    `lost_hosts`: hosts whose connection ended, with why; `output`: the last lines by host and rank (None: the
+    launcher). A rank
     that only lost its peers is no cause where another one is.
     """
     failed = sorted((end for end in exits if end.code and not end.asked), key=lambda end: end.at)

@@ -1,4 +1,4 @@
-"""Run folders, as the master sees them: their names, who runs them now, how to repeat one, and what became of it."""
+"""Run folders, as the master sees them: their names, who runs them now, how to repeat one, and how it ended."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def started_at(pid: int) -> str | None:
 
 
 def write_launcher_record(run: Path, job: str | None = None) -> None:
-    """Leave word in a run folder that this process runs it, and as which job on its hosts (None: as before)."""
+    """Record in a run folder that this process runs it, and the job's name on its hosts (None: unchanged)."""
     run.mkdir(parents=True, exist_ok=True)
     mine = {"pid": os.getpid(), "started": started_at(os.getpid()), "job": job or read_launcher_record(run).get("job")}
     write_atomically(run / LAUNCHER, json.dumps(mine) + "\n")
@@ -80,7 +80,7 @@ def save_hosts(run: Path, hosts: Sequence[Slots], cluster: Mapping[str, Any]) ->
 
 
 def read_launcher_record(run: Path) -> dict[str, Any]:
-    """Return what was left by whoever ran it last, {} if nothing."""
+    """Return the record of the last launcher, {} if nothing."""
     try:
         found = json.loads((run / LAUNCHER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -99,7 +99,7 @@ def running_launcher(run: Path) -> int | None:
 def ensure_not_running(run: Path) -> None:
     """Raise RunError if a run is being trained now."""
     if (pid := running_launcher(run)) is not None:
-        raise RunError(f"{run}: process {pid} trains it now: --stop {shlex.quote(str(run))} first")
+        raise RunError(f"{run}: process {pid} is training it: --stop {shlex.quote(str(run))} first")
 
 
 def find_run(name: str | None, running: bool = False) -> Path:
@@ -112,7 +112,7 @@ def find_run(name: str | None, running: bool = False) -> Path:
     found = sorted(path for path in Path("runs").glob("*-*-*")
                    if path.is_dir() and (not running or running_launcher(path) is not None))
     if not found:
-        raise RunError("nothing runs here" if running else "no runs here")
+        raise RunError("no run is active here" if running else "no runs in this folder")
     return found[-1]
 
 

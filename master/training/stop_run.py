@@ -1,4 +1,4 @@
-"""The orderly end of a run: by the process that runs it, or, where that has gone, on its hosts themselves.
+"""Stops a run: through its launcher, or, if that has exited, on its hosts directly.
 
     python master/launch_training.py --stop runs/20261124-020457-tiny
 """
@@ -28,15 +28,15 @@ from master.training.run_folder import find_run, read_launcher_record, running_l
 
 
 def stop(name: str | None, options: argparse.Namespace) -> int:
-    """Ask whoever runs a run (without a name: the newest that runs) to stop in order; wait; return the exit code."""
+    """Have a run's launcher (without a name: the newest active run's) stop it; wait; return the exit code."""
     run = find_run(name, running=not name)
     pid = running_launcher(run)
     if pid is None:
         job = read_launcher_record(run).get("job")
         if not job or not (run / "hostfile.txt").exists():
-            say(f"{run}: nobody runs it")
+            say(f"{run}: not running")
             return 1
-        say(f"{run}: nobody here runs it; looking on its hosts")
+        say(f"{run}: not running here; looking on its hosts")
         return end_on_hosts(run, job, options)
     os.kill(pid, signal.SIGINT)
     say(f"{run}: stopping; the ranks may take {options.grace:.0f} s to save")
@@ -44,14 +44,14 @@ def stop(name: str | None, options: argparse.Namespace) -> int:
     while running_launcher(run) == pid and time.monotonic() < end:
         time.sleep(0.2)
     if running_launcher(run) == pid:
-        say(f"{run}: process {pid} does not end; once more kills its ranks")
+        say(f"{run}: process {pid} does not exit; run this again to kill its ranks")
         return 1
     say(f"{run}: stopped")
     return 0
 
 
 def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
-    """End what goes on of a job on a run's hosts, whose ranks save first; return 0, 1 if a host can't be asked."""
+    """End a job on a run's hosts, whose ranks save first; return 0, 1 if a host can't be reached."""
     known = {host["name"]: host for host in read_cluster(run / "cluster.json")["hosts"]}
     nodes = [parse_node(host.host) for host in read_hostfile(run / "hostfile.txt")]
 
@@ -69,7 +69,7 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
         if isinstance(result, SshError):
             say(str(result))
         else:
-            say(f"{node}: {f'{result} processes of it have ended' if result else 'nothing of it runs there'}")
+            say(f"{node}: {f'{result} processes ended' if result else 'none of its processes are running there'}")
     return int(any(isinstance(result, SshError) for result in found.values()))
 
 
@@ -79,4 +79,4 @@ def wait_for_end(messages: JsonChannel, host: str) -> int:
         for event in messages.receive(SILENCE_LIMIT_S):
             if event["event"] == "ended":
                 return int(event["processes"])
-    raise SshError(host, "stop", messages.stderr_tail()[-300:] or "it gives no answer")
+    raise SshError(host, "stop", messages.stderr_tail()[-300:] or "no answer")

@@ -1,7 +1,7 @@
 """One training over several hosts: a session a host, one job, one end.
 
 A thread a host holds the connection and speaks with worker/run_node.py there; this one decides. When something fails,
-every other host is told at once; a host that says nothing for a while counts as lost, and ends its part by itself.
+every other host is told at once; a host that is silent for too long counts as lost, and ends its ranks itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from master.ssh.session import Session
 from master.training.hang_detector import HangDetector
 from master.training.root_cause import RankExit
 
-HEARTBEAT_S = 3.0  # seconds between two signs of life, both ways
+HEARTBEAT_S = 3.0  # seconds between two heartbeats, both ways
 KEPT_LINES = 200  # lines of each rank that are kept for the report of a failure
 
 
@@ -58,7 +58,7 @@ Approve = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, 
 
 
 class RankOutput(Protocol):
-    """Where the ranks' words go (rank None: the launcher's), and the metrics of a run folder elsewhere."""
+    """Where the ranks' output goes (rank None: the launcher's), and the metrics of a run folder elsewhere."""
 
     def show(self, host: str, rank: int | None, text: str) -> None: ...
 
@@ -72,7 +72,7 @@ class RankOutput(Protocol):
 
 
 class ClusterJob:
-    """`approve` is given every host's facts and returns what run_node.py is told, or None to call it off."""
+    """`approve` is given every host's facts and returns the job for run_node.py, or None to cancel it."""
 
     def __init__(self, parts: Sequence[HostAssignment], ssh: SshOptions, wanted: dict[str, Any], name: str,
                  grace: float,
@@ -88,7 +88,7 @@ class ClusterJob:
         self.result = JobResult()
 
     def run(self, question: Ask | None, output: RankOutput, say: Callable[[str], None]) -> JobResult | None:
-        """Run to the end and return what happened; None if it was called off before it began."""
+        """Run to the end and return what happened; None if it was cancelled before it began."""
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
         started = time.monotonic()
         fleet = threading.Thread(target=self._reach_all, args=(question,), daemon=True)
@@ -116,7 +116,7 @@ class ClusterJob:
     # -- this thread: decisions ----------------------------------------------------------------------------------------
 
     def _collect_facts(self) -> bool:
-        """Wait for every host's facts or fault; have it settled; let the hosts go on. False: called off."""
+        """Wait for every host's facts or error; have the job approved; let the hosts start. False: cancelled."""
         facts: dict[str, dict[str, Any]] = {}
         faults: dict[str, SshError] = {}
         while len(facts) + len(faults) < len(self._parts) and not self._signals:
@@ -131,7 +131,7 @@ class ClusterJob:
         return self._job is not None
 
     def _supervise(self, started: float, output: RankOutput, say: Callable[[str], None]) -> None:
-        """Take in what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
+        """Handle what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
         running, told = set(self._parts), 0
         while running:
             since = time.monotonic() - started
@@ -141,7 +141,7 @@ class ClusterJob:
             if self._signals > told:
                 told = self._signals
                 self.result.asked_to_stop = True
-                say(f"stopping: the ranks may take {self._grace:.0f} s to save; once more kills them" if told == 1
+                say(f"stopping: the ranks may take {self._grace:.0f} s to save; Ctrl-C again kills them" if told == 1
                     else "killing them")
                 self._tell(running, {"stop": self._grace} if told == 1 else {"kill": True})
             try:
@@ -152,7 +152,7 @@ class ClusterJob:
                 running.discard(host)
                 if isinstance(content, SshError) and host not in self.result.launcher_codes:
                     self.result.lost_hosts[host] = f"{content.stage}: {content.reason}"
-                    self._fail(host, since, running, f"{host} was lost")
+                    self._fail(host, since, running, f"connection to {host} lost")
             elif kind == "event":
                 self._handle_event(host, content, since, running, output)
 
@@ -220,7 +220,7 @@ class ClusterJob:
             self._relay_events(host, messages)
 
     def _relay_events(self, host: str, messages: JsonChannel) -> None:
-        """Hand events to the deciding thread, orders to the host, until it has ended; raise SshError if it is lost."""
+        """Pass events to the deciding thread, orders to the host, until it has ended; raise SshError if it is lost."""
         spoken, over = time.monotonic(), False
         while True:
             for event in messages.receive(0.1):
@@ -230,9 +230,9 @@ class ClusterJob:
             if over:
                 return
             if messages.ended:
-                raise SshError(host, "connection", messages.stderr_tail()[-300:] or "it has ended")
+                raise SshError(host, "connection", messages.stderr_tail()[-300:] or "it exited")
             if now - messages.last_heard > SILENCE_LIMIT_S:
-                raise SshError(host, "connection", f"no sign of life for {SILENCE_LIMIT_S:.0f} s")
+                raise SshError(host, "connection", f"no answer for {SILENCE_LIMIT_S:.0f} s")
             with contextlib.suppress(queue.Empty):
                 while True:
                     messages.send(self._orders[host].get_nowait())

@@ -50,7 +50,7 @@ def test_five_commands_lead_from_bare_machines_to_a_model(lab: Lab, wheels: Path
     assert synced.returncode == 0, synced.stdout + synced.stderr
     checked = desk.run("check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "3 ranks added up on cpu" in checked.stdout
+    assert "3 ranks joined the all-reduce test on cpu" in checked.stdout
     trained = desk.run("train", "--model", "tiny", "--dataset", "notes", "--hostfile", "hostfile.txt", "--",
                        "--max_steps", "6", "--sequence_length", "64")
     assert trained.returncode == 0, trained.stdout + trained.stderr

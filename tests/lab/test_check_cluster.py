@@ -1,4 +1,4 @@
-"""`invoke check` over whole machines: each planted fault is named with its mend, and what is well is not."""
+"""`invoke check` over whole machines: each planted fault is reported with its fix, and nothing else is."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def texts(found: dict[str, Any], level: str) -> list[str]:
 def test_machines_that_are_alike_pass(desk: Desk) -> None:
     code, said, found = check(desk)
     assert code == 0 and texts(found, "error") == texts(found, "warning") == [], (said, found["findings"])
-    assert found["sum"].startswith("3 ranks added up on cpu: ")
+    assert found["sum"].startswith("3 ranks joined the all-reduce test on cpu: ")
     assert [pair["faults"] for pair in found["pairs"]] == [[]] * 6
     assert all(0 < pair["latency_s"] < 1 for pair in found["pairs"])
     # Debian's installer gives each machine's name to its loopback address.
@@ -117,13 +117,13 @@ def test_a_firewall_is_found_in_its_direction(desk: Desk) -> None:
     (error,) = texts(found, "error")
     assert code == 1 and error.startswith("gpu2: gpu1 port ") and error.endswith(": no answer")
     (finding,) = [each for each in found["findings"] if each["level"] == "error"]
-    assert finding["mend"] == "open gpu1's firewall for 10.77.0.12, as by sudo ufw allow from 10.77.0.12 there"
+    assert finding["fix"] == "open gpu1's firewall for 10.77.0.12, as by sudo ufw allow from 10.77.0.12 there"
 
 
 def test_ranks_that_do_not_add_up_are_told_of(desk: Desk) -> None:
     code, _, found = check(desk, variables=("GLOO_SOCKET_IFNAME=lo",))
     (error,) = texts(found, "error")
-    assert code == 1 and "the ranks did not add up: " in error and "did not come to the first sum" in error
+    assert code == 1 and "the all-reduce test failed: " in error and "did not come to the first sum" in error
 
 
 def test_a_machine_that_is_off_costs_the_others_nothing(desk: Desk) -> None:

@@ -117,15 +117,15 @@ def test_hosts_go_on_without_the_master_until_they_are_stopped(lab: Lab, texts: 
     for pid in launchers(desk):
         os.kill(pid, signal.SIGKILL)
     job.communicate(timeout=60)
-    wait_until(lambda: "the job goes on without it" in desk.logged("gpu2"))
+    wait_until(lambda: "the job continues without it" in desk.logged("gpu2"))
     lines = len(desk.logged("gpu1").splitlines())
     wait_until(lambda: len(desk.logged("gpu1").splitlines()) > lines + 3)
     assert len(ranks_on(desk, "gpu1")) == 1
     stopped = tool(desk, "launch_training.py", "--stop", str(desk.run_folder))
-    assert stopped.returncode == 0 and "gpu2: 2 processes of it have ended" in stopped.stderr, stopped.stderr
+    assert stopped.returncode == 0 and "gpu2: 2 processes ended" in stopped.stderr, stopped.stderr
     assert not job_processes(desk) and list(desk.run_folder.glob("checkpoints/checkpoint-*"))
     again = tool(desk, "launch_training.py", "--stop", str(desk.run_folder))
-    assert again.returncode == 0 and "gpu1: nothing of it runs there" in again.stderr
+    assert again.returncode == 0 and "gpu1: none of its processes are running there" in again.stderr
     assert_nothing_left(desk)
 
 

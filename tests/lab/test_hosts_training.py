@@ -70,7 +70,7 @@ def test_an_exception_is_shown_with_its_end(desk: Desk) -> None:
     code, output = desk.run("--script", str(script), "--", "--mine", "two words")
     assert code == 1, output
     assert "rank 0 ['--local_rank=0', '--mine', 'two words']" in output
-    assert ": gpu2, rank 1: ended with exit code 1\n  Traceback (most recent call last):" in output
+    assert ": gpu2, rank 1: exited with code 1\n  Traceback (most recent call last):" in output
     assert "  MemoryError: CUDA out of memory: 2 GiB\nhint: smaller --per_device_train_batch_size" in output
 
 
@@ -180,7 +180,7 @@ def test_silence_is_told_of(desk: Desk) -> None:
     script.write_text("import time\nprint('up', flush=True)\ntime.sleep(6)\n")
     code, output = desk.run("--stall-timeout", "2", "--script", str(script))
     assert code == 0, output
-    assert re.search(r"NOTHING HAPPENS for \d s: no step, evaluation, save or word. Last signs", output), output
+    assert re.search(r"NO PROGRESS for \d s: no step, evaluation, save or word. Last signs", output), output
     assert re.search(r"of life: gpu1: a line, \d s ago", output)
 
 

@@ -62,8 +62,8 @@ def test_an_adapter_on_conversations_goes_from_two_hosts_to_another_and_back_to_
     on(desk, "gpu3")
     code, output = desk.run(*again, "--max_steps", "6")
     assert code == 0, output
-    assert "checkpoint-4: fetching its parts from gpu1, gpu2" in output and "they lack of it to gpu3" in output
-    assert "checkpoint-4 was written by 2 ranks, 1 go on: 4 rows a step as before, 2 micro x 2 accum" in output
+    assert "checkpoint-4: fetching its shards from gpu1, gpu2" in output and "they lack of it to gpu3" in output
+    assert "checkpoint-4 was written by 2 ranks, 1 go on: 4 sequences per step as before, 2 micro x 2 accum" in output
     on(desk, "gpu1", "gpu2")  # where an older one still lies
     code, output = desk.run(*again, "--max_steps", "8")
     assert code == 0 and "checkpoint-6 was written by 1 ranks, 2 go on" in output, output
@@ -81,4 +81,4 @@ def test_a_part_that_is_nowhere_is_told_before_anything_starts(desk: Desk) -> No
     desk.lab.switch.network("ip link set port12 down")  # gpu2 is gone, and with it rank 1's part
     on(desk, "gpu1")
     code, output = desk.run("--connect-timeout", "3", "--resume", str(run), *FLAGS, "--max_steps", "4")
-    assert code == 1 and "the checkpoint's parts can't be brought to other hosts or slots: gpu2: TCP" in output, output
+    assert code == 1 and "the checkpoint's shards can't be copied to other hosts or slots: gpu2: TCP" in output, output

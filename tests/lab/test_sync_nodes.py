@@ -38,7 +38,7 @@ def arrived(host: Host, name: str = "data") -> Path:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Tell whether two folders hold the same files, links and modes."""
+    """Return whether two folders hold the same files, links and modes."""
     left, right = ({path.relative_to(top): path for path in top.rglob("*")} for top in (one, other))
     return left.keys() == right.keys() and all(
         left[name].is_dir() or (os.readlink(left[name]) == os.readlink(right[name]) if left[name].is_symlink()
@@ -52,7 +52,7 @@ def slow(desk: BareDesk, mbit: int) -> None:
 
 
 def has_part(host: Host, megabytes: float) -> bool:
-    """Tell whether so much of a file has come to a machine, and not all of it."""
+    """Return whether so much of a file has come to a machine, and not all of it."""
     for path in host.home.glob("lanspeed-data/*/data/.lanspeed-*.part"):
         with contextlib.suppress(FileNotFoundError):
             return path.stat().st_size > megabytes * MEGABYTE
@@ -101,14 +101,14 @@ def test_what_somebody_else_put_there_is_never_touched(desk: BareDesk) -> None:
     (data / "a.txt").write_text("one")
     desk.sync("--dataset", "data")
     mine = arrived(desk.hosts["gpu1"]) / "a.txt"
-    mine.write_text("mended by hand")
+    mine.write_text("edited by hand")
     (data / "a.txt").write_text("two")
     found = desk.sync("--dataset", "data", expect=1)
     assert f"{mine} stands there with other content, and lanspeed did not put it there" in found["gpu1"]["error"]
-    assert mine.read_text() == "mended by hand" and not found["gpu2"]["error"]
+    assert mine.read_text() == "edited by hand" and not found["gpu2"]["error"]
     assert (arrived(desk.hosts["gpu2"]) / "a.txt").read_text() == "two"
     gone = subprocess.run(desk.words("--remove"), capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert gone.returncode == 0 and mine.read_text() == "mended by hand" and str(mine) in gone.stdout, gone.stderr
+    assert gone.returncode == 0 and mine.read_text() == "edited by hand" and str(mine) in gone.stdout, gone.stderr
     assert sorted(path.name for path in desk.hosts["gpu2"].home.iterdir()) == [".ssh"]
     assert not desk.sync("--dataset", "data", "--overwrite")["gpu1"]["error"] and mine.read_text() == "two"
 
@@ -138,7 +138,7 @@ def test_after_a_kill_it_goes_on_where_it_was(desk: BareDesk) -> None:
 
 
 def is_tool(path: Path, desk: BareDesk) -> bool:
-    """Tell whether a process is the desk's sync_nodes.py."""
+    """Return whether a process is the desk's sync_nodes.py."""
     try:
         space = os.readlink(path / "ns" / "pid") == os.readlink(f"/proc/{desk.lab.master.pid}/ns/pid")
         return space and b"sync_nodes.py" in (path / "cmdline").read_bytes()

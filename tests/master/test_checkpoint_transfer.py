@@ -55,7 +55,8 @@ def test_states_that_every_rank_has_need_one_host() -> None:
 def test_who_lacks_what() -> None:
     merged = newest_complete({"gpu1": {2: manifest(2, 0, 1)}})
     assert merged and missing_files(manifest(2, 0, 1), merged) == []
-    assert missing_files(manifest(2, 0), merged) == [PARTS.format(step=2, rank=1)] and missing_files(None, merged) == list(merged.files)
+    assert missing_files(manifest(2, 0), merged) == [PARTS.format(step=2, rank=1)]
+    assert missing_files(None, merged) == list(merged.files)
     assert missing_files(manifest(2, 0, 1, more={"model.safetensors": [6, 5]}), merged) == ["model.safetensors"]
     assert missing_files(manifest(2, 0, 1, more={"model.safetensors": [5, 6]}),
                          merged) == ["model.safetensors"]  # other content
@@ -66,7 +67,8 @@ def test_who_lacks_what() -> None:
 
 @pytest.mark.parametrize("name", ["../../.ssh/authorized_keys", "/etc/passwd", "a b", "$(reboot)", "-rf", ""])
 def test_names_that_lead_elsewhere_are_not_believed(name: str) -> None:
-    said = f"{MANIFEST_MARK}\n{json.dumps(manifest(2, 0, 1))}\n{MANIFEST_MARK}\n{json.dumps(manifest(4, 0, 1, more={name: [1, 1]}))}\n"
+    good, bad = (json.dumps(each) for each in (manifest(2, 0, 1), manifest(4, 0, 1, more={name: [1, 1]})))
+    said = f"{MANIFEST_MARK}\n{good}\n{MANIFEST_MARK}\n{bad}\n"
     assert set(read_manifests(said)) == {2}
 
 
@@ -96,7 +98,7 @@ def test_the_same_hosts_need_nothing_and_a_run_without_checkpoints_says_so(
     here = Slots("localhost", 2, (0, 1), "CPU")
     run = Path("runs") / "20260101-000000-x"
     assert gather_and_send(run, [here], [here], {}, SshOptions()) is None
-    with pytest.raises(RunError, match=r"can't be brought to other hosts or slots: no host has a whole one"):
+    with pytest.raises(RunError, match=r"can't be brought to other hosts or slots: no host has a complete one"):
         gather_and_send(run, [here], [Slots("localhost", 1, (0,), "CPU")], {}, SshOptions())
     folder = run / "checkpoints" / "checkpoint-4"
     folder.mkdir(parents=True)
@@ -116,7 +118,7 @@ def test_a_newer_one_that_is_not_whole_is_told_and_passed_over(
     found = gather_and_send(run, before, [Slots("localhost", 1, (0,), "CPU")], {}, SshOptions())
     assert found == run / "checkpoints" / "checkpoint-4" and (found / "complete.json").exists()
     assert not (run / "checkpoints" / "checkpoint-8" / "complete.json").exists()
-    assert "parts of checkpoint-8 are nowhere: checkpoint-4 is the newest whole one" in capfd.readouterr().err
+    assert "parts of checkpoint-8 are nowhere: checkpoint-4 is the newest complete one" in capfd.readouterr().err
 
 
 def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +126,7 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
     run = Path("runs") / "20260101-000000-y"
     job = subprocess.Popen(["sleep", "60"], env={**os.environ, "LANSPEED_JOB": f"{run.name}-abcdef"})
     try:
-        with pytest.raises(RunError, match="localhost: the run goes on there: --stop runs/20260101-000000-y ends it"):
+        with pytest.raises(RunError, match="localhost: the run is still running there: --stop runs/20260101-000000-y "):
             gather_and_send(run, [], [Slots("localhost", 1, (0,), "CPU")], {}, SshOptions())
     finally:
         job.kill()

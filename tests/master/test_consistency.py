@@ -38,7 +38,7 @@ def test_the_odd_one_stands_against_the_majority() -> None:
         "gpu3: error: deepspeed 0.18.0, the others have 0.19.8: ranks of different versions hang or compute different "
         "things. invoke sync",
         "gpu2: error: Python 3.12, the others have 3.11: packages differ with it. install the same minor release there",
-        "gpu2: error: no NCCL, the others have 2.28.9: its ranks do not speak with each other. invoke sync"]
+        "gpu2: error: no NCCL, the others have 2.28.9: its ranks can't communicate with the others. invoke sync"]
     assert agreement({"gpu1": node(), "gpu2": node()}) == [
         "gpu1, gpu2: Debian 12, Python 3.11, torch 2.13.0, deepspeed 0.19.8, driver 580.65.06, 8 cores, 64 GiB"]
 

@@ -115,7 +115,7 @@ def test_a_choice_of_hosts_is_deepspeeds(include: str, exclude: str) -> None:
 
 @pytest.mark.parametrize(("include", "exclude", "message"), [
     ("gpu9", "", "--include: 'gpu9' has no line"), ("gpu1:7", "", "--include: slot 7 of gpu1, which has 4"),
-    ("", "gpu1@10.0.0.2", "nothing is left"), ("gpu1", "gpu1", "give one"), ("gpu1:x", "", "write HOST or HOST:0,1"),
+    ("", "gpu1@10.0.0.2", "no slots are left"), ("gpu1", "gpu1", "give one"), ("gpu1:x", "", "write HOST or HOST:0,1"),
 ])
 def test_a_choice_that_is_not_there_is_told(include: str, exclude: str, message: str) -> None:
     with pytest.raises(HostfileError, match=message):

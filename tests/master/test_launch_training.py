@@ -81,7 +81,7 @@ def test_a_detached_run_is_stopped_by_its_name_and_gone_on_with(environment: dic
     assert stopped.returncode == 0 and stopped.stderr.endswith(f"runs/{run.name}: stopped\n"), stopped.stderr
     assert not ranks_of(run) and list(run.glob("checkpoints/checkpoint-*"))
     assert "training on this machine" in (run / "launch.log").read_text()
-    assert launch("--stop", environment=environment, cwd=tmp_path).stderr == "error: nothing runs here\n"
+    assert launch("--stop", environment=environment, cwd=tmp_path).stderr == "error: no run is active here\n"
     again = launch("--resume", run.name, "--", "--max_steps", str(steps_made(run) + 2), environment=environment,
                    cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -283,7 +283,7 @@ def test_a_failed_training_on_this_machine_is_restarted(environment: dict[str, s
                       "sys.exit(0 if os.path.exists('tried') else open('tried', 'w').close() or 3)\n")
     done = launch("--script", "own.py", "--no-local-rank", "--restarts", "1", environment=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "localhost, rank 0: ended with exit code 3" in done.stderr and "restart 1 of 1" in done.stderr
+    assert "localhost, rank 0: exited with code 3" in done.stderr and "restart 1 of 1" in done.stderr
     assert done.stdout == "rank 0\nrank 0\n"
 
 
@@ -291,7 +291,7 @@ def test_a_training_that_hangs_on_this_machine_is_reported(environment: dict[str
     (tmp_path / "own.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(4)\n")
     done = launch("--script", "own.py", "--no-local-rank", "--stall-timeout", "1", environment=environment,
                   cwd=tmp_path)
-    assert done.returncode == 0 and "NOTHING HAPPENS" in done.stderr, done.stderr
+    assert done.returncode == 0 and "NO PROGRESS" in done.stderr, done.stderr
 
 
 def test_a_run_is_named_after_time_and_model() -> None:

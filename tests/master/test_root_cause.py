@@ -15,14 +15,14 @@ BUG = ["loading", "Traceback (most recent call last):", "  File \"mine.py\", lin
 @pytest.mark.parametrize(("ends", "lost", "said", "expected"), [
     ([], {}, {}, None),
     ([RankExit("a", 0, 0, 9.0)], {}, {}, None),
-    ([RankExit("a", 0, 1, 2.0)], {}, {("a", 0): BUG}, "a, rank 0: ended with exit code 1"),
+    ([RankExit("a", 0, 1, 2.0)], {}, {("a", 0): BUG}, "a, rank 0: exited with code 1"),
     # The peer's complaint came first; the cause is the one that was killed.
     ([RankExit("a", 0, 1, 2.0), RankExit("b", 1, -9, 2.1)], {}, {("a", 0): LOST_PEER}, "b, rank 1: killed by SIGKILL"),
     ([RankExit("a", 0, 1, 2.0), RankExit("b", 1, 1, 2.1)], {}, {("a", 0): LOST_PEER, ("b", 1): BUG},
-     "b, rank 1: ended with exit code 1"),
+     "b, rank 1: exited with code 1"),
     ([RankExit("a", 0, 1, 2.0)], {"b": "connection: no sign of life for 12 s"}, {("a", 0): LOST_PEER},
      "b: connection: no sign of life for 12 s"),
-    ([RankExit("a", 0, 1, 2.0)], {}, {("a", 0): LOST_PEER}, "a, rank 0: ended with exit code 1"),
+    ([RankExit("a", 0, 1, 2.0)], {}, {("a", 0): LOST_PEER}, "a, rank 0: exited with code 1"),
     ([RankExit("a", 0, -64, 2.0)], {}, {}, "a, rank 0: killed by SIGRTMAX"),
     ([], {"b": "TCP: refused"}, {("b", None): ["sh: no python"]}, "b: TCP: refused"),
 ])
@@ -68,7 +68,7 @@ def test_ranks_that_were_told_to_end_are_no_cause() -> None:
     said: dict[tuple[str, int | None], list[str]] = {
         ("gpu1", 0): ["error: Gloo connectFullMesh failed: timed out connecting: Connection refused"]}
     cause = first_cause(exits, {}, said)
-    assert str(cause) == "gpu1, rank 0: ended with exit code 1"
+    assert str(cause) == "gpu1, rank 0: exited with code 1"
     assert cause and cause.hint.startswith("can the hosts reach each other")
 
 
@@ -85,5 +85,5 @@ def test_what_differs_between_nodes_stops_a_start() -> None:
         "gpu2: deepspeed is not installed: invoke sync",
         "gpu2: Python 3.12.1, here 3.11.2: invoke sync takes the same",
         "gpu2: /data/x is not there: invoke sync -- --with /data/x",
-        "gpu2: 1.0 GB are free on its disk: make room",
-        "gpu2: the port is taken: --master-port N names another"]
+        "gpu2: 1.0 GB are free on its disk: free some",
+        "gpu2: the port is taken: --master-port N picks another"]

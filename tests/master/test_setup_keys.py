@@ -203,7 +203,7 @@ def test_one_password_on_the_terminal_does_for_all_hosts(tmp_path: Path) -> None
                                            "reach the nodes too?": "yes"})
         assert code == 0, screen
         assert screen.count("their password") == 1 and PASSWORD not in screen
-        assert "no key lets us in on gpu1, gpu2" in screen
+        assert "no key was accepted by gpu1, gpu2" in screen
         assert (home / ".ssh" / "authorized_keys").read_text() == key.with_suffix(".pub").read_text()
         assert client.run("gpu1", "id -un").stdout.strip() == ACCOUNT
 

@@ -1,4 +1,4 @@
-"""`sync_nodes.py` and what makes environments: usage, faults and their mends. Whole machines are in lab/."""
+"""`sync_nodes.py` and what makes environments: usage, faults and their fixes. Whole machines are in lab/."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_wrong_usage_is_told(words: list[str], code: int, text: str, tmp_path: P
 def test_this_machine_needs_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, TOOL, "--nodes", "localhost", "--no-env"], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "localhost: nothing to do: it is all here" in done.stdout, done.stderr
+    assert done.returncode == 0 and "localhost: nothing to do: everything is already here" in done.stdout, done.stderr
 
 
 @pytest.mark.needs("sshd", "ssh", "ssh-keygen")
@@ -125,7 +125,7 @@ def test_when_it_is_stopped_nothing_goes_on(here: LocalSession, tmp_path: Path) 
 
 
 def is_asleep(process: Path) -> bool:
-    """Tell whether a process is the one that the test has made."""
+    """Return whether a process is the one that the test has made."""
     try:
         return b"sleep\x0098.765" in (process / "cmdline").read_bytes()
     except OSError:

@@ -32,7 +32,7 @@ OLD = """{
   "steps_per_print": 10
 }
 """
-MENDED = """{
+FIXED = """{
   "train_batch_size": 8,
   "fp16": { "enabled": true },
   "zero_optimization": {
@@ -59,7 +59,7 @@ def test_a_finding_is_a_line_with_place_and_mend(tmp_path: Path) -> None:
     assert [line.split(":")[1] for line in done.stdout.splitlines()[:-1]] == ["1", "2", "2", "3", "6", "7", "9", "10",
                                                                               "12"]
     assert done.stdout.splitlines()[-1] == "1 file: 6 errors, 0 warnings, 3 info"
-    assert done.stderr == "--fix mends some of it\n"
+    assert done.stderr == "--fix fixes some of it\n"
 
 
 def test_good_files_are_ok_and_every_file_is_looked_at(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_json_is_for_programs(tmp_path: Path) -> None:
     assert done.returncode == 1 and entry["file"] == "old.json" and not done.stderr
     first = next(problem for problem in entry["problems"] if problem["path"] == "$.fp16.opt_level")
     assert first == {"level": "error", "code": "unknown-key", "path": "$.fp16.opt_level", "line": 3, "column": 30,
-                     "message": "no such key in fp16: it is refused", "mend": "take it out", "strikes": "parse",
+                     "message": "no such key in fp16: it is refused", "fix": "take it out", "phase": "parse",
                      "fixable": True}
 
 
@@ -149,11 +149,11 @@ def test_fix_mends_what_has_one_mend(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text(OLD)
     done = validate("--fix", "--yes", path)
-    assert path.read_text() == MENDED
-    assert '-  "amp": {"enabled": false},' in done.stderr and "8 mended" in done.stderr
+    assert path.read_text() == FIXED
+    assert '-  "amp": {"enabled": false},' in done.stderr and "8 fixed" in done.stderr
     assert done.returncode == 0 and "0 errors" in done.stdout
     again = validate("--fix", "--yes", path)
-    assert path.read_text() == MENDED and not again.stderr
+    assert path.read_text() == FIXED and not again.stderr
 
 
 @pytest.mark.parametrize(("answer", "written"), [("y", True), ("n", False), ("", False)])
@@ -161,8 +161,8 @@ def test_fix_asks_first(answer: str, written: bool, tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text(OLD)
     code, screen = type_into([sys.executable, str(TOOL), "--fix", str(path)], {"[y/N] ": answer})
-    assert path.read_text() == (MENDED if written else OLD)
-    assert code == (0 if written else 1) and ("mended" in screen if written else "left as it was" in screen)
+    assert path.read_text() == (FIXED if written else OLD)
+    assert code == (0 if written else 1) and ("fixed" in screen if written else "left as it was" in screen)
 
 
 def test_fix_takes_care_of_the_file(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_fix_takes_care_of_the_file(tmp_path: Path) -> None:
     path.chmod(0o600)
     link.symlink_to(path)
     assert validate("--fix", "--yes", link).returncode == 0
-    assert path.read_text() == MENDED and path.stat().st_mode & 0o777 == 0o600 and link.is_symlink()
+    assert path.read_text() == FIXED and path.stat().st_mode & 0o777 == 0o600 and link.is_symlink()
     path.write_text(OLD)
     path.chmod(0o400)
     done = validate("--fix", "--yes", path)

@@ -1,4 +1,4 @@
-"""Instruction data: each form is recognised, and exactly the assistant's tokens carry loss, by hand-written lists."""
+"""Instruction data: each form is recognised, and exactly the assistant's tokens are trained, by hand-written lists."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_table_of_messages_is_read_like_lines_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "fault"), [
-    ([{"messages": [USER]}], "a.jsonl:1: nothing that the assistant says, so nothing to learn"),
+    ([{"messages": [USER]}], "a.jsonl:1: no assistant message, so there is nothing to train on"),
     ([{"messages": []}], "a.jsonl:1: column 'messages' is no list of messages"),
     ([{"messages": [{"role": "user"}, SAID]}], "a.jsonl:1: message 1 (user) has no content"),
     ([{"messages": [{"content": "x"}, SAID]}], "a.jsonl:1: message 1 has the role None"),

@@ -68,7 +68,8 @@ def test_advice_goes_from_gentle_to_hard_and_leaves_out_what_is_done() -> None:
         "zero3_offload.json", "--lora", "--qlora", "--sequence_length 512"]
     saved = dict(savings(SEVEN_B, on_gpu=True))
     assert saved["--deepspeed_config trainer/configs/zero2.json"] == pytest.approx(14e9 * 3 / 4)
-    assert savings(replace(SEVEN_B, micro=5), on_gpu=True)[0][0].startswith("--per_device_train_batch_size 1 --gradient_"
+    first, _ = savings(replace(SEVEN_B, micro=5), on_gpu=True)[0]
+    assert first.startswith("--per_device_train_batch_size 1 --gradient_"
                                                                           "accumulation_steps 10")
     done = replace(SEVEN_B, checkpoints=True, stage=3, trained=5e7, micro=1)
     left = [words for words, _ in savings(done, on_gpu=False)]
@@ -78,7 +79,8 @@ def test_advice_goes_from_gentle_to_hard_and_leaves_out_what_is_done() -> None:
 
 def test_which_errors_say_so() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"))
+    text = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
+    assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(OSError("out of memory"))
 
 
@@ -106,6 +108,6 @@ def test_a_rank_that_runs_out_ends_the_training_and_says_what_saves_memory(
         code, said = job.wait(200), (tmp_path / "log").read_text()
     assert code == 1 and said.count("ran out of memory") == 1, said
     assert f"rank {limited} ran out of memory after step 0 of 2\n" in said, said
-    assert "what saves how much of it, the gentlest first:\n  --per_device_train_batch_size 750" in said
+    assert "what would save memory, least intrusive first:\n  --per_device_train_batch_size 750" in said
     assert "Traceback" not in said
     assert json.loads((tmp_path / "large" / "run.json").read_text())["status"] == "failed"

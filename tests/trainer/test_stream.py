@@ -90,7 +90,9 @@ def test_conversations_carry_their_losses(tokenizer: Any) -> None:
     document = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
                            "trained": 0})
     row = next(iter(made(tokenizer, texts=[document] * 20, form=MESSAGES)))
-    assert row.loss_masks and len(row.loss_masks[0]) == len(row.documents[0]) and 0 < sum(row.loss_masks[0]) < len(row.loss_masks[0])
+    assert row.loss_masks
+    mask = row.loss_masks[0]
+    assert len(mask) == len(row.documents[0]) and 0 < sum(mask) < len(mask)
 
 
 def test_too_few_documents_and_states_of_others_are_told(tokenizer: Any, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_a_streamed_run_goes_on_as_if_never_stopped(train: Train, texts: Path, r
     if ranks == 2:
         other = train(*words, "--max_steps", "8", "--resume_from_checkpoint", "auto", config=config, name="parts",
                       expect=1)
-        assert "each with a stream of its own: go on with as many" in other.output
+        assert "each with a stream of its own: resume with as many" in other.output
 
 
 def test_few_documents_are_not_evaluated_on_what_is_trained(train: Train, tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_another_batch_gives_way_to_the_checkpoints(train: Train) -> None:
     train(*words, "--per_device_train_batch_size", "2", "--max_steps", "2", name="parts")
     parts = train(*words, "--per_device_train_batch_size", "8", "--max_steps", "4", "--resume_from_checkpoint", "auto",
                   name="parts")
-    assert "2 rows a step as before, 2 micro x 1 accumulation" in parts.output
+    assert "2 sequences per step as before, 2 micro x 1 accumulation" in parts.output
     assert parts.losses() == pytest.approx(whole.losses(), abs=1e-5)
 
 

@@ -171,7 +171,7 @@ def test_a_resumed_run_makes_the_same_losses(config: str | None, ranks: int, tra
     (["--deepspeed_config", "nowhere.json"], 1, "error: nowhere.json: No such file"),
     (["--precision", "fp16"], 1, "error: fp16 needs a GPU on every rank"),
     (["--sequence_length", "5000"], 1, "takes 2 to 2,048 tokens"),
-    (["--resume_from_checkpoint", "runs/nothing"], 1, "no good checkpoint there"),
+    (["--resume_from_checkpoint", "runs/nothing"], 1, "no valid checkpoint there"),
     (["--output_dir", "/dev/null/run"], 1, "Not a directory: /dev/null/run"),
 ])
 def test_a_mistake_is_one_line_without_a_traceback(words: list[str], code: int, message: str, train: Train) -> None:
@@ -216,7 +216,7 @@ def test_conversations_are_trained_on_and_shown(train: Train, tmp_path: Path) ->
                           {"role": "assistant", "content": f"the answer to it is {n}"}]} for n in range(80)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = train("--max_steps", "2", "--sequence_length", "64", data=tmp_path / "chat.jsonl")
-    assert "80 documents, `messages`, " in run.output and "tokens carry loss" in run.output
+    assert "80 documents, `messages`, " in run.output and "tokens are trained" in run.output
     assert "\n  assistant\n  »the answer to it is " in run.output and "<|end|>«" in run.output
     assert 0 < max(row.get("tokens", 0) for row in run.metrics) < 2 * 8 * 64 / 2  # of rows that are full
     assert (run.path / "model" / "chat_template.jinja").exists()

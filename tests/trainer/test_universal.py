@@ -36,7 +36,7 @@ def test_a_training_goes_on_with_other_ranks(train: Train, before: int, after: i
     train(*words, "--max_steps", "2", ranks=before, config=config, name="parts")
     parts = train(*words, "--max_steps", "5", "--resume_from_checkpoint", "auto", ranks=after, config=config,
                   name="parts")
-    assert f"was written by {before} ranks, {after} go on: 4 rows a step as before" in parts.output
+    assert f"was written by {before} ranks, {after} go on: 4 sequences per step as before" in parts.output
     assert losses_after(parts, 2) == pytest.approx(losses_after(whole, 2), abs=2e-4)
     assert not list(parts.path.glob("checkpoints/*/*universal*"))
 
@@ -66,7 +66,7 @@ def test_parts_that_are_elsewhere_are_named(tmp_path: Path) -> None:
     for name in ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_2_mp_rank_00_optim_states.pt"):
         (folder / "global_step2" / name).touch()
     assert universal.optimizer_shards(folder) == {0, 2}
-    assert "lacks the parts of rank 1, 3" in str(universal.missing_shards(folder, 4))
+    assert "is missing the optimizer shards of rank 1, 3" in str(universal.missing_shards(folder, 4))
 
 
 def test_a_part_that_cannot_be_read_ends_the_conversion(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class Node:
         self.process = subprocess.Popen(["sh", "-c", f"exec {shlex.quote(sys.executable)} {stdin_loader(script)}"],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.write(script.read_bytes() + json.dumps(job).encode() + b"\n")
-        self.quiet = threading.Event()  # the master's signs of life end
+        self.quiet = threading.Event()  # the master's heartbeats end
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:

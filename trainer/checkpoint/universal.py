@@ -1,7 +1,7 @@
 """Going on with another number of ranks: DeepSpeed's universal checkpoint, made of all ranks' parts.
 
 DeepSpeed splits optimizer states by rank and refuses them to another number of ranks; in its universal form they lie by
-parameter. The batch stays as it was, rows a step, so that steps, learning rate and order of the data do too.
+parameter. The global batch stays the same, and with it the steps, the learning rate and the order of the data.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from trainer.errors import UserError
 
 SUFFIX = "_universal"
 LATEST = "latest_universal"  # by which DeepSpeed finds it
-COPIES = 3  # of the states that the conversion writes before it is done: fragments, whole parameters, room to spare
+COPIES = 3  # of the states that the conversion writes before it is done: fragments, whole parameters, a reserve
 
 
 def keep_global_batch(options: argparse.Namespace, rows: int, world_size: int) -> None:
     """Make micro batch and accumulation give `rows` a step, the micro batch no larger than asked for.
 
-    Raises Fault where so many ranks can't share them.
+    Raises UserError where so many ranks can't share them.
     """
     if options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size == rows:
         return
     each, rest = divmod(rows, world_size)
     if rest:
         fitting = [str(count) for count in range(1, rows + 1) if rows % count == 0][:8]
-        raise UserError(f"a step has {rows} rows in this run, which {world_size} ranks can't share evenly: "
+        raise UserError(f"a step has {rows} sequences in this run, which {world_size} ranks can't share evenly: "
                     f"go on with {', '.join(fitting)} ranks", shared=True)
     micro = next(size for size in range(min(options.per_device_train_batch_size, each), 0, -1) if each % size == 0)
     options.per_device_train_batch_size, options.gradient_accumulation_steps = micro, each // micro
@@ -59,12 +59,12 @@ def missing_shards(folder: Path, world_size: int) -> str | None:
     lacking = sorted(set(range(world_size)) - there) if there else []
     if not lacking:
         return None
-    return (f"{folder} lacks the parts of rank {', '.join(map(str, lacking))}, which other hosts keep: "
-            "invoke train --resume RUN --hostfile H brings them")
+    return (f"{folder} is missing the optimizer shards of rank {', '.join(map(str, lacking))}, which are on other "
+            "hosts: invoke train --resume RUN --hostfile H brings them")
 
 
 def convert(folder: Path) -> None:
-    """Make the universal form in a checkpoint's folder. Raises Fault where it fails or hasn't the room."""
+    """Make the universal form in a checkpoint's folder. Raises UserError where it fails or the disk is too small."""
     source = folder / f"global_step{verification.step_of(folder)}"
     target = source.with_name(source.name + SUFFIX)
     shutil.rmtree(target, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Checkpoints that can be trusted: sealed when complete, looked over before use, rotated only after the next is good.
+"""Verified checkpoints: a manifest is written when one is complete and checked before use; old ones are deleted last.
 
-Each machine keeps what its own ranks wrote. The seal is `complete.json`, written last: step, layout, and size and
+Each machine keeps what its own ranks wrote. The manifest is `complete.json`, written last: step, layout, and size and
 CRC-32 of every file on this machine. A folder without it is half-written; one that disagrees with it is damaged.
 """
 
@@ -23,7 +23,8 @@ STATE_BYTES = 12
 
 @dataclass
 class Layout:
-    """What a checkpoint must share with the training that continues it, but for the ranks. `batch`: rows a step."""
+    """What a checkpoint must share with the training that continues it, but for the ranks. `batch`: the global batch,
+    in sequences."""
 
     data: str
     world_size: int
@@ -62,7 +63,7 @@ def crc32_of(path: Path) -> int:
 
 
 def file_sums(folder: Path) -> dict[str, list[int]]:
-    """Return [size, CRC-32] of every file below `folder` but the seal; zlib lets threads run side by side."""
+    """Return [size, CRC-32] of every file below `folder` but the manifest; zlib lets threads run side by side."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(crc32_of, files))
@@ -87,12 +88,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_layout(folder: Path) -> Layout:
-    """Return the layout in a sealed checkpoint."""
+    """Return the layout in a checkpoint's manifest."""
     return Layout(**json.loads((folder / MANIFEST).read_text())["layout"])
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if every file is as it was when it was sealed."""
+    """Return what is wrong with a checkpoint, or None if every file is as the manifest says."""
     try:
         sealed = json.loads((folder / MANIFEST).read_text())["files"]
     except FileNotFoundError:
@@ -128,13 +129,13 @@ def survey_checkpoints(root: Path) -> tuple[list[int], dict[int, str]]:
 
 
 def rotate(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` sealed checkpoints, and half-written ones older than those."""
+    """Delete all but the newest `keep` complete checkpoints, and half-written ones older than those."""
     folders = list_checkpoints(root)
     sealed = [folder for folder in folders if (folder / MANIFEST).exists()]
     oldest_kept = step_of(sealed[-keep:][0]) if sealed else 0
     for folder in folders:
         if step_of(folder) < oldest_kept:
-            # Without its seal first: a deletion that is cut short must not leave a good-looking checkpoint.
+            # The manifest goes first: a deletion that is interrupted must not leave a checkpoint that looks valid.
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 

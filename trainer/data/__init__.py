@@ -1,1 +1,1 @@
-"""Text to rows of tokens: read, tokenized, packed, streamed."""
+"""Text to sequences of tokens: read, tokenized, packed, streamed."""

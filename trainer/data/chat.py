@@ -1,4 +1,4 @@
-"""Instruction data: which columns hold it, how the tokenizer's chat template shows it, and which tokens carry loss.
+"""Instruction data: which columns hold it, how the tokenizer's chat template shows it, and which tokens are trained.
 
 Loss is on what the assistant says, with the mark that ends its turn; everything else is only read. Recognised are
 `messages` (or ShareGPT's `conversations`), `prompt` + `completion`, and Alpaca's `instruction`, `input`, `output`.
@@ -28,7 +28,8 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as the model sees it: token ids, whether each carries loss, the UTF-8 bytes that each stands for."""
+    """A document as the model sees it: token ids, whether each is trained on (loss_mask), the UTF-8 bytes that each
+    stands for."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -45,7 +46,7 @@ class DocumentExtractor:
         self.column, self.form = column or "text", TEXT if column else None
 
     def columns(self, names: Sequence[str], where: str) -> list[str]:
-        """Return those of a table's columns that a document is made of; raise Fault if it has none such."""
+        """Return those of a table's columns that a document is made of; raise UserError if it has none such."""
         form = self._settle(names)
         wanted = [self.column] if form == TEXT else list(columns_of(form))
         if wanted[0] not in names:
@@ -53,7 +54,7 @@ class DocumentExtractor:
         return [name for name in wanted if name in names]
 
     def __call__(self, row: Any, where: str) -> str:
-        """Return a row's document, '' for an empty one; raise Fault for a row of another shape."""
+        """Return a row's document, '' for an empty one; raise UserError for a row of another shape."""
         form = self._settle(row if isinstance(row, dict) else ["text"])
         if form == TEXT:
             return text_of(row, self.column, where)
@@ -82,7 +83,7 @@ def columns_of(form: str) -> tuple[str, ...]:
 def normalized(row: dict[str, Any], form: str, where: str) -> str:
     """Return a row as JSON: {"messages": [...], "trained": n}, or {"prompt": text, "completion": text}.
 
-    From message `trained` on the assistant's carry loss. Raises Fault for a row of another shape.
+    From message `trained` on the assistant's messages are trained. Raises UserError for a row of another shape.
     """
     if form == MESSAGES:
         return packed(checked(row.get("messages"), where, "messages"), 0, where)
@@ -105,7 +106,7 @@ def normalized(row: dict[str, Any], form: str, where: str) -> str:
 
 
 def checked(messages: Any, where: str, column: str) -> list[Message]:
-    """Return messages that have a role and words each; raise Fault for anything else."""
+    """Return messages that have a role and words each; raise UserError for anything else."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: column '{column}' is no list of messages with role and content")
     for number, message in enumerate(messages, 1):
@@ -119,9 +120,9 @@ def checked(messages: Any, where: str, column: str) -> list[Message]:
 
 
 def packed(messages: Sequence[Message], trained: int, where: str) -> str:
-    """Return messages as JSON; raise Fault if none of them is the assistant's to learn."""
+    """Return messages as JSON; raise UserError if none of them is the assistant's to learn."""
     if not any(message["role"] == ASSISTANT for message in messages[trained:]):
-        raise UserError(f"{where}: nothing that the assistant says, so nothing to learn")
+        raise UserError(f"{where}: no assistant message, so there is nothing to train on")
     return json.dumps({"messages": list(messages), "trained": trained})
 
 
@@ -134,13 +135,14 @@ def conversation_text(document: str) -> str:
 
 
 def encode(document: str, tokenizer: Any) -> EncodedDocument:
-    """Return a normalized document's tokens. Raises Fault where the tokenizer has no template, or none that fits."""
+    """Return a normalized document's tokens. Raises UserError where the tokenizer has no template, or none that
+    fits."""
     found = json.loads(document)
     if "prompt" in found:
         text = found["prompt"] + found["completion"]
         return tokenized(text, [(len(found["prompt"]), len(text))], tokenizer, special=True)
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template, so it doesn't know how to show messages: take the model's "
+        raise UserError("the tokenizer has no chat template: take the model's "
                     "instruct version, --chat_template FILE, or columns prompt and completion")
     text, spans = shown(found["messages"], found["trained"], tokenizer)
     return tokenized(text, spans, tokenizer, special=False)
@@ -155,7 +157,7 @@ def shown(messages: Sequence[Message], trained: int, tokenizer: Any) -> tuple[st
     """Return the text of a conversation, and where in it stands what the assistant says from message `trained` on.
 
     A turn is what is added to the conversation before it. Where a template shows that otherwise later on (without its
-    thoughts, as some do), its words are looked for; a turn that isn't shown as it was said teaches nothing.
+    thoughts, as some do), its words are looked for; a turn that isn't shown verbatim isn't trained.
     """
     import jinja2
 
@@ -179,14 +181,14 @@ def shown(messages: Sequence[Message], trained: int, tokenizer: Any) -> tuple[st
             end = len(after) if text.startswith(after) else start + len(words)
             spans.append((start, start + len(text[start:end].rstrip())))
     if not spans:
-        raise UserError("the chat template doesn't show what the assistant says")
+        raise UserError("the chat template doesn't show the assistant's messages")
     return text, spans
 
 
 def tokenized(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any, special: bool) -> EncodedDocument:
-    """Return the tokens of a text; those that have a part in a span carry loss. `special`: it needs begin and end."""
+    """Return the tokens of a text; those that have a part in a span are trained. `special`: it needs begin and end."""
     if not tokenizer.is_fast:
-        raise UserError("this tokenizer doesn't know where its tokens stand in the text: instruction data needs a fast one")
+        raise UserError("this tokenizer can't tell where its tokens are in the text: instruction data needs a fast one")
     found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False,
                       verbose=False)
     ids, loss_mask, sizes = list(found["input_ids"]), [], []

@@ -45,7 +45,7 @@ class DatasetInfo:
 
 @dataclass
 class TokenizedDataset:
-    """Tokenized pieces (see pieces.tokenize) for training and evaluation, and facts about them."""
+    """Tokenized pieces (see tokenization.tokenize) for training and evaluation, and what is known of them."""
 
     info: DatasetInfo
     train: Any
@@ -70,7 +70,7 @@ def prepare_dataset(
     """Return the data that `options` name, tokenized into pieces of at most `sequence_length` tokens.
 
     `make_tokenizer` gets the training documents (a tokenizer may be trained on them) and returns one;
-    `tokenizer_id` tells tokenizers apart in the cache. Raises Fault for data that can't be read or is empty.
+    `tokenizer_id` tells tokenizers apart in the cache. Raises UserError for data that can't be read or is empty.
     """
     source = open_source(options.dataset_path, options, built_in)
     evaluation = open_source(options.eval_dataset, options, built_in) if options.eval_dataset else None
@@ -166,7 +166,7 @@ def build(
 def read_texts(source: Source, scratch: Path, name: str) -> Any:
     """Read a source into a table on disk with the column `text`, without empty documents (counted in `.dropped`).
 
-    Raises Fault if nothing is left.
+    Raises UserError if nothing is left.
     """
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError

@@ -23,11 +23,11 @@ class Extractor(Protocol):
     """Makes a document of a row; see conversations.Taker."""
 
     def __call__(self, row: Any, where: str) -> str:
-        """Return the document, '' for an empty one; raise Fault for a row of another shape."""
+        """Return the document, '' for an empty one; raise UserError for a row of another shape."""
         ...
 
     def columns(self, names: Sequence[str], where: str) -> list[str]:
-        """Return those of a table's columns that a document is made of; raise Fault if it has none such."""
+        """Return those of a table's columns that a document is made of; raise UserError if it has none such."""
         ...
 
 
@@ -44,7 +44,7 @@ def form_of(path: Path) -> str | None:
 def find_files(path: Path) -> list[Path]:
     """Return the data files at `path` (a file, a folder to search through, or a pattern), sorted, none hidden.
 
-    Raises Fault where there is none.
+    Raises UserError where there is none.
     """
     known = ", ".join(sorted(FORMS))
     if not path.exists():
@@ -72,7 +72,7 @@ def describe(files: list[Path]) -> str:
 
 
 def read_documents(files: list[Path], extract: Extractor) -> Iterator[str]:
-    """Yield every document's text, empty ones included; raise a Fault with file and line for an unreadable row."""
+    """Yield every document's text, empty ones included; raise a UserError with file and line for an unreadable row."""
     for path in files:
         try:
             yield from READERS[str(form_of(path))](path, extract)
@@ -86,7 +86,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def decode(raw: bytes, path: Path, line: int) -> str:
-    """Decode UTF-8 that begins at `line`; a Fault names the line that isn't UTF-8."""
+    """Decode UTF-8 that begins at `line`;a UserError names the line that isn't UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def decode(raw: bytes, path: Path, line: int) -> str:
 
 
 def text_of(row: Any, column: str, where: str) -> str:
-    """Return a row's text; '' for a null; raise a Fault for a row of another shape."""
+    """Return a row's text; '' for a null; raise a UserError for a row of another shape."""
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
@@ -152,7 +152,8 @@ def read_csv(path: Path, extract: Extractor) -> Iterator[str]:
         try:
             for row in records:
                 if None in row or None in row.values():
-                    raise UserError(f"{path}:{records.line_num}: not {len(records.fieldnames or [])} fields as in line 1")
+                    wanted = len(records.fieldnames or [])
+                    raise UserError(f"{path}:{records.line_num}: not {wanted} fields as in line 1")
                 yield extract(row, f"{path}:{records.line_num}")
         except csv.Error as error:
             raise UserError(f"{path}:{records.line_num + 1}: not CSV: {error}") from None

@@ -1,8 +1,9 @@
-"""Rows for training: whole documents packed side by side, or one a row, and the tensors made of them.
+"""Sequences for training: whole documents packed side by side, or one per sequence, and the tensors made of them.
 
-Documents in one row stay apart in two ways: positions start anew with each, and the first label of each is masked.
+Documents in one sequence are isolated in two ways: positions start anew with each, and the first label of each is
+masked.
 transformers then builds an attention mask that keeps them apart, but only if the model is called with
-`use_cache=False` and without an attention_mask; otherwise they leak into each other without a word
+`use_cache=False` and without an attention_mask; otherwise they leak into each other silently
 (`models.check_isolation` looks).
 """
 
@@ -20,12 +21,12 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put items of the given lengths into bins of `capacity`; return each bin's item numbers, nothing cut or lost.
 
-    Best-fit decreasing: the longest item first, each into the fullest bin that still has room for it. The bins'
-    free room is kept as bits of one integer, so that the tightest fit is a shift and a lowest-bit search.
+    Best-fit decreasing: the longest item first, each into the fullest bin where it still fits. The bins'
+free space is kept as bits of one integer, so that the tightest fit is a shift and a lowest-bit search.
     Raises ValueError for an item longer than the capacity.
     """
     bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # free room -> bins that have exactly so much
+    by_room: dict[int, list[int]] = {}  # free space -> bins that have exactly so much
     rooms = 0  # bit r is set where by_room[r] has a bin
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and sizes.max() > capacity:
@@ -48,9 +49,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedSequence(NamedTuple):
-    """One row before it becomes tensors: the token lists of its documents (none in a filler row).
+    """One sequence before it becomes tensors: the token lists of its documents (none in a filler).
 
-    `loss_masks` has for each of them which tokens carry loss; None: all but the first.
+    `loss_masks` has for each of them which tokens are trained; None: all but the first.
     """
 
     documents: list[np.ndarray]
@@ -63,13 +64,15 @@ FILLER = PackedSequence([])
 class PackedSequences(torch.utils.data.Dataset[PackedSequence]):
     """Rows over a table of tokenized pieces, made when they are asked for.
 
-    `pieces` has the columns input_ids and length, and of conversations loss and trained. The number of rows is a
-    multiple of `multiple_of`: filler rows without documents stand in, so that no row is repeated and every rank has
+    `pieces` has the columns input_ids and length, and of conversations loss_mask and loss_tokens. The number of
+    sequences is a
+    multiple of `multiple_of`: filler sequences without documents are added, so that no sequence is repeated and every
+    rank has
     the same work.
     """
 
     def __init__(self, pieces: Any, capacity: int | None, multiple_of: int = 1) -> None:
-        """Pack to `capacity` tokens a row, or with None put one piece in each."""
+        """Pack to `capacity` tokens per sequence, or with None put one piece in each."""
         lengths = pieces.with_format("numpy")["length"][:] if len(pieces) else []
         order = best_fit(lengths, capacity) if capacity else [[number] for number in range(len(lengths))]
         self._masked = len(pieces) > 0 and "loss_mask" in pieces.column_names
@@ -96,8 +99,8 @@ class PackedSequences(torch.utils.data.Dataset[PackedSequence]):
 class Collator:
     """Make tensors of rows: input_ids, position_ids and labels, each [rows, width], all int64.
 
-    `width` pads every row to the same width; None pads to the longest of the batch. Padding comes last, counts
-    positions of its own and carries no loss, so it needs no attention mask.
+    `width` pads every sequence to the same width; None pads to the longest of the batch. Padding comes last, counts
+    positions of its own and isn't trained, so it needs no attention mask.
     """
 
     def __init__(self, pad_token: int, width: int | None) -> None:

@@ -43,7 +43,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def open_source(name: str | None, options: argparse.Namespace, built_in: Callable[[], list[str]]) -> Source:
-    """Return the Source that --dataset_path or --eval_dataset names; raise a Fault if it isn't there."""
+    """Return the Source that --dataset_path or --eval_dataset names; raise a UserError if it isn't there."""
     extract = DocumentExtractor(options.text_column)
     if name is None:
         texts = built_in()
@@ -79,7 +79,7 @@ def hub_source(name: str, options: argparse.Namespace, extract: DocumentExtracto
                 fingerprint = files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"dataset '{name}': neither a file or folder here nor to be had from the hub: {reason}") from None
+        raise UserError(f"dataset '{name}': no such file or folder here, and the hub has none: {reason}") from None
     where = f"dataset '{name}'"
     if not options.streaming:
         rows = table.select_columns(extract.columns(table.column_names, where))
@@ -91,8 +91,8 @@ def hub_source(name: str, options: argparse.Namespace, extract: DocumentExtracto
             for number, row in enumerate(table.skip(start) if start else table, start + 1):
                 yield extract(row, f"{where}, row {number}")
         except (OSError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"{where} can't be read on: {error}: is the network there? --resume_from_checkpoint auto goes "
-                        "on") from None
+            raise UserError(f"{where} can't be read any further: {error}: is the network down? "
+                            "--resume_from_checkpoint auto resumes") from None
 
     fingerprint = fingerprint or hashed(str(part).encode() for part in (name, options.dataset_config))
     return Source(f"{name} ({options.dataset_split})", fingerprint, lambda: read_from(0), extract, read_from)

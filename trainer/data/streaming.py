@@ -1,4 +1,4 @@
-"""Data that is read while it is trained on: rows out of a source without end, each rank's own, to be gone on with.
+"""Data that is read while it is trained on: an endless stream of sequences, one per rank, which can be resumed.
 
 Documents are numbered as they come; rank r of n takes each n-th. It packs as many as fill a few hundred rows, shuffles
 those rows, and goes on; after the last document it begins again. Where a row came from can be told, so that a run goes
@@ -137,10 +137,10 @@ def save(stream: Stream, sequences: int, checkpoint: Path, rank: int) -> None:
 
 
 def load(stream: Stream, checkpoint: Path, rank: int) -> None:
-    """Have a stream go on after the rows that were trained on. Raises Fault where a checkpoint doesn't say."""
+    """Have a stream go on after the rows that were trained on. Raises UserError where a checkpoint doesn't say."""
     try:
         state = json.loads(state_file(checkpoint, rank).read_text())
         stream.resume_at(StreamPosition(state["turn"], state["document"], state["rows"]), state["read"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{state_file(checkpoint, rank)}: {error}: this checkpoint is of a run without --streaming, or of "
-                    "other ranks") from None
+        raise UserError(f"{state_file(checkpoint, rank)}: {error}: this checkpoint is of a run without --streaming, "
+                        "or of other ranks") from None

@@ -20,7 +20,7 @@ BATCH = 100  # documents tokenized at once: enough for all cores; more only take
 def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT) -> tuple[Any, int]:
     """Return the pieces of all texts, and how many documents were cut.
 
-    Columns: input_ids; length in tokens; bytes, the UTF-8 bytes of the tokens that carry loss (null if the tokenizer
+    Columns: input_ids; length in tokens; bytes, the UTF-8 bytes of the trained tokens (null if the tokenizer
     doesn't know where its tokens stand in the text); of conversations also loss, 1 for a token that carries it, and
     trained, how many do.
     """

@@ -49,7 +49,7 @@ def first_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def load_tokenizer(options: argparse.Namespace, folder: str | Path | None = None) -> Any:
-    """Load the tokenizer of the model that `options` name (or of `folder`); raise a Fault if there is none."""
+    """Load the tokenizer of the model that `options` name (or of `folder`); raise a UserError if there is none."""
     from transformers import AutoTokenizer
 
     name = str(folder or options.model_name_or_path)
@@ -67,7 +67,7 @@ def load_tokenizer(options: argparse.Namespace, folder: str | Path | None = None
 
 
 def read_template(path: Path) -> str:
-    """Return a chat template's text; raise Fault if there is none."""
+    """Return a chat template's text; raise UserError if there is none."""
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -34,7 +34,7 @@ DEEPSPEEDS_OWN = {"bias_correction", "set_grad_none"}  # arguments of its Adam t
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed config; raise a Fault with file and line for what isn't strict JSON.
+    """Read a DeepSpeed config; raise a UserError with file and line for what isn't strict JSON.
 
     DeepSpeed's own reader takes comments too, but transformers' does not, and here both read the same.
     """
@@ -68,7 +68,7 @@ def lookup(config: dict[str, Any], dotted: str) -> Any:
 
 
 def adopt_values(options: argparse.Namespace, config: dict[str, Any], world_size: int) -> None:
-    """Give each flag that the user left open the config's value; raise a Fault where the two contradict."""
+    """Give each flag that the user left open the config's value; raise a UserError where the two contradict."""
     for option, places in SAME_AS_OPTION.items():
         for place in places:
             value = lookup(config, place)
@@ -176,12 +176,12 @@ def stale_locks() -> list[Path]:
 
 
 def check_compilation(operators: list[str]) -> list[str]:
-    """Return warnings; raise a Fault where an operator must be compiled and can't be."""
+    """Return warnings; raise a UserError where an operator must be compiled and can't be."""
     locks = stale_locks()
     blocking = [lock for lock in locks if lock.parent.name in operators]
     if blocking:
-        raise UserError(f"{blocking[0]} was left by a compilation that was killed; this run would wait for it for ever: "
-                    f"rm {blocking[0]}")
+        raise UserError(f"{blocking[0]} was left by a compilation that was killed; this run would wait for it "
+                        f"forever: rm {blocking[0]}")
     if operators and not (shutil.which("c++") or shutil.which("g++")):
         raise UserError(f"DeepSpeed must compile {operators[0]}, and there is no C++ compiler: install g++, "
                     'or take AdamW as the optimizer, which needs none', shared=True)

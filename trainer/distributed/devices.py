@@ -37,7 +37,7 @@ def device_facts() -> dict[str, Any]:
 
 
 def common_device(facts: list[dict[str, Any]], hosts: Sequence[str]) -> str:
-    """Return the device type that all ranks share; raise a Fault that names the hosts where they differ."""
+    """Return the device type that all ranks share; raise a UserError that names the hosts where they differ."""
     kinds = {entry["type"] for entry in facts}
     if len(kinds) == 1:
         return kinds.pop()
@@ -50,7 +50,7 @@ def common_device(facts: list[dict[str, Any]], hosts: Sequence[str]) -> str:
 def choose_precision(wanted: str, facts: list[dict[str, Any]]) -> str:
     """Return bf16, fp16 or fp32: what was wanted, or for 'auto' the best that is fast on every rank's device.
 
-    Raises Fault for fp16 on a CPU, which DeepSpeed and torch refuse there.
+    Raises UserError for fp16 on a CPU, which DeepSpeed and torch refuse there.
     """
     if wanted == "fp16" and not all(entry["fp16"] for entry in facts):
         raise UserError("fp16 needs a GPU on every rank: leave --precision at auto, or take bf16 or fp32", shared=True)

@@ -66,8 +66,9 @@ def interface_towards(address: str) -> str | None:
 
 
 def rank_0_lost() -> UserError:
-    """Return the Fault of a lost store: rank 0, which holds it, has said itself why it ended; others stay silent."""
-    return UserError("rank 0 has gone", shared=True)
+    """Return the UserError of a lost store: rank 0, which holds it, has said itself why it ended; others stay
+    silent."""
+    return UserError("rank 0 exited", shared=True)
 
 
 class Ranks:
@@ -106,7 +107,7 @@ class Ranks:
         return len(set(self.nodes)) == 1
 
     def rendezvous(self, limit_s: int = RENDEZVOUS_LIMIT_S) -> None:
-        """Open the store at MASTER_ADDR and wait for every rank; raise a Fault that names the missing ones."""
+        """Open the store at MASTER_ADDR and wait for every rank; raise a UserError that names the missing ones."""
         from torch.distributed import DistNetworkError, DistStoreError, rendezvous
 
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -119,7 +120,7 @@ class Ranks:
         except (DistNetworkError, DistStoreError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{self.host}: rank {self.rank} cannot meet the others at {where}: {reason}. "
+                f"{self.host}: rank {self.rank} cannot reach the others at {where}: {reason}. "
                 "Is the port free there and reachable from here?"
             ) from None
         self.hosts, self.nodes = zip(*self.all_gather_json("host", [self.host, self.node], limit_s), strict=True)
@@ -127,7 +128,7 @@ class Ranks:
     def all_gather_json(self, name: str, value: Any, limit_s: int = RENDEZVOUS_LIMIT_S) -> list[Any]:
         """Return what every rank gave under `name`, in rank order (any JSON value); works without process group.
 
-        Raises Fault, naming the ranks that gave nothing within `limit_s` seconds.
+        Raises UserError, naming the ranks that gave nothing within `limit_s` seconds.
         """
         from torch.distributed import DistNetworkError, DistStoreError
 
@@ -138,7 +139,7 @@ class Ranks:
             return [json.loads(self._store.get(key)) for key in keys]
         except DistStoreError:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            raise UserError(f"{self.host}: after {limit_s} s nothing came from rank {missing} ({name})") from None
+            raise UserError(f"{self.host}: after {limit_s} s no data from rank {missing} ({name})") from None
         except DistNetworkError:
             raise rank_0_lost() from None
 
@@ -175,8 +176,8 @@ class Ranks:
             missing = sorted({int(rank) for rank in re.findall(r"[Rr]ank (\d+)", reason)} - {self.rank})
             who = ", ".join(f"rank {rank} on {self.hosts[rank]} (network card {interfaces[rank]})" for rank in missing
                             if rank < self.world_size) or "some ranks"
-            raise UserError(f"{self.host} (network card {interfaces[self.rank]}): {who} did not come to the first sum: {reason}."
-                        " Can the hosts reach each other? GLOO_SOCKET_IFNAME names the network card") from None
+            raise UserError(f"{self.host} (network card {interfaces[self.rank]}): {who} did not join the all-reduce "
+                            f"test: {reason}. Can the hosts reach each other? GLOO_SOCKET_IFNAME names the network card") from None
         self._side_group = dist.new_group(backend="gloo")
 
     def _test_all_reduce(self, device_type: str) -> None:

@@ -1,4 +1,4 @@
-"""What a rank's memory goes to, and what would save some of it: told when it runs out.
+"""Estimates what a rank's memory is used for and what would save some of it; reported when memory runs out.
 
 Bytes for each weight: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 in 16 bits with Adam). Activations: what torch
 keeps of a Llama's layer for its gradients, counted with saved_tensors_hooks: 8 h + 4 i + 2 k numbers a token (h hidden
@@ -59,7 +59,7 @@ def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
 
 
 def savings(inputs: MemoryInputs, on_gpu: bool) -> list[tuple[str, float]]:
-    """Return what would save memory and how many bytes of a rank's, the gentlest first."""
+    """Return what would save memory and how many bytes of a rank's, least intrusive first."""
     before = sum(bytes_needed(inputs).values())
     found = [(words, before - sum(bytes_needed(other).values())) for words, other in alternatives(inputs, on_gpu)]
     return [(words, saved) for words, saved in found if saved > MIN_SAVING * before]
@@ -101,7 +101,7 @@ def report_lines(inputs: MemoryInputs, on_gpu: bool) -> list[str]:
     parts = bytes_needed(inputs)
     what = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
     lines = [f"a rank needs about {gigabytes(sum(parts.values()))} GB: {what}",
-             "what saves how much of it, the gentlest first:"]
+             "what would save memory, least intrusive first:"]
     found = savings(inputs, on_gpu)
     width = max((len(words) for words, _ in found), default=0)
     return lines + [f"  {words:<{width}}  {gigabytes(saved)} GB" for words, saved in found]

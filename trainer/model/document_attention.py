@@ -51,7 +51,7 @@ def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 
 
 def can_use_varlen(model: Any, options: argparse.Namespace, device: str, longest: int) -> bool:
-    """Tell whether to try it: on a CPU, with nothing else asked for, where all of a document is seen."""
+    """Return whether to try it: on a CPU, with nothing else asked for, where all of a document is seen."""
     text = model.config.get_text_config()
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return device == "cpu" and not options.attn_implementation and not options.torch_compile and \

@@ -14,7 +14,7 @@ DERIVED = {"layer_types": {"num_hidden_layers"}, "head_dim": {"hidden_size", "nu
 
 
 def overridden(config: Any, text: str) -> Any:
-    """Return a configuration with other values, `text` being K=V,... Raises Fault for what it doesn't take."""
+    """Return a configuration with other values, `text` being K=V,... Raises UserError for what it doesn't take."""
     values, wanted = config.to_dict(), {}
     for word in text.split(","):
         key, equals, value = map(str.strip, word.partition("="))
@@ -39,7 +39,8 @@ def overridden(config: Any, text: str) -> Any:
 def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype: str) -> Any:
     """Return a model with random weights in the shape of `config`, its vocabulary the tokenizer's.
 
-    The weights hang on the seed alone; under ZeRO-3 each rank keeps its part. Raises Fault for a shape that can't be.
+    The weights hang on the seed alone; under ZeRO-3 each rank keeps its part. Raises UserError for a shape that can't
+    be.
     """
     import torch
     from transformers import AutoModelForCausalLM, set_seed

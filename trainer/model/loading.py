@@ -23,7 +23,8 @@ TINY_SHAPE: dict[str, Any] = {
 
 
 def load_config(options: argparse.Namespace) -> Any:
-    """Return the model's configuration (None for tiny); raise a Fault, before any data is read, if there is none."""
+    """Return the model's configuration (None for tiny); raise a UserError, before any data is read, if there is
+    none."""
     from transformers import AutoConfig
 
     name = options.model_name_or_path
@@ -41,7 +42,7 @@ def load_config(options: argparse.Namespace) -> Any:
 def choose_sequence_length(options: argparse.Namespace, config: Any) -> int:
     """Return the tokens a row: what was asked for, or a default, but never more than the model has positions for.
 
-    Raises Fault for more than that, or fewer than 2.
+    Raises UserError for more than that, or fewer than 2.
     """
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     limit = TINY_SHAPE["max_position_embeddings"] if config is None else limit or 2**31
@@ -74,7 +75,7 @@ def load_model(options: argparse.Namespace, dtype: str, in_4_bits_on: Any = None
     """Load the model's weights in `dtype` (float32, bfloat16, float16); under ZeRO-3 each rank keeps its part.
 
     `in_4_bits_on`: a device on which they are kept in 4 bits, computing in `dtype` (QLoRA, arXiv 2305.14314).
-    Raises Fault for weights that are missing or not safetensors.
+    Raises UserError for weights that are missing or not safetensors.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -104,7 +105,7 @@ def quantized(dtype: str, device: Any) -> dict[str, Any]:
 
 
 def check_isolation(forward: Callable[..., Any], vocabulary: int, device: Any, rows: int = 1) -> None:
-    """Raise a Fault if a document packed behind another can see it.
+    """Raise a UserError if a document packed behind another can see it.
 
     The same documents are put behind different ones, in rows of the same shape: their logits must not change.
     `forward` takes input_ids and position_ids ([rows, 24]) and returns logits; `rows` are those of a micro batch, since

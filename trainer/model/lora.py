@@ -17,7 +17,7 @@ ALPHA = 2  # times the rank: peft scales what is learnt by alpha / rank
 
 
 def check(options: argparse.Namespace, ds_config: dict[str, Any] | None) -> None:
-    """Raise a Fault for an adapter that can't be trained so."""
+    """Raise a UserError for an adapter that can't be trained so."""
     if options.qlora and lookup(ds_config or {}, "zero_optimization.stage") == 3:
         raise UserError("--qlora: ZeRO-3 can't split weights of 4 bits: take trainer/configs/zero1.json, or --lora",
                     exit_code=2, shared=True)
@@ -26,7 +26,7 @@ def check(options: argparse.Namespace, ds_config: dict[str, Any] | None) -> None
 def add_adapter(model: Any, options: argparse.Namespace) -> Any:
     """Return the model with an adapter of rank --lora at all its linear layers but the head, all else frozen.
 
-    Raises Fault for an architecture that has none.
+    Raises UserError for an architecture that has none.
     """
     from peft import LoraConfig, get_peft_model
 

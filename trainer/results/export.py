@@ -48,5 +48,5 @@ def put_in_place(setup: Setup, model: Any, place: Path, write: Callable[[Any, Pa
 
 
 def merges(options: argparse.Namespace) -> bool:
-    """Tell whether an adapter is merged at the end: where asked for, and for tiny, whose base lies nowhere."""
+    """Return whether an adapter is merged at the end: where asked for, and for tiny, whose base lies nowhere."""
     return bool(options.lora) and (options.merge_lora or options.model_name_or_path == loading.TINY)

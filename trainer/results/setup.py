@@ -88,5 +88,5 @@ def global_batch_size(options: argparse.Namespace, world_size: int) -> int:
 
 
 def writes(ranks: Ranks, shared_disk: bool) -> bool:
-    """Tell whether this rank is the one that writes on its disk."""
+    """Return whether this rank is the one that writes on its disk."""
     return ranks.is_first if shared_disk else ranks.is_first_here

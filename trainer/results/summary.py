@@ -21,9 +21,9 @@ def describe(setup: Setup, workload: Workload) -> None:
     o, facts, rows, ranks = setup.options, setup.data.info, workload.sequences, setup.ranks
     hosts = Counter(ranks.hosts)
     adapter = f", {short(workload.trained)} of an adapter are trained (LoRA, rank {o.lora})" if o.lora else ""
-    share = f"{short(rows.loss_tokens)} tokens that carry loss"
+    share = f"{short(rows.loss_tokens)} trained tokens"
     if facts.form != TEXT:
-        share = f"`{facts.form}`, {rows.loss_tokens / rows.tokens:.0%} of {short(rows.tokens)} tokens carry loss"
+        share = f"`{facts.form}`, {rows.loss_tokens / rows.tokens:.0%} of {short(rows.tokens)} tokens are trained"
     batch = setup.global_batch_size
     fill = rows.tokens / (rows.filled * setup.sequence_length)
     packed = "padded" if o.no_packing else f"packed, {fill:.1%} full"
@@ -36,9 +36,9 @@ def describe(setup: Setup, workload: Workload) -> None:
         "rows": f"{rows.filled:,} of {setup.sequence_length} tokens, {packed}; {facts.cut:,} documents cut",
         "evaluation": f"{held_out} held out" if len(setup.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
-        "batch": f"{batch} rows a step = {o.per_device_train_batch_size} micro x {o.gradient_accumulation_steps} "
-                 f"accumulation x {ranks.world_size} ranks, {short(batch * rows.tokens / rows.filled)} tokens",
-        "steps": f"{workload.steps:,}" + (f", continuing after {setup.resume_step:,}" if setup.resume_step else ""),
+        "batch": f"{batch} sequences per step = {o.per_device_train_batch_size} micro x "
+                 f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, {short(batch * rows.tokens / rows.filled)} tokens",
+        "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
         "precision": f"{setup.precision} on {setup.device}",
         "engine": setup.engine,
         "run": f"{setup.run.path}",
@@ -46,10 +46,10 @@ def describe(setup: Setup, workload: Workload) -> None:
     if o.lora and setup.engine.endswith("ZeRO-3") and not ranks.on_one_machine:
         weight = 4 if setup.precision == "fp32" else 2
         setup.console.warn(
-            f"ZeRO-3 sends each rank {lora.gathered_gigabytes(workload.parameters, weight, ranks.world_size):.1f} GB of "
-            "frozen weights at every micro step: trainer/configs/zero1.json sends the adapter's gradients alone")
+            f"ZeRO-3 sends each rank {lora.gathered_gigabytes(workload.parameters, weight, ranks.world_size):.1f} GB "
+            "of frozen weights at every micro step: trainer/configs/zero1.json sends the adapter's gradients alone")
     if shown := example(setup):
-        setup.console.result("the first example as the model sees it; what stands between » and « carries loss:\n"
+        setup.console.result("the first example as the model sees it; the tokens between » and « are trained:\n"
                                + textwrap.indent(shown.rstrip(), "  "))
     if setup.spare_devices > 0 and ranks.world_size == 1:
         setup.console.warn(f"{setup.spare_devices} more GPUs are here: `invoke train` uses them all")
@@ -115,14 +115,14 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
         gzip = found["gzip_bits_per_byte"]
         beside = f" (gzip -9 of the same text: {gzip:.2f})" if gzip else ""
         say(f"  bits per byte    {found['bits_per_byte_first']:.2f} -> {found['bits_per_byte_last']:.2f} "
-            f"on text that was held out{beside}")
+            f"on held-out text{beside}")
     if waited:
         ranks_here = setup.ranks.on_one_machine
         slow = f", {waited['slowest']:.0%} for rank {waited['slowest_rank']} on {waited['slowest_host']}"
-        what = "for the ranks' exchange" if ranks_here else "for the network"
+        what = "for communication" if ranks_here else "for the network"
         say(f"  waiting          {waited['network']:.0%} of the steps' time {what}"
             + (slow if waited["slowest"] >= MIN_WAIT_SHARE else ""))
     if run.sample.exists():
-        say("\nhow it goes on after >>>, in text that was held out:\n")
+        say("\nthe model's continuation after >>>, in held-out text:\n")
         say(textwrap.indent(run.sample.read_text(encoding="utf-8").rstrip(), "  "))
     say(f"\nmodel   {run.model}\ncurve   {run.curve}\nsamples {run.samples}")

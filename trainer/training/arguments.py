@@ -43,7 +43,7 @@ def training_arguments(setup: Setup) -> TrainingArguments:
 
 
 def check_packages(options: argparse.Namespace, is_first: bool) -> None:
-    """Raise a Fault for a package that a flag needs and that isn't there; only the first rank logs."""
+    """Raise a UserError for a package that a flag needs and that isn't there; only the first rank logs."""
     wanted = [(f"--report_to {name}", name) for name in options.report_to if is_first]
     wanted += [(f"--{name}", name) for name in ("liger", "qlora") if getattr(options, name)]
     for flag, name in wanted:
@@ -61,7 +61,7 @@ def place_loggers(path: Any) -> None:
 def compile_model(model: Any, device: str, one_shape: bool) -> None:
     """Have torch compile the model at its first step; `one_shape`: all rows have the same width.
 
-    Raises Fault where a compiler is missing.
+    Raises UserError where a compiler is missing.
     """
     if device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
         raise UserError("--torch_compile on a CPU needs a C++ compiler: install g++, or leave the flag out",

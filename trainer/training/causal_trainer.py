@@ -1,7 +1,7 @@
 """transformers' Trainer, made right for causal LMs over several machines.
 
 It differs in four ways: the evaluation loss is the loss of all tokens divided by their number, over all ranks;
-checkpoints are sealed and rotated on every machine; tokens that carry loss are counted; SIGTERM stops all ranks at
+checkpoints are sealed and rotated on every machine; trained tokens are counted; SIGTERM stops all ranks at
 the same step.
 """
 
@@ -53,7 +53,7 @@ class CausalTrainer(Trainer):
         self.measure: Callable[[], dict[str, float]] = dict
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Count this rank's tokens that carry loss while they are still on the CPU."""
+        """Count this rank's trained tokens while they are still on the CPU."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.own_tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         return batches, items
@@ -113,7 +113,7 @@ class CausalTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, seal and rotate; raise a Fault on all ranks if one machine hasn't the room."""
+        """Save, seal and rotate; raise a UserError on all ranks if one machine hasn't the room."""
         started = time.monotonic()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         writes = self.args.should_save
@@ -149,18 +149,18 @@ class CausalTrainer(Trainer):
             f"room/{self.state.global_step}", f"{self._ranks.host}: {folder.parent}" if lacking else None)
         full = [problem for problem in problems if problem]
         if full:
-            raise UserError(f"no room for checkpoint-{self.state.global_step} "
+            raise UserError(f"not enough disk space for checkpoint-{self.state.global_step} "
                         f"({self._checkpoint_bytes / 1e9:.2f} GB) at {', '.join(full)}. The last good checkpoint is "
                         "intact: free space, then --resume_from_checkpoint auto", shared=True)
 
     def _save_fault(self, folder: Path, error: Exception) -> Exception:
-        """Return what to raise for a failed save: a Fault where the disk is full, else the error itself."""
+        """Return what to raise for a failed save:a UserError where the disk is full, else the error itself."""
         full = "No space left" in str(error) or verification.free_bytes(folder) < 1 << 20
         if not (full or "PytorchStreamWriter" in str(error)):
             return error
         shutil.rmtree(folder, ignore_errors=True)
-        return UserError(f"{self._ranks.host}: {folder} could not be written: no space left. The checkpoint before it is "
-                     "intact: free space, then --resume_from_checkpoint auto")
+        return UserError(f"{self._ranks.host}: {folder} could not be written: no space left. The checkpoint before it "
+                         "is intact: free space, then --resume_from_checkpoint auto")
 
 
 class StopOnSignal(TrainerCallback):

@@ -21,7 +21,7 @@ class Preflight(TrainerCallback):
         self._setup, self._trainer = setup, trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Raise a Fault if not; keep the config as DeepSpeed got it; tidy up what it was resumed from."""
+        """Raise a UserError if not; keep the config as DeepSpeed got it; tidy up what it was resumed from."""
         setup, trainer = self._setup, self._trainer
         export.keep_ds_config(setup, trainer)
         if setup.universal:  # loaded by now, on all ranks
@@ -38,11 +38,11 @@ class Preflight(TrainerCallback):
 
 
 def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:
-    """Raise a Fault unless launcher, transformers and DeepSpeed count the same ranks.
+    """Raise a UserError unless launcher, transformers and DeepSpeed count the same ranks.
 
     Otherwise batches are split by one number and gradients averaged by another, without a word.
     """
     if not launcher == transformers == engine:
-        raise UserError(f"the launcher started {launcher} ranks, transformers counts {transformers}, DeepSpeed {engine}: "
-                    "ranks would train on the wrong part of the data. Start with `invoke train` or `deepspeed`",
+        raise UserError(f"the launcher started {launcher} ranks, transformers counts {transformers}, DeepSpeed "
+                        f"{engine}: ranks would train on the wrong part of the data. Start with `invoke train` or `deepspeed`",
                     shared=True)

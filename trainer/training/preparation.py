@@ -72,7 +72,7 @@ def prepare(options: argparse.Namespace, ranks: Ranks, console: Console, ds_conf
 def agree_on_hardware(options: argparse.Namespace, ranks: Ranks, ds_config: dict[str, Any] | None) -> Hardware:
     """Meet the other ranks; settle device, precision and batch sizes with them."""
     silence_libraries()
-    heartbeat.report("meeting the other ranks")
+    heartbeat.report("connecting to the other ranks")
     ranks.rendezvous()
     facts = ranks.all_gather_json("device", devices.device_facts())
     device = devices.common_device(facts, ranks.hosts)
@@ -130,7 +130,7 @@ def start_engine_libraries(ds_config: dict[str, Any] | None, device: str, ranks:
             console.warn(warning)
         if device == "cpu":
             deepspeed_config.skip_shared_memory_operator()
-    heartbeat.report("the first sum over all ranks")
+    heartbeat.report("the all-reduce test")
     ranks.start_process_group(device)
     waiting = CommunicationTimer(device)
     if ds_config is not None:  # without DeepSpeed gradients go by another way
@@ -140,7 +140,7 @@ def start_engine_libraries(ds_config: dict[str, Any] | None, device: str, ranks:
 
 
 def is_shared(path: Path, ranks: Ranks) -> bool:
-    """Tell whether all hosts see the same run folder: rank 0 leaves a file there, the others look for it."""
+    """Return whether all hosts see the same run folder: rank 0 leaves a file there, the others look for it."""
     mark = path / ".shared"
     if ranks.is_first:
         mark.touch()

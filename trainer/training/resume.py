@@ -20,7 +20,7 @@ def choose_checkpoint(
 ) -> Path | None:
     """Return the checkpoint to continue from, or None to start anew; damaged ones are named and passed over.
 
-    Raises Fault where nothing good is found though a path was named, where the checkpoint doesn't fit this
+    Raises UserError where nothing good is found though a path was named, where the checkpoint doesn't fit this
     training, and where a new run would write into the folder of an old one.
     """
     wanted = options.resume_from_checkpoint
@@ -34,8 +34,8 @@ def choose_checkpoint(
     folder = newest_common(views, ranks.hosts, run, console if ranks.is_first else None)
     if folder is None:
         if wanted != "auto":
-            raise UserError(f"{named or run.checkpoints}: no good checkpoint there", shared=True)
-        console.say(f"no good checkpoint in {run.checkpoints}: starting anew")
+            raise UserError(f"{named or run.checkpoints}: no valid checkpoint there", shared=True)
+        console.say(f"no valid checkpoint in {run.checkpoints}: starting from the beginning")
         return None
     differs = verification.read_layout(folder).difference(layout) if ranks.is_first_here else None
     found = [text for text in ranks.all_gather_json("checkpoint-layout", differs) if text]
@@ -48,7 +48,7 @@ def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, 
               console: Console, writes: bool) -> bool:
     """Make a checkpoint and the batch fit the ranks that are there now; return whether it is in universal form then.
 
-    `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises Fault where parts of it are
+    `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises UserError where parts of it are
     elsewhere, or a step's rows can't be shared.
     """
     before = verification.read_layout(folder) if ranks.is_first_here else None
@@ -58,14 +58,14 @@ def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, 
     if written.world_size == ranks.world_size and written.batch in (0, now):
         return False
     if options.streaming and written.world_size != ranks.world_size:
-        raise UserError(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: go on with as "
-                    "many", shared=True)
+        raise UserError(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: "
+                        "resume with as many", shared=True)
     universal.keep_global_batch(options, written.batch, ranks.world_size)
     if config is not None:
         universal.free_batch(config)
     same = written.world_size == ranks.world_size
-    who = "goes on as it was" if same else f"was written by {written.world_size} ranks, {ranks.world_size} go on"
-    console.say(f"{folder.name} {who}: {written.batch} rows a step as before, "
+    who = "resumes as before" if same else f"was written by {written.world_size} ranks, {ranks.world_size} go on"
+    console.say(f"{folder.name} {who}: {written.batch} sequences per step as before, "
                 f"{options.per_device_train_batch_size} micro x {options.gradient_accumulation_steps} accumulation")
     if same:
         return False
@@ -101,8 +101,8 @@ def newest_common(
     for host, view in looked:
         for step, damage in view["bad"].items():
             if console and (newest is None or int(step) > newest):
-                console.warn(f"{host}: {run.checkpoints}/checkpoint-{step} is {damage}; passed over")
+                console.warn(f"{host}: {run.checkpoints}/checkpoint-{step} is {damage}; skipped")
         for step in view["good"]:
             if console and step not in common and step > (newest or 0):
-                console.warn(f"{host}: only here is checkpoint-{step} good; passed over")
+                console.warn(f"{host}: checkpoint-{step} is valid only here; skipped")
     return run.checkpoints / f"checkpoint-{newest}" if newest is not None else None

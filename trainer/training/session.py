@@ -175,7 +175,7 @@ class Session:
             export.put_in_place(setup, whole, setup.run.model, type(whole).save_pretrained)
 
     def fail(self) -> None:
-        """Say in run.json that the training failed, if it had begun."""
+        """Record in run.json that the training failed, if it had begun."""
         if self._began and self.setup.ranks.is_first:
             self.setup.run.finish("failed", 1)
 
@@ -198,7 +198,7 @@ def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
 
 
 def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
-    """Raise a Fault if a machine lacks the disk space for the checkpoints that will be there at once.
+    """Raise a UserError if a machine lacks the disk space for the checkpoints that will be there at once.
 
     `weight`: bytes of a saved weight.
     """

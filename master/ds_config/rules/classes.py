@@ -18,7 +18,7 @@ DEEPSPEED_OPTIMIZERS: dict[str, tuple[set[str], set[str]]] = {
                                                                 "fp32_optimizer_states"}),
 }
 DEEPSPEED_OPTIMIZERS["adamw"] = DEEPSPEED_OPTIMIZERS["adam"]
-# What Muon and its helper Adam read (engine.py:2413); other names are passed over.
+# What Muon and its helper Adam read (engine.py:2413); other names are ignored.
 MUON = {"lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr", "torch_adam", "foreach",
         "adam_w_mode", "fp32_optimizer_states", "per_head_muon"}
 # Names that DeepSpeed knows, whose arguments it sorts itself (muon) or another package takes (mup).

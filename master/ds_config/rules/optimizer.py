@@ -94,7 +94,7 @@ def optimizer_arguments(config: Config) -> Iterator[Problem]:
 
 
 def torch_adam(config: Config) -> bool:
-    """Tell whether torch's Adam is asked for."""
+    """Return whether torch's Adam is asked for."""
     return bool(config.get(*OPTIMIZER, "torch_adam"))
 
 

@@ -84,7 +84,7 @@ def _dtype(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
-    """Tell whether Python's int() takes it."""
+    """Return whether Python's int() takes it."""
     try:
         int(value)
     except (TypeError, ValueError, OverflowError):
