@@ -73,7 +73,7 @@ def ask_hosts(nodes: Sequence[Node], options: argparse.Namespace) -> list[HostAn
                 answers.tell(str(node), "failed", (answer.reason or "").removeprefix(f"{node}: "), failed=True)
 
         found = run_on_all(nodes, ssh, lambda session: query_gpus(session, options.script_path),
-                       answers.paused(question()), tell)
+                           answers.paused(question()), tell)
     return with_own_address([answer_of(node, result) for node, result in found.items()])
 
 
@@ -173,7 +173,7 @@ def conclude(answers: Sequence[HostAnswer], options: argparse.Namespace) -> int:
         say("warning: plain `deepspeed` logs in as your ssh configuration says, not by --ssh-user, --ssh-port or "
             "--ssh-key: put them into ~/.ssh/config")
     for warning in duplicate_hosts(answers) + [f"{answer.name}: {note}" for answer in answers if answer.found
-                                     for note in answer.found.notes]:
+                                               for note in answer.found.notes]:
         say(f"warning: {warning}")
     if failed:
         say(f"failed: {', '.join(answer.name for answer in failed)}")

@@ -101,7 +101,7 @@ def check_config(config: Path, ranks: int) -> None:
             say(problem.line(shown(config), document.line(document.place(problem.path))[0]))
     if errors := sum(problem.level == "error" for problem in problems):
         raise ConfigError(f"{shown(config)} has {errors} error{'s' * (errors > 1)}: "
-                         f"invoke validate --config {shlex.quote(shown(config))} --fix")
+                          f"invoke validate --config {shlex.quote(shown(config))} --fix")
 
 
 def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None) -> Hosts:
@@ -163,7 +163,7 @@ def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOption
 
     known = {host["name"]: host for host in read_cluster(before.with_name("cluster.json"))["hosts"]}
     found = gather_and_send(request.run, read_hostfile(before), request.hosts.slots, {**known, **request.hosts.known},
-                           ssh)
+                            ssh)
     place = ["--resume_from_checkpoint", str(found)] if found else []
     return replace(request, arguments=(*request.arguments, *place))
 

@@ -119,7 +119,7 @@ def visit_all(
     while left:
         found = visit_once(left, ssh, pair, options, may_ask)
         results.update({node: HostResult(node, reason=str(result).removeprefix(f"{node}: "))
-                         if isinstance(result, SshError) else result for node, result in found.items()})
+                        if isinstance(result, SshError) else result for node, result in found.items()})
         refused = [node for node, result in found.items()
                    if isinstance(result, SshError) and result.stage == "authentication"]
         left = refused if may_ask else []
@@ -154,7 +154,7 @@ def update_config(results: Sequence[HostResult], options: argparse.Namespace, ke
         changes = host_blocks.plan(config, [], [host_blocks.alias_of(node) for node in good])
     else:
         changes = host_blocks.plan(config, [host_blocks.block_of(node, options.ssh_user, options.ssh_port, key)
-                                          for node in good])
+                                            for node in good])
     if not changes:
         return
     for path, text in changes.items():

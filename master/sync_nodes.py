@@ -163,7 +163,7 @@ def sync(options: argparse.Namespace) -> int:
                 relay.remove()
                 return report_removed(relay, path, cluster, options.json)
             relay.plan(chunks, lambda peer: environment_bytes(known.get(peer.host, {}), options), options.overwrite,
-                        options.dry_run)
+                       options.dry_run)
             if not options.dry_run:
                 relay.distribute(lambda peer: -cluster_file.receive_rate_mbit(known.get(peer.host, {}), cluster))
     found = {host: result_of(peer, chunks.trees) for host, peer in relay.peers.items()}

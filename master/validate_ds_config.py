@@ -149,7 +149,7 @@ def print_json(verdicts: Sequence[Verdict]) -> None:
          "message": problem.message, "fix": problem.how_to_fix, "phase": problem.phase or None,
          "fixable": problem.fix is not None}
         for problem, (line, column) in zip(verdict.problems, verdict.lines, strict=True)]}
-        for verdict in verdicts], indent=1))
+                      for verdict in verdicts], indent=1))
 
 
 def fixable(verdict: Verdict, target: Target) -> bool:

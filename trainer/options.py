@@ -124,7 +124,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     flag = group.add_argument
     flag("--dataset_path", metavar="D",
          help="a file, folder or pattern of .txt .md .jsonl .json .csv .parquet (also .gz), or a Hugging Face name "
-              "(default: the documentation that comes with Python)")
+         "(default: the documentation that comes with Python)")
     flag("--dataset_config", metavar="NAME", help="configuration of a Hugging Face dataset")
     flag("--dataset_split", metavar="NAME", default="train", help="split of a Hugging Face dataset (train)")
     flag("--text_column", metavar="NAME", help="column or key that holds the text (text; else messages, conversations, "

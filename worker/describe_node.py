@@ -147,7 +147,7 @@ def system() -> dict[str, Any]:
 
     named = re.search(r'^PRETTY_NAME="?([^"\n]*)', read("/etc/os-release") or "", re.M)
     limits = {name: resource.getrlimit(number)[0] for name, number in (("nofile", resource.RLIMIT_NOFILE),
-                                                                      ("memlock_bytes", resource.RLIMIT_MEMLOCK))}
+                                                                       ("memlock_bytes", resource.RLIMIT_MEMLOCK))}
     return {"os": named.group(1) if named else platform.system(), "kernel": platform.release(),
             "glibc": platform.libc_ver()[1] or None, "timezone": time.strftime("%z"),
             "shm_bytes": room_bytes("/dev/shm"),  # noqa: S108, it is looked at  # nosec B108

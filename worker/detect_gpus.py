@@ -1014,7 +1014,7 @@ def explain_hardware(found: Findings, functions: list[PciFunction]) -> None:
         found.add("TOOL_BAD_OUTPUT", f"{what}, and no xpu-smi to ask about it: install xpu-smi and level-zero")
     else:
         remedy = {"NVIDIA": "install NVIDIA's driver", "AMD": "install amdgpu and ROCm",
-                "INTEL": "install Intel's GPU driver and level-zero"}[found.vendor]
+                  "INTEL": "install Intel's GPU driver and level-zero"}[found.vendor]
         holder = f" (bound to {driver})" if driver else ""
         found.add("HW_WITHOUT_DRIVER", f"{what} without its driver{holder}: {remedy}, then reboot")
 

@@ -512,7 +512,7 @@ def choose_root(tree: dict[str, Any], record: Record, overwrite: bool) -> str:
             others = {known.tree for known in record.known.values() if known.root == path and known.ours}
             if tree["code"] and not others <= {tree["key"]} and not overwrite:
                 raise NodeError(f"{path} holds what was synced from another checkout ({min(others - {tree['key']})}): "
-                            "--folder takes this one elsewhere")
+                                "--folder takes this one elsewhere")
             return path
         if os.path.isdir(path):
             trial = Store(record, False, looks_only=True)

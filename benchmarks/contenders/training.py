@@ -192,7 +192,7 @@ def by_hand(folder: Path, clock: Clock) -> Any:
                              "--eval_dataset", str(folder / "eval.jsonl"), "--cache_dir", str(folder / "cache")])
     rows = PackedSequences(prepare_dataset(options, tokenizer_id(tokenizer), lambda _: tokenizer, ROW,
                                            say=lambda _: None).train,
-                ROW)
+                           ROW)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True, weight_decay=0.0)
     config = {"train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": CLIP, "zero_optimization": {"stage": 1},
               "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,

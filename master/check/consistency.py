@@ -65,7 +65,7 @@ COMPARED_FACTS = [
     ComparedFact("glibc", ("glibc",), "info", "packages built on one host may not load on another", ""),
     ComparedFact("operating system", ("os",), "info", "none by itself", ""),
     ComparedFact("MTU of the training's network card", ("mtu",), "warning",
-          "large packets are lost silently, and all-reduce hangs", "sudo ip link set dev CARD mtu 1500 there"),
+                 "large packets are lost silently, and all-reduce hangs", "sudo ip link set dev CARD mtu 1500 there"),
     ComparedFact("time zone", ("timezone",), "info", "the logs' times differ by it", ""),
 ]
 

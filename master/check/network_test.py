@@ -79,7 +79,7 @@ class Peer:
 
 
 def test_network(places: Mapping[Node, RemoteCheckout], addresses: Mapping[str, str], ssh: SshOptions, rates: bool,
-          question: Ask | None, say: Callable[[str], None]) -> tuple[list[Pair], dict[str, str]]:
+                 question: Ask | None, say: Callable[[str], None]) -> tuple[list[Pair], dict[str, str]]:
     """Return what each node found of each other one, and the nodes that couldn't take part, with why.
 
     addresses: by host, the one on which it will be reached. With `rates` each pair sends alone, then all in a ring.
@@ -141,7 +141,7 @@ def connect_all(peers: Sequence[Peer], addresses: Mapping[str, str], rates: bool
 
 
 def measure_rates(up: Sequence[Peer], addresses: Mapping[str, str], pairs: Mapping[tuple[str, str], Pair],
-            say: Callable[[str], None]) -> None:
+                  say: Callable[[str], None]) -> None:
     """Let each pair send alone, in both directions, then every node to the next, as an all-reduce's ring does."""
     def rate(one: Peer) -> float | None:
         found = one.hear("rate", SENDING + ANSWER) or {"bytes_per_s": None}
@@ -167,7 +167,7 @@ def measure_rates(up: Sequence[Peer], addresses: Mapping[str, str], pairs: Mappi
 
 
 def network_findings(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]],
-                  addresses: Mapping[str, str]) -> list[Finding]:
+                     addresses: Mapping[str, str]) -> list[Finding]:
     """Return which host doesn't reach which, and which pairs are slower than their cards or than the others."""
     found = [Finding("error", (host,), why, "the network can't be tried from there", "") for host, why in lost.items()]
     for pair in pairs:

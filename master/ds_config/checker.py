@@ -54,7 +54,7 @@ def _gravest(problems: list[Problem]) -> list[Problem]:
     kept: dict[tuple[KeyPath, str], Problem] = {}
     for problem in problems:
         graver = best[problem.path] < LEVELS.index(problem.level) and problem.code in ("bad-value", "loose-type",
-                                                                                      "wrong-stage", "no-effect")
+                                                                                       "wrong-stage", "no-effect")
         if not graver:
             kept.setdefault((problem.path, problem.code), problem)
     return list(kept.values())

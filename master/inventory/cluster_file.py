@@ -76,7 +76,7 @@ def merge_hosts(cluster: Mapping[str, Any], hosts: Sequence[dict[str, Any]]) -> 
     """Return the cluster with these hosts and no others; facts and places that are known of them stay."""
     old = {host["name"]: host for host in cluster["hosts"]}
     kept = [{**host, **{key: old[host["name"]][key] for key in ("facts", "dir", "python", "paths")
-                       if key in old.get(host["name"], {})}}
+                        if key in old.get(host["name"], {})}}
             for host in hosts]
     names = {host["name"] for host in hosts}
     pairs = [pair for pair in cluster["pairs"] if {pair["from"], pair["to"]} <= names]

@@ -46,7 +46,7 @@ class RemoteCheckout:
 def checkout_of(known: Mapping[str, Any]) -> RemoteCheckout:
     """Return a host's place by what cluster.json says of it; this machine's path where it says nothing."""
     return RemoteCheckout(known.get("dir") or str(ROOT), known.get("python") or sys.executable,
-                 tuple(known.get("paths", {}).items()))
+                          tuple(known.get("paths", {}).items()))
 
 
 @dataclass(frozen=True)

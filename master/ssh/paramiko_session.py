@@ -130,7 +130,7 @@ def handshake(route: Route, ssh: SshOptions, entries: Sequence[KnownHost]) -> tu
     if verdict in (CHANGED, REVOKED):
         transport.close()
         fix = ("ask whoever runs it; if the machine was set up anew: ssh-keygen -R "
-                f"'{route.host_key_name}' -f {place.rpartition(':')[0]}") if verdict == CHANGED else ""
+               f"'{route.host_key_name}' -f {place.rpartition(':')[0]}") if verdict == CHANGED else ""
         raise SshError(host, "host key", f"{key.kind} {key.fingerprint} is not the one in {place}" if verdict == CHANGED
                        else f"{key.fingerprint} is marked as revoked in {place}", fix)
     transport.set_keepalive(15)

@@ -142,7 +142,7 @@ def last_line(text: str) -> str:
 
 
 def install_environment(session: Session, spec: EnvironmentSpec, roots: Mapping[str, str], hello: Mapping[str, Any],
-         say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
+                        say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
     """Make the environment on a node unless it is there; return its Python and a word on what was done.
 
     `hello`: what the node reported (its machine, its own uv); `say` gets the progress; `stop` ends it. Raises

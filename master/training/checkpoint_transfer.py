@@ -108,7 +108,7 @@ def missing_files(manifest: Mapping[str, Any] | None, merged: MergedCheckpoint) 
 
 
 def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], known: Mapping[str, Any],
-                   ssh: SshOptions) -> Path | None:
+                    ssh: SshOptions) -> Path | None:
     """Have every host that trains `now` hold the newest whole checkpoint of a run that `before` trained.
 
     `known` has what cluster.json says of each host. Return the checkpoint's path, None where there is nothing to do.

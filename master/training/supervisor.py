@@ -197,7 +197,7 @@ class ClusterJob:
             self._events.put((str(node), "over", result))
 
         run_on_all([part.node for part in self._parts.values()], self._ssh, self._work, question, done,
-               at_once=len(self._parts))
+                   at_once=len(self._parts))
 
     def _work(self, session: Session) -> None:
         host = str(session.node)

@@ -48,7 +48,7 @@ def hosts(lab: Lab) -> list[Host]:
     found = []
     for name, gpus in (("gpu1", [nvidia_gpu(0), nvidia_gpu(1)]),
                        ("gpu2", [nvidia_gpu(0), "Unable to determine the device handle for GPU1: 0000:02:00.0: "
-                                                "GPU is lost.  Reboot the system to recover this GPU"])):
+                                 "GPU is lost.  Reboot the system to recover this GPU"])):
         host, machine = lab.add(name, PASSWORD), Machine(lab.folder / f"{name}-machine")
         machine.nvidia(*gpus, python=SYSTEM_PYTHON)
         host.serve(GPU_DETECT_SYSROOT=str(machine.root), PATH=f"{machine.bin}:/usr/bin:/bin")

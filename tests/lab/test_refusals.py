@@ -66,7 +66,7 @@ def test_a_server_that_takes_few_logins_at_once_is_asked_again(lab: Lab) -> None
 def test_a_home_that_cannot_be_written_is_told(lab: Lab) -> None:
     host = add(lab, "frozen")
     mounted = subprocess.run(host.words("sh", "-c", f"mount --bind {host.home} {host.home} && "
-                                                    f"mount -o remount,ro,bind {host.home}"), capture_output=True)
+                                        f"mount -o remount,ro,bind {host.home}"), capture_output=True)
     assert mounted.returncode == 0, mounted.stderr
     new = make_key(lab.folder / "new_key")
     done = ask(lab, "setup_keys.py", "frozen", "--ssh-key", str(new), "--no-config")

@@ -165,7 +165,7 @@ def test_auto_is_for_the_trainer() -> None:
     assert not found(config, TRAINER)
     phase = {problem.json_path: problem.phase for problem in said(config, PLAIN) if problem.level == "error"}
     assert phase == {"$.train_micro_batch_size_per_gpu": "parse", "$.gradient_clipping": "step",
-                       "$.bf16.enabled": "init", "$.zero_optimization.reduce_bucket_size": "init"}
+                     "$.bf16.enabled": "init", "$.zero_optimization.reduce_bucket_size": "init"}
     assert "error trainer-needs-zero $.zero_optimization" in found(root(), TRAINER)
     assert not [each for each in found(root(), Target(trainer=True, completed=True)) if "needs-zero" in each]
 

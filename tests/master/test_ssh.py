@@ -188,7 +188,7 @@ def test_the_question_does_not_wait_for_work_that_waits_for_its_answer(tmp_path:
         client = SshClient(tmp_path / "client", gpu1=one, gpu2=two)
         client.trust(one)
         found = run_on_all(read_nodes(["gpu[1-2]"]), SshOptions(ssh_config=client.config, host_keys="ask"),
-                       lambda session: meeting.wait(20) >= 0, lambda unknown_hosts: True)
+                           lambda session: meeting.wait(20) >= 0, lambda unknown_hosts: True)
     assert list(found.values()) == [True, True]
 
 

@@ -18,7 +18,7 @@ from trainer.estimate.memory import MemoryInputs, bytes_needed, report_lines, sa
 
 SEVEN_B = MemoryInputs(weights=7e9, trained=7e9, layers=32, hidden=4096, intermediate=11008, keys=4096,
                        vocabulary=32000,
-               sequence=1024, micro=8, accumulation=2, ranks=4, stage=1, number=2)
+                       sequence=1024, micro=8, accumulation=2, ranks=4, stage=1, number=2)
 
 
 def kept_for_gradients(layers: int, hidden: int, intermediate: int, keys: int, dtype: torch.dtype) -> int:

@@ -79,7 +79,7 @@ def test_the_check_sees_a_leak(leak: str, name: str, rows: int, tokenizer: Any) 
     more = {"use_cache": True} if leak == "cache" else {"use_cache": False, "attention_mask": torch.ones(rows, 24)}
     with torch.no_grad(), pytest.raises(UserError, match="train it with --no_packing"):
         loading.check_isolation(lambda ids, positions: model(input_ids=ids, position_ids=positions, **more).logits,
-                               len(tokenizer), "cpu", rows)
+                                len(tokenizer), "cpu", rows)
 
 
 @pytest.mark.parametrize("odd", [1, 3])

@@ -144,7 +144,7 @@ def test_without_nvidia_smi_the_driver_lists_its_gpus(machine: Machine, how: str
     report = machine.report(how)
     assert (report.status, report.slots_use, codes(report)) == ("degraded", (0,), ["NV_NO_SMI"])
     assert [(gpu.name, gpu.uuid, gpu.usable) for gpu in report.gpus] == [("Tesla P100", None, True),
-                                                                       ("Tesla P100", None, False)]
+                                                                         ("Tesla P100", None, False)]
 
 
 @pytest.mark.parametrize("how", WAYS)

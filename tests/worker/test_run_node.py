@@ -55,8 +55,8 @@ class Node:
         self.name = f"test-{os.getpid()}-{time.monotonic_ns()}"
         job = {"job": self.name, "python": sys.executable, "folder": str(folder), "environment": {
             "DS_ACCELERATOR": "cpu"}, "master_addr": "127.0.0.1", "master_port": port, "node_rank": 0,
-            "world": {"here": [0, 1]}, "script": str(folder / "program.py"), "arguments": [mode, "a b"],
-            "patience": patience}
+               "world": {"here": [0, 1]}, "script": str(folder / "program.py"), "arguments": [mode, "a b"],
+               "patience": patience}
         script = WORKER / "run_node.py"
         self.process = subprocess.Popen(["sh", "-c", f"exec {shlex.quote(sys.executable)} {stdin_loader(script)}"],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)

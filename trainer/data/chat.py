@@ -20,7 +20,7 @@ COLUMNS = {MESSAGES: ("messages",), PAIRS: ("prompt", "completion"), ALPACA: ("i
            SHAREGPT: ("conversations",)}
 # What ShareGPT's files call the speakers, and what templates do.
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
-            "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"}
+         "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"}
 ASSISTANT = "assistant"
 UNKNOWN = "\0"  # in place of a text: no other begins with it
 Message = dict[str, Any]
@@ -113,7 +113,7 @@ def checked(messages: Any, where: str, column: str) -> list[Message]:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role.startswith("?"):
             raise UserError(f"{where}: message {number} has the role {role.removeprefix('?') if role else role!r}: "
-                        "system, user, assistant or tool are known")
+                            "system, user, assistant or tool are known")
         if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
             raise UserError(f"{where}: message {number} ({role}) has no content")
     return [{name: value for name, value in message.items() if value is not None} for message in messages]
@@ -143,7 +143,7 @@ def encode(document: str, tokenizer: Any) -> EncodedDocument:
         return tokenized(text, [(len(found["prompt"]), len(text))], tokenizer, special=True)
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: take the model's "
-                    "instruct version, --chat_template FILE, or columns prompt and completion")
+                        "instruct version, --chat_template FILE, or columns prompt and completion")
     text, spans = shown(found["messages"], found["trained"], tokenizer)
     return tokenized(text, spans, tokenizer, special=False)
 

@@ -46,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
         line = getattr(error, "lineno", 1)
         reason = getattr(error, "msg", str(error))
         raise UserError(f"{path}:{line}: not JSON: {reason} (comments and trailing commas aren't allowed)",
-                    shared=True) from None
+                        shared=True) from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed config is an object {{...}}, not a {type(config).__name__}", shared=True)
     config.pop("$schema", None)  # an editor's, and a path that is wrong in the run folder's copy
@@ -93,7 +93,7 @@ def adopt_precision(options: argparse.Namespace, config: dict[str, Any]) -> None
         raise UserError(f"{options.deepspeed}: fp16 and bf16 are both enabled: keep one", shared=True)
     if enabled and options.precision not in ("auto", enabled[0]):
         raise UserError(f"{options.deepspeed}: $.{enabled[0]}.enabled is true, but --precision {options.precision} "
-                    "was given: drop one", exit_code=2, shared=True)
+                        "was given: drop one", exit_code=2, shared=True)
     if enabled:
         options.precision = enabled[0]
 
@@ -184,7 +184,7 @@ def check_compilation(operators: list[str]) -> list[str]:
                         f"forever: rm {blocking[0]}")
     if operators and not (shutil.which("c++") or shutil.which("g++")):
         raise UserError(f"DeepSpeed must compile {operators[0]}, and there is no C++ compiler: install g++, "
-                    'or take AdamW as the optimizer, which needs none', shared=True)
+                        'or take AdamW as the optimizer, which needs none', shared=True)
     return [f"{lock} was left by a compilation that was killed. This run doesn't need it; clear it: rm {lock}"
             for lock in locks]
 

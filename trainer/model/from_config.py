@@ -21,8 +21,8 @@ def overridden(config: Any, text: str) -> Any:
         key = (config.attribute_map or {}).get(key, key)
         if not equals or key not in values:
             raise UserError(f"--config_overrides {word}: KEY=VALUE, a key that this configuration has, like "
-                        f"{', '.join(sorted(name for name in values if 'hidden' in name or 'n_' in name)[:3])}",
-                        shared=True)
+                            f"{', '.join(sorted(name for name in values if 'hidden' in name or 'n_' in name)[:3])}",
+                            shared=True)
         try:
             wanted[key] = json.loads(value)
         except ValueError:

@@ -121,4 +121,4 @@ def check_isolation(forward: Callable[..., Any], vocabulary: int, device: Any, r
     change = (behind[0] - behind[1]).abs().max().item()
     if not change <= 0.01 * behind[0].std().item():
         raise UserError("this model lets packed documents see each other (logits change by "
-                    f"{change:.2g}): train it with --no_packing", shared=True)
+                        f"{change:.2g}): train it with --no_packing", shared=True)

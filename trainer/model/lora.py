@@ -20,7 +20,7 @@ def check(options: argparse.Namespace, ds_config: dict[str, Any] | None) -> None
     """Raise a UserError for an adapter that can't be trained so."""
     if options.qlora and lookup(ds_config or {}, "zero_optimization.stage") == 3:
         raise UserError("--qlora: ZeRO-3 can't split weights of 4 bits: take trainer/configs/zero1.json, or --lora",
-                    exit_code=2, shared=True)
+                        exit_code=2, shared=True)
 
 
 def add_adapter(model: Any, options: argparse.Namespace) -> Any:

@@ -50,7 +50,7 @@ def describe(setup: Setup, workload: Workload) -> None:
             "of frozen weights at every micro step: trainer/configs/zero1.json sends the adapter's gradients alone")
     if shown := example(setup):
         setup.console.result("the first example as the model sees it; the tokens between » and « are trained:\n"
-                               + textwrap.indent(shown.rstrip(), "  "))
+                             + textwrap.indent(shown.rstrip(), "  "))
     if setup.spare_devices > 0 and ranks.world_size == 1:
         setup.console.warn(f"{setup.spare_devices} more GPUs are here: `invoke train` uses them all")
 

@@ -151,7 +151,7 @@ class CausalTrainer(Trainer):
         if full:
             raise UserError(f"not enough disk space for checkpoint-{self.state.global_step} "
                         f"({self._checkpoint_bytes / 1e9:.2f} GB) at {', '.join(full)}. The last good checkpoint is "
-                        "intact: free space, then --resume_from_checkpoint auto", shared=True)
+                            "intact: free space, then --resume_from_checkpoint auto", shared=True)
 
     def _save_fault(self, folder: Path, error: Exception) -> Exception:
         """Return what to raise for a failed save:a UserError where the disk is full, else the error itself."""

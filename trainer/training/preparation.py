@@ -106,7 +106,7 @@ def make_data(options: argparse.Namespace, ranks: Ranks, console: Console, confi
     if len(set(keys)) > 1:
         odd = sorted({host for host, key in zip(ranks.hosts, keys, strict=True) if key != keys[0]})
         raise UserError(f"the data or tokenizer on {', '.join(odd)} differs from that on {ranks.hosts[0]}: "
-                    "copy the same to every host", shared=True)
+                        "copy the same to every host", shared=True)
     return data
 
 

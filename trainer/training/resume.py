@@ -27,7 +27,7 @@ def choose_checkpoint(
     if not wanted:
         if any((folder / verification.MANIFEST).exists() for folder in verification.list_checkpoints(run.checkpoints)):
             raise UserError(f"{run.path} holds an earlier run: --resume_from_checkpoint auto continues it, another "
-                        "--output_dir starts a new one", shared=True)
+                            "--output_dir starts a new one", shared=True)
         return None
     named = Path(wanted) if Path(wanted).name.startswith("checkpoint-") else None
     views = ranks.all_gather_json("checkpoints", local_checkpoints(run, named) if ranks.is_first_here else None)
@@ -45,7 +45,7 @@ def choose_checkpoint(
 
 
 def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] | None, ranks: Ranks,
-              console: Console, writes: bool) -> bool:
+                   console: Console, writes: bool) -> bool:
     """Make a checkpoint and the batch fit the ranks that are there now; return whether it is in universal form then.
 
     `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises UserError where parts of it are
