@@ -177,7 +177,8 @@ class Ranks:
             who = ", ".join(f"rank {rank} on {self.hosts[rank]} (network card {interfaces[rank]})" for rank in missing
                             if rank < self.world_size) or "some ranks"
             raise UserError(f"{self.host} (network card {interfaces[self.rank]}): {who} did not join the all-reduce "
-                            f"test: {reason}. Can the hosts reach each other? GLOO_SOCKET_IFNAME names the network card") from None
+                            f"test: {reason}. Can the hosts reach each other? "
+                            "GLOO_SOCKET_IFNAME names the network card") from None
         self._side_group = dist.new_group(backend="gloo")
 
     def _test_all_reduce(self, device_type: str) -> None:

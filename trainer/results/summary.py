@@ -37,7 +37,8 @@ def describe(setup: Setup, workload: Workload) -> None:
         "evaluation": f"{held_out} held out" if len(setup.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
         "batch": f"{batch} sequences per step = {o.per_device_train_batch_size} micro x "
-                 f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, {short(batch * rows.tokens / rows.filled)} tokens",
+                 f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, "
+                 f"{short(batch * rows.tokens / rows.filled)} tokens",
         "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
         "precision": f"{setup.precision} on {setup.device}",
         "engine": setup.engine,

@@ -44,5 +44,6 @@ def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:
     """
     if not launcher == transformers == engine:
         raise UserError(f"the launcher started {launcher} ranks, transformers counts {transformers}, DeepSpeed "
-                        f"{engine}: ranks would train on the wrong part of the data. Start with `invoke train` or `deepspeed`",
+                        f"{engine}: ranks would train on the wrong part of the data. "
+                        "Start with `invoke train` or `deepspeed`",
                         shared=True)
