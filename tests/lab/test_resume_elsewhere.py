@@ -63,7 +63,7 @@ def test_an_adapter_on_conversations_goes_from_two_hosts_to_another_and_back_to_
     code, output = desk.run(*again, "--max_steps", "6")
     assert code == 0, output
     assert "checkpoint-4: fetching its shards from gpu1, gpu2" in output and "they lack of it to gpu3" in output
-    assert "checkpoint-4 was written by 2 ranks, 1 go on: 4 sequences per step as before, 2 micro x 2 accum" in output
+    assert "checkpoint-4 was written by 2 ranks, 1 resume it: global batch 4 as before, 2 micro x 2 accum" in output
     on(desk, "gpu1", "gpu2")  # where an older one still lies
     code, output = desk.run(*again, "--max_steps", "8")
     assert code == 0 and "checkpoint-6 was written by 1 ranks, 2 go on" in output, output

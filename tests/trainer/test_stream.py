@@ -136,7 +136,7 @@ def test_another_batch_gives_way_to_the_checkpoints(train: Train) -> None:
     train(*words, "--per_device_train_batch_size", "2", "--max_steps", "2", name="parts")
     parts = train(*words, "--per_device_train_batch_size", "8", "--max_steps", "4", "--resume_from_checkpoint", "auto",
                   name="parts")
-    assert "2 sequences per step as before, 2 micro x 1 accumulation" in parts.output
+    assert "global batch 2 as before, 2 micro x 1 accumulation" in parts.output
     assert parts.losses() == pytest.approx(whole.losses(), abs=1e-5)
 
 

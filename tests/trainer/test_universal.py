@@ -36,7 +36,7 @@ def test_a_training_goes_on_with_other_ranks(train: Train, before: int, after: i
     train(*words, "--max_steps", "2", ranks=before, config=config, name="parts")
     parts = train(*words, "--max_steps", "5", "--resume_from_checkpoint", "auto", ranks=after, config=config,
                   name="parts")
-    assert f"was written by {before} ranks, {after} go on: 4 sequences per step as before" in parts.output
+    assert f"was written by {before} ranks, {after} resume it: global batch 4 as before" in parts.output
     assert losses_after(parts, 2) == pytest.approx(losses_after(whole, 2), abs=2e-4)
     assert not list(parts.path.glob("checkpoints/*/*universal*"))
 

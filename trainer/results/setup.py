@@ -57,7 +57,7 @@ class Setup:
 
     @property
     def global_batch_size(self) -> int:
-        """Rows of all ranks in an optimizer step."""
+        """Sequences of all ranks in an optimizer step."""
         return global_batch_size(self.options, self.ranks.world_size)
 
     @property
@@ -73,7 +73,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: the model's configuration, its parameters and those that are trained, rows, steps."""
+    """What is trained: the model's configuration, its parameters and those that are trained, sequences, steps."""
 
     config: Any
     parameters: int
@@ -83,7 +83,7 @@ class Workload:
 
 
 def global_batch_size(options: argparse.Namespace, world_size: int) -> int:
-    """Return the rows of all ranks in an optimizer step."""
+    """Return the sequences of all ranks in an optimizer step."""
     return int(options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size)
 
 

@@ -18,27 +18,27 @@ MIN_WAIT_SHARE = 0.02  # share of the time that goes by in waiting for the slowe
 
 def describe(setup: Setup, workload: Workload) -> None:
     """Print what is about to be done."""
-    o, facts, rows, ranks = setup.options, setup.data.info, workload.sequences, setup.ranks
+    o, info, packed, ranks = setup.options, setup.data.info, workload.sequences, setup.ranks
     hosts = Counter(ranks.hosts)
     adapter = f", {short(workload.trained)} of an adapter are trained (LoRA, rank {o.lora})" if o.lora else ""
-    share = f"{short(rows.loss_tokens)} trained tokens"
-    if facts.form != TEXT:
-        share = f"`{facts.form}`, {rows.loss_tokens / rows.tokens:.0%} of {short(rows.tokens)} tokens are trained"
+    share = f"{short(packed.loss_tokens)} trained tokens"
+    if info.form != TEXT:
+        share = f"`{info.form}`, {packed.loss_tokens / packed.tokens:.0%} of {short(packed.tokens)} tokens are trained"
     batch = setup.global_batch_size
-    fill = rows.tokens / (rows.filled * setup.sequence_length)
-    packed = "padded" if o.no_packing else f"packed, {fill:.1%} full"
-    held_out = f"{facts.eval_documents:,} documents" if not facts.eval_by_pieces else "pieces of few documents"
-    dropped = f", {facts.dropped:,} empty ones left out" if facts.dropped else ""
+    fill = packed.tokens / (packed.filled * setup.sequence_length)
+    layout = "padded" if o.no_packing else f"packed, {fill:.1%} full"
+    held_out = f"{info.eval_documents:,} documents" if not info.eval_by_pieces else "pieces of few documents"
+    dropped = f", {info.dropped:,} empty ones left out" if info.dropped else ""
     where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
     setup.console.block("lanspeed", {
         "model": f"{o.model_name_or_path}, {short(workload.parameters)} parameters{adapter}",
-        "data": f"{'streamed; the first ' if o.streaming else ''}{facts.documents:,} documents{dropped}, {share}",
-        "rows": f"{rows.filled:,} of {setup.sequence_length} tokens, {packed}; {facts.cut:,} documents cut",
+        "data": f"{'streamed; the first ' if o.streaming else ''}{info.documents:,} documents{dropped}, {share}",
+        "sequences": f"{packed.filled:,} of {setup.sequence_length} tokens, {layout}; {info.cut:,} documents cut",
         "evaluation": f"{held_out} held out" if len(setup.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
-        "batch": f"{batch} sequences per step = {o.per_device_train_batch_size} micro x "
+        "global batch": f"{batch} sequences = {o.per_device_train_batch_size} micro x "
                  f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, "
-                 f"{short(batch * rows.tokens / rows.filled)} tokens",
+                 f"{short(batch * packed.tokens / packed.filled)} tokens",
         "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
         "precision": f"{setup.precision} on {setup.device}",
         "engine": setup.engine,

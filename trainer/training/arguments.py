@@ -59,7 +59,7 @@ def place_loggers(path: Any) -> None:
 
 
 def compile_model(model: Any, device: str, one_shape: bool) -> None:
-    """Have torch compile the model at its first step; `one_shape`: all rows have the same width.
+    """Have torch compile the model at its first step; `one_shape`: all sequences have the same width.
 
     Raises UserError where a compiler is missing.
     """

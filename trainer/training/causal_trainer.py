@@ -42,7 +42,7 @@ class CausalTrainer(Trainer):
         **others: Any,
     ) -> None:
         super().__init__(eval_dataset=eval_sequences, data_collator=collate, **others)
-        self._eval_rows, self._collate = eval_sequences, collate
+        self._eval_sequences, self._collate = eval_sequences, collate
         self._ranks = ranks
         self._eval_bytes = eval_bytes
         self._layout = layout
@@ -59,7 +59,7 @@ class CausalTrainer(Trainer):
         return batches, items
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of rows; a stream is this rank's own already, and not to be shared out again."""
+        """Return batches of sequences; a stream is this rank's own already, and not to be shared out again."""
         if not isinstance(self.train_dataset, Stream):
             return super().get_train_dataloader()
         return DataLoader(self.train_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator,
@@ -72,23 +72,23 @@ class CausalTrainer(Trainer):
         super().log(logs, start_time)
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits [rows, width, vocabulary] without gradients; under ZeRO-3 all ranks must call it."""
+        """Return the logits [sequences, width, vocabulary] without gradients; under ZeRO-3 all ranks must call it."""
         self.model_wrapped.eval()
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             return self.model_wrapped(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
-    def token_loss(self, rows: PackedSequences) -> tuple[float, int]:
-        """Return the summed loss in nats and the number of tokens that carry it, over all rows and ranks.
+    def token_loss(self, sequences: PackedSequences) -> tuple[float, int]:
+        """Return the summed loss in nats and the number of tokens that count, over all sequences and ranks.
 
         Every rank does as many batches as the others, the last ones possibly empty: ZeRO-3 gathers at each.
         """
         size, world, rank = self.args.per_device_train_batch_size, self._ranks.world_size, self._ranks.rank
-        batches = -(-len(rows) // (size * world))
+        batches = -(-len(sequences) // (size * world))
         nats, tokens = 0.0, 0
         for batch in range(batches):
             heartbeat.report(f"evaluation, batch {batch + 1}/{batches}", often=True)
             first = (batch * world + rank) * size
-            chosen = [rows[number] if number < len(rows) else FILLER for number in range(first, first + size)]
+            chosen = [sequences[number] if number < len(sequences) else FILLER for number in range(first, first + size)]
             inputs = self._collate(chosen)
             labels = inputs["labels"][:, 1:].to(self.args.device)
             logits = self.logits(inputs["input_ids"].to(self.args.device), inputs["position_ids"].to(self.args.device))
@@ -102,7 +102,7 @@ class CausalTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return and log eval_loss (nats per token), eval_perplexity and, where sizes are known, bits per byte."""
         started = time.monotonic()
-        nats, tokens = self.token_loss(self._eval_rows)
+        nats, tokens = self.token_loss(self._eval_sequences)
         self.paused_s += time.monotonic() - started
         loss = nats / max(tokens, 1)
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_tokens": tokens}

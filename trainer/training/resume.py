@@ -49,7 +49,7 @@ def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, 
     """Make a checkpoint and the batch fit the ranks that are there now; return whether it is in universal form then.
 
     `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises UserError where parts of it are
-    elsewhere, or a step's rows can't be shared.
+    elsewhere, or the global batch can't be divided.
     """
     before = verification.read_layout(folder) if ranks.is_first_here else None
     told = next(each for each in ranks.all_gather_json("written-by", before and vars(before)) if each)
@@ -65,7 +65,7 @@ def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, 
         universal.free_batch(config)
     same = written.world_size == ranks.world_size
     who = "resumes as before" if same else f"was written by {written.world_size} ranks, {ranks.world_size} go on"
-    console.say(f"{folder.name} {who}: {written.batch} sequences per step as before, "
+    console.say(f"{folder.name} {who}: global batch {written.batch} as before, "
                 f"{options.per_device_train_batch_size} micro x {options.gradient_accumulation_steps} accumulation")
     if same:
         return False

@@ -79,7 +79,7 @@ class Session:
         return loading.load_model(options, self.dtype)
 
     def _build_trainer(self) -> None:
-        """Make rows, arguments, model and Trainer; stop if the Trainer and DeepSpeed count different ranks."""
+        """Make sequences, arguments, model and Trainer; stop if the Trainer and DeepSpeed count different ranks."""
         setup, options, ranks = self.setup, self.setup.options, self.setup.ranks
         heartbeat.report("loading the model")
         tiny = options.model_name_or_path == loading.TINY
@@ -186,7 +186,7 @@ class Session:
 
 
 def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
-    """Return this rank's stream of rows, at its begin or where the checkpoint was."""
+    """Return this rank's stream of sequences, from its beginning or where the checkpoint was."""
     options, ranks, facts = setup.options, setup.ranks, setup.data.info
     source = sources.open_source(options.dataset_path, options, list)
     made = streaming.Stream(streaming.StreamSettings(
