@@ -1,29 +1,36 @@
-"""The menu: one short task a tool. `invoke --list` shows them, `invoke TASK --help` one's flags."""
+"""The menu: one short task per tool. `invoke --list` shows them, `invoke TASK --help` a task's flags.
+
+A task has exactly the flags of its tool, read from the tool's own parser when the task is typed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from invoke import Context, Exit, task
+from invoke import Context, Exit, Task, task
+from invoke.parser import Argument
 
 ROOT = Path(__file__).resolve().parent
 
 
-def run_tool(module: str, *argv: str) -> None:
+def run_tool(tool: str, argv: Sequence[str]) -> None:
     """Run a tool in this process, after showing the command that it stands for."""
-    shown = ["python", module.replace(".", "/") + ".py", *argv]
-    for number, word in enumerate(shown):  # a password is for nobody's eyes
+    shown = ["python", f"master/{tool}.py", *argv]
+    for number, word in enumerate(shown):  # a password must not be shown
         if shown[number - 1] == "--ssh-password" and not word.startswith("-"):
             shown[number] = "***"
         elif word.startswith("--ssh-password="):
             shown[number] = "--ssh-password=***"
     print("$", shlex.join(shown), file=sys.stderr)
-    code = importlib.import_module(module).main(list(argv))
+    code = importlib.import_module(f"master.{tool}").main(list(argv))
     if code:
         raise Exit(code=code)
 
@@ -33,137 +40,109 @@ def after_dashes() -> list[str]:
     return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
 
 
-def flags(**values: object) -> list[str]:
-    """Return --name value for every value that was given, --name alone for a True."""
-    words: list[str] = []
-    for name, value in values.items():
-        if value not in (None, False, ""):
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return words
+class ToolTask(Task):
+    """A task that passes its flags on to a tool in master/.
+
+    `word`: the name of the tool's positional argument as a flag of the task, since invoke has no optional positional
+    arguments; `default`: its value when none is given; `passes_on`: flags that the tool doesn't know are the trainer's.
+    """
+
+    def __init__(self, name: str, tool: str, summary: str, word: str = "", default: str = "",
+                 passes_on: bool = False) -> None:
+        self.tool, self.word, self.default, self.passes_on = tool, word, default, passes_on
+
+        def body(c: Context, **given: Any) -> None:
+            run_tool(tool, self.argv(given))
+
+        body.__name__, body.__doc__ = name.replace("-", "_"), summary
+        super().__init__(body, name=name, positional=(), auto_shortflags=False)
+
+    def actions(self) -> dict[str, argparse.Action]:
+        """Return the tool's flags by their name without dashes."""
+        parser = importlib.import_module(f"master.{self.tool}").build_parser()
+        return {action.option_strings[-1].lstrip("-"): action for action in parser._actions
+                if action.option_strings and action.dest != "help"}
+
+    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
+        """Return the arguments for invoke's parser; none, and no tool is loaded, if the task wasn't typed."""
+        if self.name not in sys.argv:
+            return []
+        actions = self.actions()
+        typed = self.typed(actions)
+        if self.passes_on:
+            with_dashes(typed, actions)
+        found = [Argument(name=name, attr_name=name.replace("-", "_") if "-" in name else None, help=action.help,
+                          kind=bool if action.nargs == 0 else list if is_list(action) else str,
+                          optional=action.nargs == "?", default=[] if is_list(action) else None)
+                 for name, action in actions.items()]
+        if self.word:
+            has_word = any(not word.startswith("-") and not takes_value(before, actions)
+                           for before, word in zip([self.name, *typed], typed, strict=False))
+            text = f"the same as {self.word.upper()}"
+            found.append(Argument(name=self.word, kind=str, positional=has_word, help=text))
+        return found
+
+    def typed(self, actions: dict[str, argparse.Action]) -> list[str]:
+        """Return the words of this task on the command line: up to -- or the next task."""
+        words = sys.argv[sys.argv.index(self.name) + 1 :]
+        words = words[: words.index("--")] if "--" in words else words
+        for number, word in enumerate(words):
+            if word in TASKS and not takes_value(words[number - 1] if number else "", actions):
+                return words[:number]
+        return words
+
+    def argv(self, given: dict[str, Any]) -> list[str]:
+        """Return the tool's command line for what invoke has parsed."""
+        words: list[str] = []
+        for name, value in given.items():
+            flag = f"--{name.replace('_', '-')}"
+            if name == self.word:
+                words = [*([value or self.default] if value or self.default else []), *words]
+            elif isinstance(value, list):
+                words += [word for each in value for word in (flag, each)]
+            elif value is not None and value is not False:
+                words += [flag] if value is True else [flag, str(value)]
+        rest = after_dashes()
+        return [*words, "--", *rest] if self.passes_on and rest else [*words, *rest]
 
 
-@task(auto_shortflags=False, help={
-    "model": "a Hugging Face name, a folder, or 'tiny', which needs no download",
-    "dataset": "a file, a folder or a Hugging Face name (default: Python's own documentation)",
-    "config": "DeepSpeed config (presets: trainer/configs/)",
-    "hostfile": "train on these hosts (default: on this machine)",
-    "nodes": "find the GPUs of these hosts first, then train on them: names, user@host:port, ranges gpu[1-4], @file",
-    "slots": "ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes",
-    "script": "your own training script instead of trainer/train.py (with --hostfile)",
-    "env": "a variable for all ranks, K=V, or K as it is here",
-    "no-local-rank": "start the script without DeepSpeed's --local_rank=N",
-    "ssh-user": "login name on the hosts (default: as your ssh configuration says)",
-    "host-keys": "unknown host keys: ask, accept-new, yes (refuse)",
-    "include": "these hosts and slots of the hostfile, as in gpu1@gpu2:0,2",
-    "exclude": "all hosts and slots but these",
-    "resume": "resume this run from its newest valid checkpoint",
-    "restarts": "after a failure on the hosts begin again, so many times",
-    "stall-timeout": "report a hang after so many seconds without progress",
-    "on-lost-master": "what the hosts do when this machine is gone: end, continue",
-    "detach": "continue without this terminal",
-    "grace": "seconds that the ranks get to save after Ctrl-C (60)",
-    "dry-run": "print what would be run",
-}, iterable=["env"])
-def train(c, model="", dataset="", config="", hostfile="", nodes="", slots="", script="", env=None, ssh_user="",  # type: ignore[no-untyped-def]
-          host_keys="", include="", exclude="", resume="", restarts="", stall_timeout="", on_lost_master="",
-          no_local_rank=False, detach=False, grace="", dry_run=False):
-    """Train on this machine, or on a hostfile's hosts; flags of trainer/train.py follow --."""
-    if not (model or script or resume):
-        raise Exit("which model? invoke train --model tiny (or a Hugging Face name, or a folder)", code=2)
-    words = flags(model=model, dataset=dataset, config=config, hostfile=hostfile, slots=slots, script=script,
-                  ssh_user=ssh_user, host_keys=host_keys, include=include, exclude=exclude, resume=resume,
-                  restarts=restarts, stall_timeout=stall_timeout, on_lost_master=on_lost_master,
-                  no_local_rank=no_local_rank, detach=detach, grace=grace, dry_run=dry_run)
-    words += ["--nodes", nodes] if nodes else []
-    words += [word for each in env or () for word in ("--env", each)]
-    run_tool("master.launch_training", *words, "--", *after_dashes())
+def is_list(action: argparse.Action) -> bool:
+    """Return True for a flag that takes several values, or may be given several times."""
+    return action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
 
 
-@task(auto_shortflags=False, help={
-    "run": "a run folder (default: the newest)", "once": "print the state once", "json": "look once, and print JSON"})
-def watch(c, run="", once=False, json=False):  # type: ignore[no-untyped-def]
-    """Follow a run: progress, speed, and each host's GPUs, memory, temperature, network, last line."""
-    run_tool("master.watch_training", *([run] if run else []), *flags(once=once, json=json), *after_dashes())
+def takes_value(word: str, actions: dict[str, argparse.Action]) -> bool:
+    """Return True if the word after this one is its value."""
+    action = actions.get(word.removeprefix("--").replace("_", "-"))
+    return word.startswith("--") and "=" not in word and (action is None or action.nargs != 0)
 
 
-@task(auto_shortflags=False, help={"run": "a run folder (default: the newest that runs)"})
-def stop(c, run=""):  # type: ignore[no-untyped-def]
-    """Stop a run in order: its ranks save first."""
-    run_tool("master.launch_training", "--stop", *([run] if run else []), *after_dashes())
+def with_dashes(typed: list[str], actions: dict[str, argparse.Action]) -> None:
+    """Run the same command again with the trainer's flags after --, where invoke leaves them alone."""
+    own: list[str] = []
+    others: list[str] = []
+    target = own
+    for word in typed:
+        if word.startswith("-"):
+            name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+            target = own if name in (*actions, "help", "-h") else others
+        target.append(word)
+    if others:
+        before = sys.argv[: len(sys.argv) - len(typed) - (len(after_dashes()) + 1 if "--" in sys.argv else 0)]
+        words = [*before[1:], *own, "--", *others, *after_dashes()]
+        os.execv(sys.executable, [sys.executable, "-m", "invoke", *words])  # noqa: S606, the same program again
 
 
-@task(auto_shortflags=False, help={
-    "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file",
-    "remove": "remove the key from the nodes and the Host blocks from ~/.ssh/config",
-    "dry-run": "say what would be done",
-})
-def setup_keys(c, nodes="", remove=False, dry_run=False):  # type: ignore[no-untyped-def]
-    """Make keys do where a password does now, on every node; flags of master/setup_keys.py follow --."""
-    words = flags(remove=remove, dry_run=dry_run)
-    run_tool("master.setup_keys", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
-
-
-@task(auto_shortflags=False, help={
-    "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file, localhost",
-    "output": "the hostfile (hostfile.txt); cluster.json stands beside it",
-    "vendor": "NVIDIA, AMD or INTEL (default: the one with most usable GPUs)",
-    "cpu-slots": "so many CPU slots on every host, whatever GPUs it has",
-    "allow-missing": "exit 0 even if a host failed",
-})
-def hostfile(c, nodes="", output="", vendor="", cpu_slots="", allow_missing=False):  # type: ignore[no-untyped-def]
-    """Ask all hosts for their GPUs and write hostfile.txt; flags of master/generate_hostfile.py follow --."""
-    words = flags(output=output, vendor=vendor, cpu_slots=cpu_slots, allow_missing=allow_missing)
-    run_tool("master.generate_hostfile", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
-
-
-@task(auto_shortflags=False, help={
-    "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file",
-    "hostfile": "the hosts of a hostfile (default: hostfile.txt)",
-    "model": "a folder or Hugging Face name that has to be on every host, and the same",
-    "dataset": "a file, folder or Hugging Face name that has to be on every host, and the same",
-    "fast": "leave the network between the hosts out",
-    "network": "measure each pair's rate and round trip, a few seconds each",
-    "json": "what was found as JSON",
-})
-def check(c, nodes="", hostfile="", model="", dataset="", fast=False, network=False, json=False):  # type: ignore[no-untyped-def]
-    """Return whether every node is ready, and the same; flags of master/check_cluster.py follow --."""
-    words = flags(hostfile=hostfile, model=model, dataset=dataset, fast=fast, network=network, json=json)
-    run_tool("master.check_cluster", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
-
-
-@task(auto_shortflags=False, help={
-    "nodes": "hosts, separated by commas: names, user@host:port, ranges gpu[1-4], @file",
-    "hostfile": "the hosts of a hostfile (default: hostfile.txt)",
-    "model": "a folder, or a Hugging Face name",
-    "dataset": "a file, a folder, or a Hugging Face name",
-    "folder": "where lanspeed goes (default: this path there too, or ~/lanspeed)",
-    "no-env": "leave the Python environments alone",
-    "index-url": "package index instead of PyPI and PyTorch's",
-    "wheelhouse": "for nodes without internet: wheels go from this folder here, which is filled if it lacks some",
-    "overwrite": "replace files that are there with other content",
-    "dry-run": "print what would be sent",
-    "remove": "remove everything that lanspeed put there",
-    "json": "what was done as JSON",
-})
-def sync(c, nodes="", hostfile="", model="", dataset="", folder="", no_env=False, index_url="", wheelhouse="",  # type: ignore[no-untyped-def]
-         overwrite=False, dry_run=False, remove=False, json=False):
-    """Bring code, environment, model and data to every node; flags of master/sync_nodes.py follow --."""
-    words = flags(hostfile=hostfile, model=model, dataset=dataset, folder=folder, no_env=no_env, index_url=index_url,
-                  wheelhouse=wheelhouse, overwrite=overwrite, dry_run=dry_run, remove=remove, json=json)
-    run_tool("master.sync_nodes", *(["--nodes", nodes] if nodes else []), *words, *after_dashes())
-
-
-@task(auto_shortflags=False, help={
-    "config": "DeepSpeed config (trainer/ds_config.json)",
-    "hostfile": "the hosts that will train: their slots, and cluster.json beside it",
-    "plain-deepspeed": 'no Trainer will read it: "auto" is an error',
-    "strict": "warnings count as errors",
-    "fix": "mend what has one safe mend: show the change, ask, write",
-})
-def validate(c, config="", hostfile="", plain_deepspeed=False, strict=False, fix=False):  # type: ignore[no-untyped-def]
-    """Tell what is wrong with a DeepSpeed config, and mend it; flags of master/validate_ds_config.py follow --."""
-    words = flags(hostfile=hostfile, plain_deepspeed=plain_deepspeed, strict=strict, fix=fix)
-    run_tool("master.validate_ds_config", config or str(ROOT / "trainer" / "ds_config.json"), *words, *after_dashes())
+train = ToolTask("train", "launch_training", "Train on this machine, or on the hosts of a hostfile.", passes_on=True)
+watch = ToolTask("watch", "watch_training", "Follow a run: progress, speed, and each host's GPUs, memory and network.",
+                 word="run")
+stop = ToolTask("stop", "stop_training", "Stop a run; its ranks save a checkpoint first.", word="run")
+setup_keys = ToolTask("setup-keys", "setup_keys", "Set up key login on every node, instead of a password.")
+hostfile = ToolTask("hostfile", "generate_hostfile", "Find the GPUs of all hosts and write hostfile.txt.")
+check = ToolTask("check", "check_cluster", "Check that every node is ready and consistent.")
+sync = ToolTask("sync", "sync_nodes", "Copy code, Python environment, model and data to every node.")
+validate = ToolTask("validate", "validate_ds_config", "Find and fix problems in a DeepSpeed config.",
+                    word="config", default=str(ROOT / "trainer" / "ds_config.json"))
 
 
 @task(auto_shortflags=False, help={"json": "the report as the one line that other tools read"})
@@ -179,7 +158,7 @@ def demo(c: Context) -> None:
     """Train a tiny model on Python's documentation, for about a minute, and show what it learned."""
     slots = ["--slots", str(min(2, len(os.sched_getaffinity(0))))] if not os.path.exists("/dev/nvidiactl") else []
     settings = ["--max_steps", "550", "--sequence_length", "128", "--logging_steps", "25"]
-    run_tool("master.launch_training", "--model", "tiny", *slots, "--", *settings, *after_dashes())
+    run_tool("launch_training", ["--model", "tiny", *slots, *settings, *after_dashes()])
 
 
 @task(auto_shortflags=False, help={"all": "all of them: the slow ones and those that need root or other programs too"})
@@ -214,3 +193,6 @@ def lint(c: Context) -> None:
         c.run(f"{shlex.quote(str(tools / 'bandit'))} --quiet -r master worker trainer tasks.py --severity-level medium "
               "--skip B314,B601,B615")
         c.run(f"{shlex.quote(str(tools / 'vermin'))} --quiet --no-tips -t=3.8- worker/*.py")
+
+
+TASKS = {value.name for value in vars().values() if isinstance(value, Task)}

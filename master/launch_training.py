@@ -1,11 +1,12 @@
-"""Train on this machine or on many: a process a GPU, or CPU ranks, by DeepSpeed's own per-node launcher, supervised.
+"""Train on this machine or on several: one rank per GPU (or CPU slot), started by DeepSpeed's launcher and supervised.
 
     invoke train --model tiny
-    python master/launch_training.py --model tiny --dataset notes/ -- --max_steps 200
+    python master/launch_training.py --model tiny --dataset notes/ --max_steps 200
     python master/launch_training.py --model tiny --hostfile hostfile.txt
 
-What follows -- goes to trainer/train.py. Ctrl-C once lets the ranks save, twice ends at once; nothing runs on after.
-With a hostfile, all its hosts are looked at first; if one fails or vanishes, the others end within seconds.
+Flags that this tool doesn't know, and whatever follows --, go to trainer/train.py. Ctrl-C lets the ranks save, a second
+one kills them; nothing keeps running.
+All hosts are checked first; if one fails or its connection is lost, the others end within seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.paths import PRESETS, ROOT
+from master.core.paths import PRESETS, ROOT, TRAINER
 from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import say
 from master.inventory.cluster_file import empty_cluster, read_cluster
@@ -41,7 +42,8 @@ from master.training.run_folder import ensure_not_running, find_run, new_run_pat
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this tool's own flags."""
     parser = argparse.ArgumentParser(
-        prog="launch_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="launch_training.py", usage="%(prog)s --model M [flags] [flags of trainer/train.py]", description=__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--model", metavar="M", help="a Hugging Face name, a folder, or 'tiny' (needs no download)")
     flag("--dataset", metavar="D", help="file, folder or Hugging Face name (default: Python's own documentation)")
@@ -71,7 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--master-port", type=int, metavar="P", help="port of rank 0 (default: one that is free there)")
     flag("--dry-run", action="store_true", help="print what would be run")
     add_ssh_flags(parser)
-    flag("trainer_flags", nargs="*", metavar="-- FLAGS", help="flags of trainer/train.py")
     return parser
 
 
@@ -141,6 +142,19 @@ def ask_nodes(options: argparse.Namespace, ssh: SshOptions) -> Hosts:
         return Hosts(tuple(hosts), read_cluster(hostfile.with_name("cluster.json")), Path("hostfile.txt"))
 
 
+def check_flags(request: TrainingRequest) -> None:
+    """Have the trainer check its flags before anything starts. Raises FlagsError with its message."""
+    if request.is_ours:
+        done = subprocess.run([sys.executable, str(TRAINER.with_name("options.py")), *request.arguments],
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise FlagsError(done.stderr.strip().removeprefix("error: "))
+
+
+class FlagsError(UsageError):
+    """Flags that the trainer doesn't take."""
+
+
 class HostsError(UserError):
     """Hosts that can't train."""
 
@@ -168,7 +182,7 @@ def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOption
     return replace(request, arguments=(*request.arguments, *place))
 
 
-def launch(options: argparse.Namespace) -> int:
+def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     """Run the training that the flags ask for and return its exit code. Raises UserError."""
     from master.training.cluster_run import train
 
@@ -178,7 +192,8 @@ def launch(options: argparse.Namespace) -> int:
     config = existing(options.config or ROOT / default_config(hosts.slots))
     if not options.script:
         check_config(config, hosts.ranks)
-    request = request_of(options, options.trainer_flags, hosts, run, config)
+    request = request_of(options, trainer_flags, hosts, run, config)
+    check_flags(request)
     if options.dry_run:
         return show(request)
     assert ssh
@@ -194,12 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv` and train; return 0, 1 on a fault, 2 on wrong usage."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    options = build_parser().parse_args(words[:cut])
-    options.trainer_flags = words[cut + 1 :]
-    return run_cli(lambda: act(options))
+    options, unknown = build_parser().parse_known_args(words[:cut])
+    return run_cli(lambda: act(options, [*unknown, *words[cut + 1 :]]))
 
 
-def act(options: argparse.Namespace) -> int:
+def act(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     """Train, or stop a run, as the flags say; return the exit code."""
     if options.stop is not None:
         from master.training.stop_run import stop
@@ -211,7 +225,7 @@ def act(options: argparse.Namespace) -> int:
         raise UsageError(f"--slots {options.slots}: at least 1")
     if options.nodes and options.hostfile:
         raise UsageError("--nodes makes a hostfile of its own: give no --hostfile")
-    return launch(options)
+    return launch(options, trainer_flags)
 
 
 if __name__ == "__main__":

@@ -191,15 +191,20 @@ def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) 
     return str(state["status"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Show a run until it has ended; return 0, 1 if it failed or isn't there."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool's flags."""
     parser = argparse.ArgumentParser(
         prog="watch_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
     parser.add_argument("--once", action="store_true", help="print the state once")
     parser.add_argument("--json", action="store_true", help="print the state as JSON, once")
     add_ssh_flags(parser)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Show a run until it has ended; return 0, 1 if it failed or isn't there."""
+    options = build_parser().parse_args(argv)
     return run_cli(lambda: watch(options))
 
 

@@ -1,17 +1,22 @@
 """The trainer's command line: every flag, its default and its meaning.
 
     python trainer/train.py --help
+    python trainer/options.py --model_name_or_path tiny --max_stepz 3     checks flags without training
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.errors import usage_error
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from trainer.errors import UserError, usage_error
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parent / "ds_config.json"
 
@@ -193,8 +198,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises UserError (exit code 2) with the nearest known flag. Batch size, accumulation, learning rate, warm-up,
     weight decay and clipping stay None where the user didn't say them, so that a DeepSpeed config can.
     """
-    import sys
-
     options = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
     named = options.deepspeed if isinstance(options.deepspeed, str) else None
     if named and options.deepspeed_config and named != options.deepspeed_config:
@@ -228,3 +231,17 @@ def fill_defaults(options: argparse.Namespace) -> None:
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the flags; return 0, or 2 after saying what is wrong."""
+    try:
+        parse_options(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
