@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HOME = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HOME), str(HOME / "tests")]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LIMIT = 60.0
 PROGRAM = """
 import time
@@ -110,7 +110,7 @@ def main() -> int:
                 host.serve()
             lab.master.resolve(*hosts)
             (desk / "hostfile.txt").write_text("gpu1 slots=1 type=CPU\ngpu2 slots=1 type=CPU\n")
-            settings = ["env", "-C", str(desk), f"HOME={home}", "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0",
+            settings = ["env", "-C", str(desk), f"ROOT={home}", "DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0",
                         f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
             quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
@@ -126,7 +126,7 @@ def main() -> int:
                                              **quiet)  # type: ignore[call-overload]
                             for rank, host in enumerate(hosts)]
 
-                found = {"ours": at_desk(sys.executable, str(HOME / "master" / "launch_training.py"), "--hostfile",
+                found = {"ours": at_desk(sys.executable, str(ROOT / "master" / "launch_training.py"), "--hostfile",
                                          "hostfile.txt", "--host-keys", "accept-new", "--script", str(program)),
                          "torchrun": torchrun}
                 if shutil.which("pdsh"):

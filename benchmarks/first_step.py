@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-HOME = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HOME), str(HOME / "tests")]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 ROUNDS = 5
 LIMIT = 120.0
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "lab").mkdir()
         (Path(folder) / "texts").mkdir()
-        text = "\n\n".join(path.read_text() for path in sorted((HOME / "master").glob("*.py")))
+        text = "\n\n".join(path.read_text() for path in sorted((ROOT / "master").glob("*.py")))
         (Path(folder) / "texts" / "code.txt").write_text(text)
         lab = Lab(Path(folder) / "lab")
         try:

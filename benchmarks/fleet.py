@@ -23,8 +23,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-HOME = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HOME), str(HOME / "tests")]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 NEVER_FETCHED = """
 import sys
@@ -54,7 +54,7 @@ def measure(command: list[str], variables: dict[str, str]) -> tuple[float, float
 def clients(config: Path, names: list[str]) -> dict[str, tuple[list[str], dict[str, str]]]:
     """The commands that are compared, and their variables."""
     hosts = ",".join(names)
-    found = {"ours": ([sys.executable, "-c", NEVER_FETCHED, str(config), hosts], {"PYTHONPATH": str(HOME)})}
+    found = {"ours": ([sys.executable, "-c", NEVER_FETCHED, str(config), hosts], {"PYTHONPATH": str(ROOT)})}
     if shutil.which("pdsh"):
         found["pdsh"] = (["pdsh", "-R", "ssh", "-f", "64", "-w", hosts, "echo ok"],
                          {"PDSH_SSH_ARGS_APPEND": f"-F {shlex.quote(str(config))}"})

@@ -23,8 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-HOME = Path(__file__).resolve().parent.parent
-sys.path[0] = str(HOME)  # Python puts this script's folder there, in which `trainer` is this file
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # Python puts this script's folder there, in which `trainer` is this file
 
 from benchmarks.contenders.training import Clock, by_hand, cut, load, loss_of, ours, trl  # noqa: E402
 
@@ -59,7 +59,7 @@ def contend(name: str, folder: Path, steps: int, tokens: int, seed: int) -> None
     import transformers
 
     transformers.logging.set_verbosity_error()
-    zero1 = HOME / "trainer" / "configs" / "zero1.json"
+    zero1 = ROOT / "trainer" / "configs" / "zero1.json"
     train = {OURS: lambda *words: ours(*words, None), OURS_DEEPSPEED: lambda *words: ours(*words, zero1),
              **dict(zip(PEERS, (cut, trl, by_hand), strict=True))}[name]
     clock = Clock(steps, tokens, seed)

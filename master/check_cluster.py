@@ -38,7 +38,14 @@ from master.check.network_test import RENDEZVOUS, Pair, network_findings, test_n
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, one_line, say
-from master.inventory.cluster_file import add_node_flags, chosen_nodes, read_cluster, write_cluster
+from master.inventory.cluster_file import (
+    add_node_flags,
+    chosen_nodes,
+    known_by_name,
+    read_cluster,
+    update_cluster,
+    with_logins,
+)
 from master.inventory.gpu_query import query_gpus
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import BUSY_MIB, checkout_of, local_facts, query_facts
@@ -129,24 +136,26 @@ def addresses_of(facts: Mapping[str, Mapping[str, Any]], known: Mapping[str, Any
     return found
 
 
-def save_facts(path: Path, cluster: dict[str, Any], facts: Mapping[str, Mapping[str, Any]],
-               pairs: Sequence[Pair]) -> None:
+def save_facts(path: Path, facts: Mapping[str, Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
     """Write facts and measured pairs into cluster.json, for the hosts that stand in it."""
-    if not path.exists():
-        return
     now = round(time.time(), 3)
-    for host in cluster["hosts"]:
-        if host["name"] in facts:
-            host["facts"] = {name: facts[host["name"]].get(name) for name in FACTS_KEPT}
-    measured = [{"from": pair.source, "to": pair.target, "bandwidth_bytes_per_s": pair.alone,
-                 "latency_s": pair.latency_s, "read_at": now} for pair in pairs if pair.latency_s is not None]
-    names = {host["name"] for host in cluster["hosts"]}
-    new = {(pair["from"], pair["to"]): pair for pair in measured if {pair["from"], pair["to"]} <= names}
-    for pair in cluster["pairs"]:  # what was measured before stays where it wasn't measured now
-        mine = new.setdefault((pair["from"], pair["to"]), pair)
-        if mine["bandwidth_bytes_per_s"] is None:
-            new[pair["from"], pair["to"]] = pair
-    write_cluster(path, {**cluster, "pairs": list(new.values())})
+
+    def change(cluster: dict[str, Any]) -> dict[str, Any]:
+        known = known_by_name(cluster)
+        for name, host in known.items():
+            if name in facts:
+                host["facts"] = {fact: facts[name].get(fact) for fact in FACTS_KEPT}
+        measured = [{"from": pair.source, "to": pair.target, "bandwidth_bytes_per_s": pair.alone,
+                     "latency_s": pair.latency_s, "read_at": now} for pair in pairs if pair.latency_s is not None]
+        new = {(pair["from"], pair["to"]): pair for pair in measured if {pair["from"], pair["to"]} <= set(known)}
+        for pair in cluster["pairs"]:  # what was measured before stays where it wasn't measured now
+            mine = new.setdefault((pair["from"], pair["to"]), pair)
+            if mine["bandwidth_bytes_per_s"] is None:
+                new[pair["from"], pair["to"]] = pair
+        return {**cluster, "pairs": list(new.values())}
+
+    if path.exists():
+        update_cluster(path, change)
 
 
 def check(options: argparse.Namespace) -> int:
@@ -155,8 +164,8 @@ def check(options: argparse.Namespace) -> int:
         raise UsageError("--fast leaves out what --network measures: give one of them")
     nodes, path = chosen_nodes(options.nodes, options.hostfile)
     cluster = read_cluster(path)
-    known = {host["name"]: host for host in cluster["hosts"]}
-    ssh, wanted = ssh_options(options), facts_to_ask(nodes, options)
+    known = known_by_name(cluster)
+    ssh, wanted = with_logins(ssh_options(options), cluster), facts_to_ask(nodes, options)
     facts, findings = ask_nodes(nodes, known, wanted, ssh)
     pairs: list[Pair] = []
     findings += all_findings(facts) + content_findings(facts, local_facts({**wanted, "folder": str(ROOT)})["content"])
@@ -165,7 +174,7 @@ def check(options: argparse.Namespace) -> int:
         addresses = addresses_of(facts, known)
         pairs, lost = test_network(places, addresses, ssh, options.network, question(), say)
         findings += network_findings(pairs, lost, facts, addresses)
-    save_facts(path, cluster, facts, pairs)
+    save_facts(path, facts, pairs)
     allreduce_line = ""
     hostfile = options.hostfile or Path("hostfile.txt")
     adding = [host.host for host in read_hostfile(hostfile) if host.host in facts] if hostfile.exists() else []

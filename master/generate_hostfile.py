@@ -21,7 +21,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, say
-from master.inventory.cluster_file import ClusterError, empty_cluster, merge_hosts, read_cluster, write_cluster
+from master.inventory.cluster_file import ClusterError, empty_cluster, merge_hosts, update_cluster, write_cluster
 from master.inventory.gpu_query import GpuAnswer, query_gpus
 from master.inventory.gpu_report import GpuReport, ReportError, check_report
 from master.inventory.hostfile import HostfileError, Slots, differences, read_hostfile, render_hostfile, write_hostfile
@@ -106,8 +106,9 @@ def cluster_host(answer: HostAnswer, options: argparse.Namespace) -> dict[str, A
     """Return a host's part of cluster.json."""
     found, node = answer.found, answer.node
     assert found
-    reached = {"user": node.user or options.ssh_user, "port": node.port or options.ssh_port, "way": found.way} \
-        if node else None
+    key = options.ssh_key and str(options.ssh_key.expanduser().absolute())
+    reached = {"user": node.user or options.ssh_user, "port": node.port or options.ssh_port, "key": key,
+               "way": found.way} if node else None
     return {"name": answer.name, "reached": reached, "address": found.address, "host_key": found.fingerprint,
             "macs": list(found.macs), "report": found.report.to_json(), "facts": {}, "dir": None, "python": None,
             "read_at": round(found.read_at, 3)}
@@ -126,13 +127,12 @@ def write_files(
         before = None
     changed = write_hostfile(path, render_hostfile(hosts, notes))
     beside = path.with_name("cluster.json")
+    known = [cluster_host(answer, options) for answer in answers if answer.found]
     try:
-        cluster = read_cluster(beside)
+        update_cluster(beside, lambda cluster: merge_hosts(cluster, known))
     except ClusterError as error:
         say(f"warning: {error}")
-        cluster = empty_cluster()
-    known = [cluster_host(answer, options) for answer in answers if answer.found]
-    write_cluster(beside, merge_hosts(cluster, known))
+        write_cluster(beside, merge_hosts(empty_cluster(), known))
     return changed, [] if before is None else differences(before, hosts)
 
 

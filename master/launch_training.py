@@ -28,15 +28,15 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.core.paths import PRESETS, ROOT, TRAINER
 from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import say
-from master.inventory.cluster_file import empty_cluster, read_cluster
+from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from master.ssh.route import SshOptions
-from master.training.background import detach
 from master.training.deepspeed_command import default_config
+from master.training.launcher_process import detach, ensure_not_running
 from master.training.request import Hosts, TrainingRequest, request_of, shown
-from master.training.run_folder import ensure_not_running, find_run, new_run_path
+from master.training.run_folder import find_run, new_run_path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,7 +175,7 @@ def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOption
     """
     from master.training.checkpoint_transfer import gather_and_send
 
-    known = {host["name"]: host for host in read_cluster(before.with_name("cluster.json"))["hosts"]}
+    known = known_by_name(read_cluster(before.with_name("cluster.json")))
     found = gather_and_send(request.run, read_hostfile(before), request.hosts.slots, {**known, **request.hosts.known},
                             ssh)
     place = ["--resume_from_checkpoint", str(found)] if found else []
@@ -197,6 +197,7 @@ def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     if options.dry_run:
         return show(request)
     assert ssh
+    ssh = with_logins(ssh, hosts.cluster)
     ensure_not_running(request.run)
     if options.resume and request.is_ours and (before := run / "hostfile.txt").exists():
         request = with_whole_checkpoint(request, before, ssh)

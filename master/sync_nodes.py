@@ -28,7 +28,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import one_line, say
 from master.inventory import cluster_file
-from master.inventory.cluster_file import read_cluster, write_cluster
+from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, update_cluster, with_logins
 from master.ssh.node_names import Node
 from master.ssh.options import add_ssh_flags, question, ssh_options
 from master.ssh.route import SshError, SshOptions
@@ -120,20 +120,21 @@ def environments(nodes: Sequence[Node], peers: Mapping[str, RelayPeer], ssh: Ssh
         raise KeyboardInterrupt
 
 
-def save_places(path: Path, cluster: dict[str, Any], found: Mapping[str, HostResult]) -> None:
-    """Write into cluster.json where lanspeed lives on each host."""
-    for host in cluster["hosts"]:
-        one = found.get(host["name"])
-        if one and one.folder and not one.error:
-            places = {**host.get("paths", {}), **(one.paths or {})}
-            host["paths"] = {here: there for here, there in places.items() if here != there}
-            host["dir"], host["python"] = one.folder, one.python or host["python"]
-    names = {host["name"] for host in cluster["hosts"]}
-    unknown_hosts = sorted(one.host for one in found.values() if one.folder and one.host not in names)
-    if path.exists() and cluster["hosts"]:
-        write_cluster(path, cluster)
-    if unknown_hosts:
-        say(f"{', '.join(unknown_hosts)}: not in {path}, where the other tools look: invoke hostfile writes it, then "
+def save_places(path: Path, found: Mapping[str, HostResult]) -> None:
+    """Write into cluster.json where lanspeed is on each host."""
+    def change(cluster: dict[str, Any]) -> dict[str, Any]:
+        for name, host in known_by_name(cluster).items():
+            one = found.get(name)
+            if one and one.folder and not one.error:
+                places = {**host.get("paths", {}), **(one.paths or {})}
+                host["paths"] = {here: there for here, there in places.items() if here != there}
+                host["dir"], host["python"] = one.folder, one.python or host["python"]
+        return cluster
+
+    cluster = update_cluster(path, change) if path.exists() else empty_cluster()
+    unknown = sorted(one.host for one in found.values() if one.folder and one.host not in known_by_name(cluster))
+    if unknown:
+        say(f"{', '.join(unknown)}: not in {path}, where the other tools look: invoke hostfile writes it, then "
             "sync again")
 
 
@@ -150,8 +151,8 @@ def sync(options: argparse.Namespace) -> int:
         return 0
     nodes = [node for node in nodes if not node.is_local]
     cluster = read_cluster(path)
-    known = {host["name"]: host for host in cluster["hosts"]}
-    ssh, started = ssh_options(options), time.monotonic()
+    known = known_by_name(cluster)
+    ssh, started = with_logins(ssh_options(options), cluster), time.monotonic()
     chunks = None
     with SyncProgress() as progress:
         if not options.remove:
@@ -161,7 +162,7 @@ def sync(options: argparse.Namespace) -> int:
             relay.reach(progress.paused(question()))
             if chunks is None:
                 relay.remove()
-                return report_removed(relay, path, cluster, options.json)
+                return report_removed(relay, path, options.json)
             relay.plan(chunks, lambda peer: environment_bytes(known.get(peer.host, {}), options), options.overwrite,
                        options.dry_run)
             if not options.dry_run:
@@ -175,7 +176,7 @@ def sync(options: argparse.Namespace) -> int:
             first = found[one.shares_home_of]
             one.folder, one.python, one.paths, one.error = first.folder, first.python, first.paths, first.error
     if not options.dry_run:
-        save_places(path, cluster, found)
+        save_places(path, found)
     return report(list(found.values()), options, time.monotonic() - started)
 
 
@@ -186,7 +187,7 @@ def environment_bytes(known: Mapping[str, Any], options: argparse.Namespace) -> 
     return DISK_BYTES["NONE" if known.get("report", {}).get("vendor", "NONE") == "NONE" else "other"]
 
 
-def report_removed(relay: Relay, path: Path, cluster: dict[str, Any], as_json: bool) -> int:
+def report_removed(relay: Relay, path: Path, as_json: bool) -> int:
     """Say what was taken away, and forget it."""
     failed = any(peer.reason for peer in relay.peers.values())
     if as_json:
@@ -200,12 +201,16 @@ def report_removed(relay: Relay, path: Path, cluster: dict[str, Any], as_json: b
             stays = [*done["kept"], *(f"{folder} (what lanspeed didn't put there)" for folder in done["left"])]
             print(one_line(f"{peer.host}: {done['deleted']:,} files removed"
                            + (f"; stays: {', '.join(stays[:3])}" if stays else "")))
-    for host in cluster["hosts"]:
-        if host["name"] in relay.peers and not relay.peers[host["name"]].reason:
-            host["dir"] = host["python"] = None
-            host.pop("paths", None)
-    if path.exists() and cluster["hosts"]:
-        write_cluster(path, cluster)
+
+    def change(cluster: dict[str, Any]) -> dict[str, Any]:
+        for name, host in known_by_name(cluster).items():
+            if name in relay.peers and not relay.peers[name].reason:
+                host["dir"] = host["python"] = None
+                host.pop("paths", None)
+        return cluster
+
+    if path.exists():
+        update_cluster(path, change)
     return int(failed)
 
 

@@ -24,20 +24,21 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import run_cli
 from master.core.terminal import is_terminal, one_line
-from master.inventory.cluster_file import read_cluster
+from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
 from master.ssh.node_names import parse_node
 from master.ssh.options import add_ssh_flags, question, ssh_options
 from master.training.host_metrics import HostMetrics
-from master.training.run_folder import find_run, running_launcher
+from master.training.launcher_process import is_active, read_launcher_record
+from master.training.run_folder import find_run
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 EVERY = 2.0  # seconds between two looks
 PATIENCE = 15.0  # seconds that one look waits for the hosts
-STILL_RUNNING = ("running", "starting")
+ACTIVE = ("running", "starting")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,21 +65,24 @@ def look(run: Path) -> dict[str, Any]:
             with contextlib.suppress(ValueError, TypeError):  # a line may be half written
                 newest |= json.loads(line)
     status = record.get("status", "starting")
-    if status in STILL_RUNNING and running_launcher(run) is None:
+    if status in ACTIVE and not is_active(run):
         status = "not running any more"
+    launcher = read_launcher_record(run)
     hosts = {}
     for path in sorted((run / "logs").glob("*.log")):
         age = round(time.time() - path.stat().st_mtime)
         hosts[path.stem] = {"last": last_line(path), "seconds_ago": age}
     figures = {key: newest.get(key) for key in ("step", "loss", "eval_loss", "tokens_per_second", "learning_rate")}
-    return {"run": str(run), "status": status, "steps": record.get("steps"), "world_size": record.get("world_size"),
+    return {"run": str(run), "status": status, "launcher": launcher.host if launcher.is_elsewhere else None,
+            "steps": record.get("steps"), "world_size": record.get("world_size"),
             **figures, "hosts": hosts}
 
 
 def state_line(state: dict[str, Any]) -> str:
     """Return a state as one line."""
     steps = f"/{state['steps']}" if state["steps"] else ""
-    parts = [f"{state['run']}: {state['status']}"]
+    where = f" on {state['launcher']}" if state.get("launcher") and state["status"] in ACTIVE else ""
+    parts = [f"{state['run']}: {state['status']}{where}"]
     for text, value in ((f"step {state['step']}{steps}", state["step"]), ("loss {:.4f}", state["loss"]),
                         ("evaluation loss {:.4f}", state["eval_loss"]),
                         ("{:,.0f} tokens/s", state["tokens_per_second"])):
@@ -150,21 +154,20 @@ def table(state: dict[str, Any]) -> Table:
 
 
 def measured(metrics: HostMetrics | None, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with the hosts' measurements; this machine alone goes by the name that its log has."""
-    nodes = metrics.latest() if metrics else {}
-    if list(nodes) == ["localhost"] and len(state["hosts"]) == 1:
-        nodes = {next(iter(state["hosts"])): nodes["localhost"]}
-    return {**state, "nodes": nodes}
+    """Return a state with the hosts' measurements."""
+    return {**state, "nodes": metrics.latest() if metrics else {}}
 
 
 def metrics_of(run: Path, options: argparse.Namespace) -> HostMetrics | None:
     """Return the way to ask a run's hosts, None if they aren't known."""
     if not (run / "hostfile.txt").exists():
         return None
-    known = {host["name"]: host for host in read_cluster(run / "cluster.json")["hosts"]}
+    cluster = read_cluster(run / "cluster.json")
+    known = known_by_name(cluster)
     places = {parse_node(host.host): checkout_of(known.get(host.host, {}))
               for host in read_hostfile(run / "hostfile.txt")}
-    return HostMetrics(places, ssh_options(options), 1.0 if options.once or options.json else EVERY)
+    return HostMetrics(places, with_logins(ssh_options(options), cluster),
+                       1.0 if options.once or options.json else EVERY)
 
 
 def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) -> str:
@@ -182,7 +185,7 @@ def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) 
                 live.update(table(state), refresh=True)
             elif (line := state_line(state)) != shown:
                 print(shown := line, flush=True)
-            if options.once or state["status"] not in STILL_RUNNING:
+            if options.once or state["status"] not in ACTIVE:
                 break
             time.sleep(EVERY)
     if not live:
@@ -214,7 +217,7 @@ def watch(options: argparse.Namespace) -> int:
     try:
         run = find_run(options.run)
         status = look(run)["status"]
-        if status in STILL_RUNNING and (metrics := metrics_of(run, options)):
+        if status in ACTIVE and (metrics := metrics_of(run, options)):
             metrics.start(question())
             if options.once or options.json:
                 metrics.wait(PATIENCE)

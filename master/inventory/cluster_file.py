@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from master.core.paths import SCHEMAS
 from master.core.run_cli import UserError
 from master.inventory.hostfile import read_hostfile
 from master.ssh.node_names import Node, parse_node, read_nodes
+from master.ssh.route import Login, SshOptions
 
+KEPT = ("facts", "dir", "python", "paths")  # of a host that is read again
+LOCK_LIMIT_S = 30.0  # a tool holds the lock for milliseconds
 GIGABIT = 1000.0  # Mbit/s: what a link of unknown speed is taken for
 SCHEMA = SCHEMAS / "cluster.schema.json"
 
@@ -72,25 +76,48 @@ def receive_rate_mbit(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> f
     return GIGABIT
 
 
+def known_by_name(cluster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what is known of each host, those included that don't train now."""
+    return {host["name"]: host for host in (*cluster.get("absent", []), *cluster["hosts"])}
+
+
 def merge_hosts(cluster: Mapping[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the cluster with these hosts and no others; facts and places that are known of them stay."""
-    old = {host["name"]: host for host in cluster["hosts"]}
-    kept = [{**host, **{key: old[host["name"]][key] for key in ("facts", "dir", "python", "paths")
-                        if key in old.get(host["name"], {})}}
+    """Return the cluster with these hosts to train; what is known of them stays, and other hosts become absent ones."""
+    old, names = known_by_name(cluster), {host["name"] for host in hosts}
+    kept = [{**host, **{key: old[host["name"]][key] for key in KEPT if key in old.get(host["name"], {})}}
             for host in hosts]
-    names = {host["name"] for host in hosts}
-    pairs = [pair for pair in cluster["pairs"] if {pair["from"], pair["to"]} <= names]
-    return {**cluster, "hosts": kept, "pairs": pairs}
+    absent = [host for name, host in old.items() if name not in names]
+    return {**cluster, "hosts": kept, "absent": absent}
 
 
-def write_cluster(path: Path, cluster: dict[str, Any]) -> None:
-    """Write cluster.json unless only the times of reading would change."""
+def update_cluster(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Change cluster.json while no other tool does: read it, write what `change` returns, return that.
+
+    A file that would only get other times of reading is left alone. Raises ClusterError, OSError.
+    """
+    from filelock import FileLock, Timeout
+
     try:
-        if without_times(json.loads(path.read_text(encoding="utf-8"))) == without_times(cluster):
-            return
-    except (OSError, ValueError):
-        pass
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_LIMIT_S):
+            cluster = read_cluster(path)
+            changed = change(cluster)
+            if not path.exists() or without_times(changed) != without_times(cluster):
+                write_cluster(path, changed)
+            return changed
+    except Timeout:
+        raise ClusterError(f"{path}: another tool has locked it for {LOCK_LIMIT_S:.0f} s: run this again") from None
+
+
+def write_cluster(path: Path, cluster: Mapping[str, Any]) -> None:
+    """Write a cluster.json that no other tool changes."""
     write_atomically(path, json.dumps(cluster, indent=1) + "\n")
+
+
+def with_logins(ssh: SshOptions, cluster: Mapping[str, Any]) -> SshOptions:
+    """Return the options with the user, port and key by which each host was reached before, for hosts without flags."""
+    logins = {name: Login(reached["user"], reached["port"], Path(key) if (key := reached.get("key")) else None)
+              for name, host in known_by_name(cluster).items() if (reached := host["reached"])}
+    return replace(ssh, logins=logins)
 
 
 def without_times(value: Any) -> Any:

@@ -9,7 +9,8 @@ import os
 import re
 import shlex
 import subprocess
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from master.ssh.node_names import Node
@@ -33,6 +34,15 @@ class NeedsOpenSsh(Exception):
 
 
 @dataclass(frozen=True)
+class Login:
+    """How a host was reached before; None: as the ssh configuration says."""
+
+    user: str | None
+    port: int | None
+    key: Path | None
+
+
+@dataclass(frozen=True)
 class SshOptions:
     """What the flags say on reaching hosts; they win over the user's ssh configuration. Times in seconds.
 
@@ -50,6 +60,14 @@ class SshOptions:
     timeout: float = 90
     more_keys: tuple[Path, ...] = ()  # lanspeed's own, offered after the configured ones
     only: str | None = None
+    logins: Mapping[str, Login] = field(default_factory=dict)  # of hosts, where the flags say nothing
+
+    def for_node(self, node: Node) -> SshOptions:
+        """Return the options for one node: flags first, then how it was reached before."""
+        login = self.logins.get(str(node))
+        if login is None or self.only:
+            return self
+        return replace(self, user=self.user or login.user, port=self.port or login.port, key=self.key or login.key)
 
 
 @dataclass(frozen=True)

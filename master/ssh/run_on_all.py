@@ -83,7 +83,7 @@ def run_on_all(
         answers = dict(reached.get() for _ in nodes)
         waiting = {node: one for node in nodes if (one := answers[node])}
         trusted = bool(waiting) and ask is not None and ask([one.unknown for one in waiting.values()])
-        tasks |= {node: pool.submit(finish, node, partial(resume_connection, one, ssh, trusted))
+        tasks |= {node: pool.submit(finish, node, partial(resume_connection, one, ssh.for_node(node), trusted))
                   for node, one in waiting.items()}
         for node, future in tasks.items():
             result = future.result()
@@ -94,6 +94,7 @@ def run_on_all(
 
 def connect(node: Node, ssh: SshOptions, may_ask: bool) -> Session | _Waiting:
     """Reach a node; return a session, or a connection that waits for word on its host key."""
+    ssh = ssh.for_node(node)
     if node.is_local:
         return LocalSession(node, ssh)
     from master.ssh.paramiko_session import handshake

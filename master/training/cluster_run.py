@@ -23,17 +23,11 @@ from master.ssh.options import question
 from master.ssh.route import SshError, SshOptions
 from master.training.fetch_run import fetch_run
 from master.training.hang_detector import HangDetector
+from master.training.launcher_process import RECORD, write_launcher_record
 from master.training.rank_output import RankOutput
 from master.training.request import TrainingRequest
 from master.training.root_cause import KILLED, Cause, first_cause
-from master.training.run_folder import (
-    LAUNCHER,
-    job_prefix,
-    mark_failed,
-    memory_advice,
-    save_hosts,
-    write_launcher_record,
-)
+from master.training.run_folder import job_prefix, mark_failed, memory_advice, save_hosts
 from master.training.supervisor import ClusterJob, HostAssignment, JobResult
 
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
@@ -182,7 +176,7 @@ def _forget(run: Path) -> None:
     """Remove the folder of a run that never began."""
     if any((run / name).exists() for name in ("run.json", "metrics.jsonl")):
         return
-    for name in (LAUNCHER, "hostfile.txt", "cluster.json"):
+    for name in (RECORD, "hostfile.txt", "cluster.json"):
         (run / name).unlink(missing_ok=True)
     for folder in (run / "logs", run):
         if folder.is_dir() and not any(folder.iterdir()):

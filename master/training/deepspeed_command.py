@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots, include_filter
 
 
@@ -26,7 +27,7 @@ def default_config(hosts: Sequence[Slots]) -> str:
 
 def first_address(hosts: Sequence[Slots], cluster: Mapping[str, Any]) -> str | None:
     """Return the first host's address for the others, as cluster.json has it, None if it doesn't."""
-    addresses: dict[str, str | None] = {host["name"]: host["address"] for host in cluster["hosts"]}
+    addresses: dict[str, str | None] = {name: host["address"] for name, host in known_by_name(cluster).items()}
     return addresses.get(hosts[0].host)
 
 

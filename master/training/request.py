@@ -12,6 +12,7 @@ from typing import Any
 
 from master.core.paths import TRAINER
 from master.core.run_cli import UsageError
+from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
 from master.training.deepspeed_command import first_address, launcher_words
 from master.training.run_folder import trainer_words
@@ -46,7 +47,7 @@ class Hosts:
     @property
     def known(self) -> dict[str, Any]:
         """What cluster.json says of each host, by name."""
-        return {host["name"]: host for host in self.cluster["hosts"]}
+        return known_by_name(self.cluster)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import time
@@ -13,10 +12,9 @@ from typing import Any
 
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
-from master.inventory.cluster_file import merge_hosts, write_cluster
+from master.inventory.cluster_file import known_by_name, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
-
-LAUNCHER = "launcher.json"
+from master.training.launcher_process import is_active
 
 
 class RunError(UserError):
@@ -55,51 +53,13 @@ def memory_advice(run: Path) -> list[str]:
     return [str(line) for line in found] if isinstance(found, list) else []
 
 
-def started_at(pid: int) -> str | None:
-    """Return when a process was started, in the kernel's ticks; None if there is none. Tells it from a later one."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def write_launcher_record(run: Path, job: str | None = None) -> None:
-    """Record in a run folder that this process runs it, and the job's name on its hosts (None: unchanged)."""
-    run.mkdir(parents=True, exist_ok=True)
-    mine = {"pid": os.getpid(), "started": started_at(os.getpid()), "job": job or read_launcher_record(run).get("job")}
-    write_atomically(run / LAUNCHER, json.dumps(mine) + "\n")
-
-
 def save_hosts(run: Path, hosts: Sequence[Slots], cluster: Mapping[str, Any]) -> None:
     """Write hostfile.txt and cluster.json as used into a run folder, by which it is watched, stopped and resumed."""
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "hostfile.txt", render_hostfile(hosts, {}))
-    names = {host.host for host in hosts}
-    write_cluster(run / "cluster.json", merge_hosts(cluster,
-                                                    [each for each in cluster["hosts"] if each["name"] in names]))
-
-
-def read_launcher_record(run: Path) -> dict[str, Any]:
-    """Return the record of the last launcher, {} if nothing."""
-    try:
-        found = json.loads((run / LAUNCHER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def running_launcher(run: Path) -> int | None:
-    """Return the process that runs a run now, None if nobody does."""
-    word = read_launcher_record(run)
-    pid = word.get("pid")
-    alive = isinstance(pid, int) and started_at(pid) is not None and started_at(pid) == word.get("started")
-    return pid if alive else None
-
-
-def ensure_not_running(run: Path) -> None:
-    """Raise RunError if a run is being trained now."""
-    if (pid := running_launcher(run)) is not None:
-        raise RunError(f"{run}: process {pid} is training it: --stop {shlex.quote(str(run))} first")
+    known = known_by_name(cluster)
+    trains = [known[host.host] for host in hosts if host.host in known]
+    write_cluster(run / "cluster.json", {**cluster, "hosts": trains, "absent": []})
 
 
 def find_run(name: str | None, running: bool = False) -> Path:
@@ -110,7 +70,7 @@ def find_run(name: str | None, running: bool = False) -> Path:
                 return path
         raise RunError(f"{name}: no such run: ls runs")
     found = sorted(path for path in Path("runs").glob("*-*-*")
-                   if path.is_dir() and (not running or running_launcher(path) is not None))
+                   if path.is_dir() and (not running or is_active(path)))
     if not found:
         raise RunError("no run is active here" if running else "no runs in this folder")
     return found[-1]

@@ -1,6 +1,6 @@
 """Stops a run: through its launcher, or, if that has exited, on its hosts directly.
 
-    python master/launch_training.py --stop runs/20261124-020457-tiny
+    python master/stop_training.py runs/20261124-020457-tiny
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from master.core.paths import WORKER
 from master.core.terminal import say
-from master.inventory.cluster_file import read_cluster
+from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of, stdin_loader
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
@@ -24,26 +24,39 @@ from master.ssh.options import question, ssh_options
 from master.ssh.route import SshError
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
-from master.training.run_folder import find_run, read_launcher_record, running_launcher
+from master.training.launcher_process import read_launcher_record
+from master.training.run_folder import find_run
 
 
 def stop(name: str | None, options: argparse.Namespace) -> int:
-    """Have a run's launcher (without a name: the newest active run's) stop it; wait; return the exit code."""
+    """Have a run's launcher (without a name: the newest active run's) stop it; wait; return the exit code.
+
+    Where the launcher has exited, or is on another machine, the run's processes are ended on its hosts.
+    """
     run = find_run(name, running=not name)
-    pid = running_launcher(run)
-    if pid is None:
-        job = read_launcher_record(run).get("job")
-        if not job or not (run / "hostfile.txt").exists():
-            say(f"{run}: not running")
-            return 1
-        say(f"{run}: not running here; looking on its hosts")
-        return end_on_hosts(run, job, options)
+    launcher = read_launcher_record(run)
+    if launcher.is_alive_here and launcher.pid:
+        return stop_launcher(run, launcher.pid, options.grace)
+    hosts = read_hostfile(run / "hostfile.txt") if (run / "hostfile.txt").exists() else []
+    if launcher.is_elsewhere and any(parse_node(host.host).is_local for host in hosts):
+        say(f"{run}: it was started on {launcher.host}: invoke stop there")
+        return 1
+    if not launcher.job or not hosts:
+        say(f"{run}: not running")
+        return 1
+    say(f"{run}: started on {launcher.host}; ending it on its hosts" if launcher.is_elsewhere else
+        f"{run}: its launcher isn't running; looking on its hosts")
+    return end_on_hosts(run, launcher.job, options)
+
+
+def stop_launcher(run: Path, pid: int, grace: float) -> int:
+    """Interrupt a run's launcher and wait until it has ended; return 0, 1 if it doesn't end."""
     os.kill(pid, signal.SIGINT)
-    say(f"{run}: stopping; the ranks may take {options.grace:.0f} s to save")
-    end = time.monotonic() + options.grace + 30
-    while running_launcher(run) == pid and time.monotonic() < end:
+    say(f"{run}: stopping; the ranks may take {grace:.0f} s to save")
+    end = time.monotonic() + grace + 30
+    while read_launcher_record(run).is_alive_here and time.monotonic() < end:
         time.sleep(0.2)
-    if running_launcher(run) == pid:
+    if read_launcher_record(run).is_alive_here:
         say(f"{run}: process {pid} does not exit; run this again to kill its ranks")
         return 1
     say(f"{run}: stopped")
@@ -52,7 +65,8 @@ def stop(name: str | None, options: argparse.Namespace) -> int:
 
 def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
     """End a job on a run's hosts, whose ranks save first; return 0, 1 if a host can't be reached."""
-    known = {host["name"]: host for host in read_cluster(run / "cluster.json")["hosts"]}
+    cluster = read_cluster(run / "cluster.json")
+    known = known_by_name(cluster)
     nodes = [parse_node(host.host) for host in read_hostfile(run / "hostfile.txt")]
 
     def work(session: Session) -> int:
@@ -64,7 +78,7 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
             messages.send({"end": job, "grace": options.grace})
             return wait_for_end(messages, host)
 
-    found = run_on_all(nodes, ssh_options(options), work, question())
+    found = run_on_all(nodes, with_logins(ssh_options(options), cluster), work, question())
     for node, result in found.items():
         if isinstance(result, SshError):
             say(str(result))

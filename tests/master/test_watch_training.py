@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from master.training.run_folder import RunError, find_run, running_launcher, trainer_words, write_launcher_record
+from master.training.launcher_process import RunningError, ensure_not_running, is_active, write_launcher_record
+from master.training.run_folder import RunError, find_run, trainer_words
 from master.watch_training import host_lines
 
 TOOL = ROOT / "master" / "watch_training.py"
@@ -47,12 +48,29 @@ def test_a_run_whose_launcher_is_gone_does_not_go_on(tmp_path: Path) -> None:
     done = watch(cwd=tmp_path)
     assert done.returncode == 1 and "not running any more" in done.stdout
     write_launcher_record(run)
-    assert running_launcher(run)
+    assert is_active(run)
     done = watch("--once", cwd=tmp_path)
     assert done.returncode == 0 and ": running, step 3/10" in done.stdout
     record = json.loads((run / "launcher.json").read_text())
     (run / "launcher.json").write_text(json.dumps({**record, "started": "1"}))  # the number was given to another
-    assert running_launcher(run) is None
+    assert not is_active(run)
+
+
+def test_a_run_of_another_machine_is_left_to_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "running")
+    write_launcher_record(run)
+    record = json.loads((run / "launcher.json").read_text())
+    (run / "launcher.json").write_text(json.dumps({**record, "host": "desk2", "boot": "another"}))
+    (run / "hostfile.txt").write_text("localhost slots=1 type=CPU\n")
+    done = watch("--once", cwd=tmp_path)
+    assert done.returncode == 0 and ": running on desk2, step 3/10" in done.stdout
+    with pytest.raises(RunningError, match="started on desk2, which may still be training it: invoke stop there"):
+        ensure_not_running(run)
+    stopped = subprocess.run([sys.executable, ROOT / "master" / "stop_training.py", str(run)], cwd=tmp_path,
+                             capture_output=True, text=True)
+    assert stopped.returncode == 1 and "it was started on desk2: invoke stop there" in stopped.stderr
+    (run / "run.json").write_text(json.dumps({"status": "finished"}))
+    ensure_not_running(run)
 
 
 def test_runs_are_found_and_repeated(tmp_path: Path) -> None:

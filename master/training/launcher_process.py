@@ -1,0 +1,125 @@
+"""The process that supervises a run: its record in the run folder, whether it is alive, and how it leaves its terminal.
+
+launcher.json says which process of which machine it is, since a run folder may be on a home that machines share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from master.core.atomic_write import write_atomically
+from master.core.run_cli import UserError
+from master.core.terminal import say
+
+RECORD = "launcher.json"
+ENDED = ("finished", "stopped", "failed")  # what run.json's status may be after the end
+
+
+class RunningError(UserError):
+    """A run that is being trained."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A run's launcher. `started`: in the kernel's ticks, which tells it from a later process with the same number;
+    `boot`: the kernel's boot id; `job`: the name of the run's job on its hosts."""
+
+    pid: int | None = None
+    started: str | None = None
+    host: str | None = None
+    boot: str | None = None
+    job: str | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if another machine wrote the record, whose processes can't be seen from here."""
+        return None not in (self.host, self.boot) and self.boot != boot_id() and self.host != socket.gethostname()
+
+    @property
+    def is_alive_here(self) -> bool:
+        """True if it is a process of this machine that is running."""
+        return (not self.is_elsewhere and self.pid is not None and self.started is not None
+                and started_at(self.pid) == self.started)
+
+
+def boot_id() -> str | None:
+    """Return what the kernel calls its current boot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def started_at(pid: int) -> str | None:
+    """Return when a process was started, in the kernel's ticks; None if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def write_launcher_record(run: Path, job: str | None = None) -> None:
+    """Record in a run folder that this process runs it, and the job's name on its hosts (None: unchanged)."""
+    run.mkdir(parents=True, exist_ok=True)
+    record = {"pid": os.getpid(), "started": started_at(os.getpid()), "host": socket.gethostname(), "boot": boot_id(),
+              "job": job or read_launcher_record(run).job}
+    write_atomically(run / RECORD, json.dumps(record) + "\n")
+
+
+def read_launcher_record(run: Path) -> Launcher:
+    """Return the record of the last launcher; one without values if there is none, or none that makes sense."""
+    found = read_object(run / RECORD)
+    pid = found.get("pid")
+    words = {name: value for name in ("started", "host", "boot", "job") if isinstance(value := found.get(name), str)}
+    return Launcher(pid=pid if isinstance(pid, int) and pid > 0 else None, **words)
+
+
+def read_object(path: Path) -> dict[str, object]:
+    """Return a JSON file's object, {} where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_active(run: Path) -> bool:
+    """Return True if a run is being trained, as far as this machine can tell.
+
+    One that was started on another machine counts as active until its run.json says how it ended.
+    """
+    launcher = read_launcher_record(run)
+    ended = read_object(run / "run.json").get("status") in ENDED
+    return launcher.is_alive_here or (launcher.is_elsewhere and not ended)
+
+
+def ensure_not_running(run: Path) -> None:
+    """Raise RunningError if a run is being trained."""
+    launcher, name = read_launcher_record(run), shlex.quote(str(run))
+    if launcher.is_alive_here:
+        raise RunningError(f"{run}: process {launcher.pid} is training it: invoke stop {name}")
+    if is_active(run):
+        raise RunningError(f"{run}: it was started on {launcher.host}, which may still be training it: invoke stop "
+                           f"there, or, if that machine is off, rm {shlex.quote(str(run / RECORD))}")
+
+
+def detach(run: Path) -> bool:
+    """Continue in a process that no terminal ends; return True there, False in the one that was started."""
+    run.mkdir(parents=True, exist_ok=True)
+    log = run / "launch.log"
+    sys.stdout.flush()
+    if os.fork():
+        say(f"detached: {run}\n  follow it: invoke watch {run}\n  stop it:   invoke stop {run}")
+        return False
+    os.setsid()
+    with open(os.devnull) as nothing, open(log, "a", encoding="utf-8") as file:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    return True
