@@ -21,7 +21,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.run_cli import run_cli
-from master.core.terminal import HostTable, say
+from master.core.terminal import HostTable, confirm, say
 from master.keys import host_blocks
 from master.keys.authorized_keys import install_key, key_is_there, remove_key
 from master.keys.key_pair import KeyPair, add_to_agent, find_pair, has_passphrase, make_pair
@@ -168,9 +168,7 @@ def update_config(results: Sequence[HostResult], options: argparse.Namespace, ke
         if not sys.stdin.isatty():
             say("not written, no terminal to ask on: --yes writes it, --no-config never does")
             return
-        print("Write this, so that plain ssh and deepspeed reach the nodes too? [yes/no] ", end="", file=sys.stderr,
-              flush=True)
-        if sys.stdin.readline().strip().lower() not in ("yes", "y"):
+        if not confirm("Write this, so that plain ssh and deepspeed reach the nodes too?"):
             return
     host_blocks.apply(changes)
 

@@ -26,12 +26,13 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UsageError, run_cli
-from master.core.terminal import one_line, say
+from master.core.terminal import confirm, one_line, say
 from master.ds_config.json_text import Document, TextError
 from master.ds_config.problem import LEVELS, PARSE, Problem, Target
 from master.inventory.cluster_file import ClusterError, read_cluster
 from master.inventory.gpu_report import ReportError, check_report
 from master.inventory.hostfile import read_hostfile
+from master.inventory.slot_selection import only_slots
 
 
 @dataclass
@@ -80,7 +81,7 @@ def find_target(options: argparse.Namespace) -> Target:
     hosts = [checked(host, path) for host in read_cluster(path)["hosts"]] if path else []
     if slots:
         use = {host.host: host.use for host in slots}
-        hosts = [with_slots(host, use[host["name"]]) for host in hosts if host["name"] in use]
+        hosts = [only_slots(host, use[host["name"]]) for host in hosts if host["name"] in use]
         ranks: int | None = sum(len(host.use) for host in slots)
     else:
         ranks = sum(len(host["report"].get("slots_use", [])) for host in hosts) or None
@@ -94,12 +95,6 @@ def checked(host: dict[str, Any], path: Path) -> dict[str, Any]:
     except ReportError as error:
         raise ClusterError(f"{path}: {host['name']}: {error}: delete it; it will be written again") from None
     return host
-
-
-def with_slots(host: dict[str, Any], use: Sequence[int]) -> dict[str, Any]:
-    """Return a host with only those GPUs whose slots train."""
-    gpus = [gpu for gpu in host["report"]["gpus"] if gpu["index"] in use]
-    return {**host, "report": {**host["report"], "gpus": gpus}}
 
 
 def look_at(name: str, target: Target) -> Verdict:
@@ -178,11 +173,9 @@ def offer_fixes(verdict: Verdict, target: Target, ask: bool) -> Verdict:
     if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o200:
         say(f"{verdict.name} is read-only: chmod u+w {verdict.name}")
         return verdict
-    if ask:
-        print(f"write this to {verdict.name}? [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            say(f"{verdict.name} is left as it was")
-            return verdict
+    if ask and not confirm(f"write this to {verdict.name}?"):
+        say(f"{verdict.name} is left as it was")
+        return verdict
     try:
         if path.read_text(encoding="utf-8") != verdict.text:
             say(f"{verdict.name} was changed meanwhile, and is left as it is: once more")

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from master.inventory.addresses import card_of
+
 GIB = 1 << 30
 # free bytes for runs and checkpoints: an error below, a warning below
 MIN_FREE_BYTES, LOW_FREE_BYTES = 2 * GIB, 20 * GIB
@@ -89,15 +91,6 @@ def normalized(facts: Facts, address: str | None) -> dict[str, Any]:
     card = card_of(facts, address)
     return {**facts, "packages": packages, "minor": ".".join(facts["python"].split(".")[:2]),
             "mtu": card and card["mtu"], "card": card}
-
-
-def card_of(facts: Facts, address: str | None) -> dict[str, Any] | None:
-    """Return the network card that has an address, None if none does."""
-    for card in facts["nics"]:
-        if address in [each.split("/")[0] for each in card["addresses"]]:
-            found: dict[str, Any] = card
-            return found
-    return None
 
 
 def differences(nodes: Mapping[str, Facts]) -> list[Finding]:

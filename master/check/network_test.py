@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from master.check.consistency import Finding
-from master.core.paths import WORKER
-from master.inventory.node_facts import RemoteCheckout, stdin_loader
+from master.inventory.node_facts import RemoteCheckout
+from master.inventory.worker_script import open_worker
 from master.ssh.channel import Channel
 from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
@@ -89,10 +89,8 @@ def test_network(places: Mapping[Node, RemoteCheckout], addresses: Mapping[str, 
     arrived, finished = threading.Semaphore(0), threading.Event()
 
     def work(session: Session) -> None:
-        script = WORKER / "probe_network.py"
-        command = f"exec {shlex.quote(places[session.node].python)} {stdin_loader(script)}"
-        with contextlib.closing(session.open(command)) as channel:
-            channel.send(script.read_bytes())
+        python = shlex.quote(places[session.node].python)
+        with contextlib.closing(open_worker(session, "probe_network.py", python)) as channel:
             peers[str(session.node)] = Peer(str(session.node), channel)
             arrived.release()
             finished.wait()

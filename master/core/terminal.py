@@ -26,6 +26,15 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def confirm(question: str) -> bool:
+    """Ask a question on the terminal; return True for yes. Anything else, the end of the input or Ctrl-C is a no."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    except KeyboardInterrupt:
+        return False
+
+
 def is_terminal() -> bool:
     """Return whether progress is read on a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"

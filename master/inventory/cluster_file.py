@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from master.core.atomic_write import write_atomically
+from master.core.json_schema import first_error
 from master.core.paths import SCHEMAS
 from master.core.run_cli import UserError
+from master.inventory.addresses import card_of
 from master.inventory.hostfile import read_hostfile
 from master.ssh.node_names import Node, parse_node, read_nodes
 from master.ssh.route import Login, SshOptions
@@ -47,8 +49,6 @@ def empty_cluster() -> dict[str, Any]:
 
 def read_cluster(path: Path) -> dict[str, Any]:
     """Return a checked cluster.json; an empty one if there is none. Raises ClusterError with the first fault's path."""
-    import jsonschema
-
     try:
         cluster = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -56,11 +56,8 @@ def read_cluster(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise ClusterError(f"{path}: {why}: delete it; it will be written again") from None
-    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
-    faults = sorted(validator.iter_errors(cluster), key=lambda reason: [str(part) for part in reason.absolute_path])
-    if faults:
-        raise ClusterError(f"{path}: {faults[0].json_path}: {faults[0].message[:200]}: delete it; it will be written "
-                           "again")
+    if found := first_error(SCHEMA, cluster):
+        raise ClusterError(f"{path}: {found}: delete it; it will be written again")
     return cluster
 
 
@@ -70,10 +67,8 @@ def receive_rate_mbit(known: Mapping[str, Any], cluster: Mapping[str, Any]) -> f
              if pair["to"] == known.get("name") and pair["bandwidth_bytes_per_s"]]
     if rates:
         return float(max(rates)) * 8 / 1e6
-    for card in known.get("facts", {}).get("nics") or []:
-        if card["mbit"] and known.get("address") in [word.split("/")[0] for word in card["addresses"]]:
-            return float(card["mbit"])
-    return GIGABIT
+    card = card_of(known.get("facts", {}), known.get("address"))
+    return float(card["mbit"]) if card and card["mbit"] else GIGABIT
 
 
 def known_by_name(cluster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,13 +6,13 @@ terminal codes and other rubbish may surround it. `invoke detect` shows this mac
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import secrets
 from dataclasses import dataclass, fields
 from typing import Any
 
+from master.core.json_schema import first_error
 from master.core.paths import SCHEMAS
 from master.core.run_cli import UserError
 
@@ -108,19 +108,10 @@ def parse_report(text: str, nonce: str) -> GpuReport:
     raise ReportError(f"the GPU report is cut short or garbled after {len(text) - places[-1]} characters")
 
 
-@functools.lru_cache(maxsize=1)
-def validator() -> Any:
-    """Return the schema's validator; jsonschema is loaded when the first report is here."""
-    import jsonschema
-
-    return jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
-
-
 def check_report(raw: Any) -> GpuReport:
     """Return a decoded report as data; raise ReportError with the path of the first fault."""
-    faults = sorted(validator().iter_errors(raw), key=lambda reason: [str(part) for part in reason.absolute_path])
-    if faults:
-        raise ReportError(f"{faults[0].json_path}: {faults[0].message[:200]}")
+    if error := first_error(SCHEMA, raw):
+        raise ReportError(error)
     check_slots(raw)
     check_texts(raw)
     whole = {key: value for key, value in raw.items() if key != "schema"}

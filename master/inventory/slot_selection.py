@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from master.inventory.addresses import own_address_towards
 from master.inventory.gpu_query import GpuAnswer
 from master.inventory.gpu_report import GpuReport
 from master.inventory.hostfile import Slots
@@ -88,17 +89,6 @@ def with_own_address(answers: Sequence[HostAnswer]) -> list[HostAnswer]:
             if answer.found and answer.node and answer.node.is_local else answer for answer in answers]
 
 
-def own_address_towards(other: str) -> str | None:
-    """Return this machine's address on the way to another: a UDP socket that connects sends nothing."""
-    family = socket.AF_INET6 if ":" in other else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((other, 9))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])
-
-
 def duplicate_hosts(answers: Sequence[HostAnswer]) -> list[str]:
     """Return warnings on hosts that seem to be one machine under two names: same host key and same network cards.
 
@@ -114,3 +104,9 @@ def duplicate_hosts(answers: Sequence[HostAnswer]) -> list[str]:
             warnings.append(f"{answer.name} and {seen[identity]} are the same machine: name it once")
         seen.setdefault(identity, answer.name)
     return warnings
+
+
+def only_slots(host: dict[str, Any], use: Sequence[int]) -> dict[str, Any]:
+    """Return a host of cluster.json with only those GPUs whose slots train."""
+    gpus = [gpu for gpu in host["report"]["gpus"] if gpu["index"] in use]
+    return {**host, "report": {**host["report"], "gpus": gpus}}

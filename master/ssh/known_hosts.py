@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from master.ssh.route import Route, SshError
+
 KNOWN, UNKNOWN, CHANGED, REVOKED = "known", "unknown", "changed", "revoked"
 
 
@@ -73,6 +75,19 @@ def verdict_on(key: HostKey, entries: Sequence[KnownHost]) -> tuple[str, str]:
         if entry.key == key:
             return KNOWN, entry.place
     return (CHANGED, plain[0].place) if plain else (UNKNOWN, "")
+
+
+def refuse_changed_key(key: HostKey, entries: Sequence[KnownHost], route: Route) -> str:
+    """Return KNOWN or UNKNOWN; raise SshError for a key that changed, which may be an attack, or was revoked."""
+    verdict, place = verdict_on(key, entries)
+    host = str(route.node)
+    if verdict == REVOKED:
+        raise SshError(host, "host key", f"{key.fingerprint} is marked as revoked in {place}")
+    if verdict == CHANGED:
+        raise SshError(host, "host key", f"{key.kind} {key.fingerprint} is not the one in {place}",
+                       "ask its owner; if the machine was reinstalled: ssh-keygen -R "
+                       f"'{route.host_key_name}' -f {place.rpartition(':')[0]}")
+    return verdict
 
 
 def known_kinds_first(entries: Sequence[KnownHost], offered: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from master.core.run_cli import UsageError
+from master.core.terminal import confirm
 from master.ssh.route import SshOptions
 
 if TYPE_CHECKING:
@@ -100,11 +101,7 @@ def ask_about_keys(unknown_hosts: Sequence[UnknownHost]) -> bool:
           file=sys.stderr)
     for unknown in unknown_hosts:
         print(f"  {unknown.route.node}  {unknown.key.kind}  {unknown.key.fingerprint}", file=sys.stderr)
-    print("Trust them from now on? [yes/no] ", end="", file=sys.stderr, flush=True)
-    try:
-        return sys.stdin.readline().strip().lower() in ("yes", "y")
-    except KeyboardInterrupt:
-        return False
+    return confirm("Trust them from now on?")
 
 
 def question() -> Callable[[Sequence[UnknownHost]], bool] | None:

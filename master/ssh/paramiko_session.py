@@ -19,7 +19,7 @@ import paramiko
 
 from master.ssh.authentication import message_of
 from master.ssh.channel import Channel, SshChannel
-from master.ssh.known_hosts import CHANGED, REVOKED, HostKey, KnownHost, known_kinds_first, verdict_on
+from master.ssh.known_hosts import HostKey, KnownHost, known_kinds_first, refuse_changed_key
 from master.ssh.node_names import Node
 from master.ssh.route import NeedsOpenSsh, Route, SshError, SshOptions
 from master.ssh.session import OUTPUT_LIMIT, CommandResult
@@ -93,10 +93,10 @@ def communicate(channel: paramiko.Channel, stdin: bytes, seconds: float, host: s
 
 
 def handshake(route: Route, ssh: SshOptions, entries: Sequence[KnownHost]) -> tuple[paramiko.Transport, HostKey, str]:
-    """Connect and exchange keys; return the connection, the host's key and whether it's known (see host_keys.judge).
+    """Connect and exchange keys; return the connection, the host's key and whether it's known (KNOWN or UNKNOWN).
 
     `entries` is what is known of the host. Raises SshError, also for a key that changed or was revoked, and
-    BeyondParamiko for a server that has no cipher or key exchange in common with paramiko.
+    NeedsOpenSsh for a server that has no cipher or key exchange in common with paramiko.
     """
     host = str(route.node)
     for attempt in range(1, BANNER_TRIES + 1):
@@ -126,13 +126,11 @@ def handshake(route: Route, ssh: SshOptions, entries: Sequence[KnownHost]) -> tu
             time.sleep(random.uniform(0.3, 1.0))  # noqa: S311, spreads the retries
     remote = transport.get_remote_server_key()
     key = HostKey(remote.get_name(), remote.get_base64())
-    verdict, place = verdict_on(key, entries)
-    if verdict in (CHANGED, REVOKED):
+    try:
+        verdict = refuse_changed_key(key, entries, route)
+    except SshError:
         transport.close()
-        fix = ("ask whoever runs it; if the machine was set up anew: ssh-keygen -R "
-               f"'{route.host_key_name}' -f {place.rpartition(':')[0]}") if verdict == CHANGED else ""
-        raise SshError(host, "host key", f"{key.kind} {key.fingerprint} is not the one in {place}" if verdict == CHANGED
-                       else f"{key.fingerprint} is marked as revoked in {place}", fix)
+        raise
     transport.set_keepalive(15)
     return transport, key, verdict
 

@@ -119,8 +119,8 @@ def openssh_error(host: str, text: str) -> SshError:
     lines = [line for line in text.strip().splitlines() if line.strip()] or ["ssh failed without any output"]
     if "identification has changed" in text.lower():
         place = next((line.strip() for line in lines if line.startswith("Offending")), "the known one")
-        return SshError(host, "host key", f"not the one that is known: {place}", "ask whoever runs it; if the machine "
-                        "was set up anew, ssh-keygen -R takes the old one out")
+        return SshError(host, "host key", f"not the one that is known: {place}", "ask its owner; if the machine was "
+                        "reinstalled, ssh-keygen -R removes the old key")
     for words, stage in OPENSSH_STAGES:
         for line in reversed(lines):
             if words in line.lower():

@@ -17,7 +17,7 @@ from typing import Any
 
 from master.core.atomic_write import write_atomically
 from master.core.paths import ROOT
-from master.inventory.node_facts import load_worker
+from master.inventory.worker_script import load_worker
 from master.sync.file_trees import FileEntry, Tree, TreeError
 
 CACHE = "digests.json"

@@ -26,7 +26,8 @@ from typing import Any
 from master.core.paths import ROOT
 from master.inventory.gpu_query import query_gpus
 from master.inventory.gpu_report import GpuReport
-from master.inventory.node_facts import RemoteCheckout, local_facts, query_facts, torch_problems, version_problems
+from master.inventory.node_facts import RemoteCheckout, local_facts, query_facts
+from master.inventory.preflight import torch_problems, version_problems
 from master.ssh.route import SshError
 from master.ssh.session import Session
 from master.sync.file_trees import FileEntry, Tree, TreeError

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from master.core.paths import WORKER
-from master.inventory.node_facts import stdin_loader
+from master.inventory.worker_script import open_worker
 from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
@@ -27,7 +26,6 @@ from master.sync.file_trees import TreeError
 from master.sync.job_key import make_pem
 from master.sync.relay_peer import RelayPeer
 
-SCRIPT = WORKER / "receive_files.py"
 PYTHON = "python3 -X utf8"  # any will do that is 3.8 or newer; names are read the same in every locale
 # seconds between heartbeats; without one after which a node, whose disk may be slow, is lost
 HEARTBEAT_S, LOST = 3.0, 30.0
@@ -203,8 +201,7 @@ class Relay:
 
     def _work(self, session: Session) -> None:
         peer = self.peers[str(session.node)]
-        with contextlib.closing(session.open(f"exec {PYTHON} {stdin_loader(SCRIPT)}")) as channel:
-            channel.send(SCRIPT.read_bytes())
+        with contextlib.closing(open_worker(session, "receive_files.py", PYTHON)) as channel:
             peer.heard, peer.channel = time.monotonic(), channel
             messages = JsonChannel(channel, peer.host)
             while not self._ended.is_set() and peer.takes_part and not messages.ended:

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 from master.core.atomic_write import write_atomically
 from master.core.terminal import say
 from master.inventory.hostfile import Slots
-from master.inventory.node_facts import checkout_of
+from master.inventory.node_facts import checkout_of, query_facts, start_folder
 from master.ssh.channel import Channel
 from master.ssh.node_names import Node, parse_node
 from master.ssh.options import question
@@ -63,12 +63,11 @@ class MergedCheckpoint:
 Manifests = dict[int, dict[str, Any]]  # a host's complete.json by step
 
 
-def cd_to_start(host: str, known: Mapping[str, Any]) -> str:
-    """Return the shell's words that go where a host's ranks start: this folder there too, or lanspeed's."""
-    if parse_node(host).is_local:
-        return f"cd {shlex.quote(str(Path.cwd()))}"
-    folder = checkout_of(known.get(host, {})).folder
-    return f"{{ cd {shlex.quote(str(Path.cwd()))} 2>/dev/null || cd {shlex.quote(folder)}; }}"
+def cd_to_start(session: Session, known: Mapping[str, Any]) -> str:
+    """Return the shell command that changes to the folder where a host's ranks start. Raises SshError."""
+    checkout = checkout_of(known.get(str(session.node), {}))
+    facts = query_facts(session, checkout, {"marks": [str(Path.cwd())]})
+    return f"cd {shlex.quote(start_folder(facts, checkout))}"
 
 
 def read_manifests(text: str) -> Manifests:
@@ -150,7 +149,7 @@ def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], ssh: SshOpti
                f'[ -f "$manifest" ] && echo "{MANIFEST_MARK}" && cat "$manifest"; done; exit 0')
 
     def work(session: Session) -> str:
-        words = f"{cd_to_start(str(session.node), known)} && {{ {program}; }}"
+        words = f"{cd_to_start(session, known)} && {{ {program}; }}"
         return session.run(f"exec sh -c {shlex.quote(words)}", timeout=120).out
 
     results = run_on_all([parse_node(name) for name in names], ssh, work, question())
@@ -175,9 +174,9 @@ def _fetch(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: S
     say(f"checkpoint-{merged.step}: fetching its shards from {', '.join(map(str, wanted))} ({total / 1e6:,.1f} MB)")
 
     def work(session: Session) -> int:
-        host, shown = str(session.node), Progress(str(session.node))
+        shown = Progress(str(session.node))
         mine = " ".join(map(shlex.quote, wanted[session.node]))
-        program = (f"{cd_to_start(host, known)} && "
+        program = (f"{cd_to_start(session, known)} && "
                    f"cd {shlex.quote(str(run))}/checkpoints/checkpoint-{merged.step} || exit; "
                    f"echo '{MARK}'{sizes[session.node]}; tar -cf - -- {mine}; echo {END}$?")
         try:
@@ -229,7 +228,7 @@ def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: Ss
         size = tar_size([(scratch / name).stat().st_size for name in members])
         clear = f"rm -rf checkpoints/{step}" if len(lacking[host]) == len(merged.files) else ":"
         program = " && ".join([
-            cd_to_start(host, known), f"mkdir -p {place}/checkpoints", f"cd {place}", f"{{ {unsealed}:; }}", clear,
+            cd_to_start(session, known), f"mkdir -p {place}/checkpoints", f"cd {place}", f"{{ {unsealed}:; }}", clear,
             f"rm -f checkpoints/{step}/{MANIFEST}", f"head -c {size} | tar -xf - -C checkpoints",
             f"mv checkpoints/{METRICS} {coming}",
             f"if [ $(wc -c < {coming}) -gt $(cat {METRICS} 2>/dev/null | wc -c) ]; "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import secrets
 import shlex
-import socket
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError
 from master.core.terminal import one_line, say
-from master.inventory.node_facts import checkout_of, gpu_problems, local_facts, node_problems, torch_problems
+from master.inventory.addresses import own_address_towards
+from master.inventory.node_facts import checkout_of, local_facts, start_folder
+from master.inventory.preflight import gpu_problems, node_problems, torch_problems
 from master.ssh.node_names import parse_node
 from master.ssh.options import question
 from master.ssh.route import SshError, SshOptions
@@ -89,9 +90,7 @@ class Training:
         port = self.request.master_port or facts[first]["port"]
         write_launcher_record(self.run, self.name)
         self._announce(facts, address, port)
-        cwd = str(Path.cwd())
-        self.folders = {str(part.node): cwd if cwd in facts[str(part.node)]["there"] else part.place.folder
-                        for part in self.parts}
+        self.folders = {str(part.node): start_folder(facts[str(part.node)], part.place) for part in self.parts}
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "environment": self.variables, "arguments": self._arguments(),
                 "continue_without_master": self.request.supervision.survives_master,
@@ -112,15 +111,10 @@ class Training:
         if known or facts["address"]:
             return str(known or facts["address"])
         other = next(str(part.node.host) for part in self.parts if not part.node.is_local)
-        try:
-            target = (self.known.get(other, {}).get("address") or other, 9)
-            family, kind, *_, address = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind) as probe:
-                probe.connect(address)  # sends nothing: asks for the route
-                return str(probe.getsockname()[0])
-        except OSError as error:
-            raise UsageError(f"localhost comes first, and its address for {other} can't be told: {error}: let another "
-                             "host come first") from None
+        own = own_address_towards(self.known.get(other, {}).get("address") or other)
+        if own is None:
+            raise UsageError(f"localhost comes first, and there is no route to {other}: put another host first")
+        return own
 
     def _announce(self, facts: dict[str, dict[str, Any]], address: str, port: int) -> None:
         hosts = self.request.hosts

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from master.core.paths import WORKER
-from master.inventory.node_facts import RemoteCheckout, stdin_loader
+from master.inventory.node_facts import RemoteCheckout
+from master.inventory.worker_script import open_worker
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
@@ -59,10 +59,8 @@ class HostMetrics:
             self._thread.join(timeout=5)
 
     def _work(self, session: Session) -> None:
-        script, host = WORKER / "measure_node.py", str(session.node)
-        command = f"exec {shlex.quote(self._places[session.node].python)} {stdin_loader(script)} {self._every}"
-        with contextlib.closing(session.open(command)) as channel:
-            channel.send(script.read_bytes())
+        host, python = str(session.node), shlex.quote(self._places[session.node].python)
+        with contextlib.closing(open_worker(session, "measure_node.py", python, str(self._every))) as channel:
             messages, spoken = JsonChannel(channel, host, "gpus", MARK), time.monotonic()
             while not self._closed.is_set():
                 for measured in messages.receive(0.2):

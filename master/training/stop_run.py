@@ -13,11 +13,11 @@ import signal
 import time
 from pathlib import Path
 
-from master.core.paths import WORKER
 from master.core.terminal import say
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
-from master.inventory.node_facts import checkout_of, stdin_loader
+from master.inventory.node_facts import checkout_of
+from master.inventory.worker_script import open_worker
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import parse_node
 from master.ssh.options import question, ssh_options
@@ -71,9 +71,8 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
 
     def work(session: Session) -> int:
         host = str(session.node)
-        command = f"exec {shlex.quote(checkout_of(known.get(host, {})).python)} {stdin_loader(WORKER / 'run_node.py')}"
-        with contextlib.closing(session.open(command)) as channel:
-            channel.send((WORKER / "run_node.py").read_bytes())
+        python = shlex.quote(checkout_of(known.get(host, {})).python)
+        with contextlib.closing(open_worker(session, "run_node.py", python)) as channel:
             messages = JsonChannel(channel, host)
             messages.send({"end": job, "grace": options.grace})
             return wait_for_end(messages, host)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
-from master.core.paths import WORKER
-from master.inventory.node_facts import RemoteCheckout, query_facts, query_gpu_use, stdin_loader
+from master.inventory.node_facts import RemoteCheckout, query_facts, query_gpu_use
+from master.inventory.worker_script import open_worker
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
@@ -208,13 +208,11 @@ class ClusterJob:
         self._decided.wait()
         if self._job is None:
             return
-        command = f"exec {shlex.quote(part.place.python)} {stdin_loader(WORKER / 'run_node.py')}"
-        with contextlib.closing(session.open(command)) as channel:
+        with contextlib.closing(open_worker(session, "run_node.py", shlex.quote(part.place.python))) as channel:
             job = {**self._job, "job": self._name, "python": part.place.python, "patience": SILENCE_LIMIT_S,
                    "node_rank": list(self._parts).index(host), "folder": self._job["folders"][host],
                    "script": self._job["scripts"][host], "log": self._job["logs"][host],
                    "arguments": [part.place.translate_path(word) for word in self._job["arguments"]]}
-            channel.send((WORKER / "run_node.py").read_bytes())
             messages = JsonChannel(channel, host)
             messages.send(job)
             self._relay_events(host, messages)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from master.inventory.node_facts import runs_on, torch_problems
+from master.inventory.preflight import runs_on, torch_problems
 
 BUILT: dict[str, Any] = {
     "version": "2.13.0+cu130", "built_for": "CUDA 13.0", "archs": ["sm_75", "sm_80", "sm_90"], "error": None,

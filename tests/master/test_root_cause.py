@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from master.inventory.node_facts import gpu_problems, node_problems
+from master.inventory.preflight import gpu_problems, node_problems
 from master.training.root_cause import KILLED, RankExit, excerpt, first_cause
 
 LOST_PEER = ["Traceback (most recent call last):", "  File ...", "RuntimeError: [../gloo/transport/tcp/pair.cc:534] "

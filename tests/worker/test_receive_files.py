@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from master.inventory.node_facts import load_worker
+from master.inventory.worker_script import load_worker
 from master.sync.chunks import Chunks
 from master.sync.file_trees import Tree, named
 from master.sync.job_key import make_pem

@@ -23,7 +23,7 @@ from conftest import ROOT
 from patience import wait_until
 
 from master.core.paths import WORKER
-from master.inventory.node_facts import load_worker, stdin_loader
+from master.inventory.worker_script import load_worker, stdin_loader
 
 PROGRAM = """
 import os, signal, subprocess, sys, time

@@ -23,6 +23,7 @@ from trainer.estimate.flops import flops_per_token
 from trainer.model import document_attention, from_config, loading, lora
 from trainer.results import export, samples, summary
 from trainer.results.console import Console
+from trainer.results.loss_curve import draw_curve
 from trainer.results.samples import Samples
 from trainer.results.setup import Setup, Workload
 from trainer.training import memory_report
@@ -146,13 +147,13 @@ class Session:
         if self.stop.stopped:
             if setup.ranks.is_first:
                 run.finish("stopped", 0, step=step, waiting=waited)
-                run.draw_curve()
+                draw_curve(run)
             setup.console.result(f"stopped at step {step} of {self.workload.steps}; saved {run.checkpoints}/checkpoint-"
                                  f"{step}\ncontinue: the same command with --resume_from_checkpoint {run.path}")
         else:
             self._save()
             if setup.ranks.is_first:
-                run.draw_curve()
+                draw_curve(run)
                 found = summary.summary(setup, self.trainer, time.monotonic() - self._started, self._report.tokens)
                 run.finish("finished", 0, step=step, waiting=waited, summary=found)
                 summary.print_summary(setup, found, step, waited)
