@@ -35,8 +35,6 @@ PART = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
 SCRATCH = ".gathered"  # in the run folder
 METRICS, STILL_RUNNING = "metrics.jsonl", "@@GOES_ON"
 PATIENCE = 600.0  # seconds for a host to put away what it was sent
-BLOCK = 512  # bytes of tar's
-RECORD = 10240
 
 
 @dataclass
@@ -191,8 +189,9 @@ def _fetch(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: S
 
 def tar_size(sizes: Sequence[int]) -> int:
     """Return the bytes of a tar of files of these sizes, whose names are short."""
-    blocks = sum(BLOCK + -(-size // BLOCK) * BLOCK for size in sizes) + 2 * BLOCK
-    return -(-blocks // RECORD) * RECORD
+    block, record = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
+    size_of_all = sum(block + -(-size // block) * block for size in sizes) + 2 * block
+    return -(-size_of_all // record) * record
 
 
 class _Sink:
