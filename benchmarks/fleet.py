@@ -26,14 +26,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-NEVER_FETCHED = """
+OURS = """
 import sys
 from pathlib import Path
-from master.ssh.run_on_all import on_all
+from master.ssh.run_on_all import run_on_all
 from master.ssh.node_names import read_nodes
-from master.ssh.route import Access
-access = Access(ssh_config=Path(sys.argv[1]), connect_timeout=3, timeout=60)
-found = on_all(read_nodes(sys.argv[2:]), access, lambda session: session.run("echo ok").out)
+from master.ssh.route import SshOptions
+ssh = SshOptions(ssh_config=Path(sys.argv[1]), connect_timeout=3, timeout=60)
+found = run_on_all(read_nodes(sys.argv[2:]), ssh, lambda session: session.run("echo ok").out)
 print(sum(str(result) == "ok\\n" for result in found.values()))
 """
 
@@ -54,7 +54,7 @@ def measure(command: list[str], variables: dict[str, str]) -> tuple[float, float
 def clients(config: Path, names: list[str]) -> dict[str, tuple[list[str], dict[str, str]]]:
     """The commands that are compared, and their variables."""
     hosts = ",".join(names)
-    found = {"ours": ([sys.executable, "-c", NEVER_FETCHED, str(config), hosts], {"PYTHONPATH": str(ROOT)})}
+    found = {"ours": ([sys.executable, "-c", OURS, str(config), hosts], {"PYTHONPATH": str(ROOT)})}
     if shutil.which("pdsh"):
         found["pdsh"] = (["pdsh", "-R", "ssh", "-f", "64", "-w", hosts, "echo ok"],
                          {"PDSH_SSH_ARGS_APPEND": f"-F {shlex.quote(str(config))}"})

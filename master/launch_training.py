@@ -221,7 +221,7 @@ def act(options: argparse.Namespace, trainer_flags: list[str]) -> int:
 
         return stop(options.stop or None, options)
     if not (options.model or options.script or options.resume):
-        raise UsageError("which model? --model tiny (or a Hugging Face name, or a folder)")
+        raise UsageError("which model? invoke train --model tiny (or a Hugging Face name, or a folder)")
     if options.slots is not None and options.slots < 1:
         raise UsageError(f"--slots {options.slots}: at least 1")
     if options.nodes and options.hostfile:

@@ -99,4 +99,4 @@ def test_a_task_shows_no_password(words: list[str]) -> None:
 def test_a_task_without_its_model_says_how() -> None:
     done = invoke("train")
     assert done.returncode == 2
-    assert "invoke train --model tiny" in done.stderr
+    assert "which model? invoke train --model tiny" in done.stderr

@@ -153,7 +153,7 @@ def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], ssh: SshOpti
     results = run_on_all([parse_node(name) for name in names], ssh, work, question())
     for node, result in results.items():
         if isinstance(result, str) and STILL_RUNNING in result.splitlines():
-            raise RunError(f"{node}: the run is still running there: --stop {shlex.quote(str(run))} ends it")
+            raise RunError(f"{node}: the run is still running there: invoke stop {shlex.quote(str(run))}")
     good = {str(node): read_manifests(result) for node, result in results.items() if isinstance(result, str)}
     return good, [str(result) for result in results.values() if isinstance(result, SshError)]
 

@@ -78,7 +78,7 @@ class Training:
         mark.unlink(missing_ok=True)
         for host, each in facts.items():  # it may have been started from elsewhere, or outlived its launcher
             mine = [job for job in each["jobs"] if re.fullmatch(re.escape(job_prefix(self.run)) + "-[0-9a-f]{6}", job)]
-            found += [f"{host}: {job} is still running there: --stop {shlex.quote(str(self.run))} ends it"
+            found += [f"{host}: {job} is still running there: invoke stop {shlex.quote(str(self.run))}"
                       for job in mine]
         if found:
             for line in found:

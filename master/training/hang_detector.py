@@ -56,5 +56,5 @@ class HangDetector:
             return None
         self._warned = now
         last = "; ".join(f"{host}: {what}, {now - at:.0f} s ago" for host, (at, what) in sorted(self._signs.items()))
-        return (f"NO PROGRESS for {now - latest:.0f} s: no step, evaluation, checkpoint or output. Last activity:  "
+        return (f"NO PROGRESS for {now - latest:.0f} s: no step, evaluation, checkpoint or output. Last activity: "
                 f"{last or 'none'}. Ctrl-C stops")

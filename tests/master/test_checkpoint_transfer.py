@@ -98,7 +98,7 @@ def test_the_same_hosts_need_nothing_and_a_run_without_checkpoints_says_so(
     here = Slots("localhost", 2, (0, 1), "CPU")
     run = Path("runs") / "20260101-000000-x"
     assert gather_and_send(run, [here], [here], {}, SshOptions()) is None
-    with pytest.raises(RunError, match=r"can't be brought to other hosts or slots: no host has a complete one"):
+    with pytest.raises(RunError, match=r"can't be copied to other hosts or slots: no host has a complete one"):
         gather_and_send(run, [here], [Slots("localhost", 1, (0,), "CPU")], {}, SshOptions())
     folder = run / "checkpoints" / "checkpoint-4"
     folder.mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_a_newer_one_that_is_not_whole_is_told_and_passed_over(
     found = gather_and_send(run, before, [Slots("localhost", 1, (0,), "CPU")], {}, SshOptions())
     assert found == run / "checkpoints" / "checkpoint-4" and (found / "complete.json").exists()
     assert not (run / "checkpoints" / "checkpoint-8" / "complete.json").exists()
-    assert "parts of checkpoint-8 are nowhere: checkpoint-4 is the newest complete one" in capfd.readouterr().err
+    assert "checkpoint-8 is incomplete: checkpoint-4 is the newest complete one" in capfd.readouterr().err
 
 
 def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
     run = Path("runs") / "20260101-000000-y"
     job = subprocess.Popen(["sleep", "60"], env={**os.environ, "LANSPEED_JOB": f"{run.name}-abcdef"})
     try:
-        with pytest.raises(RunError, match="localhost: the run is still running there: --stop runs/20260101-000000-y "):
+        with pytest.raises(RunError, match="localhost: the run is still running there: invoke stop runs/2026"):
             gather_and_send(run, [], [Slots("localhost", 1, (0,), "CPU")], {}, SshOptions())
     finally:
         job.kill()

@@ -72,9 +72,9 @@ def test_data_that_is_another_than_here_is_named() -> None:
     other = {"/data": "d2", "models--gpt2": None}
     nodes = {"gpu1": node(), "gpu2": node(content=other), "gpu3": node(content=other)}
     assert [found.line() for found in grouped(content_findings(nodes, {"/data": "d1", "models--gpt2": "m1"}))] == [
-        "gpu2, gpu3: error: its /data is another than here: ranks would start from different weights, or learn "
+        "gpu2, gpu3: error: its /data differs from this machine's: ranks would start from different weights, or learn "
         "different text. invoke sync with the same --model and --dataset (or does it have more files than here?)",
-        "gpu2, gpu3: warning: models--gpt2 is not in its Hugging Face cache: it would be fetched there, if there is "
+        "gpu2, gpu3: warning: models--gpt2 is not in its Hugging Face cache: it would be downloaded there, if there is "
         "internet. invoke sync with the same --model and --dataset (or does it have more files than here?)"]
     assert not content_findings({"gpu1": node(missing=["/data"], content={"/data": None})}, {"/data": "d1"})
     assert [found.hosts for found in content_findings(nodes, {"/data": None})] == [("gpu1",)]

@@ -10,7 +10,7 @@ def test_signs_of_life_put_it_off() -> None:
     assert watch.overdue(9) is None
     watch.line("gpu1", 9)
     assert watch.overdue(18) is None
-    assert watch.overdue(20) == ("NO PROGRESS for 11 s: no step, evaluation, save or word. Last heartbeats: "
+    assert watch.overdue(20) == ("NO PROGRESS for 11 s: no step, evaluation, checkpoint or output. Last activity: "
                                  "gpu1: a line, 11 s ago. Ctrl-C stops")
     assert watch.overdue(25) is None and watch.overdue(31) is not None  # told again after as long
 

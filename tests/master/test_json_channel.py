@@ -54,6 +54,6 @@ def test_both_sides_speak_and_silence_is_no_end() -> None:
 
 
 def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_channel, "LONGEST", 100_000)
+    monkeypatch.setattr(json_channel, "MAX_LINE_BYTES", 100_000)
     with pytest.raises(SshError, match="a line of its output is too long"):
         all_of("head -c 300000 /dev/zero | tr '\\0' x; sleep 60")

@@ -26,8 +26,8 @@ def test_what_was_built_for_one_gpu_runs_on_another(archs: list[str], device: st
 def test_a_gpu_that_torch_was_not_built_for_is_named() -> None:
     assert torch_problems("gpu1", [0], BUILT) == []
     (fault,) = torch_problems("gpu1", [0, 1], BUILT)
-    assert str(fault) == ("gpu1: slot 1 (P100, sm_60) is nothing that torch 2.13.0+cu130 was built for "
-                          "(sm_75 sm_80 sm_90): --exclude gpu1:1")
+    assert str(fault) == ("gpu1: slot 1 (P100, sm_60): not supported by torch 2.13.0+cu130 "
+                          "(built for sm_75 sm_80 sm_90): --exclude gpu1:1")
     (fault,) = torch_problems("gpu1", [2], BUILT)
     assert "finds 2 devices, not slot 2" in str(fault)
 

@@ -12,7 +12,7 @@ LOST_PEER = ["Traceback (most recent call last):", "  File ...", "RuntimeError: 
 BUG = ["loading", "Traceback (most recent call last):", "  File \"mine.py\", line 3", "ValueError: bad"]
 
 
-@pytest.mark.parametrize(("ends", "lost", "said", "expected"), [
+@pytest.mark.parametrize(("exits", "lost", "said", "expected"), [
     ([], {}, {}, None),
     ([RankExit("a", 0, 0, 9.0)], {}, {}, None),
     ([RankExit("a", 0, 1, 2.0)], {}, {("a", 0): BUG}, "a, rank 0: exited with code 1"),
@@ -37,7 +37,7 @@ def test_the_first_cause_is_no_complaint_about_others(
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "--per_device_train_batch_size"),
     ("OSError: [Errno 28] No space left on device", "--save_total_limit"),
     ("RuntimeError: The server socket has failed to listen: EADDRINUSE", "--master-port"),
-    ("ModuleNotFoundError: No module named 'peft'", "make install"),
+    ("ModuleNotFoundError: No module named 'peft'", "invoke sync"),
     ("ValueError: bad", ""),
 ])
 def test_well_known_faults_have_a_hint(text: str, hint: str) -> None:

@@ -132,17 +132,17 @@ def is_asleep(process: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("python", "words", "fault", "mend"), [
+@pytest.mark.parametrize(("python", "words", "reason", "fix"), [
     ("3.7", ["--no-index", "torch"], "no Python there that fits", "sudo apt install python3"),
     ("", ["--no-index", "torch==2.13.0"], "No solution found when resolving dependencies: Because torch was not", ""),
     ("", ["--default-index", "http://127.0.0.1:9/simple", "torch"],
      "Failed to fetch: http://127.0.0.1:9/simple/torch/", "--wheelhouse DIR"),
 ])
 def test_what_uv_can_not_do_is_told_with_a_mend(here: LocalSession, tmp_path: Path, python: str, words: list[str],
-                                                reason: str, mend: str) -> None:
+                                                reason: str, fix: str) -> None:
     with pytest.raises(SshError) as caught:
         run(here, tmp_path / "lanspeed", *words, python=python or sys.executable)
-    assert reason in caught.value.reason and mend in (caught.value.fix or ""), caught.value
+    assert reason in caught.value.reason and fix in (caught.value.fix or ""), caught.value
 
 
 def test_a_wheelhouse_that_can_not_be_filled_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

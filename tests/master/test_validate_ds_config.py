@@ -137,7 +137,7 @@ def test_hosts_give_ranks_and_gpus(tmp_path: Path) -> None:
         bad = {**good, "hosts": [{**good["hosts"][0], "report": report}]}
         (tmp_path / "bad.json").write_text(json.dumps(bad))
         done = validate("--cluster", tmp_path / "bad.json", text=text)
-        assert done.returncode == 1 and "delete it, it is written anew" in done.stderr and not done.stdout
+        assert done.returncode == 1 and "delete it; it will be written again" in done.stderr and not done.stdout
     (tmp_path / "bad.json").write_text("[" * 100_000)
     assert "delete it" in validate("--cluster", tmp_path / "bad.json", text=text).stderr
     for words in (["--hostfile", tmp_path / "no"], ["--cluster", tmp_path / "no"]):
