@@ -119,7 +119,7 @@ def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None)
         return Hosts(tuple(hosts), read_cluster(hostfile.with_name("cluster.json")), hostfile)
     if options.include or options.exclude:
         raise UsageError("--include and --exclude need --hostfile or --nodes")
-    if Path("hostfile.txt").exists():
+    if Path("hostfile.txt").exists() and not options.resume:
         say("hostfile.txt is not used: --hostfile hostfile.txt trains on its hosts")
     return Hosts((choose_slots(options.slots, count_gpus(), os.environ),), empty_cluster(), None)
 

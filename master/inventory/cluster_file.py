@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -94,9 +95,9 @@ def update_cluster(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]
 
     try:
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_LIMIT_S):
-            cluster = read_cluster(path)
-            changed = change(cluster)
-            if not path.exists() or without_times(changed) != without_times(cluster):
+            before = read_cluster(path)
+            changed = change(copy.deepcopy(before))
+            if not path.exists() or without_times(changed) != without_times(before):
                 write_cluster(path, changed)
             return changed
     except Timeout:
