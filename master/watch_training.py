@@ -64,7 +64,7 @@ def look(run: Path) -> dict[str, Any]:
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, TypeError):  # a line may be half written
                 newest |= json.loads(line)
-    status = record.get("status", "starting")
+    status = record.get("status") or ("running" if newest else "starting")
     if status in ACTIVE and not is_active(run):
         status = "not running any more"
     launcher = read_launcher_record(run)
