@@ -57,7 +57,7 @@ def test_three_machines_on_slow_links_learn_what_one_process_learns(
     for host in desk.hosts.values():
         host.network("tc qdisc add dev eth0 root tbf rate 100mbit burst 64kb latency 100ms")
     code, output = desk.run(*SMALL, "--max_steps", "4", "--num_samples", "0")
-    assert code == 0 and "world size  3 (gpu1 x 1, gpu2 x 1, gpu3 x 1)" in output, output
+    assert code == 0 and "world size    3 (gpu1 x 1, gpu2 x 1, gpu3 x 1)" in output, output
     assert_nothing_left(desk)
     record = json.loads((desk.run_folder / "run.json").read_text())
     assert 0 < record["waiting"]["network"] < 1 and f"{record['waiting']['network']:.0%} of the steps' time" in output

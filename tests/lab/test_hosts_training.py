@@ -32,7 +32,7 @@ def test_two_machines_make_one_model(desk: Desk) -> None:
     code, output = desk.run(*SMALL, "--max_steps", "3")
     assert code == 0, output
     assert "training on 2 hosts, 2 CPU slots (gpu1 x 1, gpu2 x 1), rank 0 at 10.77.0.11:" in output
-    assert "world size  2 (gpu1 x 1, gpu2 x 1)" in output
+    assert "world size    2 (gpu1 x 1, gpu2 x 1)" in output
     record = json.loads((desk.run_folder / "run.json").read_text())
     assert (record["status"], record["world_size"]) == ("finished", 2)
     assert (desk.run_folder / "model" / "model.safetensors").exists()

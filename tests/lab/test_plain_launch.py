@@ -43,5 +43,5 @@ def test_a_hostfile_of_two_machines_trains(lab: Lab, texts: Path, cache: Path) -
     done = subprocess.run([*where[: where.index("invoke")], "sh", "-c", command], capture_output=True, text=True,
                           stdin=subprocess.DEVNULL, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "world size  2 (gpu1 x 1, gpu2 x 1)" in done.stdout + done.stderr
+    assert "world size    2 (gpu1 x 1, gpu2 x 1)" in done.stdout + done.stderr
     assert (desk / "run" / "model" / "model.safetensors").exists()
