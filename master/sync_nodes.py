@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--index-url", default="", metavar="U", help="package index instead of PyPI and PyTorch's")
     flag("--wheelhouse", type=Path, metavar="DIR",
          help="for nodes without internet: wheels go from this folder here, which is filled if it lacks some")
-    flag("--overwrite", action="store_true", help="replace files that are there with other content")
+    flag("--overwrite", action="store_true", help="replace files that exist there with different content")
     flag("--dry-run", action="store_true", help="print what would be sent")
     flag("--remove", action="store_true", help="remove everything that lanspeed put there")
     flag("--json", action="store_true", help="print what was done as JSON")

@@ -57,9 +57,13 @@ def boot_id() -> str | None:
 
 
 def started_at(pid: int) -> str | None:
-    """Return when a process was started, in the kernel's ticks; None if there is none."""
+    """Return when a process was started, in the kernel's ticks; None if there is none, or it has ended.
+
+    In a container whose first process collects no children, one that has ended stays as a zombie.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if words[0] in "ZX" else words[19]
     except (OSError, IndexError):
         return None
 

@@ -104,7 +104,7 @@ def test_what_somebody_else_put_there_is_never_touched(desk: BareDesk) -> None:
     mine.write_text("edited by hand")
     (data / "a.txt").write_text("two")
     found = desk.sync("--dataset", "data", expect=1)
-    assert f"{mine} stands there with other content, and lanspeed did not put it there" in found["gpu1"]["error"]
+    assert f"{mine} exists there with different content, and lanspeed did not put it there" in found["gpu1"]["error"]
     assert mine.read_text() == "edited by hand" and not found["gpu2"]["error"]
     assert (arrived(desk.hosts["gpu2"]) / "a.txt").read_text() == "two"
     gone = subprocess.run(desk.words("--remove"), capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from master.training.launcher_process import RunningError, ensure_not_running, is_active, write_launcher_record
+from master.training.launcher_process import (
+    RunningError,
+    ensure_not_running,
+    is_active,
+    started_at,
+    write_launcher_record,
+)
 from master.training.run_folder import RunError, find_run, trainer_words
 from master.watch_training import host_lines
 
@@ -97,3 +104,10 @@ def test_a_host_is_a_line_with_its_gpus_or_why_it_is_silent() -> None:
     assert host_lines(state) == [
         "  gpu1: GPU 0: 97 % 71 °C; GPU 1: ?, 20.0/24 GiB; 20.0/24 GiB, eth0 in 110.0, out 0.0 of 125 MB/s",
         "  gpu2: TCP: no route, 9 s ago: 10:00:00 [1] up", "  gpu3: asked"]
+
+
+def test_a_launcher_that_nobody_waited_for_has_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
+        assert started_at(ended.pid) is None
+    assert started_at(os.getpid())
