@@ -735,8 +735,8 @@ def prepare(manifest: dict[str, Any], record: Record) -> tuple[Store, dict[str, 
     faults = store.short_of_room({} if has_one else {home: manifest["room"]})
     if store.foreign:
         others = f" and {len(store.foreign) - 1} more" if len(store.foreign) > 1 else ""
-        faults.append(f"{store.foreign[0]}{others} exists there with different content, and lanspeed did not put it there: "
-                      "move it away, or --overwrite")
+        faults.append(f"{store.foreign[0]}{others} exists there with different content, and lanspeed did not put it "
+                      "there: move it away, or --overwrite")
     tell(event="plan", roots=roots, missing=sorted(store.missing), bytes=store.bytes_of(store.missing), faults=faults)
     return store, roots
 
