@@ -6,7 +6,8 @@
 Peers: transformers' Trainer on text that is concatenated and cut, as run_clm.py does it; TRL's SFTTrainer with its
 defaults for data (a document a row, what is longer cut off, padded to the longest), and so many documents a step that
 they have as many tokens; a loop written by hand around deepspeed.initialize, which is given our packed rows. Ours makes
-so many optimizer steps, the others train on as many useful tokens, which are those that carry loss; each by itself with
+so many optimizer steps, the others train on as many useful tokens, which are those that are trained; each by itself
+with
 one thread, in turns, another seed each round; float32, AdamW, the same learning rate and clipping. Then the loss of the
 same held-out documents is taken.
 """

@@ -16,6 +16,6 @@ def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
 
 
 def steps_made(path: Path) -> int:
-    """Return how many steps the run in a folder has told of."""
+    """Return how many steps the run in a folder has reported."""
     metrics = path / "metrics.jsonl"
     return metrics.read_text().count('"loss"') if metrics.exists() else 0

@@ -29,7 +29,7 @@ from trainer.options import parse_options
 from trainer.results.console import Console
 
 CAUSE_FIRST_S = 3  # a launcher looks at its ranks once a second, and should find the one that failed first
-# What gloo, NCCL and torch's store say when the process at the other end has gone.
+# What gloo, NCCL and torch's store say when the process at the other end has ended.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe")
 
 

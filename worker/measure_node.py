@@ -4,7 +4,7 @@
     python3 worker/measure_node.py 2 < /dev/tty
 
 `invoke watch` streams this file over SSH and reads. It ends with its input, or after half a minute without any: nothing
-stays behind when whoever watches has gone. Standard library only, Python 3.8 or newer.
+stays behind when the watcher has disconnected. Standard library only, Python 3.8 or newer.
 """
 
 from __future__ import annotations

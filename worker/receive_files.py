@@ -61,7 +61,7 @@ class CorruptData(Exception):
 
 
 class ConnectionLost(Exception):
-    """The master has gone, or has had enough."""
+    """The master has disconnected."""
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -200,7 +200,7 @@ class Store:
                               and (path in folders or any(folder in wanted for folder in above(path)))])
 
     def examine(self) -> None:
-        """Find out what is here; the master is told how far that is."""
+        """Find out what is here, and report the progress."""
         for file in self.files:
             self._examine(file)
         for _, root, path, target in self.links:
@@ -319,7 +319,7 @@ class Store:
         os.replace(scratch, target)
 
     def put(self, number: int, data: bytes | bytearray) -> None:
-        """Write a piece that has come; raise Spoilt if it isn't what was announced, Fault if it can't be written."""
+        """Write a chunk; raise CorruptData if it isn't what was announced, NodeError if it can't be written."""
         with self._putting:
             if number in self.missing:
                 self._put(number, data)
@@ -569,7 +569,7 @@ def serve(listening: socket.socket, context: ssl.SSLContext, store: Store) -> No
 
 def give(connection: socket.socket, context: ssl.SSLContext, store: Store) -> None:
     """Answer each asked number with its piece, with heartbeats until it is here."""
-    with contextlib.suppress(OSError, IndexError):  # it has gone, or asks for what there isn't
+    with contextlib.suppress(OSError, IndexError):  # it has disconnected, or asks for what doesn't exist
         connection.settimeout(SILENCE)
         with context.wrap_socket(connection, server_side=True) as peer:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -721,7 +721,7 @@ def seldom(seconds: float, act: Callable[..., None]) -> Callable[..., None]:
 
 
 def prepare(manifest: dict[str, Any], record: Record) -> tuple[Store, dict[str, str]]:
-    """Return what is here of the announced trees, and each tree's root; the master is told."""
+    """Return what is here of the announced trees, and each tree's root, and report them."""
     looks_only = manifest["dry_run"]
     store, roots = Store(record, manifest["overwrite"], looks_only), {}
     for tree in manifest["trees"]:
@@ -810,7 +810,7 @@ def remove(record: Record) -> int:
 
 
 def main() -> int:
-    """Say hello, then do as told; return 0, 1 after a fault or where the master has gone."""
+    """Say hello, then follow orders; return 0, 1 after an error or if the master has disconnected."""
     master = Master()
     meeting = os.path.join(HOME, f"meet-{secrets.token_hex(8)}")
     try:

@@ -9,7 +9,7 @@ Standard input is the control channel: a first line with the job as JSON, then {
 {"stop": seconds} for an orderly end, {"fail": why} after a failure elsewhere, {"kill": true} for an end at once.
 Standard output has one JSON object a line, each with "event": beat, started, line (what a rank printed), progress (what
 it does), metrics, rank (how one ended), ended. Silence or the end of the input means that the master is gone. A first
-line {"end": job, "grace": seconds} ends a job whose master has gone. Standard library only, Python 3.8+.
+line {"end": job, "grace": seconds} ends a job whose master has disconnected. Standard library only, Python 3.8+.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LINE_LIMIT = 16384  # characters of a printed line that are passed on
 TAIL_BLOCK = 1 << 16
 
 
-kept_in: list[str] = []  # the log that lines go to once the master is gone and the job goes on
+kept_in: list[str] = []  # the log that lines go to once the master is lost and the job continues
 
 
 def keep_in(path: str, why: str) -> None:
@@ -68,7 +68,7 @@ def say(**fields: object) -> None:
         sys.stdout.write(json.dumps(fields) + "\n")
         sys.stdout.flush()
     except (OSError, ValueError):
-        pass  # the master has gone; the silence on the input tells the same
+        pass  # the master has disconnected; the silence on the input shows the same
 
 
 def read_line() -> bytes:
@@ -164,7 +164,8 @@ def parent_of(pid: int) -> int:
 
 
 def end_abandoned(job: str, grace: float) -> None:
-    """End a job whose master has gone: ask its ranks to save, kill what is left after `grace` seconds, tell of it."""
+    """End a job whose master has disconnected: ask its ranks to save, kill what is left after `grace` seconds, report
+    it."""
     pids = [pid for pid, state in processes(job).items() if state not in "ZX"]
     ranks = {pid for pid in pids if has_rank(pid)}
     for pid in ranks:
@@ -311,7 +312,7 @@ class Node:
         self.heard = self.said = time.monotonic()
         self.buffer = b""
         self.guard = 0
-        self.deaf = False  # the master is gone, and the job goes on
+        self.deaf = False  # the master is lost, and the job continues
         self.gone: list[int] = []  # ranks that somebody else has waited for, in the order in which they ended
         self.files: dict[int, int] = {}  # pid -> a file descriptor that turns readable as the process ends
         self.progress = os.path.join(self.logs, "progress")
@@ -427,7 +428,7 @@ class Node:
             self.lose_master(f"the master is silent for {self.patience:.0f} s")
 
     def lose_master(self, why: str) -> None:
-        """End the job, or let it go on if that was asked for."""
+        """End the job, or let it continue if that was asked for."""
         self.deaf = True
         if not self.job.get("continue_without_master"):
             self.end(why, PATIENCE)

@@ -54,7 +54,7 @@ class BareDesk:
                 "--host-keys", "accept-new", "--connect-timeout", "4", "--no-env"]
 
     def sync(self, *more: str, expect: int = 0) -> dict[str, dict[str, Any]]:
-        """Sync, and return what is told of each host."""
+        """Sync, and return what is reported of each host."""
         done = subprocess.run([*self.words(*more), "--json"], capture_output=True, text=True, timeout=200,
                               stdin=subprocess.DEVNULL)
         assert done.returncode == expect and done.stdout, done.stdout + done.stderr

@@ -123,7 +123,7 @@ def test_a_firewall_is_found_in_its_direction(desk: Desk) -> None:
 def test_ranks_that_do_not_add_up_are_told_of(desk: Desk) -> None:
     code, _, found = check(desk, variables=("GLOO_SOCKET_IFNAME=lo",))
     (error,) = texts(found, "error")
-    assert code == 1 and "the all-reduce test failed: " in error and "did not come to the first sum" in error
+    assert code == 1 and "the all-reduce test failed: " in error and "did not join the all-reduce test" in error
 
 
 def test_a_machine_that_is_off_costs_the_others_nothing(desk: Desk) -> None:

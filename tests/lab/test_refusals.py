@@ -1,4 +1,4 @@
-"""Machines that let nobody in, or not many at once: each is told for what it is, and costs the others nothing."""
+"""Machines that refuse logins, or many at once: each is reported for what it is, and costs the others nothing."""
 
 from __future__ import annotations
 

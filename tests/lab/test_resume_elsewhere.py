@@ -1,4 +1,5 @@
-"""A run that goes on elsewhere: on other hosts, or more or fewer of them, whose disks have none of its checkpoints."""
+"""A run that is resumed elsewhere: on other hosts, or more or fewer of them, whose disks have none of its
+checkpoints."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def test_an_adapter_on_conversations_goes_from_two_hosts_to_another_and_back_to_
     assert "checkpoint-4 was written by 2 ranks, 1 resume it: global batch 4 as before, 2 micro x 2 accum" in output
     on(desk, "gpu1", "gpu2")  # where an older one still lies
     code, output = desk.run(*again, "--max_steps", "8")
-    assert code == 0 and "checkpoint-6 was written by 1 ranks, 2 go on" in output, output
+    assert code == 0 and "checkpoint-6 was written by 1 ranks, 2 resume it" in output, output
     alone = train(*FLAGS[1:], "--lora", "4", "--learning_rate", "1e-2", "--max_steps", "8",
                   "--per_device_train_batch_size", "4", data=data)
     assert losses(run) == pytest.approx(alone.losses(), abs=1e-3) and len(losses(run)) == 8

@@ -190,7 +190,7 @@ def test_bad_data_is_told_once_by_two_ranks(environment: dict[str, str], tmp_pat
 
 @contextmanager
 def launched(environment: dict[str, str], run: Path, texts: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A two-rank training that goes on until it is stopped."""
+    """A two-rank training that runs until it is stopped."""
     command = [sys.executable, str(TOOL), "--model", "tiny", "--dataset", str(texts), "--slots", "2", *words, *SMALL,
                "--max_steps", "100000", "--output_dir", str(run)]
     with (run.parent / "log.txt").open("wb") as log, subprocess.Popen(

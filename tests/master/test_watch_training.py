@@ -1,4 +1,4 @@
-"""`watch_training.py`: what it says of a run that goes on, has ended, or isn't there."""
+"""`watch_training.py`: what it prints of a run that is active, has ended, or isn't there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seals: what is complete is told from what is half-written, damaged or in the way."""
+"""Verified checkpoints: what is complete is distinguished from what is half-written, damaged or in the way."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from trainer.checkpoint.verification import (
 LAYOUT = Layout(data="abc", world_size=2, engine="DeepSpeed ZeRO-1")
 
 
-def make(root: Path, step: int, sealed: bool = True) -> Path:
+def make(root: Path, step: int, complete: bool = True) -> Path:
     folder = root / f"checkpoint-{step}"
     (folder / "deep").mkdir(parents=True)
     (folder / "weights.bin").write_bytes(bytes(range(256)) * step)
     (folder / "deep" / "state.pt").write_bytes(b"state")
-    if sealed:
+    if complete:
         write_manifest(folder, LAYOUT)
     return folder
 
@@ -50,23 +50,23 @@ def test_damage_is_named(harm: object, what: str, tmp_path: Path) -> None:
 def test_survey_finds_the_good_ones_newest_first_and_names_the_bad(tmp_path: Path) -> None:
     for step in (5, 10, 100):
         make(tmp_path, step)
-    make(tmp_path, 200, sealed=False)
+    make(tmp_path, 200, complete=False)
     assert survey_checkpoints(tmp_path) == ([100, 10], {200: "half-written (no complete.json)"})
     assert survey_checkpoints(tmp_path / "nothing") == ([], {})
 
 
 def test_rotation_keeps_the_newest_good_ones(tmp_path: Path) -> None:
-    make(tmp_path, 5, sealed=False)
+    make(tmp_path, 5, complete=False)
     for step in (10, 20, 100):
         make(tmp_path, step)
-    make(tmp_path, 110, sealed=False)
+    make(tmp_path, 110, complete=False)
     rotate(tmp_path, keep=2)
     assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [20, 100, 110]
 
 
 def test_rotation_never_deletes_the_only_good_one(tmp_path: Path) -> None:
     make(tmp_path, 10)
-    make(tmp_path, 20, sealed=False)
+    make(tmp_path, 20, complete=False)
     rotate(tmp_path, keep=1)
     assert survey_checkpoints(tmp_path)[0] == [10]
 

@@ -44,7 +44,7 @@ def words(template: str | None = CHATML) -> Any:
 
 
 def told(document: str, tokenizer: Any) -> str:
-    """The tokens as words, those that carry loss in capitals."""
+    """The tokens as words, the trained ones in capitals."""
     found = encode(document, tokenizer)
     names = tokenizer.convert_ids_to_tokens(found.ids)
     assert len(found.ids) == len(found.loss_mask) == len(found.sizes)

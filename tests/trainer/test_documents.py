@@ -133,4 +133,4 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(tmp_path:
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == "org/small (train) 64 ['hello']\n", done.stderr
     done = subprocess.run([*run[:3], "org/none"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert "Fault: dataset 'org/none': neither a file or folder here nor to be had from the hub" in done.stderr
+    assert "UserError: dataset 'org/none': no such file or folder here, and the hub has none" in done.stderr

@@ -1,4 +1,5 @@
-"""Memory: the estimate against what torch really keeps, what advice saves, and that it is told when memory runs out."""
+"""Memory: the estimate against what torch really keeps, what advice saves, and that it is reported when memory runs
+out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models: packed documents don't see each other, and where they would, it is told."""
+"""Models: packed documents don't see each other, and where they would, it is reported."""
 
 from __future__ import annotations
 

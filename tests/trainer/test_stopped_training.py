@@ -1,4 +1,4 @@
-"""Trainings that are stopped, killed or run out of disk: what is saved, and that they go on from it."""
+"""Trainings that are stopped, killed or run out of disk: what is saved, and that they resume from it."""
 
 from __future__ import annotations
 

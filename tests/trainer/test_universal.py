@@ -55,7 +55,7 @@ def test_a_step_keeps_its_rows(micro: int, accumulation: int, rows: int, world: 
 
 
 def test_rows_that_cannot_be_shared_are_told() -> None:
-    with pytest.raises(UserError, match=r"16 rows in this run, which 3 ranks .* go on with 1, 2, 4, 8, 16 ranks"):
+    with pytest.raises(UserError, match=r"16 sequences in this run, which 3 ranks .* resume with 1, 2, 4, 8, 16 ranks"):
         universal.keep_global_batch(options(8, 1), 16, 3)
 
 

@@ -33,7 +33,7 @@ def keep_global_batch(options: argparse.Namespace, rows: int, world_size: int) -
     if rest:
         fitting = [str(count) for count in range(1, rows + 1) if rows % count == 0][:8]
         raise UserError(f"a step has {rows} sequences in this run, which {world_size} ranks can't share evenly: "
-                        f"go on with {', '.join(fitting)} ranks", shared=True)
+                        f"resume with {', '.join(fitting)} ranks", shared=True)
     micro = next(size for size in range(min(options.per_device_train_batch_size, each), 0, -1) if each % size == 0)
     options.per_device_train_batch_size, options.gradient_accumulation_steps = micro, each // micro
 

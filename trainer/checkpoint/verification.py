@@ -95,13 +95,13 @@ def read_layout(folder: Path) -> Layout:
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if every file is as the manifest says."""
     try:
-        sealed = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text())["files"]
     except FileNotFoundError:
         return f"half-written (no {MANIFEST})"
     except (OSError, ValueError, KeyError):
         return f"damaged ({MANIFEST} is unreadable)"
     present = file_sums(folder)
-    for name, expected in sealed.items():
+    for name, expected in files.items():
         if name not in present:
             return f"damaged ({name} is missing)"
         if present[name] != expected:
@@ -131,8 +131,8 @@ def survey_checkpoints(root: Path) -> tuple[list[int], dict[int, str]]:
 def rotate(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` complete checkpoints, and half-written ones older than those."""
     folders = list_checkpoints(root)
-    sealed = [folder for folder in folders if (folder / MANIFEST).exists()]
-    oldest_kept = step_of(sealed[-keep:][0]) if sealed else 0
+    complete = [folder for folder in folders if (folder / MANIFEST).exists()]
+    oldest_kept = step_of(complete[-keep:][0]) if complete else 0
     for folder in folders:
         if step_of(folder) < oldest_kept:
             # The manifest goes first: a deletion that is interrupted must not leave a checkpoint that looks valid.

@@ -1,7 +1,8 @@
 """Data that is read while it is trained on: an endless stream of sequences, one per rank, which can be resumed.
 
 Documents are numbered as they come; rank r of n takes each n-th. It packs as many as fill a few hundred rows, shuffles
-those rows, and goes on; after the last document it begins again. Where a row came from can be told, so that a run goes
+those sequences, and continues; after the last document it starts again. Where a sequence came from is known, so that
+a run
 on with the next row: the documents before are read past, not tokenized.
 """
 
@@ -137,7 +138,8 @@ def save(stream: Stream, sequences: int, checkpoint: Path, rank: int) -> None:
 
 
 def load(stream: Stream, checkpoint: Path, rank: int) -> None:
-    """Have a stream go on after the rows that were trained on. Raises UserError where a checkpoint doesn't say."""
+    """Have a stream continue after the sequences that were trained on. Raises UserError where a checkpoint doesn't
+    say."""
     try:
         state = json.loads(state_file(checkpoint, rank).read_text())
         stream.resume_at(StreamPosition(state["turn"], state["document"], state["rows"]), state["read"])

@@ -55,7 +55,7 @@ class CommunicationTimer(TrainerCallback):
         return event
 
     def timed(self, call: Callable[..., Any], *words: Any, **named: Any) -> Any:
-        """Call a function and count the time until it, or the stream that it holds up, goes on."""
+        """Call a function and count the time until it, or the stream that it holds up, continues."""
         if self._began is None:
             return call(*words, **named)
         before = self._mark()

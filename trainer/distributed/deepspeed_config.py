@@ -193,7 +193,7 @@ def set_environment(on_cpu: bool, local_world_size: int) -> None:
     """Set what DeepSpeed and accelerate read from the environment; call it before they are imported.
 
     The environment's own bin folder goes first on PATH, since a non-login shell hides ninja. A node whose GPU
-    driver is broken must fail, not train on its CPU in silence, so DeepSpeed is told the accelerator.
+    driver is broken must fail, not train on its CPU in silence, so the accelerator is named.
     """
     import torch
 

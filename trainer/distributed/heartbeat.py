@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 
-EVERY_S = 1.0  # a step or batch may be shorter: not each is told of
+EVERY_S = 1.0  # a step or batch may be shorter: not each is reported
 _told = 0.0
 
 
@@ -21,5 +21,5 @@ def report(what: str, often: bool = False) -> None:
         return
     _told = now
     path = os.path.join(folder, os.environ.get("RANK", "0"))
-    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:  # a full disk is told of elsewhere
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:  # a full disk is reported elsewhere
         file.write(what)

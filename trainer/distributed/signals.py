@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 class SignalWatch:
     """While entered: a first SIGINT or SIGTERM raises `flag` where there is one (steps are being made), else
-    raises Interrupted; a second one ends the process. After `finish` a first one is passed over: what is left is
+    raises Interrupted; a second one ends the process. After `finish` a first one is ignored: what is left is
     short and worth having."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Attention for packed rows on a CPU: document by document, so that none is computed between them, nor a mask made.
 
 On a GPU flash attention does the same where it's installed. A model for which this isn't the same as its usual
-attention goes on with that; the first look tells (first_look.py).
+that attention is kept; the preflight decides (preflight.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What transformers' Trainer is told: its arguments, the loggers beside metrics.jsonl, faster kernels."""
+"""The arguments of transformers' Trainer, the loggers beside metrics.jsonl, faster kernels."""
 
 from __future__ import annotations
 

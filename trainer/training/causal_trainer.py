@@ -1,7 +1,7 @@
 """transformers' Trainer, made right for causal LMs over several machines.
 
 It differs in four ways: the evaluation loss is the loss of all tokens divided by their number, over all ranks;
-checkpoints are sealed and rotated on every machine; trained tokens are counted; SIGTERM stops all ranks at
+checkpoints are verified and rotated on every machine; trained tokens are counted; SIGTERM stops all ranks at
 the same step.
 """
 
@@ -30,7 +30,7 @@ from trainer.errors import UserError
 
 
 class CausalTrainer(Trainer):
-    """A Trainer whose batches are `packing.Rows`, evaluated by tokens, with sealed checkpoints.
+    """A Trainer whose batches are `packing.PackedSequences`, evaluated by tokens, with verified checkpoints.
 
     `eval_bytes` is the UTF-8 size of the evaluation's text (None if unknown), `layout` what a checkpoint must share
     with the training that continues it, `keep` the number of good checkpoints to keep.

@@ -1,4 +1,4 @@
-"""What is told of the steps while they are made: lines of metrics.jsonl, the bar, each evaluation's result."""
+"""Progress reports while steps are made: lines of metrics.jsonl, the bar, each evaluation's result."""
 
 from __future__ import annotations
 

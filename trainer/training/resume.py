@@ -18,7 +18,8 @@ from trainer.results.run_folder import RunFolder
 def choose_checkpoint(
     options: argparse.Namespace, run: RunFolder, ranks: Ranks, layout: Layout, console: Console
 ) -> Path | None:
-    """Return the checkpoint to continue from, or None to start anew; damaged ones are named and passed over.
+    """Return the checkpoint to continue from, or None to start from the beginning; damaged ones are reported and
+    skipped.
 
     Raises UserError where nothing good is found though a path was named, where the checkpoint doesn't fit this
     training, and where a new run would write into the folder of an old one.
@@ -64,7 +65,7 @@ def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, 
     if config is not None:
         universal.free_batch(config)
     same = written.world_size == ranks.world_size
-    who = "resumes as before" if same else f"was written by {written.world_size} ranks, {ranks.world_size} go on"
+    who = "resumes as before" if same else f"was written by {written.world_size} ranks, {ranks.world_size} resume it"
     console.say(f"{folder.name} {who}: global batch {written.batch} as before, "
                 f"{options.per_device_train_batch_size} micro x {options.gradient_accumulation_steps} accumulation")
     if same:

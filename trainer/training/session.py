@@ -138,7 +138,7 @@ class Session:
             setup.console.stop_bar()
 
     def finish(self) -> int:
-        """Save the model, or after a request to stop say how to go on; return 0."""
+        """Save the model, or after a request to stop print how to resume; return 0."""
         setup, run, step = self.setup, self.setup.run, self.trainer.state.global_step
         times = setup.ranks.all_gather_json("waiting", [self._communication.waited_s, self._communication.steps_s])
         waited = None
@@ -157,7 +157,7 @@ class Session:
                 found = summary.summary(setup, self.trainer, time.monotonic() - self._started, self._report.tokens)
                 run.finish("finished", 0, step=step, waiting=waited, summary=found)
                 summary.print_summary(setup, found, step, waited)
-        setup.ranks.barrier()  # no rank waits for one that has gone
+        setup.ranks.barrier()  # no rank waits for one that has exited
         torch.distributed.destroy_process_group()
         return 0
 
