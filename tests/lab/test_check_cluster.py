@@ -88,7 +88,7 @@ def test_a_clock_a_name_and_data_that_are_wrong_are_named(desk: Desk, tmp_path: 
         (folder / "a.txt").write_text(text)
     subprocess.run(late.words("mount", "--bind", str(others), str(notes)), check=True)
     code, said, found = check(desk, "--fast", "--nodes", "gpu1,gpu4", "--dataset", str(notes))
-    assert code == 1 and texts(found, "error") == [f"gpu4: its {notes} is another than here"], said
+    assert code == 1 and texts(found, "error") == [f"gpu4: its {notes} differs from this machine's"], said
     name, clock = sorted(texts(found, "warning"))
     assert re.fullmatch(r"gpu4: its clock is (8[5-9]|9[0-5]) s behind", clock)
     assert name == "gpu4: it knows gpu1 as 127.0.0.1, which is itself"

@@ -48,7 +48,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_is_named(victim: str, desk: Desk
     output, _ = job.communicate(timeout=60)
     rank = list(desk.hosts).index(victim)
     assert job.returncode == 1 and f": {victim}, rank {rank}: killed by SIGKILL" in output, output
-    assert "no sign of life" not in output  # the others ended at once, not because a host had fallen silent
+    assert "no answer for" not in output  # the others ended at once, not because a host had fallen silent
     assert "ran out of memory" in output and "Traceback" not in output.split("training failed")[0]
 
 
@@ -58,7 +58,7 @@ def test_a_machine_that_vanishes_ends_the_job(desk: Desk) -> None:
     desk.lab.switch.network("ip link set port12 down")
     wait_until(lambda: not job_processes(desk))
     output, _ = job.communicate(timeout=120)
-    assert job.returncode == 1 and ": gpu2: connection: no sign of life for 12 s" in output, output
+    assert job.returncode == 1 and ": gpu2: connection: no answer for 12 s" in output, output
 
 
 def test_an_exception_is_shown_with_its_end(desk: Desk) -> None:
@@ -180,7 +180,7 @@ def test_silence_is_told_of(desk: Desk) -> None:
     script.write_text("import time\nprint('up', flush=True)\ntime.sleep(6)\n")
     code, output = desk.run("--stall-timeout", "2", "--script", str(script))
     assert code == 0, output
-    assert re.search(r"NO PROGRESS for \d s: no step, evaluation, save or word. Last signs", output), output
+    assert re.search(r"NO PROGRESS for \d s: no step, evaluation, checkpoint or output. Last activity", output), output
     assert re.search(r"of life: gpu1: a line, \d s ago", output)
 
 

@@ -59,11 +59,11 @@ def test_an_adapter_on_conversations_goes_from_two_hosts_to_another_and_back_to_
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     again = ["--dataset", str(data), "--resume", str(run), *lora]
     code, output = desk.run(*again, "--max_steps", "4")  # the same hosts
-    assert code == 0 and "fetching its parts" not in output, output
+    assert code == 0 and "fetching its shards" not in output, output
     on(desk, "gpu3")
     code, output = desk.run(*again, "--max_steps", "6")
     assert code == 0, output
-    assert "checkpoint-4: fetching its shards from gpu1, gpu2" in output and "they lack of it to gpu3" in output
+    assert "checkpoint-4: fetching its shards from gpu1, gpu2" in output and "sending missing files to gpu3" in output
     assert "checkpoint-4 was written by 2 ranks, 1 resume it: global batch 4 as before, 2 micro x 2 accum" in output
     on(desk, "gpu1", "gpu2")  # where an older one still lies
     code, output = desk.run(*again, "--max_steps", "8")
