@@ -50,7 +50,7 @@ from master.inventory.gpu_query import query_gpus
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import BUSY_MIB, checkout_of, local_facts, query_facts
 from master.ssh.node_names import Node
-from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, question, ssh_flags, ssh_options
+from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, host_key_prompt, ssh_flags, ssh_options
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
@@ -109,7 +109,7 @@ def ask_nodes(nodes: Sequence[Node], known: Mapping[str, Any], wanted: Mapping[s
             text = str(result).removeprefix(f"{node}: ") if failed else "asked"
             answers.tell(str(node), "failed" if failed else "ok", text, failed=failed)
 
-        found = run_on_all(nodes, ssh, work, answers.paused(question()), tell)
+        found = run_on_all(nodes, ssh, work, answers.paused(host_key_prompt()), tell)
     facts = {str(node): result for node, result in found.items() if not isinstance(result, SshError)}
     lost = [Finding("error", (str(node),), f"{result.stage}: {result.reason}", "it can't train", result.fix or "")
             for node, result in found.items() if isinstance(result, SshError)]
@@ -172,7 +172,7 @@ def check(options: argparse.Namespace) -> int:
     if len(facts) > 1 and not options.fast:
         places = {node: checkout_of(known.get(str(node), {})) for node in nodes if str(node) in facts}
         addresses = addresses_of(facts, known)
-        pairs, lost = test_network(places, addresses, ssh, options.network, question(), say)
+        pairs, lost = test_network(places, addresses, ssh, options.network, host_key_prompt(), say)
         findings += network_findings(pairs, lost, facts, addresses)
     save_facts(path, facts, pairs)
     allreduce_line = ""

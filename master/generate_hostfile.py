@@ -35,7 +35,7 @@ from master.inventory.slot_selection import (
     with_own_address,
 )
 from master.ssh.node_names import Node, read_nodes
-from master.ssh.options import add_ssh_flags, question, ssh_options
+from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
 from master.ssh.route import SshError
 from master.ssh.run_on_all import run_on_all
 
@@ -73,7 +73,7 @@ def ask_hosts(nodes: Sequence[Node], options: argparse.Namespace) -> list[HostAn
                 answers.tell(str(node), "failed", (answer.reason or "").removeprefix(f"{node}: "), failed=True)
 
         found = run_on_all(nodes, ssh, lambda session: query_gpus(session, options.script_path),
-                           answers.paused(question()), tell)
+                           answers.paused(host_key_prompt()), tell)
     return with_own_address([answer_of(node, result) for node, result in found.items()])
 
 

@@ -26,7 +26,7 @@ from master.keys import host_blocks
 from master.keys.authorized_keys import install_key, key_is_there, remove_key
 from master.keys.key_pair import KeyPair, add_to_agent, find_pair, has_passphrase, make_pair
 from master.ssh.node_names import Node, read_nodes
-from master.ssh.options import OWN_KEY, add_ssh_flags, question, ssh_options
+from master.ssh.options import OWN_KEY, add_ssh_flags, host_key_prompt, ssh_options
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
@@ -102,7 +102,8 @@ def visit_once(
             else:
                 answers.tell(str(node), result.way, result.done)
 
-        return run_on_all(nodes, ssh, lambda session: visit(session, pair, options), answers.paused(question()), tell)
+        return run_on_all(nodes, ssh, lambda session: visit(session, pair, options),
+                          answers.paused(host_key_prompt()), tell)
 
 
 def visit_all(

@@ -30,7 +30,7 @@ from master.core.terminal import one_line, say
 from master.inventory import cluster_file
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, update_cluster, with_logins
 from master.ssh.node_names import Node
-from master.ssh.options import add_ssh_flags, question, ssh_options
+from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
@@ -107,7 +107,7 @@ def environments(nodes: Sequence[Node], peers: Mapping[str, RelayPeer], ssh: Ssh
 
         before = signal.signal(signal.SIGINT, lambda number, frame: stop.set())  # the threads look at it
         try:
-            results = run_on_all(nodes, ssh, work, progress.paused(question()))
+            results = run_on_all(nodes, ssh, work, progress.paused(host_key_prompt()))
         finally:
             signal.signal(signal.SIGINT, before)
         for node, result in results.items():
@@ -159,7 +159,7 @@ def sync(options: argparse.Namespace) -> int:
             chunks = Chunks(trees_of(options), progress.reading)
         addresses = {str(node): known.get(str(node), {}).get("address") for node in nodes}
         with Relay(nodes, ssh, addresses, progress.rows) as relay:
-            relay.reach(progress.paused(question()))
+            relay.reach(progress.paused(host_key_prompt()))
             if chunks is None:
                 relay.remove()
                 return report_removed(relay, path, options.json)

@@ -28,7 +28,7 @@ from master.inventory.cluster_file import known_by_name, read_cluster, with_logi
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
 from master.ssh.node_names import parse_node
-from master.ssh.options import add_ssh_flags, question, ssh_options
+from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
 from master.training.host_metrics import HostMetrics
 from master.training.launcher_process import is_active, read_launcher_record
 from master.training.run_folder import find_run
@@ -218,7 +218,7 @@ def watch(options: argparse.Namespace) -> int:
         run = find_run(options.run)
         status = look(run)["status"]
         if status in ACTIVE and (metrics := metrics_of(run, options)):
-            metrics.start(question())
+            metrics.start(host_key_prompt())
             if options.once or options.json:
                 metrics.wait(PATIENCE)
         if options.json:

@@ -21,7 +21,7 @@ from master.ssh.channel import Channel
 from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
-from master.ssh.run_on_all import Ask, run_on_all
+from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
 
 ANSWER = 15.0  # seconds that a node may take beyond the work itself
@@ -79,7 +79,8 @@ class Peer:
 
 
 def test_network(places: Mapping[Node, RemoteCheckout], addresses: Mapping[str, str], ssh: SshOptions, rates: bool,
-                 question: Ask | None, say: Callable[[str], None]) -> tuple[list[Pair], dict[str, str]]:
+                 host_key_prompt: HostKeyPrompt | None, say: Callable[[str], None]) -> tuple[list[Pair],
+                                                                                             dict[str, str]]:
     """Return what each node found of each other one, and the nodes that couldn't take part, with why.
 
     addresses: by host, the one on which it will be reached. With `rates` each pair sends alone, then all in a ring.
@@ -100,16 +101,16 @@ def test_network(places: Mapping[Node, RemoteCheckout], addresses: Mapping[str, 
             lost[str(node)] = f"{result.stage}: {result.reason}"
             arrived.release()
 
-    fleet = threading.Thread(target=run_on_all, args=(list(places), ssh, work, question, done),
-                             kwargs={"at_once": len(places)}, daemon=True)
-    fleet.start()
+    sessions = threading.Thread(target=run_on_all, args=(list(places), ssh, work, host_key_prompt, done),
+                                kwargs={"at_once": len(places)}, daemon=True)
+    sessions.start()
     try:
         for _ in places:
             arrived.acquire()
         pairs = connect_all([peers[str(node)] for node in places if str(node) in peers], addresses, rates, say)
     finally:
         finished.set()
-        fleet.join(timeout=ANSWER)
+        sessions.join(timeout=ANSWER)
     return pairs, {**lost, **{host: peer.lost for host, peer in peers.items() if peer.lost}}
 
 

@@ -104,6 +104,6 @@ def ask_about_keys(unknown_hosts: Sequence[UnknownHost]) -> bool:
     return confirm("Trust them from now on?")
 
 
-def question() -> Callable[[Sequence[UnknownHost]], bool] | None:
+def host_key_prompt() -> Callable[[Sequence[UnknownHost]], bool] | None:
     """Return the way to ask about host keys: on the terminal, or None without one."""
     return ask_about_keys if sys.stdin.isatty() and sys.stderr.isatty() else None

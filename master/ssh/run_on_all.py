@@ -40,11 +40,11 @@ class _Waiting:
     transport: paramiko.Transport
 
 
-Ask = Callable[[Sequence[UnknownHost]], bool]
+HostKeyPrompt = Callable[[Sequence[UnknownHost]], bool]
 
 
 def run_on_all(
-    nodes: Sequence[Node], ssh: SshOptions, work: Callable[[Session], T], ask: Ask | None = None,
+    nodes: Sequence[Node], ssh: SshOptions, work: Callable[[Session], T], ask: HostKeyPrompt | None = None,
     done: Callable[[Node, T | SshError], None] = lambda node, result: None, at_once: int = AT_ONCE,
 ) -> dict[Node, T | SshError]:
     """Do `work` with a session on every node; return its results, or why there is none, in the nodes' order.

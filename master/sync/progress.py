@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from master.core.terminal import is_terminal, one_line, say
 
 if TYPE_CHECKING:
-    from master.ssh.run_on_all import Ask, UnknownHost
+    from master.ssh.run_on_all import HostKeyPrompt, UnknownHost
     from master.sync.relay import RelayPeer
 
 TOLD_EVERY = 10.0  # seconds between two lines, without a terminal
@@ -43,7 +43,7 @@ class SyncProgress:
         if self._bars:
             self._bars.stop()
 
-    def paused(self, ask: Ask | None) -> Ask | None:
+    def paused(self, ask: HostKeyPrompt | None) -> HostKeyPrompt | None:
         """Return a question that is asked without moving lines in its way."""
         if ask is None or self._bars is None:
             return ask

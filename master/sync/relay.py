@@ -19,7 +19,7 @@ from master.inventory.worker_script import open_worker
 from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
-from master.ssh.run_on_all import Ask, run_on_all
+from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
 from master.sync.chunks import Chunks
 from master.sync.file_trees import TreeError
@@ -45,7 +45,7 @@ class Relay:
         self._feeders: list[threading.Thread] = []
         self._chunks: Chunks | None = None
         self._broken: TreeError | None = None
-        self._fleet: threading.Thread | None = None
+        self._sessions: threading.Thread | None = None
 
     def __enter__(self) -> Relay:
         return self
@@ -54,25 +54,25 @@ class Relay:
         self._ended.set()
         for feeder in self._feeders:
             feeder.join(timeout=5)
-        if self._fleet:
-            self._fleet.join(timeout=LOST)
+        if self._sessions:
+            self._sessions.join(timeout=LOST)
 
     # -- the course of it ----------------------------------------------------------------------------------------------
 
-    def reach(self, question: Ask | None) -> None:
+    def reach(self, host_key_prompt: HostKeyPrompt | None) -> None:
         """Get a session on every node and its hello; of nodes that share a home the first is for all."""
-        self._fleet = threading.Thread(target=self._reach_all, args=(question,), daemon=True)
-        self._fleet.start()
+        self._sessions = threading.Thread(target=self._reach_all, args=(host_key_prompt,), daemon=True)
+        self._sessions.start()
         self._wait(lambda peer: "hello" in peer.said)
         firsts: dict[str, RelayPeer] = {}
-        alike = []
+        shared_homes = []
         for peer in self._in():
             first = firsts.setdefault(peer.said["hello"]["id"], peer)
             if first is not peer:  # the same home, or one that was copied with its machine
-                alike.append((peer, first))
+                shared_homes.append((peer, first))
                 peer.tell({"look": first.said["hello"]["meet"]})
-        self._wait(lambda peer: "sees" in peer.said or peer not in [one for one, _ in alike])
-        for peer, first in alike:
+        self._wait(lambda peer: "sees" in peer.said or peer not in [one for one, _ in shared_homes])
+        for peer, first in shared_homes:
             if peer.takes_part and peer.said["sees"]["there"]:
                 peer.same_home = first.host
         for peer in self.peers.values():
@@ -191,13 +191,13 @@ class Relay:
 
     # -- a thread a node -----------------------------------------------------------------------------------------------
 
-    def _reach_all(self, question: Ask | None) -> None:
+    def _reach_all(self, host_key_prompt: HostKeyPrompt | None) -> None:
         def done(node: Node, result: SshError | None) -> None:
             text = str(result).removeprefix(f"{node}: ") if result else "it exited early"
             self._events.put((self.peers[str(node)], {"event": "over", "text": text}))
 
         nodes = [peer.node for peer in self.peers.values()]
-        run_on_all(nodes, self._ssh, self._work, question, done, at_once=len(nodes))
+        run_on_all(nodes, self._ssh, self._work, host_key_prompt, done, at_once=len(nodes))
 
     def _work(self, session: Session) -> None:
         peer = self.peers[str(session.node)]

@@ -23,7 +23,7 @@ from master.inventory.hostfile import Slots
 from master.inventory.node_facts import checkout_of, query_facts, start_folder
 from master.ssh.channel import Channel
 from master.ssh.node_names import Node, parse_node
-from master.ssh.options import question
+from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
@@ -150,7 +150,7 @@ def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], ssh: SshOpti
         words = f"{cd_to_start(session, known)} && {{ {program}; }}"
         return session.run(f"exec sh -c {shlex.quote(words)}", timeout=120).out
 
-    results = run_on_all([parse_node(name) for name in names], ssh, work, question())
+    results = run_on_all([parse_node(name) for name in names], ssh, work, host_key_prompt())
     for node, result in results.items():
         if isinstance(result, str) and STILL_RUNNING in result.splitlines():
             raise RunError(f"{node}: the run is still running there: invoke stop {shlex.quote(str(run))}")

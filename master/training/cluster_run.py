@@ -20,7 +20,7 @@ from master.inventory.addresses import own_address_towards
 from master.inventory.node_facts import checkout_of, local_facts, start_folder
 from master.inventory.preflight import gpu_problems, node_problems, torch_problems
 from master.ssh.node_names import parse_node
-from master.ssh.options import question
+from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.training.fetch_run import fetch_run
 from master.training.hang_detector import HangDetector
@@ -160,7 +160,7 @@ def run_once(training: Training, ssh: SshOptions) -> JobResult | None:
     job = ClusterJob(training.parts, ssh, training.wanted(), name, watched.grace, HangDetector(watched.stall_timeout),
                      training.approve)
     try:
-        return job.run(question(), RankOutput(training.run), say)
+        return job.run(host_key_prompt(), RankOutput(training.run), say)
     finally:
         training.stopped = job.stop_requested
         (training.run / f".{name}").unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from master.inventory.worker_script import open_worker
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
-from master.ssh.run_on_all import Ask, run_on_all
+from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
 
 MARK = b"@@MEASURED "
@@ -30,15 +30,16 @@ class HostMetrics:
         self._latest: dict[str, dict[str, Any]] = {str(node): {} for node in places}
         self._thread: threading.Thread | None = None
 
-    def start(self, question: Ask | None) -> HostMetrics:
-        """Begin; `question` decides on unknown host keys."""
+    def start(self, host_key_prompt: HostKeyPrompt | None) -> HostMetrics:
+        """Begin; `host_key_prompt` decides on unknown host keys."""
         def lost(node: Node, result: object) -> None:
             if isinstance(result, SshError):
                 self._latest[str(node)] = {"fault": f"{result.stage}: {result.reason}"}
 
         nodes: Sequence[Node] = list(self._places)
         self._thread = threading.Thread(
-            target=lambda: run_on_all(nodes, self._ssh, self._work, question, lost, at_once=len(nodes)), daemon=True)
+            target=lambda: run_on_all(nodes, self._ssh, self._work, host_key_prompt, lost, at_once=len(nodes)),
+            daemon=True)
         self._thread.start()
         return self
 

@@ -20,7 +20,7 @@ from master.inventory.node_facts import checkout_of
 from master.inventory.worker_script import open_worker
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import parse_node
-from master.ssh.options import question, ssh_options
+from master.ssh.options import host_key_prompt, ssh_options
 from master.ssh.route import SshError
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
@@ -77,7 +77,7 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
             messages.send({"end": job, "grace": options.grace})
             return wait_for_end(messages, host)
 
-    found = run_on_all(nodes, with_logins(ssh_options(options), cluster), work, question())
+    found = run_on_all(nodes, with_logins(ssh_options(options), cluster), work, host_key_prompt())
     for node, result in found.items():
         if isinstance(result, SshError):
             say(str(result))

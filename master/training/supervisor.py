@@ -23,7 +23,7 @@ from master.inventory.worker_script import open_worker
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
-from master.ssh.run_on_all import Ask, run_on_all
+from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
 from master.training.hang_detector import HangDetector
 from master.training.root_cause import RankExit
@@ -87,12 +87,13 @@ class ClusterJob:
         self._signals = 0
         self.result = JobResult()
 
-    def run(self, question: Ask | None, output: RankOutput, say: Callable[[str], None]) -> JobResult | None:
+    def run(self, host_key_prompt: HostKeyPrompt | None, output: RankOutput,
+            say: Callable[[str], None]) -> JobResult | None:
         """Run to the end and return what happened; None if it was cancelled before it began."""
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
         started = time.monotonic()
-        fleet = threading.Thread(target=self._reach_all, args=(question,), daemon=True)
-        fleet.start()
+        sessions = threading.Thread(target=self._reach_all, args=(host_key_prompt,), daemon=True)
+        sessions.start()
         try:
             if not self._collect_facts():
                 return None
@@ -101,7 +102,7 @@ class ClusterJob:
         finally:
             output.close()
             self._decided.set()
-            fleet.join(timeout=SILENCE_LIMIT_S + 10)
+            sessions.join(timeout=SILENCE_LIMIT_S + 10)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -192,11 +193,11 @@ class ClusterJob:
 
     # -- a thread a host -----------------------------------------------------------------------------------------------
 
-    def _reach_all(self, question: Ask | None) -> None:
+    def _reach_all(self, host_key_prompt: HostKeyPrompt | None) -> None:
         def done(node: Node, result: object) -> None:
             self._events.put((str(node), "over", result))
 
-        run_on_all([part.node for part in self._parts.values()], self._ssh, self._work, question, done,
+        run_on_all([part.node for part in self._parts.values()], self._ssh, self._work, host_key_prompt, done,
                    at_once=len(self._parts))
 
     def _work(self, session: Session) -> None:
