@@ -158,7 +158,7 @@ def run_ranks(tmp_path: Path, environment: dict[str, str]) -> RunRanks:
     The code finds `ranks`, which have met and have a process group on their CPUs.
     """
     whole = ("import json, os, sys\nfrom trainer.distributed.ranks import Ranks\nranks, told = Ranks(), {}\n"
-             "ranks.meet()\n"
+             "ranks.rendezvous()\n"
              "ranks.start_process_group('cpu')\n%s\n"
              "with open(f'told.{ranks.rank}', 'w') as file:\n    json.dump(told, file)\nos._exit(0)\n")
 

@@ -94,7 +94,7 @@ def test_a_lock_left_by_a_killed_compilation_is_found(tmp_path: Path, monkeypatc
     with subprocess.Popen([sys.executable, "-c", "input()"], cwd=tmp_path / "lion", stdin=subprocess.PIPE) as builder:
         assert deepspeed_config.stale_locks() == [tmp_path / "cpu_adam" / "lock"]
         assert f"clear it: rm {tmp_path}/cpu_adam/lock" in deepspeed_config.check_compilation([])[0]
-        with pytest.raises(UserError, match="would wait for it for ever: rm "):
+        with pytest.raises(UserError, match="would wait for it forever: rm "):
             deepspeed_config.check_compilation(["cpu_adam"])
         assert builder.stdin
         builder.stdin.close()

@@ -47,7 +47,7 @@ def texts_of(rows: list[PackedSequence], tokenizer: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_pass_has_each_document_once_on_one_rank(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    monkeypatch.setattr(streaming, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(streaming, "BLOCK_SEQUENCES", 4)
     monkeypatch.setattr(streaming, "DOCUMENTS_AT_ONCE", 5)
     held_out = tuple(TEXTS[7:20])
     seen: Counter[str] = Counter()
@@ -68,7 +68,7 @@ def test_a_pass_has_each_document_once_on_one_rank(tokenizer: Any, monkeypatch: 
 @pytest.mark.parametrize("rows", [1, 30, 31, 97, 250])
 def test_it_goes_on_with_the_very_next_row(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                            rows: int) -> None:
-    monkeypatch.setattr(streaming, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(streaming, "BLOCK_SEQUENCES", 8)
     monkeypatch.setattr(streaming, "DOCUMENTS_AT_ONCE", 7)
     first = made(tokenizer, 1, 2)
     whole = list(itertools.islice(first, rows + 20))

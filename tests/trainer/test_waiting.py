@@ -26,9 +26,9 @@ def test_real_collectives_are_measured_in_steps_alone(run_ranks: RunRanks) -> No
 import time
 import torch
 import torch.distributed as dist
-from trainer.distributed.communication_time import Waiting
+from trainer.distributed.communication_time import CommunicationTimer
 
-waiting = Waiting("cpu")
+waiting = CommunicationTimer("cpu")
 waiting.install()
 value = torch.ones(4)
 dist.all_reduce(value)

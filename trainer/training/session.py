@@ -183,7 +183,8 @@ class Session:
     def out_of_memory(self) -> str:
         """Return what a person reads when this rank's memory has run out."""
         step = self.trainer.state.global_step if hasattr(self, "trainer") else 0
-        return memory_report.explained(self._given[1], getattr(self, "setup", None), getattr(self, "work", None), step)
+        setup, workload = getattr(self, "setup", None), getattr(self, "workload", None)
+        return memory_report.explained(self._given[1], setup, workload, step)
 
 
 def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
