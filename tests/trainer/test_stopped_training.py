@@ -46,7 +46,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(number: signal.Signals, enviro
     assert "stopped at step" in log and "--resume_from_checkpoint" in log
     step = max(int(folder.name.split("-")[1]) for folder in (path / "checkpoints").iterdir())
     again = train(*SMALL, "--max_steps", str(step + 2), "--resume_from_checkpoint", str(path), expect=None)
-    assert f"continuing after {step}" in again.output
+    assert f"resuming after {step}" in again.output
 
 
 def test_a_signal_before_the_first_step_says_that_nothing_was_saved(environment: dict[str, str], tmp_path: Path,
@@ -99,11 +99,11 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(environm
                   "--logging_steps", "500", "--precision", "bf16x", expect=2)
     assert "--precision" in again.output
     with running(environment, path, texts, "--max_steps", "2000", "--resume_from_checkpoint", "auto") as process:
-        wait_until(lambda: "continuing after" in (tmp_path / "log.txt").read_text())
+        wait_until(lambda: "resuming after" in (tmp_path / "log.txt").read_text())
         process.send_signal(signal.SIGKILL)
     log = (tmp_path / "log.txt").read_text()
     assert f"checkpoint-{half} is half-written" in log
-    assert f"continuing after {before}" in log
+    assert f"resuming after {before}" in log
 
 
 @pytest.fixture
@@ -141,4 +141,4 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_good(
     log = (small_disk / "log.txt").read_text()
     (small_disk / "filler").unlink()
     again = train(*SMALL, *words, "--resume_from_checkpoint", "auto", "--max_steps", "6", expect=None)
-    assert "continuing after" in again.output, log + again.output
+    assert "resuming after" in again.output, log + again.output

@@ -64,7 +64,7 @@ def test_a_run_without_deepspeed_tells_all_it_should(train: Train, texts: Path) 
     first, *_, last = [row for row in run.metrics if "eval_loss" in row]
     assert last["eval_loss"] < first["eval_loss"] - 0.1
     assert last["eval_bits_per_byte"] < first["eval_bits_per_byte"]
-    for line in ("model ", "data ", "rows ", "world size", "batch ", "steps ", "precision", "engine", "bits per byte"):
+    for line in ("model ", "data ", "sequences ", "world size", "global batch ", "steps ", "precision", "engine", "bits per byte"):
         assert line in run.output
     assert run.output.count("error") == 0
 
@@ -155,7 +155,7 @@ def test_a_resumed_run_makes_the_same_losses(config: str | None, ranks: int, tra
     before = whole.metrics
     again = train(*common, "--resume_from_checkpoint", "auto", ranks=ranks, config=config, name="whole")
     assert "checkpoint-8 is damaged" in again.output
-    assert "continuing after 4" in again.output
+    assert "resuming after 4" in again.output
     first, rest = ([row for row in before if (row["step"] > 4) is late] for late in (False, True))
     assert again.metrics[: len(first)] == first  # what was measured before the checkpoint stays as it was
     assert [row["step"] for row in again.metrics if "loss" in row] == list(range(1, 9))

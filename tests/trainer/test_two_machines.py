@@ -67,7 +67,7 @@ def test_each_keeps_its_shards_and_both_resume_from_what_both_have(
     outputs = train_on_two(environment, tmp_path, *config, "--resume_from_checkpoint", "auto")
     assert "checkpoint-6 is half-written" in outputs[0]
     assert re.search(r"world size +2", outputs[0])
-    assert "continuing after 4" in outputs[0]
+    assert "resuming after 4" in outputs[0]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,10 @@ def state_file(checkpoint: Path, rank: int) -> Path:
 
 
 def save(stream: Stream, sequences: int, checkpoint: Path, rank: int) -> None:
-    """Write where this rank is in its stream after `sequences` rows."""
-    state_file(checkpoint, rank).write_text(json.dumps({**asdict(stream.position_after(sequences)), "read": sequences}))
+    """Write where this rank is in its stream after so many sequences."""
+    at = stream.position_after(sequences)
+    state = {"turn": at.turn, "document": at.document, "rows": at.sequences, "read": sequences}
+    state_file(checkpoint, rank).write_text(json.dumps(state))
 
 
 def load(stream: Stream, checkpoint: Path, rank: int) -> None:
