@@ -64,7 +64,8 @@ def test_a_run_without_deepspeed_tells_all_it_should(train: Train, texts: Path) 
     first, *_, last = [row for row in run.metrics if "eval_loss" in row]
     assert last["eval_loss"] < first["eval_loss"] - 0.1
     assert last["eval_bits_per_byte"] < first["eval_bits_per_byte"]
-    for line in ("model ", "data ", "sequences ", "world size", "global batch ", "steps ", "precision", "engine", "bits per byte"):
+    for line in ("model ", "data ", "sequences ", "world size", "global batch ", "steps ", "precision", "engine",
+                 "bits per byte"):
         assert line in run.output
     assert run.output.count("error") == 0
 
