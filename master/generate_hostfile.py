@@ -10,6 +10,7 @@ nothing: they get their lines, it gets a comment, and the exit code is 1 (0 with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,15 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, say
-from master.inventory.cluster_file import ClusterError, empty_cluster, merge_hosts, update_cluster, write_cluster
+from master.inventory.cluster_file import (
+    ClusterError,
+    empty_cluster,
+    merge_hosts,
+    read_cluster,
+    update_cluster,
+    with_logins,
+    write_cluster,
+)
 from master.inventory.gpu_query import GpuAnswer, query_gpus
 from master.inventory.gpu_report import GpuReport, ReportError, check_report
 from master.inventory.hostfile import HostfileError, Slots, differences, read_hostfile, render_hostfile, write_hostfile
@@ -63,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
 def ask_hosts(nodes: Sequence[Node], options: argparse.Namespace) -> list[HostAnswer]:
     """Return what each host answered, in order; show each as it comes."""
     ssh = ssh_options(options)
+    with contextlib.suppress(ClusterError):  # which is reported, and written anew
+        ssh = with_logins(ssh, read_cluster(options.output.expanduser().with_name("cluster.json")))
     with HostTable([str(node) for node in nodes]) as answers:
 
         def tell(node: Node, result: GpuAnswer | SshError) -> None:

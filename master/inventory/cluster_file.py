@@ -20,6 +20,7 @@ from master.ssh.node_names import Node, parse_node, read_nodes
 from master.ssh.route import Login, SshOptions
 
 KEPT = ("facts", "dir", "python", "paths")  # of a host that is read again
+LOGIN = ("user", "port", "key")  # of how a host was reached
 LOCK_LIMIT_S = 30.0  # a tool holds the lock for milliseconds
 GIGABIT = 1000.0  # Mbit/s: what a link of unknown speed is taken for
 SCHEMA = SCHEMAS / "cluster.schema.json"
@@ -80,10 +81,18 @@ def known_by_name(cluster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def merge_hosts(cluster: Mapping[str, Any], hosts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the cluster with these hosts to train; what is known of them stays, and other hosts become absent ones."""
     old, names = known_by_name(cluster), {host["name"] for host in hosts}
-    kept = [{**host, **{key: old[host["name"]][key] for key in KEPT if key in old.get(host["name"], {})}}
-            for host in hosts]
+    kept = [{**host, **{key: before[key] for key in KEPT if key in before},
+             "reached": with_login(host["reached"], before.get("reached"))}
+            for host in hosts for before in [old.get(host["name"], {})]]
     absent = [host for name, host in old.items() if name not in names]
     return {**cluster, "hosts": kept, "absent": absent}
+
+
+def with_login(reached: dict[str, Any] | None, before: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return how a host was reached, with the user, port and key of an earlier time for those that no flag gave."""
+    if not reached or not before:
+        return reached
+    return {**reached, **{key: before[key] for key in LOGIN if reached.get(key) is None and before.get(key)}}
 
 
 def update_cluster(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:

@@ -140,6 +140,19 @@ def test_a_copied_script_is_run_and_a_missing_one_replaced(lab: Lab) -> None:
     assert lab.hostfile.read_text().count("gpu1 slots=2") == 1
 
 
+def test_a_port_and_a_key_are_typed_once(lab: Lab) -> None:
+    text = lab.client.config.read_text().replace(f"  Port {lab.servers['gpu1'].port}\n", "")
+    lab.client.config.write_text(text.replace(f"  IdentityFile {lab.client.key}\n", "  IdentityFile none\n"))
+    assert lab.run(nodes="gpu1").returncode == 1
+    flags = ("--ssh-port", str(lab.servers["gpu1"].port), "--ssh-key", str(lab.client.key))
+    assert lab.run(*flags, nodes="gpu1").returncode == 0
+    for _ in range(2):
+        done = lab.run(nodes="gpu1")
+        assert done.returncode == 0, done.stderr
+    (host,) = json.loads(lab.cluster.read_text())["hosts"]
+    assert (host["reached"]["port"], host["reached"]["key"]) == (lab.servers["gpu1"].port, str(lab.client.key))
+
+
 @pytest.mark.parametrize("missing", ["bash", "python3"])
 def test_a_host_without_bash_or_python_still_answers(lab: Lab, missing: str) -> None:
     machine, server = lab.machines["gpu1"], lab.servers["gpu1"]
