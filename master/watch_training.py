@@ -30,7 +30,7 @@ from master.inventory.node_facts import checkout_of
 from master.ssh.node_names import parse_node
 from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
 from master.training.host_metrics import HostMetrics
-from master.training.launcher_process import is_active, read_launcher_record
+from master.training.launcher_process import is_active, read_launcher_record, read_object
 from master.training.run_folder import find_run
 
 if TYPE_CHECKING:
@@ -41,15 +41,6 @@ PATIENCE = 15.0  # seconds that one look waits for the hosts
 ACTIVE = ("running", "starting")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object, {} where there is none yet."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def last_line(path: Path) -> str:
     """Return the last line of a log that may be long."""
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -58,7 +49,7 @@ def last_line(path: Path) -> str:
 
 def look(run: Path) -> dict[str, Any]:
     """Return the state of a run: status, step of steps, the newest figures, each host's last line and its age."""
-    record = read_json(run / "run.json")
+    record = read_object(run / "run.json")
     newest: dict[str, Any] = {}
     with contextlib.suppress(OSError, UnicodeDecodeError):
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

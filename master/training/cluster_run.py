@@ -36,7 +36,7 @@ WRONG_USAGE = 2  # how a rank ends that can't take its flags
 
 
 class Training:
-    """What is to run where; the hosts' answers settle the rest."""
+    """What runs where; the hosts' facts decide the rest."""
 
     def __init__(self, request: TrainingRequest) -> None:
         self.request = request
@@ -178,7 +178,7 @@ def _forget(run: Path) -> None:
 
 
 def conclude(training: Training, result: JobResult, ssh: SshOptions) -> int:
-    """Report how it ended, bring the run folder here; return the exit code."""
+    """Report how it ended, fetch the run folder; return the exit code."""
     cause = first_cause(result.exits, result.lost_hosts, {who: list(lines) for who, lines in result.output.items()})
     failed = cause is not None or any(result.launcher_codes.get(str(part.node)) != 0 for part in training.parts)
     first = training.parts[0]

@@ -12,6 +12,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
@@ -84,7 +85,7 @@ def read_launcher_record(run: Path) -> Launcher:
     return Launcher(pid=pid if isinstance(pid, int) and pid > 0 else None, **words)
 
 
-def read_object(path: Path) -> dict[str, object]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON file's object, {} where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from master.core.paths import TRAINER
 from master.core.run_cli import UsageError
 from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
-from master.training.deepspeed_command import first_address, launcher_words
+from master.training.deepspeed_command import first_address, is_only_here, launcher_words
 from master.training.run_folder import trainer_words
 
 # What the hosts get of this shell's environment: settings of the libraries, never all of it.
@@ -37,7 +37,7 @@ class Hosts:
     @property
     def are_here(self) -> bool:
         """True if this machine is the only one."""
-        return [host.host for host in self.slots] == ["localhost"]
+        return is_only_here(self.slots)
 
     @property
     def ranks(self) -> int:
@@ -54,8 +54,8 @@ class Hosts:
 class Supervision:
     """How a training is watched over. Times in seconds.
 
-    `grace`: to save in after Ctrl-C; `restarts`: how often to start again after a failure; `stall_timeout`: without a
-    sign of life until that is reported (0 never, None the default); `survives_master`: the hosts continue without us.
+    `grace`: to save in after Ctrl-C; `restarts`: how often to start again after a failure; `stall_timeout`: without
+    progress until that is reported (0 never, None the default); `survives_master`: the hosts continue without us.
     """
 
     grace: float
@@ -134,7 +134,8 @@ def place_of_run(options: argparse.Namespace, trainer_flags: Sequence[str], run:
         return found.output_dir, []
     if found.resume_from_checkpoint == "auto":  # the newest run of this model, as the trainer itself would find it
         runs = sorted(Path("runs").glob(f"*-{run.name.split('-', 2)[2]}/checkpoints"))
-        return (runs[-1].parent if runs else run), ["--output_dir", str(runs[-1].parent if runs else run)]
+        newest = runs[-1].parent if runs else run
+        return newest, ["--output_dir", str(newest)]
     if found.resume_from_checkpoint:
         path = Path(found.resume_from_checkpoint)
         return (path.parent.parent if path.name.startswith("checkpoint-") else path), []
