@@ -181,7 +181,7 @@ def test_silence_is_told_of(desk: Desk) -> None:
     code, output = desk.run("--stall-timeout", "2", "--script", str(script))
     assert code == 0, output
     assert re.search(r"NO PROGRESS for \d s: no step, evaluation, checkpoint or output. Last activity", output), output
-    assert re.search(r"of life: gpu1: a line, \d s ago", output)
+    assert re.search(r"Last activity: gpu1: a line, \d s ago", output)
 
 
 def test_hosts_that_do_not_reach_each_other_are_named_before_anything_is_loaded(desk: Desk) -> None:
