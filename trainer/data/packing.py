@@ -97,7 +97,7 @@ class PackedSequences(torch.utils.data.Dataset[PackedSequence]):
 
 
 class Collator:
-    """Make tensors of rows: input_ids, position_ids and labels, each [rows, width], all int64.
+    """Make tensors of sequences: input_ids, position_ids and labels, each [sequences, width], all int64.
 
     `width` pads every sequence to the same width; None pads to the longest of the batch. Padding comes last, counts
     positions of its own and isn't trained, so it needs no attention mask.

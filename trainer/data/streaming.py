@@ -33,7 +33,7 @@ DOCUMENTS_AT_ONCE = 100  # are tokenized together
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a block of rows begins: pass over the source, the next document's number in it, the rows before it."""
+    """Where a block of sequences begins: pass over the source, next document in it, sequences before it."""
 
     turn: int = 0
     document: int = 0
@@ -55,7 +55,7 @@ class StreamSettings:
 
 
 class Stream(torch.utils.data.IterableDataset[PackedSequence]):
-    """This rank's rows, without end. `capacity`: tokens a row, None for one document in each."""
+    """This rank's sequences, without end. `capacity`: tokens per sequence, None for one document in each."""
 
     def __init__(self, reading: StreamSettings, capacity: int | None) -> None:
         self._reading, self._capacity = reading, capacity
@@ -63,11 +63,11 @@ class Stream(torch.utils.data.IterableDataset[PackedSequence]):
         self._begun: deque[StreamPosition] = deque([self._start], maxlen=64)
 
     def position_after(self, sequences: int) -> StreamPosition:
-        """Return the place of the block in which the row after `sequences` rows stands."""
+        """Return the position of the block that holds the next sequence after so many."""
         return [place for place in self._begun if place.sequences <= sequences][-1]
 
     def resume_at(self, place: StreamPosition, sequences: int) -> None:
-        """Begin after `sequences` rows, in the block that begins at `place`."""
+        """Begin after so many sequences, in the block that begins at `place`."""
         self._start, self._skip = place, sequences - place.sequences
         self._begun = deque([place], maxlen=64)
 
@@ -84,7 +84,7 @@ class Stream(torch.utils.data.IterableDataset[PackedSequence]):
                 skip, place = 0, StreamPosition(after.turn, after.document, place.sequences + len(sequences))
 
     def _blocks(self, place: StreamPosition) -> Iterator[tuple[list[PackedSequence], StreamPosition, StreamPosition]]:
-        """Yield blocks of rows with the places where each begins and ends (whose rows don't count)."""
+        """Yield blocks of sequences, each with the positions where it begins and ends (without their sequences)."""
         pieces: list[dict[str, Any]] = []
         waiting: list[str] = []
         before, reading = place, self._reading
