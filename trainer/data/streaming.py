@@ -1,9 +1,8 @@
 """Data that is read while it is trained on: an endless stream of sequences, one per rank, which can be resumed.
 
-Documents are numbered as they come; rank r of n takes each n-th. It packs as many as fill a few hundred rows, shuffles
-those sequences, and continues; after the last document it starts again. Where a sequence came from is known, so that
-a run
-on with the next row: the documents before are read past, not tokenized.
+Documents are numbered as they come; rank r of n takes each n-th. It packs as many as fill a few hundred sequences,
+shuffles those, and continues; after the last document it starts again. Where a sequence came from is known, so a run
+resumes with the very next one: the documents before it are read past, not tokenized.
 """
 
 from __future__ import annotations
