@@ -1,210 +1,100 @@
-"""The trainer's command line: every flag, its default and its meaning.
+"""A training's options: what its flags say, and the defaults of what they leave open.
 
-    python trainer/train.py --help
     python trainer/options.py --model_name_or_path tiny --max_stepz 3     checks flags without training
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from trainer.errors import UserError, usage_error
-
-DEFAULT_DS_CONFIG = Path(__file__).resolve().parent / "ds_config.json"
-
-DESCRIPTION = """Train a causal language model, alone or across machines.
-
-  invoke train --model tiny                                   all GPUs of this machine, supervised
-  deepspeed trainer/train.py --model_name_or_path tiny --deepspeed --deepspeed_config trainer/configs/cpu.json
-  torchrun --nproc-per-node 2 trainer/train.py --model_name_or_path gpt2 --dataset_path notes/
-  python trainer/train.py --model_name_or_path tiny           one process, plain PyTorch
-"""
+from trainer.flags import DEFAULT_DS_CONFIG, build_parser
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that raises instead of exiting, takes --some-flag for --some_flag, and knows what was meant."""
+@dataclass(frozen=True)
+class Options:
+    """What the flags of the same names say; `deepspeed` is the config's path, None without DeepSpeed.
 
-    def error(self, message: str) -> NoReturn:
-        raise usage_error(f"{message}. All flags: python trainer/train.py --help")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`; raise a UserError that names the nearest known flag for an unknown one."""
-        options, unknown = self.parse_known_args([with_underscores(word) for word in argv])
-        if unknown:
-            name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            hint = f"did you mean {near[0]}?" if near else "all flags: python trainer/train.py --help"
-            raise usage_error(f"unknown argument {unknown[0]}: {hint}")
-        return options
-
-
-def with_underscores(word: str) -> str:
-    """Turn --max-steps=5 into --max_steps=5; leave every other word as it is."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def positive(text: str) -> int:
-    """Read an integer above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """Read an integer from 0 up."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    """Read a number from 0 up to, but without, 1."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return float(text)
-
-
-def every(text: str) -> float:
-    """Read an interval: whole steps, or a share of all steps below 1 (0 for never)."""
-    value = float(text)
-    if value < 0 or (value >= 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(f"{text} is neither whole steps nor a share of them below 1")
-    return value
-
-
-def build_parser() -> Parser:
-    """Return the parser of all flags, in the groups that --help shows."""
-    parser = Parser(
-        prog="train.py",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_flags(parser.add_argument_group("model"))
-    add_data_flags(parser.add_argument_group("data"))
-    add_training_flags(parser.add_argument_group("training"))
-    add_run_flags(parser.add_argument_group("run"))
-    add_deepspeed_flags(parser.add_argument_group("deepspeed"))
-    return parser
-
-
-def add_model_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags that choose the model."""
-    flag = group.add_argument
-    flag("--model_name_or_path", required=True, metavar="M",
-         help="a Hugging Face name, a local folder, or 'tiny': a small built-in Llama that needs no download")
-    flag("--from_config", action="store_true",
-         help="random weights in the shape of M's configuration, and a tokenizer trained on the data")
-    flag("--config_overrides", metavar="K=V,...", help="other values for it, like hidden_size=512,num_hidden_layers=8")
-    flag("--vocab_size", type=positive, metavar="N",
-         help="tokens of that tokenizer (as the configuration, 32,000 at most)")
-    flag("--attn_implementation", metavar="NAME",
-         help="sdpa, flash_attention_2, eager, ... (flash attention where installed; by documents on a CPU; sdpa)")
-    flag("--activation_checkpointing", "--gradient_checkpointing", action="store_true",
-         help="less memory for about a third more compute")
-    flag("--torch_compile", action="store_true", help="compile the model: minutes before the first step, then faster")
-    flag("--liger", action="store_true", help="Liger's kernels: less memory, on GPUs (pip install liger-kernel)")
-    flag("--lora", type=positive, nargs="?", const=16, metavar="RANK",
-         help="train an adapter of this rank (16) and leave the model as it is; model/ holds it then")
-    flag("--qlora", type=positive, nargs="?", const=16, metavar="RANK",
-         help="the same with the model in 4 bits (pip install bitsandbytes); not under ZeRO-3")
-    flag("--merge_lora", action="store_true", help="model/ holds the whole model, adapter/ the adapter")
-    flag("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    flag("--allow_pickle", action="store_true", help="load weights that aren't safetensors")
-
-
-def add_data_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags that choose and shape the data."""
-    flag = group.add_argument
-    flag("--dataset_path", metavar="D",
-         help="a file, folder or pattern of .txt .md .jsonl .json .csv .parquet (also .gz), or a Hugging Face name "
-         "(default: the documentation that comes with Python)")
-    flag("--dataset_config", metavar="NAME", help="configuration of a Hugging Face dataset")
-    flag("--dataset_split", metavar="NAME", default="train", help="split of a Hugging Face dataset (train)")
-    flag("--text_column", metavar="NAME", help="column or key that holds the text (text; else messages, conversations, "
-         "prompt + completion or instruction + output are recognised)")
-    flag("--chat_template", metavar="FILE", help="Jinja template that shows messages (default: the tokenizer's)")
-    flag("--sequence_length", type=positive, metavar="N",
-         help="tokens per sequence (default: 1024, 256 for tiny, never more than the model's own limit)")
-    flag("--streaming", action="store_true",
-         help="read the data while training, for more than fits memory or disk (needs --dataset_path and --max_steps)")
-    flag("--no_packing", action="store_true", help="one document per sequence, padded to the longest")
-    flag("--eval_fraction", type=fraction, default=0.02, metavar="F",
-         help="share of the documents held out for evaluation (0.02; 0: none)")
-    flag("--eval_dataset", metavar="D", help="evaluate on this file, folder or name instead")
-
-
-def add_training_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of the optimization."""
-    flag = group.add_argument
-    flag("--num_epochs", type=positive, default=1, metavar="N", help="epochs, passes over the data (1)")
-    flag("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps; overrides epochs if > 0")
-    flag("--per_device_train_batch_size", type=positive, metavar="N", help="sequences per rank and micro step (8)")
-    flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps per optimizer step (1)")
-    flag("--learning_rate", type=float, metavar="R",
-         help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
-    flag("--lr_scheduler_type", default="cosine", metavar="NAME", help="cosine, linear, constant, ... (cosine)")
-    flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05; 0.2 for tiny)")
-    flag("--weight_decay", type=float, metavar="W", help="decoupled weight decay (0.0)")
-    flag("--adam_beta2", type=float, metavar="B", help="decay of Adam's second moment (0.999; 0.95 for a new model)")
-    flag("--max_grad_norm", type=float, metavar="X", help="gradients are clipped to this norm (1.0)")
-    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-         help="auto: bf16 where every rank's device is fast at it, else fp16, fp32 on CPU")
-    flag("--seed", type=int, default=42, metavar="N", help="same seed, data and world size: same losses (42)")
-
-
-def add_run_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags that say what is written, where and when."""
-    flag = group.add_argument
-    flag("--output_dir", metavar="DIR", help="the run folder (default: runs/<time>-<model>)")
-    flag("--logging_steps", type=positive, default=10, metavar="N", help="steps between metrics (10)")
-    flag("--eval_steps", type=every, default=0.2, metavar="N",
-         help="steps between evaluations, or a share of all steps below 1 (0.2; 0: only first and last)")
-    flag("--save_steps", type=every, default=500, metavar="N",
-         help="steps between checkpoints, or a share below 1 (500; 0: none but the last)")
-    flag("--save_total_limit", type=positive, default=2, metavar="N", help="valid checkpoints to keep (2)")
-    flag("--resume_from_checkpoint", metavar="auto|PATH",
-         help="auto: the newest valid checkpoint of the run folder, if any; or a checkpoint or run folder")
-    flag("--num_samples", type=natural, default=3, metavar="N",
-         help="continuations written to samples/ at each evaluation (3; 0: none)")
-    flag("--report_to", nargs="+", default=[], choices=["tensorboard", "wandb", "trackio"], metavar="L",
-         help="loggers beside metrics.jsonl: tensorboard, wandb, trackio (none)")
-    flag("--cache_dir", metavar="DIR", help="tokenized data (default: ~/.cache/lanspeed)")
-
-
-def add_deepspeed_flags(group: argparse._ArgumentGroup) -> None:
-    """Add DeepSpeed's own flags in each spelling that its users know."""
-    flag = group.add_argument
-    flag("--deepspeed", nargs="?", const=True, default=False, metavar="CONFIG",
-         help=f"train with DeepSpeed; with no file named: {DEFAULT_DS_CONFIG.name} beside this script")
-    flag("--deepspeed_config", metavar="CONFIG", help="DeepSpeed's JSON configuration")
-    flag("--local_rank", type=int, default=-1, help="set by DeepSpeed's launcher")
-
-
-def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse `argv` (default: sys.argv); `options.deepspeed` becomes the config's path, or None without DeepSpeed.
-
-    Raises UserError (exit code 2) with the nearest known flag. Batch size, accumulation, learning rate, warm-up,
-    weight decay and clipping stay None where the user didn't say them, so that a DeepSpeed config can.
+    Those from `per_device_train_batch_size` to `max_grad_norm` are None until `with_defaults`, so that a DeepSpeed
+    config can settle them.
     """
-    options = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
-    named = options.deepspeed if isinstance(options.deepspeed, str) else None
-    if named and options.deepspeed_config and named != options.deepspeed_config:
-        raise usage_error(f"--deepspeed {named} and --deepspeed_config {options.deepspeed_config} name two files")
-    if options.qlora and options.lora:
+
+    model_name_or_path: str
+    from_config: bool
+    config_overrides: str | None
+    vocab_size: int | None
+    attn_implementation: str | None
+    activation_checkpointing: bool
+    torch_compile: bool
+    liger: bool
+    lora: int | None
+    qlora: int | None
+    merge_lora: bool
+    trust_remote_code: bool
+    allow_pickle: bool
+    dataset_path: str | None
+    dataset_config: str | None
+    dataset_split: str
+    text_column: str | None
+    chat_template: str | None
+    sequence_length: int | None
+    streaming: bool
+    no_packing: bool
+    eval_fraction: float
+    eval_dataset: str | None
+    num_epochs: int
+    max_steps: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup_steps: float
+    weight_decay: float
+    adam_beta2: float
+    max_grad_norm: float
+    precision: str
+    seed: int
+    output_dir: str | None
+    logging_steps: int
+    eval_steps: float
+    save_steps: float
+    save_total_limit: int
+    resume_from_checkpoint: str | None
+    num_samples: int
+    report_to: list[str]
+    cache_dir: str | None
+    deepspeed: Path | None
+
+    @property
+    def batch_per_rank(self) -> int:
+        """Sequences of one rank in an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """Parse `argv` (default: sys.argv). Raises UserError (exit code 2) with the nearest known flag."""
+    said = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
+    named = said.deepspeed if isinstance(said.deepspeed, str) else None
+    if named and said.deepspeed_config and named != said.deepspeed_config:
+        raise usage_error(f"--deepspeed {named} and --deepspeed_config {said.deepspeed_config} name two files")
+    if said.qlora and said.lora:
         raise usage_error("--lora and --qlora are two ways to train an adapter: keep one")
-    options.lora = options.lora or options.qlora
+    config = named or said.deepspeed_config
+    said.deepspeed = Path(config) if config else (DEFAULT_DS_CONFIG if said.deepspeed else None)
+    said.lora = said.lora or said.qlora
+    options = Options(**{field.name: getattr(said, field.name) for field in fields(Options)})
+    check(options)
+    return options
+
+
+def check(options: Options) -> None:
+    """Raise a UserError for flags that contradict each other."""
     if options.merge_lora and not options.lora:
         raise usage_error("--merge_lora without --lora: there is nothing to merge")
     if options.qlora and options.model_name_or_path == "tiny":
@@ -216,21 +106,16 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
                           "isn't tiny")
     if options.streaming and (options.max_steps < 1 or options.dataset_path is None):
         raise usage_error("--streaming reads without end: say --dataset_path D and --max_steps N")
-    config = named or options.deepspeed_config
-    options.deepspeed = Path(config) if config else (DEFAULT_DS_CONFIG if options.deepspeed else None)
-    return options
 
 
-def fill_defaults(options: argparse.Namespace) -> None:
-    """Give the flags that neither the user nor a DeepSpeed config settled their defaults."""
+def with_defaults(options: Options) -> Options:
+    """Return the options with a default for what neither the user nor a DeepSpeed config has settled."""
     tiny, new = options.model_name_or_path == "tiny", options.from_config
     rate = 3e-3 if tiny else 6e-4 if new else 2e-4 if options.lora else 2e-5
-    defaults = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
-                "learning_rate": rate, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
-                "adam_beta2": 0.95 if tiny or new else 0.999}
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    defaults: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
+                                "learning_rate": rate, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
+                                "adam_beta2": 0.95 if tiny or new else 0.999}
+    return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import errno
@@ -25,7 +24,7 @@ from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.signals import Interrupted, SignalWatch
 from trainer.errors import UserError, is_out_of_memory
-from trainer.options import parse_options
+from trainer.options import Options, parse_options
 from trainer.results.console import Console
 
 CAUSE_FIRST_S = 3  # a launcher looks at its ranks once a second, and should find the one that failed first
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def stay_offline(options: argparse.Namespace) -> None:
+def stay_offline(options: Options) -> None:
     """Switch the Hugging Face hub off unless a name of it is used; never tell it about this machine."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     here = [options.model_name_or_path == "tiny" or os.path.exists(options.model_name_or_path)]
@@ -77,7 +76,7 @@ def stay_offline(options: argparse.Namespace) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def train(options: argparse.Namespace, ranks: Ranks, console: Console, signals: SignalWatch) -> int:
+def train(options: Options, ranks: Ranks, console: Console, signals: SignalWatch) -> int:
     """Do all that one rank has to do, from the options to the finished run folder; return the exit code."""
     from trainer.distributed import deepspeed_config
 

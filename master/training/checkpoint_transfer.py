@@ -61,11 +61,13 @@ class MergedCheckpoint:
 Manifests = dict[int, dict[str, Any]]  # a host's complete.json by step
 
 
-def cd_to_start(session: Session, known: Mapping[str, Any]) -> str:
-    """Return the shell command that changes to the folder where a host's ranks start. Raises SshError."""
-    checkout = checkout_of(known.get(str(session.node), {}))
-    facts = query_facts(session, checkout, {"marks": [str(Path.cwd())]})
-    return f"cd {shlex.quote(start_folder(facts, checkout))}"
+@dataclass(frozen=True)
+class HostView:
+    """What a host has of a run: the folder where its ranks start, whether it is running, checkpoints' manifests."""
+
+    start: str
+    is_running: bool
+    manifests: Manifests
 
 
 def read_manifests(text: str) -> Manifests:
@@ -113,23 +115,24 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
     """
     if [(host.host, host.use) for host in before] == [(host.host, host.use) for host in now]:
         return None
-    manifests, unreached = _ask(run, list(dict.fromkeys([host.host for host in (*before, *now)])), known, ssh)
+    views, unreached = _ask(run, list(dict.fromkeys([host.host for host in (*before, *now)])), known, ssh)
+    manifests = {host: view.manifests for host, view in views.items()}
     merged = newest_complete(manifests)
     newer = sorted({step for each in manifests.values() for step in each if merged is None or step > merged.step})
-    if merged is None or (newer and unreached):
+    if merged is None or (newer and unreached) or any(host.host not in views for host in now):
         why = "; ".join(unreached) or "no host has a complete one"
         raise RunError(f"{run}: the checkpoint's shards can't be copied to other hosts or slots: {why}")
     if newer:
         say(f"checkpoint-{newer[-1]} is incomplete: checkpoint-{merged.step} is the newest complete one")
-    lacking = {host.host: names for host in now if (names := missing_files(manifests.get(host.host,
-                                                                                         {}).get(merged.step), merged))}
+    lacking = {host.host: names for host in now
+               if (names := missing_files(manifests[host.host].get(merged.step), merged))}
     scratch = run / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         if lacking:
-            _fetch(run, merged, known, ssh, {name for names in lacking.values() for name in names}, scratch)
+            _fetch(run, merged, views, ssh, {name for names in lacking.values() for name in names}, scratch)
         if lacking or newer:
-            _send(run, merged, known, ssh, {host.host: lacking.get(host.host, []) for host in now}, newer, scratch)
+            _send(run, merged, views, ssh, {host.host: lacking.get(host.host, []) for host in now}, newer, scratch)
     except (OSError, tarfile.TarError) as error:
         raise RunError(f"{run}: checkpoint-{merged.step} can't be gathered: {error}") from None
     finally:
@@ -138,27 +141,29 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
 
 
 def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], ssh: SshOptions
-         ) -> tuple[dict[str, Manifests], list[str]]:
-    """Return the manifests of each host's checkpoints, and why others can't be asked; RunError if the run is still
-    running there."""
+         ) -> tuple[dict[str, HostView], list[str]]:
+    """Return what each host has of the run, and why others can't be asked. Raises RunError if it runs there."""
     job = shlex.quote(f"LANSPEED_JOB={job_prefix(run)}-")
     program = (f"grep -aqsF {job} /proc/[0-9]*/environ && echo {STILL_RUNNING}; "
                f"for manifest in {shlex.quote(str(run))}/checkpoints/checkpoint-*/{MANIFEST}; do "
                f'[ -f "$manifest" ] && echo "{MANIFEST_MARK}" && cat "$manifest"; done; exit 0')
 
-    def work(session: Session) -> str:
-        words = f"{cd_to_start(session, known)} && {{ {program}; }}"
-        return session.run(f"exec sh -c {shlex.quote(words)}", timeout=120).out
+    def work(session: Session) -> HostView:
+        checkout = checkout_of(known.get(str(session.node), {}))
+        start = start_folder(query_facts(session, checkout, {"marks": [str(Path.cwd())]}), checkout)
+        words = f"cd {shlex.quote(start)} && {{ {program}; }}"
+        said = session.run(f"exec sh -c {shlex.quote(words)}", timeout=120).out
+        return HostView(start, STILL_RUNNING in said.splitlines(), read_manifests(said))
 
     results = run_on_all([parse_node(name) for name in names], ssh, work, host_key_prompt())
-    for node, result in results.items():
-        if isinstance(result, str) and STILL_RUNNING in result.splitlines():
-            raise RunError(f"{node}: the run is still running there: invoke stop {shlex.quote(str(run))}")
-    good = {str(node): read_manifests(result) for node, result in results.items() if isinstance(result, str)}
+    good = {str(node): result for node, result in results.items() if isinstance(result, HostView)}
+    for host, view in good.items():
+        if view.is_running:
+            raise RunError(f"{host}: the run is still running there: invoke stop {shlex.quote(str(run))}")
     return good, [str(result) for result in results.values() if isinstance(result, SshError)]
 
 
-def _fetch(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: SshOptions, names: set[str],
+def _fetch(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ssh: SshOptions, names: set[str],
            scratch: Path) -> None:
     """Fetch files, each from a host that has it."""
     folder = scratch / f"checkpoint-{merged.step}"
@@ -166,15 +171,14 @@ def _fetch(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: S
     for name in sorted(names):
         wanted.setdefault(parse_node(merged.files[name][0]), []).append(name)
     sizes = {node: sum(merged.files[name][1][0] for name in mine) for node, mine in wanted.items()}
-    total = sum(sizes.values())
-    if shutil.disk_usage(run).free < total:
+    if shutil.disk_usage(run).free < (total := sum(sizes.values())):
         raise RunError(f"{run}: {total / 1e9:.1f} GB are needed here for the shards of checkpoint-{merged.step}")
     say(f"checkpoint-{merged.step}: fetching its shards from {', '.join(map(str, wanted))} ({total / 1e6:,.1f} MB)")
 
     def work(session: Session) -> int:
         shown = Progress(str(session.node))
         mine = " ".join(map(shlex.quote, wanted[session.node]))
-        program = (f"{cd_to_start(session, known)} && "
+        program = (f"cd {shlex.quote(views[str(session.node)].start)} && "
                    f"cd {shlex.quote(str(run))}/checkpoints/checkpoint-{merged.step} || exit; "
                    f"echo '{MARK}'{sizes[session.node]}; tar -cf - -- {mine}; echo {END}$?")
         try:
@@ -205,9 +209,8 @@ class _Sink:
         return len(data)
 
 
-def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: SshOptions,
-          lacking: Mapping[str, Sequence[str]],
-          newer: Sequence[int], scratch: Path) -> None:
+def _send(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ssh: SshOptions,
+          lacking: Mapping[str, Sequence[str]], newer: Sequence[int], scratch: Path) -> None:
     """Send each host the files it is missing and, last, the manifest of all files; also the metrics, if it has fewer.
 
     Newer, incomplete checkpoints lose their manifest. A checkpoint that was only partly copied has none.
@@ -227,9 +230,9 @@ def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: Ss
         size = tar_size([(scratch / name).stat().st_size for name in members])
         clear = f"rm -rf checkpoints/{step}" if len(lacking[host]) == len(merged.files) else ":"
         program = " && ".join([
-            cd_to_start(session, known), f"mkdir -p {place}/checkpoints", f"cd {place}", f"{{ {unsealed}:; }}", clear,
-            f"rm -f checkpoints/{step}/{MANIFEST}", f"head -c {size} | tar -xf - -C checkpoints",
-            f"mv checkpoints/{METRICS} {coming}",
+            f"cd {shlex.quote(views[host].start)}", f"mkdir -p {place}/checkpoints", f"cd {place}",
+            f"{{ {unsealed}:; }}", clear, f"rm -f checkpoints/{step}/{MANIFEST}",
+            f"head -c {size} | tar -xf - -C checkpoints", f"mv checkpoints/{METRICS} {coming}",
             f"if [ $(wc -c < {coming}) -gt $(cat {METRICS} 2>/dev/null | wc -c) ]; "
             f"then mv -f {coming} {METRICS}; else rm -f {coming}; fi"])
         with contextlib.closing(session.open(f"exec sh -c {shlex.quote(f'{program}; echo {END}$?')}")) as channel:
@@ -237,10 +240,7 @@ def _send(run: Path, merged: MergedCheckpoint, known: Mapping[str, Any], ssh: Ss
                 for name in members:
                     archive.add(scratch / name, name)
             said = b""
-            while END.encode() not in said or not said.endswith(b"\n"):
-                block = channel.receive(PATIENCE)
-                if not block:
-                    break
+            while (END.encode() not in said or not said.endswith(b"\n")) and (block := channel.receive(PATIENCE)):
                 said += block
             if f"{END}0".encode() not in said:
                 raise SshError(host, "checkpoint", channel.stderr_tail()[-200:] or "it didn't arrive")

@@ -14,8 +14,8 @@ COLLATERAL = re.compile(
     r"Socket closed|connectFullMesh.*closed", re.IGNORECASE)
 HINTS: list[tuple[str, str]] = [
     (r"what would save memory", ""),  # the trainer's own message has it all
-    (r"CUDA out of memory|OutOfMemoryError|HIP out of memory", "smaller --per_device_train_batch_size or "
-     "--sequence_length, or a preset with offload (trainer/configs/)"),
+    (r"CUDA out of memory|OutOfMemoryError|HIP out of memory",  # a script of the user's own
+     "a smaller batch or shorter sequences, or a DeepSpeed config with offload (trainer/configs/)"),
     (r"No space left on device", "free disk space on that host, or --save_total_limit 1"),
     (r"Address already in use|EADDRINUSE", "the port is taken: --master-port N, or end that program"),
     (r"connectFullMesh|unable to connect to|No route to host|Connection refused|Connection timed out",

@@ -13,7 +13,7 @@ from trainer.data.tokenizer import own_vocabulary
 from trainer.errors import UserError
 from trainer.model.from_config import overridden
 from trainer.model.loading import load_config
-from trainer.options import fill_defaults, parse_options
+from trainer.options import parse_options, with_defaults
 from trainer.training.arguments import check_packages, compile_model
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2")
@@ -104,8 +104,7 @@ def test_a_model_of_a_configuration_begins_anew(train: Train, shape: Path, ranks
 
 
 def test_flags_of_new_models(shape: Path) -> None:
-    options = parse_options(["--model_name_or_path", str(shape), "--from_config"])
-    fill_defaults(options)
+    options = with_defaults(parse_options(["--model_name_or_path", str(shape), "--from_config"]))
     assert own_vocabulary(options, load_config(options)) == 32_000 and options.learning_rate == 6e-4
     for odd, reason in (("n_heads=2", "a key that this configuration has"), ("n_embd", "KEY=VALUE"),
                         ("n_embd=many", "--config_overrides n_embd=many: ")):

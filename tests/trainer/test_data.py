@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def prepare(tmp_path: Path) -> Prepare:
     """Prepare data with flags: prepare("--dataset_path", folder, length=32)."""
 
     def run(*words: str, length: int = 32, make: Any = own_tokenizer, built_in: Any = None) -> TokenizedDataset:
-        options: argparse.Namespace = parse_options(
+        options = parse_options(
             ["--model_name_or_path", "tiny", "--cache_dir", str(tmp_path / "cache"), *words])
         return prepare_dataset(options, "tiny", make, length, built_in, say=lambda line: None)
 

@@ -14,18 +14,17 @@ import pytest
 
 from trainer.distributed import deepspeed_config
 from trainer.errors import UserError
-from trainer.options import parse_options
+from trainer.options import Options, parse_options
 
 
-def options(*words: str) -> Any:
+def options(*words: str) -> Options:
     return parse_options(["--model_name_or_path", "tiny", "--deepspeed", "c.json", *words])
 
 
 def test_values_of_the_config_become_the_flags() -> None:
-    found = options()
     config = {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5, "bf16": {"enabled": True},
               "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "eps": "auto"}}}
-    deepspeed_config.adopt_values(found, config, 2)
+    found = deepspeed_config.adopt_values(options(), config, 2)
     assert (found.per_device_train_batch_size, found.max_grad_norm, found.precision) == (4, 0.5, "bf16")
     assert (found.learning_rate, found.weight_decay, found.gradient_accumulation_steps) == (1e-4, 0.1, None)
 
@@ -48,8 +47,7 @@ def test_a_contradiction_is_told(words: list[str], config: dict[str, Any], messa
     ([], 32, (8, 2)), ([], 4, (2, 1)), (["--per_device_train_batch_size", "4"], 32, (4, 4)),
     (["--gradient_accumulation_steps", "8"], 32, (2, 8))])
 def test_a_global_batch_is_split(words: list[str], total: int, expected: tuple[int, int]) -> None:
-    found = options(*words)
-    deepspeed_config.adopt_values(found, {"train_batch_size": total}, 2)
+    found = deepspeed_config.adopt_values(options(*words), {"train_batch_size": total}, 2)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == expected
 
 

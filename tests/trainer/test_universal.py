@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from conftest import Run, Train
 
 from trainer.checkpoint import universal
 from trainer.errors import UserError
+from trainer.options import Options, parse_options
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--lr_scheduler_type", "constant",
          "--save_steps", "2", "--eval_steps", "0")
@@ -41,16 +41,16 @@ def test_a_training_goes_on_with_other_ranks(train: Train, before: int, after: i
     assert not list(parts.path.glob("checkpoints/*/*universal*"))
 
 
-def options(micro: int, accumulation: int) -> argparse.Namespace:
-    return argparse.Namespace(per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
+def options(micro: int, accumulation: int) -> Options:
+    return parse_options(["--model_name_or_path", "tiny", "--per_device_train_batch_size", str(micro),
+                          "--gradient_accumulation_steps", str(accumulation)])
 
 
 @pytest.mark.parametrize(("micro", "accumulation", "rows", "world", "expected"), [
     (8, 1, 16, 1, (8, 2)), (8, 2, 16, 1, (8, 2)), (8, 1, 16, 4, (4, 1)), (8, 1, 48, 4, (6, 2)), (4, 4, 16, 16, (1, 1)),
     (3, 1, 8, 1, (2, 4))])
 def test_a_step_keeps_its_rows(micro: int, accumulation: int, rows: int, world: int, expected: tuple[int, int]) -> None:
-    found = options(micro, accumulation)
-    universal.keep_global_batch(found, rows, world)
+    found = universal.keep_global_batch(options(micro, accumulation), rows, world)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == expected
 
 

@@ -6,36 +6,37 @@ parameter. The global batch stays the same, and with it the steps, the learning 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import verification
 from trainer.distributed import heartbeat
 from trainer.errors import UserError
+from trainer.options import Options
 
 SUFFIX = "_universal"
 LATEST = "latest_universal"  # by which DeepSpeed finds it
 COPIES = 3  # of the states that the conversion writes before it is done: fragments, whole parameters, a reserve
 
 
-def keep_global_batch(options: argparse.Namespace, rows: int, world_size: int) -> None:
-    """Make micro batch and accumulation give `rows` a step, the micro batch no larger than asked for.
+def keep_global_batch(options: Options, rows: int, world_size: int) -> Options:
+    """Return options whose micro batch and accumulation give `rows` a step, the micro batch no larger than asked for.
 
     Raises UserError where so many ranks can't share them.
     """
-    if options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size == rows:
-        return
+    if options.batch_per_rank * world_size == rows:
+        return options
     each, rest = divmod(rows, world_size)
     if rest:
         fitting = [str(count) for count in range(1, rows + 1) if rows % count == 0][:8]
         raise UserError(f"a step has {rows} sequences in this run, which {world_size} ranks can't share evenly: "
                         f"resume with {', '.join(fitting)} ranks", shared=True)
     micro = next(size for size in range(min(options.per_device_train_batch_size, each), 0, -1) if each % size == 0)
-    options.per_device_train_batch_size, options.gradient_accumulation_steps = micro, each // micro
+    return replace(options, per_device_train_batch_size=micro, gradient_accumulation_steps=each // micro)
 
 
 def free_batch(config: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -21,6 +20,7 @@ from trainer.data.sources import Source, hashed, open_source
 from trainer.data.tokenization import tokenize
 from trainer.data.tokenizer import TOKENIZER_CHARACTERS, first_characters
 from trainer.errors import UserError
+from trainer.options import Options
 
 SAMPLE_DOCUMENTS = 2000  # documents of a stream, or as many as train a tokenizer if those are fewer
 FORMAT = 4  # part of the cache's key: raise it when what is stored changes
@@ -53,14 +53,14 @@ class TokenizedDataset:
     folder: Path = field(default_factory=Path)
 
 
-def cache_folder(options: argparse.Namespace) -> Path:
+def cache_folder(options: Options) -> Path:
     """Return the folder that keeps prepared data."""
     home = options.cache_dir or os.environ.get("LANSPEED_CACHE") or Path.home() / ".cache" / "lanspeed"
     return Path(home).expanduser() / "data"
 
 
 def prepare_dataset(
-    options: argparse.Namespace,
+    options: Options,
     tokenizer_id: str,
     make_tokenizer: Callable[[Iterable[str]], Any],
     sequence_length: int,
@@ -122,7 +122,7 @@ def build(
     info: DatasetInfo,
     source: Source,
     evaluation: Source | None,
-    options: argparse.Namespace,
+    options: Options,
     make_tokenizer: Callable[[Iterable[str]], Any],
     sequence_length: int,
 ) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from trainer.data import documents
 from trainer.data.chat import DocumentExtractor
 from trainer.errors import UserError
+from trainer.options import Options
 
 END = 1 << 16  # bytes
 BUILT_IN = "the documentation that comes with Python"
@@ -42,7 +42,7 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or wild or bool(documents.form_of(Path(name)))
 
 
-def open_source(name: str | None, options: argparse.Namespace, built_in: Callable[[], list[str]]) -> Source:
+def open_source(name: str | None, options: Options, built_in: Callable[[], list[str]]) -> Source:
     """Return the Source that --dataset_path or --eval_dataset names; raise a UserError if it isn't there."""
     extract = DocumentExtractor(options.text_column)
     if name is None:
@@ -57,7 +57,7 @@ def open_source(name: str | None, options: argparse.Namespace, built_in: Callabl
     return hub_source(name, options, extract)
 
 
-def hub_source(name: str, options: argparse.Namespace, extract: DocumentExtractor) -> Source:
+def hub_source(name: str, options: Options, extract: DocumentExtractor) -> Source:
     """Return a Hugging Face dataset as a Source."""
     import datasets
 

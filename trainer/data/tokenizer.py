@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError, first_line
+from trainer.options import Options
 
 LARGEST_VOCABULARY = 32_000
 TINY_VOCABULARY = 2048
@@ -48,7 +48,7 @@ def first_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def load_tokenizer(options: argparse.Namespace, folder: str | Path | None = None) -> Any:
+def load_tokenizer(options: Options, folder: str | Path | None = None) -> Any:
     """Load the tokenizer of the model that `options` name (or of `folder`); raise a UserError if there is none."""
     from transformers import AutoTokenizer
 
@@ -81,7 +81,7 @@ def tokenizer_id(tokenizer: Any) -> str:
     return f"{type(tokenizer).__name__} {tokenizer.eos_token} {words} {tokenizer.chat_template}"
 
 
-def own_vocabulary(options: argparse.Namespace, config: Any) -> int | None:
+def own_vocabulary(options: Options, config: Any) -> int | None:
     """Return the size of the tokenizer that is trained on the data; None where the model brings its own."""
     if config is None:
         return TINY_VOCABULARY

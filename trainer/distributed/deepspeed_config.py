@@ -6,16 +6,17 @@ that a config does say become the flags' values here, unless the user typed a fl
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.options import Options
 
 # option -> the places in a DeepSpeed config that mean the same
 SAME_AS_OPTION = {
@@ -67,8 +68,8 @@ def lookup(config: dict[str, Any], dotted: str) -> Any:
     return node
 
 
-def adopt_values(options: argparse.Namespace, config: dict[str, Any], world_size: int) -> None:
-    """Give each flag that the user left open the config's value; raise a UserError where the two contradict."""
+def adopt_values(options: Options, config: dict[str, Any], world_size: int) -> Options:
+    """Return the options with the config's values for those left open; raise a UserError where the two contradict."""
     for option, places in SAME_AS_OPTION.items():
         for place in places:
             value = lookup(config, place)
@@ -81,40 +82,37 @@ def adopt_values(options: argparse.Namespace, config: dict[str, Any], world_size
                 raise UserError(
                     f"{options.deepspeed}: $.{place} is {value}, but --{option} {said} was given: "
                     'drop the flag, or write "auto" in the config', exit_code=2, shared=True)
-            setattr(options, option, value)
-    adopt_precision(options, config)
-    adopt_global_batch(options, config, world_size)
+            options = replace(options, **{option: value})
+    return adopt_global_batch(adopt_precision(options, config), config, world_size)
 
 
-def adopt_precision(options: argparse.Namespace, config: dict[str, Any]) -> None:
-    """Take the precision that the config switches on, refusing two of them or one against the flag."""
+def adopt_precision(options: Options, config: dict[str, Any]) -> Options:
+    """Return the options with the precision that the config enables; raise a UserError for two, or another flag."""
     enabled = [kind for kind in ("bf16", "fp16") if lookup(config, f"{kind}.enabled") is True]
     if len(enabled) == 2:
         raise UserError(f"{options.deepspeed}: fp16 and bf16 are both enabled: keep one", shared=True)
     if enabled and options.precision not in ("auto", enabled[0]):
         raise UserError(f"{options.deepspeed}: $.{enabled[0]}.enabled is true, but --precision {options.precision} "
                         "was given: drop one", exit_code=2, shared=True)
-    if enabled:
-        options.precision = enabled[0]
+    return replace(options, precision=enabled[0]) if enabled else options
 
 
-def adopt_global_batch(options: argparse.Namespace, config: dict[str, Any], world_size: int) -> None:
-    """Derive the open one of micro batch and accumulation from a numeric train_batch_size."""
+def adopt_global_batch(options: Options, config: dict[str, Any], world_size: int) -> Options:
+    """Return the options with the micro batch or accumulation that a numeric train_batch_size leaves."""
     total = config.get("train_batch_size")
     if total in (None, "auto"):
-        return
-    micro, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
-    if micro is None and accumulation is not None:
-        micro = total // (world_size * accumulation)
-    elif micro is None:
-        micro = min(8, total // world_size)
+        return options
+    micro: int | None = options.per_device_train_batch_size
+    accumulation: int | None = options.gradient_accumulation_steps
+    if micro is None:
+        micro = min(8, total // world_size) if accumulation is None else total // (world_size * accumulation)
     if accumulation is None:
         accumulation = total // (world_size * max(micro, 1))
     if total != world_size * micro * accumulation:
         raise UserError(
             f"{options.deepspeed}: $.train_batch_size is {total}, which is not world size {world_size} x micro batch "
             f'{micro} x accumulation {accumulation}: write "auto" there', shared=True)
-    options.per_device_train_batch_size, options.gradient_accumulation_steps = micro, accumulation
+    return replace(options, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
 
 
 def complete_config(config: dict[str, Any], on_cpu: bool) -> list[str]:

@@ -6,7 +6,6 @@ that attention is kept; the preflight decides (preflight.py).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from trainer.options import Options
 
 NAME, USUAL = "documents", "sdpa"
 LOGIT_TOLERANCE = 1e-3  # of the logits' spread, by which two ways to compute them may differ in float32
@@ -50,7 +51,7 @@ def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     return torch.cat(parts, dim=2).transpose(1, 2).reshape(rows, width, heads, value.shape[3]), None
 
 
-def can_use_varlen(model: Any, options: argparse.Namespace, device: str, longest: int) -> bool:
+def can_use_varlen(model: Any, options: Options, device: str, longest: int) -> bool:
     """Return whether to try it: on a CPU, with nothing else asked for, where all of a document is seen."""
     text = model.config.get_text_config()
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
 from trainer.errors import UserError, first_line, is_out_of_memory
 from trainer.model.loading import attention_of
+from trainer.options import Options
 
 # What a configuration works out from other values, and keeps: another value makes it wrong.
 DERIVED = {"layer_types": {"num_hidden_layers"}, "head_dim": {"hidden_size", "num_attention_heads"}}
@@ -36,7 +36,7 @@ def overridden(config: Any, text: str) -> Any:
         raise UserError(f"--config_overrides {text}: {first_line(error)}", shared=True) from None
 
 
-def build_model(options: argparse.Namespace, config: Any, tokenizer: Any, dtype: str) -> Any:
+def build_model(options: Options, config: Any, tokenizer: Any, dtype: str) -> Any:
     """Return a model with random weights in the shape of `config`, its vocabulary the tokenizer's.
 
     The weights hang on the seed alone; under ZeRO-3 each rank keeps its part. Raises UserError for a shape that can't

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError, first_line
+from trainer.options import Options
 
 TINY = "tiny"
 # Chosen by what a minute on two cores teaches: fewer weights and more steps beat a bigger model.
@@ -22,7 +22,7 @@ TINY_SHAPE: dict[str, Any] = {
 }
 
 
-def load_config(options: argparse.Namespace) -> Any:
+def load_config(options: Options) -> Any:
     """Return the model's configuration (None for tiny); raise a UserError, before any data is read, if there is
     none."""
     from transformers import AutoConfig
@@ -39,7 +39,7 @@ def load_config(options: argparse.Namespace) -> Any:
         raise UserError(f"model '{name}': {first_line(error)}") from None
 
 
-def choose_sequence_length(options: argparse.Namespace, config: Any) -> int:
+def choose_sequence_length(options: Options, config: Any) -> int:
     """Return the tokens a row: what was asked for, or a default, but never more than the model has positions for.
 
     Raises UserError for more than that, or fewer than 2.
@@ -63,7 +63,7 @@ def build_tiny(tokenizer: Any, seed: int) -> Any:
         pad_token_id=tokenizer.pad_token_id, **TINY_SHAPE))
 
 
-def attention_of(options: argparse.Namespace, dtype: str) -> str | None:
+def attention_of(options: Options, dtype: str) -> str | None:
     """Return the attention that was asked for, else flash attention where it's installed, else None."""
     from transformers.utils import is_flash_attn_2_available
 
@@ -71,7 +71,7 @@ def attention_of(options: argparse.Namespace, dtype: str) -> str | None:
     return "flash_attention_2" if flash else options.attn_implementation
 
 
-def load_model(options: argparse.Namespace, dtype: str, in_4_bits_on: Any = None) -> Any:
+def load_model(options: Options, dtype: str, in_4_bits_on: Any = None) -> Any:
     """Load the model's weights in `dtype` (float32, bfloat16, float16); under ZeRO-3 each rank keeps its part.
 
     `in_4_bits_on`: a device on which they are kept in 4 bits, computing in `dtype` (QLoRA, arXiv 2305.14314).

@@ -5,34 +5,35 @@ The run's model/ then holds the adapter; with --merge_lora the whole model, and 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from trainer.distributed.deepspeed_config import lookup
 from trainer.errors import UserError, first_line
 from trainer.model import loading
+from trainer.options import Options
 
 ALPHA = 2  # times the rank: peft scales what is learnt by alpha / rank
 
 
-def check(options: argparse.Namespace, ds_config: dict[str, Any] | None) -> None:
+def check(options: Options, ds_config: dict[str, Any] | None) -> None:
     """Raise a UserError for an adapter that can't be trained so."""
     if options.qlora and lookup(ds_config or {}, "zero_optimization.stage") == 3:
         raise UserError("--qlora: ZeRO-3 can't split weights of 4 bits: take trainer/configs/zero1.json, or --lora",
                         exit_code=2, shared=True)
 
 
-def add_adapter(model: Any, options: argparse.Namespace) -> Any:
+def add_adapter(model: Any, options: Options) -> Any:
     """Return the model with an adapter of rank --lora at all its linear layers but the head, all else frozen.
 
     Raises UserError for an architecture that has none.
     """
     from peft import LoraConfig, get_peft_model
 
+    rank = options.lora or 0
     try:
         found = get_peft_model(model, LoraConfig(
-            r=options.lora, lora_alpha=ALPHA * options.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
+            r=rank, lora_alpha=ALPHA * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"--lora: {first_line(error)}", shared=True) from None
     if options.activation_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
@@ -55,7 +56,7 @@ def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any]) -> None:
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
 
 
-def merged(options: argparse.Namespace, tokenizer: Any, dtype: str, adapter: Path) -> Any:
+def merged(options: Options, tokenizer: Any, dtype: str, adapter: Path) -> Any:
     """Return the whole model: the base, loaded anew, with the adapter's weights added. For rank 0 alone."""
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config

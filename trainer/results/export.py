@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 from trainer.checkpoint.verification import write_atomically
 from trainer.model import loading, lora
+from trainer.options import Options
 from trainer.results.setup import Setup
 
 
@@ -47,6 +47,6 @@ def put_in_place(setup: Setup, model: Any, place: Path, write: Callable[[Any, Pa
     scratch.replace(place)
 
 
-def merges(options: argparse.Namespace) -> bool:
+def merges(options: Options) -> bool:
     """Return whether an adapter is merged at the end: where asked for, and for tiny, whose base lies nowhere."""
     return bool(options.lora) and (options.merge_lora or options.model_name_or_path == loading.TINY)

@@ -5,7 +5,6 @@ metrics.jsonl grows while the training runs: `tail -f runs/*/metrics.jsonl`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.verification import write_atomically
+from trainer.options import Options
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -32,7 +32,7 @@ def new_run_path(model: str) -> Path:
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{short_name(model)}"
 
 
-def find_run(options: argparse.Namespace) -> Path:
+def find_run(options: Options) -> Path:
     """Return the run folder that the options mean: named, that of the checkpoint to resume, the newest, or a new one.
 
     `--resume_from_checkpoint auto` without --output_dir takes the newest run of this model.

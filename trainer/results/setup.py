@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from trainer.data.dataset import TokenizedDataset
 from trainer.data.packing import PackedSequences
 from trainer.distributed import deepspeed_config
 from trainer.distributed.ranks import Ranks
+from trainer.options import Options
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
 
@@ -27,7 +27,7 @@ class Setup:
     `universal` if it is in DeepSpeed's universal form.
     """
 
-    options: argparse.Namespace
+    options: Options
     ranks: Ranks
     console: Console
     device: str
@@ -82,9 +82,9 @@ class Workload:
     steps: int
 
 
-def global_batch_size(options: argparse.Namespace, world_size: int) -> int:
+def global_batch_size(options: Options, world_size: int) -> int:
     """Return the sequences of all ranks in an optimizer step."""
-    return int(options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size)
+    return int(options.batch_per_rank * world_size)
 
 
 def writes(ranks: Ranks, shared_disk: bool) -> bool:

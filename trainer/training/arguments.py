@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from trainer.errors import UserError
+from trainer.options import Options
 from trainer.results.setup import Setup
 
 NEVER = 10**9
@@ -42,7 +42,7 @@ def training_arguments(setup: Setup) -> TrainingArguments:
         log_level="error", log_level_replica="error", adam_beta2=o.adam_beta2)
 
 
-def check_packages(options: argparse.Namespace, is_first: bool) -> None:
+def check_packages(options: Options, is_first: bool) -> None:
     """Raise a UserError for a package that a flag needs and that isn't there; only the first rank logs."""
     wanted = [(f"--report_to {name}", name) for name in options.report_to if is_first]
     wanted += [(f"--{name}", name) for name in ("liger", "qlora") if getattr(options, name)]

@@ -5,7 +5,6 @@ The order matters: data is tokenized while nothing can time out, and only then t
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
 from trainer.model import from_config, loading, lora
-from trainer.options import fill_defaults
+from trainer.options import Options, with_defaults
 from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run
 from trainer.results.setup import Setup, global_batch_size, writes
@@ -40,12 +39,12 @@ class Hardware:
     spare_devices: int
 
 
-def prepare(options: argparse.Namespace, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
+def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
             ) -> tuple[Setup, CommunicationTimer]:
     """Do everything up to the model; return what the ranks have agreed on, and what measures their waiting."""
     check_packages(options, ranks.is_first)
     lora.check(options, ds_config)
-    hardware = agree_on_hardware(options, ranks, ds_config)
+    options, hardware = agree_on_hardware(options, ranks, ds_config)
     config = loading.load_config(options)
     if options.config_overrides:
         config = from_config.overridden(config, options.config_overrides)
@@ -62,15 +61,17 @@ def prepare(options: argparse.Namespace, ranks: Ranks, console: Console, ds_conf
     shared_disk = is_shared(run.path, ranks)
     universal = False
     if checkpoint:
-        universal = adapt_to_ranks(checkpoint, options, ds_config, ranks, console, writes(ranks, shared_disk))
+        options, universal = adapt_to_ranks(checkpoint, options, ds_config, ranks, console,
+                                            writes(ranks, shared_disk))
         layout.batch = global_batch_size(options, ranks.world_size)
     own = tokenizer.load_tokenizer(options, data.folder / "tokenizer")
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
                  ds_config, config, data, own, length, run, layout, shared_disk, checkpoint, universal), waiting
 
 
-def agree_on_hardware(options: argparse.Namespace, ranks: Ranks, ds_config: dict[str, Any] | None) -> Hardware:
-    """Meet the other ranks; settle device, precision and batch sizes with them."""
+def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] | None
+                      ) -> tuple[Options, Hardware]:
+    """Meet the other ranks; settle device, precision and the open options with them."""
     silence_libraries()
     heartbeat.report("connecting to the other ranks")
     ranks.rendezvous()
@@ -80,14 +81,14 @@ def agree_on_hardware(options: argparse.Namespace, ranks: Ranks, ds_config: dict
         torch.accelerator.set_device_index(ranks.local_rank)
     deepspeed_config.set_environment(device == "cpu", ranks.local_world_size)
     if ds_config is not None:
-        deepspeed_config.adopt_values(options, ds_config, ranks.world_size)
-    fill_defaults(options)
+        options = deepspeed_config.adopt_values(options, ds_config, ranks.world_size)
+    options = with_defaults(options)
     precision = devices.choose_precision(options.precision, facts)
-    return Hardware(device, precision, devices.peak_flops(facts, precision),
-                    facts[ranks.rank]["count"] - ranks.local_world_size)
+    return options, Hardware(device, precision, devices.peak_flops(facts, precision),
+                             facts[ranks.rank]["count"] - ranks.local_world_size)
 
 
-def make_data(options: argparse.Namespace, ranks: Ranks, console: Console, config: Any,
+def make_data(options: Options, ranks: Ranks, console: Console, config: Any,
               length: int) -> TokenizedDataset:
     """Tokenize once a host; open the result on every rank; make sure that all hosts have the same."""
     if vocabulary := tokenizer.own_vocabulary(options, config):

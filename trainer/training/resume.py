@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from trainer.checkpoint import universal, verification
 from trainer.checkpoint.verification import Layout
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
+from trainer.options import Options
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
 
 
 def choose_checkpoint(
-    options: argparse.Namespace, run: RunFolder, ranks: Ranks, layout: Layout, console: Console
+    options: Options, run: RunFolder, ranks: Ranks, layout: Layout, console: Console
 ) -> Path | None:
     """Return the checkpoint to continue from, or None to start from the beginning; damaged ones are reported and
     skipped.
@@ -45,9 +45,11 @@ def choose_checkpoint(
     return folder
 
 
-def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, Any] | None, ranks: Ranks,
-                   console: Console, writes: bool) -> bool:
-    """Make a checkpoint and the batch fit the ranks that are there now; return whether it is in universal form then.
+def adapt_to_ranks(folder: Path, options: Options, config: dict[str, Any] | None, ranks: Ranks,
+                   console: Console, writes: bool) -> tuple[Options, bool]:
+    """Make a checkpoint and the batch fit the ranks that are there now.
+
+    Return the options with that batch, and whether the checkpoint is in universal form now.
 
     `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises UserError where parts of it are
     elsewhere, or the global batch can't be divided.
@@ -55,13 +57,13 @@ def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, 
     before = verification.read_layout(folder) if ranks.is_first_here else None
     told = next(each for each in ranks.all_gather_json("written-by", before and vars(before)) if each)
     written = Layout(**told)
-    now = options.per_device_train_batch_size * options.gradient_accumulation_steps * ranks.world_size
+    now = options.batch_per_rank * ranks.world_size
     if written.world_size == ranks.world_size and written.batch in (0, now):
-        return False
+        return options, False
     if options.streaming and written.world_size != ranks.world_size:
         raise UserError(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: "
                         "resume with as many", shared=True)
-    universal.keep_global_batch(options, written.batch, ranks.world_size)
+    options = universal.keep_global_batch(options, written.batch, ranks.world_size)
     if config is not None:
         universal.free_batch(config)
     same = written.world_size == ranks.world_size
@@ -69,7 +71,7 @@ def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, 
     console.say(f"{folder.name} {who}: global batch {written.batch} as before, "
                 f"{options.per_device_train_batch_size} micro x {options.gradient_accumulation_steps} accumulation")
     if same:
-        return False
+        return options, False
     lacking = universal.missing_shards(folder, written.world_size) if ranks.is_first_here else None
     if found := [text for text in ranks.all_gather_json("parts", lacking) if text]:
         raise UserError(found[0], shared=True)
@@ -79,7 +81,7 @@ def adapt_to_ranks(folder: Path, options: argparse.Namespace, config: dict[str, 
             universal.convert(folder)
         ranks.all_gather_json("universal", True, PREPARING_LIMIT_S)  # a large model's takes long
         config.setdefault("checkpoint", {})["load_universal"] = True
-    return split
+    return options, split
 
 
 def local_checkpoints(run: RunFolder, named: Path | None) -> dict[str, Any]:

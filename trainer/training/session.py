@@ -5,7 +5,6 @@ The model is built last: DeepSpeed's config must be known to transformers before
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
@@ -21,6 +20,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
 from trainer.estimate.flops import flops_per_token
 from trainer.model import document_attention, from_config, loading, lora
+from trainer.options import Options
 from trainer.results import export, samples, summary
 from trainer.results.console import Console
 from trainer.results.loss_curve import draw_curve
@@ -44,7 +44,7 @@ class Session:
     trainer: CausalTrainer
 
     def __init__(
-        self, options: argparse.Namespace, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
+        self, options: Options, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
     ) -> None:
         self._given = options, ranks, console, ds_config
         self._started = time.monotonic()
