@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from trainer.data.chat import DocumentExtractor, conversation_text, encode, normalized
+from trainer.data.chat import conversation_text, encode
 from trainer.data.dataset import prepare_dataset
 from trainer.data.documents import find_files, read_documents
 from trainer.data.packing import IGNORED, Collator, PackedSequences
+from trainer.data.rows import DocumentExtractor, normalized
 from trainer.data.tokenizer import TINY_TEMPLATE, own_tokenizer
 from trainer.errors import UserError
 from trainer.options import parse_options
@@ -62,7 +63,7 @@ def messages(*turns: dict[str, str]) -> str:
      "<s> user and now ? </s> <s> assistant STILL FINE </S>"),
     (CHATML, [SAID, *AGAIN], "<s> assistant FINE , THANKS </S> <s> user and now ? </s> <s> assistant STILL FINE </S>"),
     (THINKING, [USER, {"role": "assistant", "content": "think hm /think fine"}, *AGAIN],
-     "<s> user how are you ? </s> <s> assistant fine </s> <s> user and now ? </s> <s> assistant STILL FINE </S>"),
+     "<s> user how are you ? </s> <s> assistant FINE </S> <s> user and now ? </s> <s> assistant STILL FINE </S>"),
     (THINKING, [USER, {"role": "assistant", "content": "fine"}, *AGAIN],
      "<s> user how are you ? </s> <s> assistant FINE </S> <s> user and now ? </s> <s> assistant STILL FINE </S>"),
     (CHATML.replace("</s>", ""), [USER, SAID], "<s> user how are you ? <s> assistant FINE , THANKS </S>"),
@@ -122,7 +123,7 @@ def test_a_table_of_messages_is_read_like_lines_of_them(tmp_path: Path) -> None:
     ([{"messages": [{"content": "x"}, SAID]}], "a.jsonl:1: message 1 has the role None"),
     ([{"conversations": [{"from": "narrator", "value": "x"}]}], "a.jsonl:1: message 1 has the role 'narrator': system"),
     ([{"messages": [USER, SAID]}, {"text": "plain"}], "a.jsonl:2: no messages, which the rows before it have"),
-    ([{"prompt": "a", "completion": None}], "a.jsonl:1: column 'prompt' is no list of messages"),
+    ([{"prompt": "a", "completion": None}], "a.jsonl:1: column 'completion' is null, not text"),
     ([{"body": "x"}], "a.jsonl:1: no column 'text'; it has body"),
 ])
 def test_a_row_of_another_shape_is_named(rows: list[dict[str, Any]], fault: str, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_row_of_another_shape_is_named(rows: list[dict[str, Any]], fault: str,
 def test_a_tokenizer_without_a_template_is_told_of_with_a_mend() -> None:
     with pytest.raises(UserError, match=r"no chat template.*--chat_template FILE"):
         encode(messages(USER, SAID), words(None))
-    with pytest.raises(UserError, match="refuses a conversation: only one turn"):
+    with pytest.raises(UserError, match="refuses this conversation: only one turn"):
         encode(messages(USER, SAID), words("{{ raise_exception('only one turn') }}"))
 
 

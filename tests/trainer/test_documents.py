@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trainer.data.chat import DocumentExtractor
 from trainer.data.documents import describe, find_files, read_documents
+from trainer.data.rows import DocumentExtractor
 from trainer.errors import UserError
 
 ROWS: list[dict[str, object]] = [

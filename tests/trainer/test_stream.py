@@ -16,9 +16,10 @@ import pytest
 from conftest import ROOT, Train
 
 from trainer.data import streaming
-from trainer.data.chat import MESSAGES, TEXT
 from trainer.data.dataset import digest_of
+from trainer.data.documents import Document
 from trainer.data.packing import PackedSequence
+from trainer.data.rows import MESSAGES, TEXT
 from trainer.data.streaming import Stream, StreamPosition, StreamSettings
 from trainer.data.tokenizer import own_tokenizer
 from trainer.errors import UserError
@@ -34,8 +35,8 @@ def tokenizer() -> Any:
 
 def made(tokenizer: Any, rank: int = 0, ranks: int = 1, held_out: tuple[str, ...] = (), texts: list[str] = TEXTS,
          form: str = TEXT, capacity: int | None = 32) -> Stream:
-    def read(start: int) -> Iterator[str]:
-        return iter(texts[start:])
+    def read(start: int) -> Iterator[Document]:
+        return (Document(text, "here") for text in texts[start:])
 
     digests = frozenset(map(digest_of, held_out))
     return Stream(StreamSettings(read, form, tokenizer, 32, digests, rank, ranks, 1), capacity)
@@ -88,7 +89,7 @@ def test_it_goes_on_with_the_very_next_row(tokenizer: Any, tmp_path: Path, monke
 
 def test_conversations_carry_their_losses(tokenizer: Any) -> None:
     document = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-                           "trained": 0})
+                           "trained": [1]})
     row = next(iter(made(tokenizer, texts=[document] * 20, form=MESSAGES)))
     assert row.loss_masks
     mask = row.loss_masks[0]

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data import python_docs
-from trainer.data.chat import TEXT, conversation_text
+from trainer.data.chat import conversation_text
+from trainer.data.documents import Document
+from trainer.data.rows import TEXT
 from trainer.data.sources import Source, hashed, open_source
 from trainer.data.tokenization import tokenize
 from trainer.data.tokenizer import TOKENIZER_CHARACTERS, first_characters
@@ -23,7 +26,7 @@ from trainer.errors import UserError
 from trainer.options import Options
 
 SAMPLE_DOCUMENTS = 2000  # documents of a stream, or as many as train a tokenizer if those are fewer
-FORMAT = 4  # part of the cache's key: raise it when what is stored changes
+FORMAT = 5  # part of the cache's key: raise it when what is stored changes
 
 
 @dataclass
@@ -32,7 +35,7 @@ class DatasetInfo:
 
     key: str
     name: str
-    form: str = TEXT  # or what conversations.py calls it
+    form: str = TEXT  # or what rows.py calls it
     documents: int = 0
     dropped: int = 0
     cut: int = 0
@@ -40,6 +43,7 @@ class DatasetInfo:
     eval_by_pieces: bool = False
     eval_bytes: int | None = None
     gzip_bits_per_byte: float | None = None
+    notes: dict[str, int] = field(default_factory=dict)  # what was left out or replaced, and in how many rows
     held_out: list[str] = field(default_factory=list)  # digests of held-out documents, for data that is streamed
 
 
@@ -97,7 +101,7 @@ def prepare_dataset(
     return load_tokenized(folder)
 
 
-def first_documents(read: Callable[[], Iterable[str]]) -> Iterator[str]:
+def first_documents(read: Callable[[], Iterable[Document]]) -> Iterator[Document]:
     """Return the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
     return itertools.islice(first_characters(read(), TOKENIZER_CHARACTERS), SAMPLE_DOCUMENTS)
 
@@ -140,8 +144,11 @@ def build(
         if options.streaming:
             info.held_out = sorted({digest_of(text) for text in held_out["text"]})
     tokenizer = make_tokenizer(train["text"] if info.form == TEXT else map(conversation_text, train["text"]))
-    train, info.cut = tokenize(train, tokenizer, sequence_length, info.form)
-    held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, info.form)
+    notes = Counter(source.extract.notes)
+    notes.update(evaluation.extract.notes if evaluation else ())
+    train, info.cut = tokenize(train, tokenizer, sequence_length, info.form, notes)
+    held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, info.form, notes)
+    info.notes = dict(notes)
     info.eval_documents = len(held_out)
     info.gzip_bits_per_byte = gzip_bits(held_out["text"]) if info.form == TEXT else None
     if not len(held_out) and options.eval_fraction and len(train) > 1 and not options.streaming:
@@ -164,7 +171,9 @@ def build(
 
 
 def read_texts(source: Source, scratch: Path, name: str) -> Any:
-    """Read a source into a table on disk with the column `text`, without empty documents (counted in `.dropped`).
+    """Read a source into a table on disk with the columns `text` and `where`, without empty documents.
+
+    `.dropped` counts those.
 
     Raises UserError if nothing is left.
     """
@@ -178,14 +187,14 @@ def read_texts(source: Source, scratch: Path, name: str) -> Any:
         for text in source.read():
             if text.strip():
                 kept += 1
-                yield {"text": text}
+                yield {"text": str(text), "where": text.where}
             else:
                 dropped += 1
 
     try:
         # A name of its own keeps datasets from hashing the generator and everything that it refers to.
-        table = Dataset.from_generator(rows, features=Features({"text": Value("large_string")}),
-                                       cache_dir=str(scratch / name), fingerprint=name)
+        columns = Features({"text": Value("large_string"), "where": Value("string")})
+        table = Dataset.from_generator(rows, features=columns, cache_dir=str(scratch / name), fingerprint=name)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

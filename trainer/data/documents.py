@@ -16,13 +16,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from trainer.data.values import without_nulls
 from trainer.errors import UserError
 
 
-class Extractor(Protocol):
-    """Makes a document of a row; see conversations.Taker."""
+class Document(str):
+    """A document's text that knows where it comes from: a file and line."""
 
-    def __call__(self, row: Any, where: str) -> str:
+    __slots__ = ("where",)
+    where: str
+
+    def __new__(cls, text: str, where: str) -> Document:
+        document = super().__new__(cls, text)
+        document.where = where
+        return document
+
+
+class Extractor(Protocol):
+    """Makes a document of a row; see rows.DocumentExtractor."""
+
+    def __call__(self, row: Any, where: str) -> Document:
         """Return the document, '' for an empty one; raise UserError for a row of another shape."""
         ...
 
@@ -71,7 +84,7 @@ def describe(files: list[Path]) -> str:
     return ", ".join(f"{n:,} {form} file{'s' * (n > 1)}" for form, n in sorted(counts.items()))
 
 
-def read_documents(files: list[Path], extract: Extractor) -> Iterator[str]:
+def read_documents(files: list[Path], extract: Extractor) -> Iterator[Document]:
     """Yield every document's text, empty ones included; raise a UserError with file and line for an unreadable row."""
     for path in files:
         try:
@@ -111,13 +124,13 @@ def text_of(row: Any, column: str, where: str) -> str:
     return text
 
 
-def read_text(path: Path, extract: Extractor) -> Iterator[str]:
+def read_text(path: Path, extract: Extractor) -> Iterator[Document]:
     """Yield a whole text file."""
     with open_bytes(path) as file:
         yield extract(decode(file.read(), path, 1), str(path))
 
 
-def read_jsonl(path: Path, extract: Extractor) -> Iterator[str]:
+def read_jsonl(path: Path, extract: Extractor) -> Iterator[Document]:
     """Yield the document of each line's object or string; blank lines don't count."""
     with open_bytes(path) as file:
         for line, raw in enumerate(file, 1):
@@ -129,7 +142,7 @@ def read_jsonl(path: Path, extract: Extractor) -> Iterator[str]:
                 yield extract(row, f"{path}:{line}")
 
 
-def read_json(path: Path, extract: Extractor) -> Iterator[str]:
+def read_json(path: Path, extract: Extractor) -> Iterator[Document]:
     """Yield the documents of a JSON array; a file with an object a line is read as .jsonl."""
     with open_bytes(path) as file:
         text = decode(file.read(), path, 1)
@@ -144,7 +157,7 @@ def read_json(path: Path, extract: Extractor) -> Iterator[str]:
         yield extract(row, f"{path}: row {number}")
 
 
-def read_csv(path: Path, extract: Extractor) -> Iterator[str]:
+def read_csv(path: Path, extract: Extractor) -> Iterator[Document]:
     """Yield the document of each record; the first line names the columns."""
     csv.field_size_limit(2**31 - 1)
     with open_bytes(path) as file:
@@ -161,7 +174,7 @@ def read_csv(path: Path, extract: Extractor) -> Iterator[str]:
             raise UserError(f"{path}: after line {records.line_num}: not UTF-8 ({error.reason})") from None
 
 
-def read_parquet(path: Path, extract: Extractor) -> Iterator[str]:
+def read_parquet(path: Path, extract: Extractor) -> Iterator[Document]:
     """Yield the document of each row."""
     import pyarrow
     from pyarrow import parquet
@@ -173,7 +186,7 @@ def read_parquet(path: Path, extract: Extractor) -> Iterator[str]:
             for batch in source.iter_batches(columns=extract.columns(source.schema_arrow.names, str(path))):
                 for row in batch.to_pylist():
                     number += 1
-                    yield extract(row, f"{path}: row {number}")
+                    yield extract({name: without_nulls(value) for name, value in row.items()}, f"{path}: row {number}")
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data import documents
-from trainer.data.chat import DocumentExtractor
+from trainer.data.documents import Document
+from trainer.data.rows import DocumentExtractor
+from trainer.data.values import without_nulls
 from trainer.errors import UserError
 from trainer.options import Options
 
@@ -27,11 +29,11 @@ class Source:
 
     name: str
     fingerprint: str
-    read: Callable[[], Iterable[str]]
+    read: Callable[[], Iterable[Document]]
     extract: DocumentExtractor
-    read_from: Callable[[int], Iterator[str]] | None = None  # where passing over the first documents is cheaper
+    read_from: Callable[[int], Iterator[Document]] | None = None  # where passing over the first documents is cheaper
 
-    def after(self, number: int) -> Iterator[str]:
+    def after(self, number: int) -> Iterator[Document]:
         """Return the documents after the first `number`."""
         return self.read_from(number) if self.read_from else itertools.islice(self.read(), number, None)
 
@@ -46,7 +48,7 @@ def open_source(name: str | None, options: Options, built_in: Callable[[], list[
     """Return the Source that --dataset_path or --eval_dataset names; raise a UserError if it isn't there."""
     extract = DocumentExtractor(options.text_column)
     if name is None:
-        texts = built_in()
+        texts = [Document(text, BUILT_IN) for text in built_in()]
         return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts, DocumentExtractor("text"))
     path = Path(name).expanduser()
     if path.exists() or looks_like_path(name):
@@ -84,12 +86,13 @@ def hub_source(name: str, options: Options, extract: DocumentExtractor) -> Sourc
     if not options.streaming:
         rows = table.select_columns(extract.columns(table.column_names, where))
         return Source(f"{name} ({options.dataset_split})", fingerprint or table._fingerprint,
-                      lambda: (extract(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)), extract)
+                      lambda: (extract({name: without_nulls(value) for name, value in row.items()},
+                                       f"{where}, row {number}") for number, row in enumerate(rows, 1)), extract)
 
-    def read_from(start: int) -> Iterator[str]:
+    def read_from(start: int) -> Iterator[Document]:
         try:
             for number, row in enumerate(table.skip(start) if start else table, start + 1):
-                yield extract(row, f"{where}, row {number}")
+                yield extract({name: without_nulls(value) for name, value in row.items()}, f"{where}, row {number}")
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"{where} can't be read any further: {error}: is the network down? "
                             "--resume_from_checkpoint auto resumes") from None

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.chat import TEXT
 from trainer.data.dataset import digest_of
+from trainer.data.documents import Document
 from trainer.data.packing import PackedSequence, best_fit
+from trainer.data.rows import TEXT
 from trainer.data.tokenization import pieces_of
 from trainer.errors import UserError
 
@@ -43,7 +44,7 @@ class StreamPosition:
 class StreamSettings:
     """What a rank reads: documents from a number on, their form, how they become tokens, which are held out."""
 
-    read: Callable[[int], Iterator[str]]
+    read: Callable[[int], Iterator[Document]]
     form: str
     tokenizer: Any
     length: int
@@ -85,7 +86,7 @@ class Stream(torch.utils.data.IterableDataset[PackedSequence]):
     def _blocks(self, place: StreamPosition) -> Iterator[tuple[list[PackedSequence], StreamPosition, StreamPosition]]:
         """Yield blocks of sequences, each with the positions where it begins and ends (without their sequences)."""
         pieces: list[dict[str, Any]] = []
-        waiting: list[str] = []
+        waiting: list[Document] = []
         before, reading = place, self._reading
         enough = BLOCK_SEQUENCES * (self._capacity or reading.length)
         for text, after in self._documents(place):
@@ -109,7 +110,7 @@ class Stream(torch.utils.data.IterableDataset[PackedSequence]):
         return [PackedSequence([np.array(pieces[number]["input_ids"]) for number in row],
                     [np.array(pieces[number]["loss_mask"]) for number in row] if masked else None) for row in order]
 
-    def _documents(self, place: StreamPosition) -> Iterator[tuple[str | None, StreamPosition]]:
+    def _documents(self, place: StreamPosition) -> Iterator[tuple[Document | None, StreamPosition]]:
         """Yield this rank's documents, each with the place after it, over and over; None at the end of each pass."""
         reading, start = self._reading, place.document
         for turn in itertools.count(place.turn):

@@ -7,22 +7,26 @@ loss.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainer.data import chat
-from trainer.data.chat import TEXT, EncodedDocument
+from trainer.data.chat import EncodedDocument
+from trainer.data.documents import Document
+from trainer.data.rows import TEXT
 from trainer.distributed import heartbeat
 
 BATCH = 100  # documents tokenized at once: enough for all cores; more only takes memory
 
 
-def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT) -> tuple[Any, int]:
-    """Return the pieces of all texts, and how many documents were cut.
+def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT, notes: Counter[str] | None = None
+             ) -> tuple[Any, int]:
+    """Return the pieces of all texts (columns text and where), and how many documents were cut.
 
-    Columns: input_ids; length in tokens; bytes, the UTF-8 bytes of the trained tokens (null if the tokenizer
-    doesn't know where its tokens stand in the text); of conversations also loss, 1 for a token that carries it, and
-    trained, how many do.
+    `notes` counts what was left out, by what it was. Columns: input_ids; length in tokens; bytes, the UTF-8 bytes of
+    the trained tokens (null if the tokenizer doesn't know where its tokens stand in the text); of conversations also
+    loss_mask, 1 for a token that is trained, and loss_tokens, how many are.
     """
     from datasets import Dataset, Features, List, Value
 
@@ -32,13 +36,15 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT)
     if not len(texts):  # datasets leaves the columns of an empty table as they were
         return Dataset.from_dict({name: [] for name in features}, features=features), 0
     cut = done = 0
+    counted = Counter() if notes is None else notes
 
     def batch(columns: dict[str, list[str]]) -> dict[str, list[Any]]:
         nonlocal cut, done
         heartbeat.report(f"tokenizing, {(done := done + len(columns['text'])):,} of {len(texts):,} documents",
                          often=True)
         made: dict[str, list[Any]] = {name: [] for name in features}
-        for pieces in pieces_of(columns["text"], tokenizer, sequence_length, form):
+        documents = [Document(text, where) for text, where in zip(columns["text"], columns["where"], strict=True)]
+        for pieces in pieces_of(documents, tokenizer, sequence_length, form, counted):
             cut += len(pieces) > 1
             for piece in pieces:
                 for name, value in piece.items():
@@ -46,25 +52,32 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT)
         return made
 
     # A fingerprint of its own keeps datasets from hashing the function and the tokenizer that it refers to.
-    pieces = texts.map(batch, batched=True, batch_size=BATCH, remove_columns=["text"], features=features,
+    pieces = texts.map(batch, batched=True, batch_size=BATCH, remove_columns=["text", "where"], features=features,
                        new_fingerprint=os.urandom(8).hex())
     return pieces, cut
 
 
-def pieces_of(texts: list[str], tokenizer: Any, sequence_length: int, form: str) -> Iterator[list[dict[str, Any]]]:
+def pieces_of(texts: list[Document], tokenizer: Any, sequence_length: int, form: str, notes: Counter[str] | None = None
+              ) -> Iterator[list[dict[str, Any]]]:
     """Yield the pieces of each document, as in `tokenize`'s columns."""
     if form == TEXT:
         yield from each_text(texts, tokenizer, sequence_length)
     else:
         for text in texts:
-            yield list(conversation_pieces(chat.encode(text, tokenizer), sequence_length))
+            made = chat.encode(text, tokenizer, notes)
+            pieces = list(conversation_pieces(made, sequence_length))
+            if notes is not None and len(pieces) < len(list(cut_document(len(made.ids), sequence_length))):
+                notes["a conversation longer than a sequence, of which parts without a trained token are left out"] += 1
+            yield pieces
 
 
-def each_text(texts: list[str], tokenizer: Any, longest: int) -> Iterator[list[dict[str, Any]]]:
+def each_text(texts: Sequence[str], tokenizer: Any, longest: int) -> Iterator[list[dict[str, Any]]]:
     """Yield each text's pieces."""
     encoded = tokenizer(texts, return_offsets_mapping=tokenizer.is_fast, return_attention_mask=False, verbose=False)
     offsets = encoded.get("offset_mapping", [None] * len(texts))
     for text, ids, places in zip(texts, encoded["input_ids"], offsets, strict=True):
+        if places is not None:
+            ids, places = chat.without_doubles(ids, places, tokenizer)
         ends = [end for _, end in places] if places is not None else None
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]

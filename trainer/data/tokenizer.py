@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.errors import UserError, first_line
 from trainer.options import Options
@@ -14,8 +14,11 @@ TINY_VOCABULARY = 2048
 TOKENIZER_CHARACTERS = 20_000_000  # characters; more only takes longer
 # How it is shown conversations: each turn ends with the end token, so that it learns where its own end; after a line's
 # end a word is the same tokens whether it is read or to be said.
-TINY_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ message.role }}\n{{ message.content }}"
+TINY_TEMPLATE = ("{{ bos_token }}{% if tools %}tools\n{{ tools | tojson }}{{ eos_token }}\n{% endif %}"
+                 "{% for message in messages %}{{ message.role }}\n{{ message.content }}"
+                 "{% for call in message.tool_calls or [] %}{{ call.function | tojson }}\n{% endfor %}"
                  "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}")
+Text = TypeVar("Text", bound=str)
 BEGIN, END = "<|begin|>", "<|end|>"
 
 
@@ -38,7 +41,7 @@ def own_tokenizer(texts: Iterable[str], template: str = TINY_TEMPLATE, vocabular
                                    chat_template=template)
 
 
-def first_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
+def first_characters(texts: Iterable[Text], characters: int) -> Iterator[Text]:
     """Yield texts until they have come to so many characters."""
     seen = 0
     for text in texts:

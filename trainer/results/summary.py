@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from typing import Any
 
-from trainer.data.chat import TEXT
+from trainer.data.rows import TEXT
 from trainer.model import lora
 from trainer.results.console import duration, short
 from trainer.results.setup import Setup, Workload
@@ -44,6 +44,9 @@ def describe(setup: Setup, workload: Workload) -> None:
         "engine": setup.engine,
         "run": f"{setup.run.path}",
     })
+    if info.notes:
+        setup.console.say("data: " + "; ".join(f"{what} ({count:,} rows)" if count else what
+                                               for what, count in info.notes.items()))
     if o.lora and setup.engine.endswith("ZeRO-3") and not ranks.on_one_machine:
         weight = 4 if setup.precision == "fp32" else 2
         setup.console.warn(
