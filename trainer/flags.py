@@ -135,21 +135,27 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     flag("--eval_fraction", type=fraction, default=0.02, metavar="F",
          help="share of the documents held out for evaluation (0.02; 0: none)")
     flag("--eval_dataset", metavar="D", help="evaluate on this file, folder or name instead")
+    flag("--eval_config", metavar="NAME", help="its configuration (that of --dataset_config for the same name)")
+    flag("--eval_split", metavar="NAME", help="its split, like validation or test")
+    flag("--eval_on_train", action="store_true", help="evaluate on the data that is trained on, on purpose")
 
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the optimization."""
     flag = group.add_argument
-    flag("--num_epochs", type=positive, default=1, metavar="N", help="epochs, passes over the data (1)")
-    flag("--max_steps", type=int, default=-1, metavar="N", help="optimizer steps; overrides epochs if > 0")
+    flag("--num_epochs", type=positive, metavar="N", help="epochs, passes over the data (1)")
+    flag("--max_steps", type=int, metavar="N", help="optimizer steps; overrides epochs if > 0")
     flag("--per_device_train_batch_size", type=positive, metavar="N", help="sequences per rank and micro step (8)")
     flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps per optimizer step (1)")
     flag("--learning_rate", type=float, metavar="R",
          help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
-    flag("--lr_scheduler_type", default="cosine", metavar="NAME", help="cosine, linear, constant, ... (cosine)")
+    flag("--lr_scheduler_type", metavar="NAME",
+         help="cosine, linear, constant, constant_with_warmup, ... (the DeepSpeed config's scheduler, else cosine)")
     flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05; 0.2 for tiny)")
     flag("--weight_decay", type=float, metavar="W", help="decoupled weight decay (0.0)")
+    flag("--adam_beta1", type=float, metavar="B", help="decay of Adam's first moment (0.9)")
     flag("--adam_beta2", type=float, metavar="B", help="decay of Adam's second moment (0.999; 0.95 for a new model)")
+    flag("--adam_epsilon", type=float, metavar="E", help="added to the root of Adam's second moment (1e-8)")
     flag("--max_grad_norm", type=float, metavar="X", help="gradients are clipped to this norm (1.0)")
     flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
          help="auto: bf16 where every rank's device is fast at it, else fp16, fp32 on CPU")

@@ -22,8 +22,8 @@ from trainer.flags import DEFAULT_DS_CONFIG, build_parser
 class Options:
     """What the flags of the same names say; `deepspeed` is the config's path, None without DeepSpeed.
 
-    Those from `per_device_train_batch_size` to `max_grad_norm` are None until `with_defaults`, so that a DeepSpeed
-    config can settle them.
+    Those from `num_epochs` to `max_grad_norm` are None until `with_defaults`, so that a DeepSpeed config can settle
+    them.
     """
 
     model_name_or_path: str
@@ -49,15 +49,20 @@ class Options:
     no_packing: bool
     eval_fraction: float
     eval_dataset: str | None
+    eval_config: str | None
+    eval_split: str | None
+    eval_on_train: bool
     num_epochs: int
     max_steps: int
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     learning_rate: float
-    lr_scheduler_type: str
+    lr_scheduler_type: str  # 'config': that of the DeepSpeed config
     warmup_steps: float
     weight_decay: float
+    adam_beta1: float
     adam_beta2: float
+    adam_epsilon: float
     max_grad_norm: float
     precision: str
     seed: int
@@ -104,7 +109,9 @@ def check(options: Options) -> None:
     if options.from_config and (options.lora or options.model_name_or_path == "tiny"):
         raise usage_error("--from_config trains all of a new model: leave out --lora, and name a configuration that "
                           "isn't tiny")
-    if options.streaming and (options.max_steps < 1 or options.dataset_path is None):
+    if not options.eval_dataset and (options.eval_config or options.eval_split):
+        raise usage_error("--eval_config and --eval_split are of --eval_dataset D, which isn't given")
+    if options.streaming and ((options.max_steps or 0) < 1 or options.dataset_path is None):
         raise usage_error("--streaming reads without end: say --dataset_path D and --max_steps N")
 
 
@@ -114,7 +121,8 @@ def with_defaults(options: Options) -> Options:
     rate = 3e-3 if tiny else 6e-4 if new else 2e-4 if options.lora else 2e-5
     defaults: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
                                 "learning_rate": rate, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
-                                "adam_beta2": 0.95 if tiny or new else 0.999}
+                                "adam_beta2": 0.95 if tiny or new else 0.999, "adam_beta1": 0.9, "adam_epsilon": 1e-8,
+                                "num_epochs": 1, "max_steps": -1, "lr_scheduler_type": "cosine"}
     return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.dataset import TokenizedDataset, prepare_dataset, split
+from trainer.data.dataset import TokenizedDataset, prepare_dataset
+from trainer.data.held_out import split
 from trainer.data.packing import PackedSequences
 from trainer.data.tokenization import cut_document
 from trainer.data.tokenizer import own_tokenizer
@@ -38,6 +40,21 @@ def test_each_token_but_the_first_is_predicted_once(length: int, longest: int) -
     assert all(2 <= end - start <= longest for start, end in pieces)
     predicted = [token for start, end in pieces for token in range(start + 1, end)]
     assert predicted == list(range(1, length))
+
+
+def test_an_evaluation_on_the_training_data_must_be_meant(prepare: Prepare, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"document number {number}"}) for number in range(20)]
+    for name, chosen in (("train", rows), ("copy", rows[::-1]), ("part", rows[:5]), ("other", rows[:2] + rows[-2:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(chosen) + "\n")
+    with (tmp_path / "other.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "another one"}) + "\n")
+    words = ("--dataset_path", str(tmp_path / "train.jsonl"), "--eval_dataset")
+    for name in ("train", "copy", "part"):
+        with pytest.raises(UserError, match=rf"{name}\.jsonl .* is what is trained on: .* --eval_on_train"):
+            prepare(*words, str(tmp_path / f"{name}.jsonl"))
+    assert prepare(*words, str(tmp_path / "part.jsonl"), "--eval_on_train").info.eval_documents == 5
+    assert prepare(*words, str(tmp_path / "other.jsonl")).info.notes == {
+        "an evaluation document that is trained on too": 4}
 
 
 @given(st.lists(st.text(max_size=4), min_size=1, max_size=120), st.sampled_from([0.0, 0.1, 0.5]), st.integers(0, 3))

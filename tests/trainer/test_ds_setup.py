@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trainer.distributed import deepspeed_config
+from trainer.distributed import compilation, deepspeed_config
 from trainer.errors import UserError
 from trainer.options import Options, parse_options
 
@@ -34,6 +35,14 @@ def test_values_of_the_config_become_the_flags() -> None:
      "$.train_micro_batch_size_per_gpu is 4, but --per_device_train_batch_size 8 was given"),
     (["--learning_rate", "1e-3"], {"optimizer": {"params": {"lr": 1e-4}}}, "$.optimizer.params.lr is 0.0001"),
     (["--precision", "fp32"], {"bf16": {"enabled": True}}, "$.bf16.enabled is true, but --precision fp32"),
+    ([], {"optimizer": {"params": {"lr": 1e-4}}, "scheduler": {"params": {"warmup_max_lr": 1e-3}}},
+     "$.scheduler.params.warmup_max_lr is 0.001, but $.optimizer.params.lr is 0.0001: give one value"),
+    (["--lr_scheduler_type", "cosine"], {"scheduler": {"type": "WarmupDecayLR"}},
+     "$.scheduler.type is WarmupDecayLR, but --lr_scheduler_type cosine was given"),
+    (["--max_steps", "5"], {"scheduler": {"params": {"total_num_steps": 9}}},
+     "$.scheduler.params.total_num_steps is 9, but --max_steps 5 was given"),
+    (["--num_epochs", "2"], {"scheduler": {"params": {"total_num_steps": 9}}}, "but --num_epochs 2 was given"),
+    (["--adam_epsilon", "1e-8"], {"optimizer": {"params": {"eps": 1e-6}}}, "$.optimizer.params.eps is 1e-06"),
     ([], {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16 and bf16 are both enabled"),
     ([], {"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}, "$.train_batch_size is 7, which is not"),
 ])
@@ -41,6 +50,16 @@ def test_a_contradiction_is_told(words: list[str], config: dict[str, Any], messa
     with pytest.raises(UserError) as caught:
         deepspeed_config.adopt_values(options(*words), config, 2)
     assert message in str(caught.value)
+
+
+def test_the_schedule_of_a_config_is_taken_over() -> None:
+    config = {"optimizer": {"type": "AdamW", "params": {"betas": [0.8, 0.99], "eps": 1e-6}},
+              "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 9, "warmup_num_steps": 3}}}
+    found = deepspeed_config.adopt_values(options("--lr_scheduler_type", "cosine"), config, 2)
+    assert (found.adam_beta1, found.adam_beta2, found.adam_epsilon) == (0.8, 0.99, 1e-6)
+    assert (found.max_steps, found.warmup_steps, found.lr_scheduler_type) == (9, 3, deepspeed_config.OF_CONFIG)
+    off = {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
+    assert deepspeed_config.adopt_values(options(), off, 2).precision == "fp32"
 
 
 @pytest.mark.parametrize(("words", "total", "expected"), [
@@ -90,20 +109,32 @@ def test_a_lock_left_by_a_killed_compilation_is_found(tmp_path: Path, monkeypatc
         age(tmp_path / name / "lock")
     (tmp_path / "young" / "lock").touch()
     with subprocess.Popen([sys.executable, "-c", "input()"], cwd=tmp_path / "lion", stdin=subprocess.PIPE) as builder:
-        assert deepspeed_config.stale_locks() == [tmp_path / "cpu_adam" / "lock"]
-        assert f"clear it: rm {tmp_path}/cpu_adam/lock" in deepspeed_config.check_compilation([])[0]
+        assert compilation.stale_locks() == [tmp_path / "cpu_adam" / "lock"]
+        assert f"clear it: rm {tmp_path}/cpu_adam/lock" in compilation.check_compilation([])[0]
         with pytest.raises(UserError, match="would wait for it forever: rm "):
-            deepspeed_config.check_compilation(["cpu_adam"])
+            compilation.check_compilation(["cpu_adam"])
         assert builder.stdin
         builder.stdin.close()
+
+
+def test_a_young_lock_is_waited_for_until_it_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(compilation, "YOUNG_S", 2)
+    for name in ("cpu_adam", "lion"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    threading.Timer(0.5, (tmp_path / "lion" / "lock").unlink).start()
+    compilation.wait_for_young(["lion"])  # another build is done
+    with pytest.raises(UserError, match="would wait for it forever: rm "):  # this one was killed
+        compilation.check_compilation(["cpu_adam"])
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert deepspeed_config.check_compilation([]) == []
+    assert compilation.check_compilation([]) == []
     with pytest.raises(UserError, match="there is no C\\+\\+ compiler"):
-        deepspeed_config.check_compilation(["lion"])
+        compilation.check_compilation(["lion"])
 
 
 def test_presets_leave_to_the_trainer_what_it_can_fill() -> None:

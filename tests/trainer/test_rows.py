@@ -48,7 +48,7 @@ def normal(row: dict[str, Any], notes: Counter[str] | None = None) -> Any:
       HELLO]),
     ({"instruction": "odd?", "input": 0, "output": False},
      [{"role": "user", "content": "odd?\n\n0"}, {"role": "assistant", "content": "false"}]),
-    ({"instruction": "n?", "output": 1.5}, [{"role": "user", "content": "n?"}, {"role": "assistant", "content": "1.5"}]),
+    ({"instruction": "hi", "output": 1.5}, [HI, {"role": "assistant", "content": "1.5"}]),
     ({"prompt": [HI], "completion": json.dumps([HELLO])}, [HI, HELLO]),
 ])
 def test_each_form_has_the_same_normal_form(row: dict[str, Any], expected: list[dict[str, Any]]) -> None:
@@ -91,7 +91,7 @@ def test_tools_belong_to_the_conversation() -> None:
     ({"prompt": None, "completion": "b"}, "column 'prompt' is null, not text"),
 ])
 def test_what_cannot_be_read_without_guessing_is_refused(row: dict[str, Any], fault: str) -> None:
-    with pytest.raises(UserError, match="^a.jsonl:4: ") as caught:
+    with pytest.raises(UserError, match=r"^a\.jsonl:4: ") as caught:
         normal(row)
     assert fault in str(caught.value)
 

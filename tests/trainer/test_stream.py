@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, Train
 
 from trainer.data import streaming
-from trainer.data.dataset import digest_of
 from trainer.data.documents import Document
+from trainer.data.held_out import digest_of
 from trainer.data.packing import PackedSequence
 from trainer.data.rows import MESSAGES, TEXT
 from trainer.data.streaming import Stream, StreamPosition, StreamSettings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 from trainer.data import python_docs
 from trainer.data.chat import conversation_text
 from trainer.data.documents import Document
+from trainer.data.held_out import check_overlap, digest_of, same_data, split
 from trainer.data.rows import TEXT
 from trainer.data.sources import Source, hashed, open_source
 from trainer.data.tokenization import tokenize
@@ -77,11 +77,13 @@ def prepare_dataset(
     `tokenizer_id` tells tokenizers apart in the cache. Raises UserError for data that can't be read or is empty.
     """
     source = open_source(options.dataset_path, options, built_in)
-    evaluation = open_source(options.eval_dataset, options, built_in) if options.eval_dataset else None
+    evaluation = open_source(options.eval_dataset, options, built_in, True) if options.eval_dataset else None
+    if evaluation and evaluation.fingerprint == source.fingerprint and not options.eval_on_train:
+        raise UserError(same_data(evaluation.name), shared=True)
     key = hashed(json.dumps(part).encode() for part in (
         FORMAT, source.fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, sequence_length,
         options.eval_fraction, options.seed, options.text_column, options.streaming, options.dataset_config,
-        options.dataset_split))[:32]
+        options.dataset_split, options.eval_config, options.eval_split, options.eval_on_train))[:32]
     if options.streaming:
         source = replace(source, read=partial(first_documents, source.read))
     folder = cache_folder(options) / key
@@ -104,11 +106,6 @@ def prepare_dataset(
 def first_documents(read: Callable[[], Iterable[Document]]) -> Iterator[Document]:
     """Return the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
     return itertools.islice(first_characters(read(), TOKENIZER_CHARACTERS), SAMPLE_DOCUMENTS)
-
-
-def digest_of(text: str) -> str:
-    """Return what a document is known by."""
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_tokenized(folder: Path) -> TokenizedDataset:
@@ -137,6 +134,10 @@ def build(
     train, held_out = texts, read_texts(evaluation, scratch, "eval-texts") if evaluation else None
     if evaluation and (evaluation.extract.form or TEXT) != info.form:
         raise UserError(f"{evaluation.name} holds {evaluation.extract.form}, and {source.name} {info.form}")
+    notes = Counter(source.extract.notes)
+    if evaluation and held_out is not None:
+        notes.update(evaluation.extract.notes)
+        check_overlap(texts["text"], held_out["text"], evaluation.name, options.eval_on_train, notes)
     if held_out is None:
         least = 1 if options.streaming and options.eval_fraction else 0  # pieces of what is read again won't do
         inside, outside = split(texts["text"], options.eval_fraction, options.seed, least)
@@ -144,8 +145,6 @@ def build(
         if options.streaming:
             info.held_out = sorted({digest_of(text) for text in held_out["text"]})
     tokenizer = make_tokenizer(train["text"] if info.form == TEXT else map(conversation_text, train["text"]))
-    notes = Counter(source.extract.notes)
-    notes.update(evaluation.extract.notes if evaluation else ())
     train, info.cut = tokenize(train, tokenizer, sequence_length, info.form, notes)
     held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, info.form, notes)
     info.notes = dict(notes)
@@ -207,23 +206,6 @@ def read_texts(source: Source, scratch: Path, name: str) -> Any:
     return table
 
 
-def split(texts: Iterable[str], share: float, seed: int, least: int = 0) -> tuple[list[int], list[int]]:
-    """Return the numbers of the documents to train on and of those held out, about `share` of all, `least` of them.
-
-    A document's fate hangs on a hash of seed and text: equal documents stay on the same side, so that nothing held
-    out is seen in training. Fewer documents than 1/share hold nothing out.
-    """
-    scores = [hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest() for text in texts]
-    wanted = max(int(len(scores) * share), least)
-    if not wanted:
-        return list(range(len(scores))), []
-    limit = sorted(scores)[wanted - 1]
-    outside = [number for number, score in enumerate(scores) if score <= limit]
-    if len(outside) == len(scores):  # all the same text
-        return outside, []
-    return [number for number, score in enumerate(scores) if score > limit], outside
-
-
 def gzip_bits(texts: Iterable[str]) -> float | None:
     """Return the bits per byte that `gzip -9` needs for the texts, one after the other; None for no text at all."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
@@ -234,4 +216,3 @@ def gzip_bits(texts: Iterable[str]) -> float | None:
         after += len(packer.compress(raw))
     after += len(packer.flush())
     return 8 * after / before if before else None
-

@@ -13,10 +13,11 @@ from trainer.data import documents
 from trainer.data.documents import Document
 from trainer.data.rows import DocumentExtractor
 from trainer.data.values import without_nulls
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.options import Options
 
 END = 1 << 16  # bytes
+EVAL_SPLITS = ("validation", "eval", "dev", "test")  # in which a hub's dataset holds out data, best first
 BUILT_IN = "the documentation that comes with Python"
 
 
@@ -44,7 +45,8 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or wild or bool(documents.form_of(Path(name)))
 
 
-def open_source(name: str | None, options: Options, built_in: Callable[[], list[str]]) -> Source:
+def open_source(name: str | None, options: Options, built_in: Callable[[], list[str]], evaluation: bool = False
+                ) -> Source:
     """Return the Source that --dataset_path or --eval_dataset names; raise a UserError if it isn't there."""
     extract = DocumentExtractor(options.text_column)
     if name is None:
@@ -56,18 +58,45 @@ def open_source(name: str | None, options: Options, built_in: Callable[[], list[
         what = f"{path} ({documents.describe(files)})"
         fingerprint = ends_hash(files) if options.streaming else files_hash(files)
         return Source(what, fingerprint, lambda: documents.read_documents(files, extract), extract)
-    return hub_source(name, options, extract)
+    if not evaluation:
+        return hub_source(HubName(name, options.dataset_config, options.dataset_split), options, extract)
+    config = options.eval_config or (options.dataset_config if name == options.dataset_path else None)
+    return hub_source(HubName(name, config, options.eval_split or eval_split(name, config)), options, extract)
 
 
-def hub_source(name: str, options: Options, extract: DocumentExtractor) -> Source:
+@dataclass(frozen=True)
+class HubName:
+    """A dataset of the Hugging Face hub: its name, configuration and split."""
+
+    name: str
+    config: str | None
+    split: str
+
+
+def eval_split(name: str, config: str | None) -> str:
+    """Return the split of a hub's dataset that is there to evaluate on. Raises UserError if it has none such."""
+    import datasets
+
+    try:
+        found = datasets.get_dataset_split_names(name, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--eval_dataset {name}: its splits can't be listed ({first_line(error)}): say which one: "
+                        "--eval_split NAME") from None
+    for split in EVAL_SPLITS:
+        if split in found:
+            return split
+    raise UserError(f"--eval_dataset {name} has the splits {', '.join(map(str, found))}: say which one: "
+                    "--eval_split NAME")
+
+
+def hub_source(hub: HubName, options: Options, extract: DocumentExtractor) -> Source:
     """Return a Hugging Face dataset as a Source."""
     import datasets
 
-    fingerprint = None
+    name, fingerprint = hub.name, None
 
     def load(place: str) -> Any:
-        return datasets.load_dataset(place, options.dataset_config, split=options.dataset_split,
-                                     streaming=options.streaming)
+        return datasets.load_dataset(place, hub.config, split=hub.split, streaming=options.streaming)
 
     try:
         try:
@@ -78,14 +107,15 @@ def hub_source(name: str, options: Options, extract: DocumentExtractor) -> Sourc
             folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
             table = load(folder)  # whose fingerprint has the path in it, which each host has its own
             if not options.streaming:
-                fingerprint = files_hash(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
+                files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+                fingerprint = hashed([files_hash(files).encode(), f"{hub.config} {hub.split}".encode()])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"dataset '{name}': no such file or folder here, and the hub has none: {reason}") from None
     where = f"dataset '{name}'"
     if not options.streaming:
         rows = table.select_columns(extract.columns(table.column_names, where))
-        return Source(f"{name} ({options.dataset_split})", fingerprint or table._fingerprint,
+        return Source(f"{name} ({hub.split})", fingerprint or table._fingerprint,
                       lambda: (extract({name: without_nulls(value) for name, value in row.items()},
                                        f"{where}, row {number}") for number, row in enumerate(rows, 1)), extract)
 
@@ -97,8 +127,8 @@ def hub_source(name: str, options: Options, extract: DocumentExtractor) -> Sourc
             raise UserError(f"{where} can't be read any further: {error}: is the network down? "
                             "--resume_from_checkpoint auto resumes") from None
 
-    fingerprint = fingerprint or hashed(str(part).encode() for part in (name, options.dataset_config))
-    return Source(f"{name} ({options.dataset_split})", fingerprint, lambda: read_from(0), extract, read_from)
+    fingerprint = fingerprint or hashed(str(part).encode() for part in (name, hub.config, hub.split))
+    return Source(f"{name} ({hub.split})", fingerprint, lambda: read_from(0), extract, read_from)
 
 
 def hashed(parts: Iterable[bytes]) -> str:

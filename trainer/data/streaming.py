@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.dataset import digest_of
 from trainer.data.documents import Document
+from trainer.data.held_out import digest_of
 from trainer.data.packing import PackedSequence, best_fit
 from trainer.data.rows import TEXT
 from trainer.data.tokenization import pieces_of

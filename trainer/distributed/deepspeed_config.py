@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,15 @@ SAME_AS_OPTION = {
     "max_grad_norm": ["gradient_clipping"],
     "learning_rate": ["optimizer.params.lr", "scheduler.params.warmup_max_lr"],
     "weight_decay": ["optimizer.params.weight_decay"],
-    "adam_beta2": ["optimizer.params.betas"],
+    "adam_beta1": ["optimizer.params.betas.0"],
+    "adam_beta2": ["optimizer.params.betas.1"],
+    "adam_epsilon": ["optimizer.params.eps"],
     "warmup_steps": ["scheduler.params.warmup_num_steps"],
+    "max_steps": ["scheduler.params.total_num_steps"],
 }
+# DeepSpeed's schedulers and the --lr_scheduler_type that means the same
+SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+OF_CONFIG = "config"  # lr_scheduler_type where a DeepSpeed config's scheduler sets the learning rate
 # optimizers that DeepSpeed compiles on first use, by the operator's name in torch's extension cache
 COMPILED_OPTIMIZERS = {"lion": "lion", "adagrad": "cpu_adagrad", "lamb": "fused_lamb"}
 
@@ -61,29 +65,49 @@ def path_list() -> str:
 
 
 def lookup(config: dict[str, Any], dotted: str) -> Any:
-    """Return the value at `a.b.c`, or None where a part is absent."""
+    """Return the value at `a.b.c` (a number counts in a list), or None where a part is absent."""
     node: Any = config
     for key in dotted.split("."):
-        node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, list):
+            node = node[int(key)] if key.isdecimal() and int(key) < len(node) else None
+        else:
+            node = node.get(key) if isinstance(node, dict) else None
     return node
 
 
 def adopt_values(options: Options, config: dict[str, Any], world_size: int) -> Options:
     """Return the options with the config's values for those left open; raise a UserError where the two contradict."""
     for option, places in SAME_AS_OPTION.items():
+        where = f"--{option} {getattr(options, option)} was given: drop the flag"
         for place in places:
             value = lookup(config, place)
             if value in (None, "auto"):
                 continue
-            if option == "adam_beta2":
-                value = value[1]
             said = getattr(options, option)
             if said is not None and said != value:
                 raise UserError(
-                    f"{options.deepspeed}: $.{place} is {value}, but --{option} {said} was given: "
-                    'drop the flag, or write "auto" in the config', exit_code=2, shared=True)
+                    f"{options.deepspeed}: $.{place} is {value}, but {where}, or write "
+                    '"auto" in the config', exit_code=2, shared=True)
             options = replace(options, **{option: value})
-    return adopt_global_batch(adopt_precision(options, config), config, world_size)
+            where = f"$.{place} is {value}: give one value"
+    total = lookup(config, "scheduler.params.total_num_steps")
+    if total not in (None, "auto") and options.num_epochs is not None:
+        raise UserError(f"{options.deepspeed}: $.scheduler.params.total_num_steps is {total}, but --num_epochs "
+                        f'{options.num_epochs} was given: drop the flag, or write "auto" in the config',
+                        exit_code=2, shared=True)
+    return adopt_global_batch(adopt_precision(adopt_schedule(options, config), config), config, world_size)
+
+
+def adopt_schedule(options: Options, config: dict[str, Any]) -> Options:
+    """Return the options with the config's scheduler; raise a UserError where --lr_scheduler_type names another."""
+    name = lookup(config, "scheduler.type")
+    if name is None:
+        return options
+    if options.lr_scheduler_type not in (None, SCHEDULES.get(name)):
+        raise UserError(f"{options.deepspeed}: $.scheduler.type is {name}, but --lr_scheduler_type "
+                        f"{options.lr_scheduler_type} was given: drop the flag, or the section in the config",
+                        exit_code=2, shared=True)
+    return replace(options, lr_scheduler_type=OF_CONFIG)
 
 
 def adopt_precision(options: Options, config: dict[str, Any]) -> Options:
@@ -94,6 +118,9 @@ def adopt_precision(options: Options, config: dict[str, Any]) -> Options:
     if enabled and options.precision not in ("auto", enabled[0]):
         raise UserError(f"{options.deepspeed}: $.{enabled[0]}.enabled is true, but --precision {options.precision} "
                         "was given: drop one", exit_code=2, shared=True)
+    off = all(lookup(config, f"{kind}.enabled") is False for kind in ("bf16", "fp16"))
+    if off and options.precision == "auto":
+        return replace(options, precision="fp32")
     return replace(options, precision=enabled[0]) if enabled else options
 
 
@@ -143,48 +170,6 @@ def complete_config(config: dict[str, Any], on_cpu: bool) -> list[str]:
         return ["cpu_adam"] if offloaded else ["fused_adam"]
     compiled = name in COMPILED_OPTIMIZERS and (offloaded or on_cpu or name != "adagrad")
     return [COMPILED_OPTIMIZERS[name]] if compiled else []
-
-
-def extension_cache() -> Path:
-    """Return the folder where torch keeps the operators that it compiled."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-
-
-def folders_in_use() -> set[Path]:
-    """Return the working folders of all processes that may be looked at."""
-    found = set()
-    for link in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            found.add(link.resolve())
-        except OSError:
-            continue  # another user's process, or one that has just ended
-    return found
-
-
-def stale_locks() -> list[Path]:
-    """Return the lock files of compilations that were killed.
-
-    A build works in its own folder; a lock in a folder that no process works in is left over, and every later
-    run that needs the operator would wait for it in silence. A young lock may be of a build that starts or loads.
-    """
-    old = time.time() - 60
-    locks = sorted(lock for lock in extension_cache().glob("**/lock") if lock.stat().st_mtime < old)
-    busy = folders_in_use() if locks else set()
-    return [lock for lock in locks if lock.parent.resolve() not in busy]
-
-
-def check_compilation(operators: list[str]) -> list[str]:
-    """Return warnings; raise a UserError where an operator must be compiled and can't be."""
-    locks = stale_locks()
-    blocking = [lock for lock in locks if lock.parent.name in operators]
-    if blocking:
-        raise UserError(f"{blocking[0]} was left by a compilation that was killed; this run would wait for it "
-                        f"forever: rm {blocking[0]}")
-    if operators and not (shutil.which("c++") or shutil.which("g++")):
-        raise UserError(f"DeepSpeed must compile {operators[0]}, and there is no C++ compiler: install g++, "
-                        'or take AdamW as the optimizer, which needs none', shared=True)
-    return [f"{lock} was left by a compilation that was killed. This run doesn't need it; clear it: rm {lock}"
-            for lock in locks]
 
 
 def set_environment(on_cpu: bool, local_world_size: int) -> None:

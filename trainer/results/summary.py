@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from trainer.data.rows import TEXT
+from trainer.distributed import deepspeed_config
 from trainer.model import lora
 from trainer.results.console import duration, short
 from trainer.results.setup import Setup, Workload
@@ -40,6 +41,7 @@ def describe(setup: Setup, workload: Workload) -> None:
                  f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, "
                  f"{short(batch * packed.tokens / packed.filled)} tokens",
         "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
+        "learning rate": f"up to {o.learning_rate:g}, {schedule(setup, workload.steps)}",
         "precision": f"{setup.precision} on {setup.device}",
         "engine": setup.engine,
         "run": f"{setup.run.path}",
@@ -57,6 +59,16 @@ def describe(setup: Setup, workload: Workload) -> None:
                              + textwrap.indent(shown.rstrip(), "  "))
     if setup.spare_devices > 0 and ranks.world_size == 1:
         setup.console.warn(f"{setup.spare_devices} more GPUs are here: `invoke train` uses them all")
+
+
+def schedule(setup: Setup, steps: int) -> str:
+    """Return how the learning rate changes, like 'cosine after 5 steps of warm-up'."""
+    o = setup.options
+    if o.lr_scheduler_type == deepspeed_config.OF_CONFIG:
+        name = deepspeed_config.lookup(setup.ds_config or {}, "scheduler.type")
+        return f"{name} of {o.deepspeed}"
+    warmup = round(o.warmup_steps if o.warmup_steps >= 1 else o.warmup_steps * steps)
+    return f"{o.lr_scheduler_type}" + (f" after {warmup:,} steps of warm-up" if warmup else "")
 
 
 def example(setup: Setup) -> str:

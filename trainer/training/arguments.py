@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from trainer.errors import UserError
+from trainer.distributed import deepspeed_config
+from trainer.errors import UserError, first_line
 from trainer.options import Options
 from trainer.results.setup import Setup
 
@@ -20,26 +21,35 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"
 
 
 def training_arguments(setup: Setup) -> TrainingArguments:
-    """Return the Trainer's arguments."""
+    """Return the Trainer's arguments. Raises UserError for one that transformers refuses, or a config that differs."""
     o, path = setup.options, setup.run.path
     if o.report_to:
         place_loggers(path)
-    return TrainingArguments(
-        output_dir=str(setup.run.checkpoints), num_train_epochs=o.num_epochs, max_steps=o.max_steps,
-        per_device_train_batch_size=o.per_device_train_batch_size,
-        per_device_eval_batch_size=o.per_device_train_batch_size,
-        gradient_accumulation_steps=o.gradient_accumulation_steps, learning_rate=o.learning_rate,
-        lr_scheduler_type=o.lr_scheduler_type, warmup_steps=o.warmup_steps, weight_decay=o.weight_decay,
-        max_grad_norm=o.max_grad_norm, bf16=setup.precision == "bf16", fp16=setup.precision == "fp16",
-        activation_checkpointing=o.activation_checkpointing, use_liger_kernel=o.liger, seed=o.seed,
-        use_cpu=setup.device == "cpu", logging_steps=o.logging_steps, logging_first_step=True,
-        logging_nan_inf_filter=False, eval_strategy="steps" if setup.evaluates else "no",
-        eval_steps=o.eval_steps or NEVER,
-        eval_on_start=setup.evaluates and not setup.resume_step, save_steps=o.save_steps or NEVER,
-        save_on_each_node=not setup.shared_disk, report_to=o.report_to or "none", run_name=path.name,
-        ignore_data_skip=o.streaming, project="lanspeed", disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=setup.device != "cpu", ddp_find_unused_parameters=False, deepspeed=setup.ds_config,
-        log_level="error", log_level_replica="error", adam_beta2=o.adam_beta2)
+    by_config = o.lr_scheduler_type == deepspeed_config.OF_CONFIG
+    try:
+        made = TrainingArguments(
+            output_dir=str(setup.run.checkpoints), num_train_epochs=o.num_epochs, max_steps=o.max_steps,
+            per_device_train_batch_size=o.per_device_train_batch_size,
+            per_device_eval_batch_size=o.per_device_train_batch_size,
+            gradient_accumulation_steps=o.gradient_accumulation_steps, learning_rate=o.learning_rate,
+            lr_scheduler_type="constant" if by_config else o.lr_scheduler_type, warmup_steps=o.warmup_steps,
+            weight_decay=o.weight_decay, adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2,
+            adam_epsilon=o.adam_epsilon, max_grad_norm=o.max_grad_norm, bf16=setup.precision == "bf16",
+            fp16=setup.precision == "fp16", activation_checkpointing=o.activation_checkpointing,
+            use_liger_kernel=o.liger, seed=o.seed, use_cpu=setup.device == "cpu", logging_steps=o.logging_steps,
+            logging_first_step=True, logging_nan_inf_filter=False,
+            eval_strategy="steps" if setup.evaluates else "no", eval_steps=o.eval_steps or NEVER,
+            eval_on_start=setup.evaluates and not setup.resume_step, save_steps=o.save_steps or NEVER,
+            save_on_each_node=not setup.shared_disk, report_to=o.report_to or "none", run_name=path.name,
+            ignore_data_skip=o.streaming, project="lanspeed", disable_tqdm=True, remove_unused_columns=False,
+            dataloader_pin_memory=setup.device != "cpu", ddp_find_unused_parameters=False,
+            deepspeed=setup.ds_config, log_level="error", log_level_replica="error")
+    except ValueError as error:
+        raise UserError(first_line(error), exit_code=2, shared=True) from None
+    if setup.ds_config is not None and (differ := made.hf_deepspeed_config.mismatches):
+        raise UserError(f"{o.deepspeed}: differs from what the trainer does: {'; '.join(differ)}: write \"auto\" there",
+                        shared=True)
+    return made
 
 
 def check_packages(options: Options, is_first: bool) -> None:

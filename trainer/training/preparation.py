@@ -16,7 +16,7 @@ import torch
 from trainer.checkpoint.verification import Layout
 from trainer.data import dataset, python_docs, tokenizer
 from trainer.data.dataset import TokenizedDataset
-from trainer.distributed import deepspeed_config, devices, heartbeat
+from trainer.distributed import compilation, deepspeed_config, devices, heartbeat
 from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
@@ -127,7 +127,7 @@ def start_engine_libraries(ds_config: dict[str, Any] | None, device: str, ranks:
     """Start the process group, and keep DeepSpeed from compiling what this run doesn't need."""
     if ds_config is not None:
         operators = deepspeed_config.complete_config(ds_config, device == "cpu")
-        for warning in deepspeed_config.check_compilation(operators) if ranks.is_first_here else ():
+        for warning in compilation.check_compilation(operators) if ranks.is_first_here else ():
             console.warn(warning)
         if device == "cpu":
             deepspeed_config.skip_shared_memory_operator()
