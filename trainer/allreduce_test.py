@@ -30,7 +30,8 @@ def main() -> int:
     ranks = Ranks()
     try:
         ranks.rendezvous(MEETING_S)
-        device = devices.common_device(ranks.all_gather_json("device", devices.device_facts()), ranks.hosts)
+        facts = ranks.all_gather_json("device", devices.device_facts(ranks.local_rank))
+        device = devices.common_device(facts, ranks.hosts)
         if device != "cpu":
             torch.accelerator.set_device_index(ranks.local_rank)
         ranks.start_process_group(device)

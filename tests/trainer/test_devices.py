@@ -9,15 +9,17 @@ import pytest
 from trainer.distributed.devices import choose_precision, common_device, device_facts, device_peak, peak_flops
 from trainer.errors import UserError
 
-CPU: dict[str, Any] = {"type": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False}
-V100: dict[str, Any] = {"type": "cuda", "name": "Tesla V100-SXM2-32GB", "count": 1, "bf16": False, "fp16": True}
-H100: dict[str, Any] = {"type": "cuda", "name": "NVIDIA H100 80GB HBM3", "count": 8, "bf16": True, "fp16": True}
+CPU: dict[str, Any] = {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False,
+                       "flash": False}
+CARD: dict[str, Any] = {"type": "cuda", "backend": "cuda", "flash": False}
+V100: dict[str, Any] = CARD | {"name": "Tesla V100-SXM2-32GB", "count": 1, "bf16": False, "fp16": True}
+H100: dict[str, Any] = CARD | {"name": "NVIDIA H100 80GB HBM3", "count": 8, "bf16": True, "fp16": True}
 
 
 def test_this_machine_s_device_is_what_torch_finds() -> None:
     import torch
 
-    found = device_facts()
+    found = device_facts(0)
     assert found.keys() == CPU.keys()
     accelerator = torch.accelerator.current_accelerator()
     assert found["type"] == (accelerator.type if accelerator else "cpu")
@@ -30,6 +32,29 @@ def test_ranks_share_one_kind_of_device() -> None:
     assert common_device([CPU], ["gpu1"]) == "cpu"
     with pytest.raises(UserError, match=r"different devices: cpu on gpu2; cuda on gpu1, gpu3. Is a GPU driver broken"):
         common_device([H100, CPU, CPU, V100], ["gpu1", "gpu2", "gpu2", "gpu3"])
+
+
+def test_each_rank_asks_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    cards = {0: ("NVIDIA GeForce RTX 3090", (8, 6)), 1: ("NVIDIA GeForce RTX 2080 Ti", (7, 5))}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: cards[number][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: cards[number][1])
+    ampere, turing, none = (device_facts(number) for number in range(3))
+    assert (ampere["name"], ampere["bf16"], ampere["flash"]) == ("NVIDIA GeForce RTX 3090", True, True)
+    assert (turing["name"], turing["bf16"], turing["fp16"], turing["flash"]) == (
+        "NVIDIA GeForce RTX 2080 Ti", False, True, False)
+    assert choose_precision("auto", [ampere, turing]) == "fp16"
+    with pytest.raises(UserError, match="box: more ranks than its 2 GPUs"):
+        common_device([ampere, turing, none], ["box"] * 3)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    rocm = device_facts(1)
+    assert (rocm["type"], rocm["backend"], rocm["bf16"]) == ("cuda", "rocm", True)
+    with pytest.raises(UserError, match="different devices: cuda on a; rocm on b"):
+        common_device([ampere, rocm], ["a", "b"])
+    assert common_device([rocm, rocm], ["a", "b"]) == "cuda"
 
 
 @pytest.mark.parametrize(("wanted", "facts", "expected"), [

@@ -12,10 +12,12 @@ import re
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "complete.json"
+DIGEST = 16  # characters of a setting that is a digest
 # ZeRO with Adam keeps fp32 weights and two moments (12 bytes a parameter), beside the weights, which are
 # saved twice: for DeepSpeed and for from_pretrained.
 STATE_BYTES = 12
@@ -23,13 +25,16 @@ STATE_BYTES = 12
 
 @dataclass
 class Layout:
-    """What a checkpoint must share with the training that continues it, but for the ranks. `batch`: the global batch,
-    in sequences."""
+    """What a checkpoint must share with the training that continues it, but for the ranks.
+
+    `batch`: the global batch, in sequences; `settings`: by name, what else decides what a step sees.
+    """
 
     data: str
     world_size: int
     engine: str
     batch: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def difference(self, other: Layout) -> str | None:
         """Return what this checkpoint has that `other`, the training at hand, hasn't; None if they agree."""
@@ -37,9 +42,20 @@ class Layout:
             return f"was written by {self.world_size} ranks, and this training has {other.world_size}: use as many"
         if self.engine != other.engine:
             return f"was written by {self.engine}, and this training uses {other.engine}: use the same config"
-        if self.data != other.data:
+        for name, value in self.settings.items():
+            if name in other.settings and other.settings[name] != value:
+                return (f"was trained with {setting(name, value)}, and this training has "
+                        f"{setting(name, other.settings[name])}: give the same, or start a new run")
+        if self.data != other.data and not self.settings:
             return "was trained on other data, tokenizer, sequence length or seed: give the same, or start a new run"
         return None
+
+
+def setting(name: str, value: Any) -> str:
+    """Return a setting as a person reads it: a flag with its value, or the name of what has a digest."""
+    if not name.startswith("--"):
+        return f"another {name}" if len(str(value)) == DIGEST else f"the {name} {value}"
+    return name if value is True else f"no {name}" if value in (None, False) else f"{name} {value}"
 
 
 def step_of(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -35,6 +36,7 @@ class DatasetInfo:
 
     key: str
     name: str
+    settings: dict[str, Any] = field(default_factory=dict)  # what decides what a step sees, by name
     form: str = TEXT  # or what rows.py calls it
     documents: int = 0
     dropped: int = 0
@@ -80,10 +82,14 @@ def prepare_dataset(
     evaluation = open_source(options.eval_dataset, options, built_in, True) if options.eval_dataset else None
     if evaluation and evaluation.fingerprint == source.fingerprint and not options.eval_on_train:
         raise UserError(same_data(evaluation.name), shared=True)
+    settings = {"data": short_hash(source.fingerprint), "tokenizer or chat template": short_hash(tokenizer_id),
+                "evaluation data": short_hash(evaluation.fingerprint) if evaluation else None,
+                "--sequence_length": sequence_length}
+    settings |= {f"--{name}": getattr(options, name) for name in (
+        "seed", "eval_fraction", "text_column", "streaming", "dataset_config", "dataset_split", "eval_config",
+        "eval_split", "eval_on_train")}
     key = hashed(json.dumps(part).encode() for part in (
-        FORMAT, source.fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, sequence_length,
-        options.eval_fraction, options.seed, options.text_column, options.streaming, options.dataset_config,
-        options.dataset_split, options.eval_config, options.eval_split, options.eval_on_train))[:32]
+        FORMAT, source.fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, settings))[:32]
     if options.streaming:
         source = replace(source, read=partial(first_documents, source.read))
     folder = cache_folder(options) / key
@@ -93,7 +99,7 @@ def prepare_dataset(
         say(f"data: {source.name}, tokenizing")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as scratch:
-            made = build(Path(scratch), DatasetInfo(key, source.name), source, evaluation, options,
+            made = build(Path(scratch), DatasetInfo(key, source.name, settings), source, evaluation, options,
                          make_tokenizer, sequence_length)
             try:
                 os.rename(made, folder)
@@ -101,6 +107,11 @@ def prepare_dataset(
                 if not (folder / "info.json").exists():  # else another run was faster
                     raise
     return load_tokenized(folder)
+
+
+def short_hash(text: str) -> str:
+    """Return a digest of 16 characters."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def first_documents(read: Callable[[], Iterable[Document]]) -> Iterator[Document]:

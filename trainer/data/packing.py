@@ -1,10 +1,9 @@
 """Sequences for training: whole documents packed side by side, or one per sequence, and the tensors made of them.
 
 Documents in one sequence are isolated in two ways: positions start anew with each, and the first label of each is
-masked.
-transformers then builds an attention mask that keeps them apart, but only if the model is called with
+masked. transformers then builds an attention mask that keeps them apart, but only if the model is called with
 `use_cache=False` and without an attention_mask; otherwise they leak into each other silently
-(`models.check_isolation` looks).
+(`trainer/model/isolation.py` looks).
 """
 
 from __future__ import annotations
@@ -96,6 +95,18 @@ class PackedSequences(torch.utils.data.Dataset[PackedSequence]):
         return PackedSequence(list(chosen["input_ids"]), list(chosen["loss_mask"]) if self._masked else None)
 
 
+def varlen_bounds(positions: torch.Tensor) -> dict[str, Any]:
+    """Return what flash attention is told of documents laid end to end, from positions [sequences, width] on the CPU.
+
+    cu_seq_lens_q and cu_seq_lens_k: where each begins, and the end, [documents + 1], int32; max_length_q and
+    max_length_k: tokens of the longest. transformers makes them of positions itself for a single sequence only.
+    """
+    starts = (positions.reshape(-1) == 0).nonzero().flatten().to(torch.int32)
+    bounds = torch.cat([starts, torch.tensor([positions.numel()], dtype=torch.int32)])
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 class Collator:
     """Make tensors of sequences: input_ids, position_ids and labels, each [sequences, width], all int64.
 
@@ -106,8 +117,9 @@ class Collator:
     def __init__(self, pad_token: int, width: int | None) -> None:
         self._pad_token = pad_token
         self._width = width
+        self.varlen = False  # add what flash attention is told
 
-    def __call__(self, sequences: Iterable[PackedSequence]) -> dict[str, torch.Tensor]:
+    def __call__(self, sequences: Iterable[PackedSequence]) -> dict[str, Any]:
         sequences = list(sequences)
         longest = max(sum(map(len, sequence.documents)) for sequence in sequences)
         width = self._width or max(longest, 2)
@@ -127,4 +139,5 @@ class Collator:
                 start = end
             positions[number, start:] = np.arange(width - start)
         arrays = {"input_ids": tokens, "position_ids": positions, "labels": labels}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return tensors | (varlen_bounds(tensors["position_ids"]) if self.varlen else {})

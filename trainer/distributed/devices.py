@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.errors import UserError
 
+AMPERE = 8  # compute capability; before it bf16 is emulated, and there is no flash attention
 # Longest name first where one contains another: the first that occurs in the device's name counts.
 PEAK_TFLOPS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "A800": 312.0,
@@ -21,30 +22,45 @@ PEAK_TFLOPS = {
 }
 
 
-def device_facts() -> dict[str, Any]:
-    """Return this rank's device as JSON: type (cuda, xpu, cpu), name, count, whether bf16 and fp16 are fast."""
+def device_facts(local_rank: int) -> dict[str, Any]:
+    """Return what the rank of this number on its host computes on, as JSON.
+
+    Keys: type, torch's name of the device; backend (cuda, rocm, xpu, cpu); name; count of this host's; bf16 and fp16,
+    whether they are fast; flash, whether the card can run flash attention.
+    """
     import torch
 
     if torch.cuda.is_available():
-        major, _ = torch.cuda.get_device_capability()
-        fast_bf16 = bool(torch.version.hip) or major >= 8  # before Ampere bf16 is emulated
-        name = torch.cuda.get_device_name()
-        return {"type": "cuda", "name": name, "count": torch.cuda.device_count(), "bf16": fast_bf16, "fp16": True}
+        rocm, count = bool(torch.version.hip), torch.cuda.device_count()
+        if local_rank >= count:
+            return {"type": "cuda", "backend": "rocm" if rocm else "cuda", "name": "", "count": count, "bf16": False,
+                    "fp16": False, "flash": False}
+        modern = rocm or torch.cuda.get_device_capability(local_rank)[0] >= AMPERE
+        return {"type": "cuda", "backend": "rocm" if rocm else "cuda", "name": torch.cuda.get_device_name(local_rank),
+                "count": count, "bf16": modern, "fp16": True, "flash": modern}
     if torch.xpu.is_available():
-        count = torch.xpu.device_count()
-        return {"type": "xpu", "name": torch.xpu.get_device_name(), "count": count, "bf16": True, "fp16": True}
-    return {"type": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False}
+        return {"type": "xpu", "backend": "xpu", "name": torch.xpu.get_device_name(local_rank),
+                "count": torch.xpu.device_count(), "bf16": True, "fp16": True, "flash": False}
+    return {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False, "flash": False}
 
 
 def common_device(facts: list[dict[str, Any]], hosts: Sequence[str]) -> str:
-    """Return the device type that all ranks share; raise a UserError that names the hosts where they differ."""
-    kinds = {entry["type"] for entry in facts}
+    """Return the device type that all ranks share; raise a UserError that names the hosts where they differ.
+
+    ROCm's cards are CUDA's to torch, but can't exchange gradients with them: NCCL and RCCL don't meet.
+    """
+    for host, entry in zip(hosts, facts, strict=True):
+        if entry["type"] != "cpu" and not entry["name"]:
+            raise UserError(f"{host}: more ranks than its {entry['count']} GPUs: fewer slots, or CUDA_VISIBLE_DEVICES "
+                            "hides some", shared=True)
+    kinds = {entry["backend"] for entry in facts}
     if len(kinds) == 1:
-        return kinds.pop()
-    places = {kind: sorted({h for h, entry in zip(hosts, facts, strict=True) if entry["type"] == kind})
+        return str(facts[0]["type"])
+    places = {kind: sorted({h for h, entry in zip(hosts, facts, strict=True) if entry["backend"] == kind})
               for kind in sorted(kinds)}
     found = "; ".join(f"{kind} on {', '.join(names)}" for kind, names in places.items())
-    raise UserError(f"the ranks have different devices: {found}. Is a GPU driver broken there? Try: nvidia-smi")
+    why = "Is a GPU driver broken there? Try: nvidia-smi" if "cpu" in kinds else "Train with those of one kind"
+    raise UserError(f"the ranks have different devices: {found}. {why}", shared=True)
 
 
 def choose_precision(wanted: str, facts: list[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from trainer.errors import UserError, first_line, is_out_of_memory
-from trainer.model.loading import attention_of
+from trainer.model.loading import with_attention
 from trainer.options import Options
 
 # What a configuration works out from other values, and keeps: another value makes it wrong.
@@ -36,11 +36,11 @@ def overridden(config: Any, text: str) -> Any:
         raise UserError(f"--config_overrides {text}: {first_line(error)}", shared=True) from None
 
 
-def build_model(options: Options, config: Any, tokenizer: Any, dtype: str) -> Any:
+def build_model(options: Options, config: Any, tokenizer: Any, dtype: str, flash: bool = False) -> Any:
     """Return a model with random weights in the shape of `config`, its vocabulary the tokenizer's.
 
-    The weights hang on the seed alone; under ZeRO-3 each rank keeps its part. Raises UserError for a shape that can't
-    be.
+    `flash`: flash attention may be tried. The weights hang on the seed alone; under ZeRO-3 each rank keeps its part.
+    Raises UserError for a shape that can't be.
     """
     import torch
     from transformers import AutoModelForCausalLM, set_seed
@@ -50,11 +50,14 @@ def build_model(options: Options, config: Any, tokenizer: Any, dtype: str) -> An
     for part in {id(config): config, id(text): text}.values():
         part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         part.pad_token_id = tokenizer.pad_token_id
-    set_seed(options.seed)
+
+    def build(attention: str | None) -> Any:
+        set_seed(options.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention,
+                                                trust_remote_code=options.trust_remote_code)
+
     try:
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attention_of(options, dtype),
-            trust_remote_code=options.trust_remote_code)
+        return with_attention(options, flash, dtype, build)
     except Exception as error:  # a shape that can't be shows in many ways
         if is_out_of_memory(error):
             raise

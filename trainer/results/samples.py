@@ -74,8 +74,10 @@ def continuations(model: Any, tokenizer: Any, asked: list[list[int]], seed: int)
 
     Under ZeRO-3 every rank must take part, with the same prompts.
     """
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31
     settings = GenerationConfig(
-        max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.8, top_k=40, use_cache=True,
+        do_sample=True, temperature=0.8, top_k=40, use_cache=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     was_training = model.training
     model.eval()
@@ -85,6 +87,7 @@ def continuations(model: Any, tokenizer: Any, asked: list[list[int]], seed: int)
         torch.manual_seed(seed)
         for prompt in asked:
             ids = torch.tensor([prompt], device=next(model.parameters()).device)
+            settings.max_new_tokens = max(1, min(NEW_TOKENS, limit - len(prompt)))  # no further than it has positions
             output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
                                     synced_gpus=is_deepspeed_zero3_enabled())
             said = tokenizer.decode(output[0, len(prompt):], skip_special_tokens=True)

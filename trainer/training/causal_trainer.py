@@ -22,11 +22,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trainer.checkpoint import verification
 from trainer.checkpoint.verification import Layout
 from trainer.data import streaming
-from trainer.data.packing import FILLER, IGNORED, Collator, PackedSequences
+from trainer.data.packing import FILLER, IGNORED, Collator, PackedSequences, varlen_bounds
 from trainer.data.streaming import Stream
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks, SharedFlag
 from trainer.errors import UserError
+from trainer.model.isolation import Way, document_mask
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropy in nats, summed over all labels that count: logits [..., n, :] predict label n + 1."""
+    following = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]  # of the labels: a copy of the logits is large
+    return functional.cross_entropy(logits.float().flatten(0, -2), following.flatten(), ignore_index=IGNORED,
+                                    reduction="sum")
 
 
 class CausalTrainer(Trainer):
@@ -42,6 +50,7 @@ class CausalTrainer(Trainer):
         **others: Any,
     ) -> None:
         super().__init__(eval_dataset=eval_sequences, data_collator=collate, **others)
+        model: Any = self.model
         self._eval_sequences, self._collate = eval_sequences, collate
         self._ranks = ranks
         self._eval_bytes = eval_bytes
@@ -51,6 +60,42 @@ class CausalTrainer(Trainer):
         self.own_tokens = 0
         self.paused_s = 0.0  # spent on evaluations and checkpoints
         self.measure: Callable[[], dict[str, float]] = dict
+        self.summed_loss, self.text_config = summed_loss, model.config.get_text_config()
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
+        self.way = "varlen" if "flash" in str(model.config._attn_implementation) else "positions"
+
+    @property
+    def way(self) -> Way:
+        """How the model is told where documents begin."""
+        return self._way
+
+    @way.setter
+    def way(self, way: Way) -> None:
+        self._way, self._collate.varlen = way, way == "varlen"
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move inputs to the device, and add there the mask of the documents where the model needs one."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.way == "mask":
+            inputs["attention_mask"] = document_mask(inputs["position_ids"])
+        return inputs
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+        """Return the loss of all trained tokens divided by their number in all micro batches and ranks, for any model.
+
+        Only Liger's fused loss stays the model's own: it makes no logits.
+        """
+        if self.args.use_liger_kernel:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        ranks, count = self.accelerator.num_processes, torch.as_tensor(num_items_in_batch).clamp(min=1)
+        loss = self.summed_loss(outputs.logits, labels) * ranks / count  # ranks average their gradients
+        if (router := getattr(outputs, "aux_loss", None)) is not None:
+            weight = getattr(self.text_config, "router_aux_loss_coef", 0.0)
+            loss = loss + weight * router / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Count this rank's trained tokens while they are still on the CPU."""
@@ -74,8 +119,10 @@ class CausalTrainer(Trainer):
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Return the logits [sequences, width, vocabulary] without gradients; under ZeRO-3 all ranks must call it."""
         self.model_wrapped.eval()
+        bounds = varlen_bounds(position_ids.cpu()) if self.way == "varlen" else {}
+        inputs = self._prepare_inputs({"input_ids": input_ids, "position_ids": position_ids, **bounds})
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-            return self.model_wrapped(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            return self.model_wrapped(**inputs, use_cache=False).logits
 
     def token_loss(self, sequences: PackedSequences) -> tuple[float, int]:
         """Return the summed loss in nats and the number of tokens that count, over all sequences and ranks.
@@ -91,7 +138,7 @@ class CausalTrainer(Trainer):
             chosen = [sequences[number] if number < len(sequences) else FILLER for number in range(first, first + size)]
             inputs = self._collate(chosen)
             labels = inputs["labels"][:, 1:].to(self.args.device)
-            logits = self.logits(inputs["input_ids"].to(self.args.device), inputs["position_ids"].to(self.args.device))
+            logits = self.logits(inputs["input_ids"], inputs["position_ids"])
             for row in range(size):  # one by one: float32 logits are large
                 nats += functional.cross_entropy(
                     logits[row, :-1].float(), labels[row], ignore_index=IGNORED, reduction="sum").item()

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from trainer.checkpoint import universal
 from trainer.errors import UserError
-from trainer.model import document_attention, loading
+from trainer.model import document_attention, isolation
 from trainer.results import export
 from trainer.results.setup import Setup
 from trainer.training.causal_trainer import CausalTrainer
@@ -31,10 +31,29 @@ class Preflight(TrainerCallback):
                 universal.remove_universal(setup.checkpoint)
         check_world_sizes(launcher=setup.ranks.world_size, transformers=trainer.args.world_size,
                           engine=getattr(trainer.model_wrapped, "dp_world_size", setup.ranks.world_size))
-        vocabulary, device = len(setup.tokenizer), trainer.args.device
+        vocabulary, device, rows = len(setup.tokenizer), trainer.args.device, setup.options.per_device_train_batch_size
         document_attention.fall_back_unless_equal(trainer.model, trainer.logits, vocabulary, device)
+        isolation.check_causal(trainer.logits, vocabulary, device, rows, setup.precision)
         if not setup.options.no_packing:
-            loading.check_isolation(trainer.logits, vocabulary, device, setup.options.per_device_train_batch_size)
+            keep_documents_apart(setup, trainer, vocabulary)
+
+
+def keep_documents_apart(setup: Setup, trainer: CausalTrainer, vocabulary: int) -> None:
+    """Find a way to tell the model where documents begin; flash attention that nobody named gives way to another.
+
+    Raises UserError where there is none.
+    """
+    options = setup.options
+    rest = vocabulary, trainer.args.device, options.per_device_train_batch_size, setup.precision
+    try:
+        isolation.settle(trainer, *rest)
+    except UserError:
+        if trainer.way != "varlen" or options.attn_implementation:
+            raise
+        document_attention.set_attention(trainer.model, document_attention.USUAL)
+        trainer.way = "positions"
+        isolation.settle(trainer, *rest)
+        setup.console.say("flash attention lets this model's packed documents see each other: training with sdpa")
 
 
 def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:

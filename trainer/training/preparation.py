@@ -20,7 +20,7 @@ from trainer.distributed import compilation, deepspeed_config, devices, heartbea
 from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
-from trainer.model import from_config, loading, lora
+from trainer.model import from_config, isolation, loading, lora
 from trainer.options import Options, with_defaults
 from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run
@@ -37,6 +37,7 @@ class Hardware:
     precision: str
     peak: float | None
     spare_devices: int
+    flash: bool
 
 
 def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
@@ -48,14 +49,17 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     config = loading.load_config(options)
     if options.config_overrides:
         config = from_config.overridden(config, options.config_overrides)
+    if config is not None and not options.no_packing:
+        isolation.check_family(config)
     length = loading.choose_sequence_length(options, config)
     data = make_data(options, ranks, console, config, length)
     waiting = start_engine_libraries(ds_config, hardware.device, ranks, console)
     run = RunFolder(Path(ranks.all_gather_json("run", str(find_run(options)))[0]))
     kind = "QLoRA" if options.qlora else "LoRA"
     adapter = f", {kind} of rank {options.lora}" if options.lora else ""
+    settings = data.info.settings | {"model": loading.architecture(config), "--no_packing": options.no_packing}
     layout = Layout(data.info.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
-                    global_batch_size(options, ranks.world_size))
+                    global_batch_size(options, ranks.world_size), settings)
     checkpoint = choose_checkpoint(options, run, ranks, layout, console)
     console.keep_log(run.path / "logs")
     shared_disk = is_shared(run.path, ranks)
@@ -66,7 +70,8 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
         layout.batch = global_batch_size(options, ranks.world_size)
     own = tokenizer.load_tokenizer(options, data.folder / "tokenizer")
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
-                 ds_config, config, data, own, length, run, layout, shared_disk, checkpoint, universal), waiting
+                 hardware.flash, ds_config, config, data, own, length, run, layout, shared_disk, checkpoint,
+                 universal), waiting
 
 
 def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] | None
@@ -75,7 +80,7 @@ def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] 
     silence_libraries()
     heartbeat.report("connecting to the other ranks")
     ranks.rendezvous()
-    facts = ranks.all_gather_json("device", devices.device_facts())
+    facts = ranks.all_gather_json("device", devices.device_facts(ranks.local_rank))
     device = devices.common_device(facts, ranks.hosts)
     if device != "cpu":
         torch.accelerator.set_device_index(ranks.local_rank)
@@ -85,7 +90,8 @@ def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] 
     options = with_defaults(options)
     precision = devices.choose_precision(options.precision, facts)
     return options, Hardware(device, precision, devices.peak_flops(facts, precision),
-                             facts[ranks.rank]["count"] - ranks.local_world_size)
+                             facts[ranks.rank]["count"] - ranks.local_world_size,
+                             all(entry["flash"] for entry in facts))
 
 
 def make_data(options: Options, ranks: Ranks, console: Console, config: Any,

@@ -73,11 +73,11 @@ class Session:
         """Return the model as it is before an adapter."""
         options, setup = self.setup.options, self.setup
         if options.from_config:
-            return from_config.build_model(options, setup.config, setup.tokenizer, self.dtype)
+            return from_config.build_model(options, setup.config, setup.tokenizer, self.dtype, setup.flash)
         if options.qlora:
             here = "cpu" if setup.device == "cpu" else f"{setup.device}:{setup.ranks.local_rank}"
-            return loading.load_model(options, DTYPES[setup.precision], here)
-        return loading.load_model(options, self.dtype)
+            return loading.load_model(options, DTYPES[setup.precision], setup.flash, here)
+        return loading.load_model(options, self.dtype, setup.flash)
 
     def _build_trainer(self) -> None:
         """Make sequences, arguments, model and Trainer; stop if the Trainer and DeepSpeed count different ranks."""
@@ -116,6 +116,8 @@ class Session:
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
             train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
             processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._communication])
+        if options.torch_compile:
+            self.trainer.summed_loss = torch.compile(self.trainer.summed_loss)
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
         for added in (Preflight(setup, self.trainer), Samples(setup, self.trainer)):
