@@ -165,13 +165,13 @@ def test_weights_that_are_not_finite_are_said_to_be() -> None:
 def test_a_family_trains_from_a_loss_that_knows_nothing(name: str, train: Train, tmp_path: Path) -> None:
     (tmp_path / "shape").mkdir()
     (tmp_path / "shape" / "config.json").write_text(json.dumps(families.config(name)))
-    words: tuple[str, ...] = ("--from_config", "--vocab_size", str(families.VOCABULARY), "--max_steps", "4", "--sequence_length", "48",
-             "--per_device_train_batch_size", "4", "--logging_steps", "1")
+    words = ["--from_config", "--vocab_size", str(families.VOCABULARY), "--max_steps", "4", "--sequence_length", "48",
+             "--per_device_train_batch_size", "4", "--logging_steps", "1"]
     refused = families.OTHERWISE.get(name, "").startswith("no")
     if refused:
         said = train(*words, model=str(tmp_path / "shape"), config="configs/zero1", expect=1, name="packed").output
         assert [line for line in said.splitlines() if "error" in line] and "--no_packing" in said
-        words += ("--no_packing",)
+        words.append("--no_packing")
     run = train(*words, model=str(tmp_path / "shape"), config="configs/zero1")
     losses = run.losses()
     assert len(losses) == 4 and losses[1] == pytest.approx(math.log(families.VOCABULARY), rel=0.1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import families
 import pytest
 import torch
 from conftest import Train
 
 from trainer.errors import UserError
+from trainer.model import lora
 from trainer.model.lora import gathered_gigabytes, merged
 from trainer.options import parse_options
 
@@ -22,7 +24,7 @@ def test_an_adapter_is_trained_and_merged(train: Train, ranks: int, config: str 
     run = train("--lora", "4", "--max_steps", "4", *SHORT, ranks=ranks, config=config)
     facts = json.loads((run.path / "run.json").read_text())
     assert facts["lora"] == 4 and 0 < facts["trained_parameters"] < facts["parameters"] / 5
-    assert "of an adapter are trained (LoRA, rank 4)" in run.output
+    assert "of an adapter are trained (LoRA, rank 4, on 100% of the linear weights)" in run.output
     assert (run.path / "adapter" / "adapter_model.safetensors").exists()
     before, after = run.losses("eval_loss")[0], run.losses("eval_loss")[4]
     assert after < before
@@ -82,3 +84,41 @@ def test_flags_and_costs() -> None:
         parse_options(["--model_name_or_path", "tiny", "--merge_lora"])
     # A 7 B model in 16 bits on two hosts: both times half of 14 GB.
     assert gathered_gigabytes(7_000_000_000, 2, 2) == 14.0
+
+
+@pytest.mark.parametrize(("name", "share"), [("mixtral", 1.0), ("llama4_text", 1.0), ("gpt2", 1.0)])
+def test_experts_have_an_adapter_too(name: str, share: float) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(name, **families.SHAPES[name]))
+    options = parse_options(["--model_name_or_path", "x", "--lora", "4"])
+    found, covered = lora.add_adapter(model, options, split=False)
+    assert covered == share
+    ids = torch.randint(0, 100, (2, 8))
+    found(input_ids=ids, labels=ids).loss.backward()
+    learning = [key for key, weight in found.named_parameters()
+                if weight.requires_grad and weight.grad is not None and weight.grad.abs().sum() > 0]
+    assert any("experts" in key for key in learning) == bool(lora.expert_parameters(found))
+
+
+def test_experts_that_stay_frozen_are_counted() -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("mixtral", **families.SHAPES["mixtral"]))
+    experts = sum(weight.numel() for weight in lora.expert_parameters(model).values())
+    every = experts + sum(module.weight.numel() for module in lora.linear_modules(model).values())
+    _, covered = lora.add_adapter(model, parse_options(["--model_name_or_path", "x", "--lora", "4"]), split=True)
+    assert covered == pytest.approx(1 - experts / every) and 0.05 < covered < 0.5
+
+
+def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("mixtral", **families.SHAPES["mixtral"]))  # 2 of 4
+    experts = sum(weight.numel() for weight in lora.expert_parameters(model).values())
+    parameters = model.num_parameters()
+    assert lora.active_parameters(model, parameters) == parameters - experts // 2

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "complete.json"
-DIGEST = 16  # characters of a setting that is a digest
 # ZeRO with Adam keeps fp32 weights and two moments (12 bytes a parameter), beside the weights, which are
 # saved twice: for DeepSpeed and for from_pretrained.
 STATE_BYTES = 12
@@ -44,7 +43,7 @@ class Layout:
             return f"was written by {self.engine}, and this training uses {other.engine}: use the same config"
         for name, value in self.settings.items():
             if name in other.settings and other.settings[name] != value:
-                return (f"was trained with {setting(name, value)}, and this training has "
+                return (f"was trained {setting(name, value)}, and this training runs "
                         f"{setting(name, other.settings[name])}: give the same, or start a new run")
         if self.data != other.data and not self.settings:
             return "was trained on other data, tokenizer, sequence length or seed: give the same, or start a new run"
@@ -52,10 +51,10 @@ class Layout:
 
 
 def setting(name: str, value: Any) -> str:
-    """Return a setting as a person reads it: a flag with its value, or the name of what has a digest."""
+    """Return a setting as a person reads it: a flag with its value, or a thing with what tells it from others."""
     if not name.startswith("--"):
-        return f"another {name}" if len(str(value)) == DIGEST else f"the {name} {value}"
-    return name if value is True else f"no {name}" if value in (None, False) else f"{name} {value}"
+        return f"with {name} {value}"
+    return f"with {name}" if value is True else f"without {name}" if value in (None, False) else f"with {name} {value}"
 
 
 def step_of(folder: Path) -> int:

@@ -110,8 +110,8 @@ def prepare_dataset(
 
 
 def short_hash(text: str) -> str:
-    """Return a digest of 16 characters."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    """Return a digest of 8 characters, to tell one text from another."""
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def first_documents(read: Callable[[], Iterable[Document]]) -> Iterator[Document]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.distributed.deepspeed_config import lookup
 from trainer.errors import UserError, first_line
 from trainer.model import loading
@@ -23,27 +25,74 @@ def check(options: Options, ds_config: dict[str, Any] | None) -> None:
                         exit_code=2, shared=True)
 
 
-def add_adapter(model: Any, options: Options) -> Any:
-    """Return the model with an adapter of rank --lora at all its linear layers but the head, all else frozen.
+def add_adapter(model: Any, options: Options, split: bool) -> tuple[Any, float]:
+    """Return the model with an adapter of rank --lora at all its linear layers but the head and routers, the rest
+    frozen.
 
-    Raises UserError for an architecture that has none.
+    Experts that are kept as one parameter of three dimensions get one too, but where ZeRO-3 has `split` them. Also
+    return the share of the linear weights that have an adapter. Raises UserError for an architecture that has none.
     """
+    experts = expert_parameters(model)
+    names = sorted({name.split(".layers.")[-1].split(".", 1)[1] for name in experts})
+    linear = sum(numel(module.weight) for module in linear_modules(model).values())
+    every = linear + sum(map(numel, experts.values()))
+    if names and not split:
+        try:
+            return with_adapter(model, options, names), 1.0
+        except (ValueError, NotImplementedError, AttributeError, RuntimeError):
+            pass  # of a shape that peft doesn't know: those of two dimensions alone
+    return with_adapter(model, options, []), linear / max(every, 1)
+
+
+def with_adapter(model: Any, options: Options, parameters: list[str]) -> Any:
+    """Return the model with an adapter at its linear layers and at these parameters."""
     from peft import LoraConfig, get_peft_model
 
     rank = options.lora or 0
+    odd = sorted(name for name, module in model.named_modules()
+                 if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router"))
     try:
         found = get_peft_model(model, LoraConfig(
-            r=rank, lora_alpha=ALPHA * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+            r=rank, lora_alpha=ALPHA * rank, target_modules="all-linear", target_parameters=parameters or None,
+            exclude_modules=odd or None, task_type="CAUSAL_LM"))
     except (ValueError, NotImplementedError) as error:
+        if parameters:
+            raise
         raise UserError(f"--lora: {first_line(error)}", shared=True) from None
     if options.activation_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
         model.enable_input_require_grads()
     return found
 
 
+def linear_modules(model: Any) -> dict[str, Any]:
+    """Return a model's linear layers but its head, by name."""
+    head = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D", "Linear4bit") and module is not head}
+
+
+def expert_parameters(model: Any) -> dict[str, Any]:
+    """Return the weights of experts that are kept together [experts, ...], by name."""
+    return {name: weight for name, weight in model.named_parameters()
+            if len(getattr(weight, "ds_shape", weight.shape)) == 3 and ".experts" in name}
+
+
+def active_parameters(model: Any, parameters: int) -> int:
+    """Return how many of a model's parameters a token meets: of its experts only those that it is sent to."""
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    idle = sum(numel(weight) * (1 - chosen / getattr(weight, "ds_shape", weight.shape)[0])
+               for weight in expert_parameters(model).values()) if chosen else 0
+    return int(parameters - idle)
+
+
+def numel(weight: Any) -> int:
+    """Return the numbers of a weight, all ranks' together."""
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
 def trained(model: Any) -> int:
     """Return the number of weights that are trained."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return sum(numel(weight) for weight in model.parameters() if weight.requires_grad)
 
 
 def gathered_gigabytes(parameters: int, weight_bytes: int, world_size: int) -> float:

@@ -6,6 +6,7 @@ metrics.jsonl grows while the training runs: `tail -f runs/*/metrics.jsonl`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -71,6 +72,15 @@ def git_commit() -> str | None:
     return asked.stdout.strip() or None
 
 
+def as_json(value: Any) -> Any:
+    """Return a value with null for every number that isn't finite, which JSON doesn't have."""
+    if isinstance(value, dict):
+        return {name: as_json(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [as_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class RunFolder:
     """The files of one run. Every rank may hold one; only rank 0 writes run.json and metrics.jsonl."""
 
@@ -101,12 +111,12 @@ class RunFolder:
         self._write_record()
 
     def _write_record(self) -> None:
-        write_atomically(self.path / "run.json", json.dumps(self._record, indent=1) + "\n")
+        write_atomically(self.path / "run.json", json.dumps(as_json(self._record), indent=1) + "\n")
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+            file.write(json.dumps(as_json({"time": round(time.time(), 3), **row})) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all lines of metrics.jsonl; one that a crash cut short is left out."""

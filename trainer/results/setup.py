@@ -75,13 +75,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: the model's configuration, its parameters and those that are trained, sequences, steps."""
+    """What is trained: the model's configuration, its parameters and those that are trained, sequences, steps.
+
+    `adapter_share`: of the linear weights, how many have an adapter.
+    """
 
     config: Any
     parameters: int
     trained: int
     sequences: PackedSequences
     steps: int
+    adapter_share: float | None = None
 
 
 def global_batch_size(options: Options, world_size: int) -> int:

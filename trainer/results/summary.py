@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections import Counter
+from statistics import fmean
 from typing import Any
 
 from trainer.data.rows import TEXT
@@ -21,7 +22,8 @@ def describe(setup: Setup, workload: Workload) -> None:
     """Print what is about to be done."""
     o, info, packed, ranks = setup.options, setup.data.info, workload.sequences, setup.ranks
     hosts = Counter(ranks.hosts)
-    adapter = f", {short(workload.trained)} of an adapter are trained (LoRA, rank {o.lora})" if o.lora else ""
+    adapter = (f", {short(workload.trained)} of an adapter are trained (LoRA, rank {o.lora}, on "
+               f"{workload.adapter_share:.0%} of the linear weights)" if o.lora else "")
     share = f"{short(packed.loss_tokens)} trained tokens"
     if info.form != TEXT:
         share = f"`{info.form}`, {packed.loss_tokens / packed.tokens:.0%} of {short(packed.tokens)} tokens are trained"
@@ -107,8 +109,10 @@ def summary(setup: Setup, trainer: Any, seconds: float, tokens: int) -> dict[str
     """Return the figures of the result, for run.json and the console."""
     rows = evaluations(trainer)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    tenth = -(-len(losses) // 10)  # single batches differ by more than a model learns
     found: dict[str, Any] = {"seconds": round(seconds, 1), "tokens": tokens,
-                             "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None}
+                             "loss_first": fmean(losses[:tenth]) if losses else None,
+                             "loss_last": fmean(losses[-tenth:]) if losses else None}
     if rows:
         found |= {"eval_loss_first": rows[0]["eval_loss"], "eval_loss_last": rows[-1]["eval_loss"],
                   "bits_per_byte_first": rows[0].get("eval_bits_per_byte"),
@@ -124,7 +128,8 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
     say(f"trained {step:,} steps, {short(found['tokens'])} tokens "
         f"in {duration(found['seconds'])}")
     if found["loss_last"] is not None:
-        say(f"  training loss    {found['loss_first']:.3f} -> {found['loss_last']:.3f}")
+        say(f"  training loss    {found['loss_first']:.3f} -> {found['loss_last']:.3f} "
+            "(means of the first and last tenth)")
     if "eval_loss_last" in found:
         say(f"  evaluation loss  {found['eval_loss_first']:.3f} -> {found['eval_loss_last']:.3f}")
     if found.get("bits_per_byte_last") is not None:

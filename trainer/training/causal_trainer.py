@@ -1,7 +1,7 @@
 """transformers' Trainer, made right for causal LMs over several machines.
 
-It differs in four ways: the evaluation loss is the loss of all tokens divided by their number, over all ranks;
-checkpoints are verified and rotated on every machine; trained tokens are counted; SIGTERM stops all ranks at
+It differs in this: the loss is that of all tokens divided by their number, over all ranks, in training
+(`loss_trainer.py`) and evaluation; checkpoints are verified and rotated on every machine; SIGTERM stops all ranks at
 the same step.
 """
 
@@ -14,30 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.checkpoint import verification
 from trainer.checkpoint.verification import Layout
 from trainer.data import streaming
-from trainer.data.packing import FILLER, IGNORED, Collator, PackedSequences, varlen_bounds
+from trainer.data.packing import FILLER, IGNORED, PackedSequences
 from trainer.data.streaming import Stream
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks, SharedFlag
 from trainer.errors import UserError
-from trainer.model.isolation import Way, document_mask
+from trainer.training.loss_trainer import LossTrainer
 
 
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy in nats, summed over all labels that count: logits [..., n, :] predict label n + 1."""
-    following = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]  # of the labels: a copy of the logits is large
-    return functional.cross_entropy(logits.float().flatten(0, -2), following.flatten(), ignore_index=IGNORED,
-                                    reduction="sum")
-
-
-class CausalTrainer(Trainer):
+class CausalTrainer(LossTrainer):
     """A Trainer whose batches are `packing.PackedSequences`, evaluated by tokens, with verified checkpoints.
 
     `eval_bytes` is the UTF-8 size of the evaluation's text (None if unknown), `layout` what a checkpoint must share
@@ -46,62 +38,17 @@ class CausalTrainer(Trainer):
 
     def __init__(
         self, *, ranks: Ranks, eval_sequences: PackedSequences, eval_bytes: int | None, layout: Layout, keep: int,
-        collate: Collator,
         **others: Any,
     ) -> None:
-        super().__init__(eval_dataset=eval_sequences, data_collator=collate, **others)
-        model: Any = self.model
-        self._eval_sequences, self._collate = eval_sequences, collate
+        super().__init__(eval_dataset=eval_sequences, **others)
+        self._eval_sequences = eval_sequences
         self._ranks = ranks
         self._eval_bytes = eval_bytes
         self._layout = layout
         self._keep = keep
         self._checkpoint_bytes = 0
-        self.own_tokens = 0
         self.paused_s = 0.0  # spent on evaluations and checkpoints
         self.measure: Callable[[], dict[str, float]] = dict
-        self.summed_loss, self.text_config = summed_loss, model.config.get_text_config()
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
-        self.way = "varlen" if "flash" in str(model.config._attn_implementation) else "positions"
-
-    @property
-    def way(self) -> Way:
-        """How the model is told where documents begin."""
-        return self._way
-
-    @way.setter
-    def way(self, way: Way) -> None:
-        self._way, self._collate.varlen = way, way == "varlen"
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move inputs to the device, and add there the mask of the documents where the model needs one."""
-        inputs = super()._prepare_inputs(inputs)
-        if self.way == "mask":
-            inputs["attention_mask"] = document_mask(inputs["position_ids"])
-        return inputs
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
-                     num_items_in_batch: torch.Tensor | int | None = None) -> Any:
-        """Return the loss of all trained tokens divided by their number in all micro batches and ranks, for any model.
-
-        Only Liger's fused loss stays the model's own: it makes no logits.
-        """
-        if self.args.use_liger_kernel:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        ranks, count = self.accelerator.num_processes, torch.as_tensor(num_items_in_batch).clamp(min=1)
-        loss = self.summed_loss(outputs.logits, labels) * ranks / count  # ranks average their gradients
-        if (router := getattr(outputs, "aux_loss", None)) is not None:
-            weight = getattr(self.text_config, "router_aux_loss_coef", 0.0)
-            loss = loss + weight * router / self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Count this rank's trained tokens while they are still on the CPU."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.own_tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-        return batches, items
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return batches of sequences; a stream is this rank's own already, and not to be shared out again."""
@@ -111,18 +58,11 @@ class CausalTrainer(Trainer):
                           pin_memory=self.args.dataloader_pin_memory)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was measured since the last time, for whoever logs."""
+        """Add what was measured since the last time, for whoever logs. Raises UserError if the loss isn't finite."""
         if "loss" in logs:
+            self.check_finite()
             logs.update(self.measure())
         super().log(logs, start_time)
-
-    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits [sequences, width, vocabulary] without gradients; under ZeRO-3 all ranks must call it."""
-        self.model_wrapped.eval()
-        bounds = varlen_bounds(position_ids.cpu()) if self.way == "varlen" else {}
-        inputs = self._prepare_inputs({"input_ids": input_ids, "position_ids": position_ids, **bounds})
-        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-            return self.model_wrapped(**inputs, use_cache=False).logits
 
     def token_loss(self, sequences: PackedSequences) -> tuple[float, int]:
         """Return the summed loss in nats and the number of tokens that count, over all sequences and ranks.
@@ -149,9 +89,13 @@ class CausalTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return and log eval_loss (nats per token), eval_perplexity and, where sizes are known, bits per byte."""
         started = time.monotonic()
+        self.check_finite()
         nats, tokens = self.token_loss(self._eval_sequences)
         self.paused_s += time.monotonic() - started
         loss = nats / max(tokens, 1)
+        if not math.isfinite(loss):
+            raise UserError(self.finite.explained("the evaluation loss", self.state.global_step,
+                                                  Path(str(self.args.output_dir))), shared=True)
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_tokens": tokens}
         if self._eval_bytes:
             metrics["eval_bits_per_byte"] = nats / math.log(2) / self._eval_bytes
@@ -160,8 +104,9 @@ class CausalTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, seal and rotate; raise a UserError on all ranks if one machine hasn't the room."""
+        """Save, seal and rotate; raise a UserError on all ranks if one machine hasn't the room, or weights are lost."""
         started = time.monotonic()
+        self.check_finite(weights=True)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         writes = self.args.should_save
         if writes:

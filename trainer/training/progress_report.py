@@ -26,7 +26,7 @@ class ProgressReport(TrainerCallback):
         self._flops_per_token, self._peak = flops_per_token, peak
         self._trainer: CausalTrainer | None = None
         self._since = self._paused = 0.0
-        self._counted = 0
+        self._counted = self._read = 0
         self.tokens = 0
 
     def watch(self, trainer: CausalTrainer, tokens_before: int) -> None:
@@ -62,13 +62,14 @@ class ProgressReport(TrainerCallback):
         """Return all ranks' tokens so far and a second since the last call, pauses left out; the MFU if known."""
         assert self._trainer
         counted, now, paused = self._trainer.own_tokens, time.monotonic(), self._trainer.paused_s
-        fresh = int(self._ranks.all_reduce_sum(counted - self._counted)[0])
+        read = self._trainer.read_tokens
+        fresh, computed = map(int, self._ranks.all_reduce_sum(counted - self._counted, read - self._read))
         seconds = now - self._since - (paused - self._paused)
-        self._counted, self._since, self._paused = counted, now, paused
+        self._counted, self._read, self._since, self._paused = counted, read, now, paused
         self.tokens += fresh
-        rate = fresh / max(seconds, 1e-9)
+        rate, all_tokens = fresh / max(seconds, 1e-9), computed / max(seconds, 1e-9)
         found = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
-        return found | ({"mfu": round(rate * self._flops_per_token / self._peak, 4)} if self._peak else {})
+        return found | ({"mfu": round(all_tokens * self._flops_per_token / self._peak, 4)} if self._peak else {})
 
     def _add(self, row: dict[str, Any]) -> None:
         if self._ranks.is_first:

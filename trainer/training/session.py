@@ -29,6 +29,7 @@ from trainer.results.setup import Setup, Workload
 from trainer.training import memory_report
 from trainer.training.arguments import compile_model, training_arguments
 from trainer.training.causal_trainer import CausalTrainer, StopOnSignal
+from trainer.training.finite import FiniteCheck
 from trainer.training.preflight import Preflight, check_world_sizes
 from trainer.training.preparation import prepare
 from trainer.training.progress_report import ProgressReport
@@ -92,11 +93,12 @@ class Session:
             model = self._build_model()
         config = model.config.get_text_config()
         parameters = model.num_parameters() if options.qlora else lora.trained(model)
+        active, share = lora.active_parameters(model, parameters), None
         if document_attention.can_use_varlen(model, options, setup.device, setup.sequence_length):
             document_attention.set_attention(model, document_attention.NAME)
         if options.lora:
             transformers.set_seed(options.seed)
-            model = lora.add_adapter(model, options)
+            model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"))
         trained = lora.trained(model)
         if options.torch_compile:
             compile_model(model, setup.device, one_shape=not options.no_packing)
@@ -105,14 +107,15 @@ class Session:
         micro_steps = len(sequences) // (options.per_device_train_batch_size * ranks.world_size)
         epoch_steps = micro_steps // options.gradient_accumulation_steps
         steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
-        self.workload = Workload(config, parameters, trained, sequences, steps)
+        self.workload = Workload(config, parameters, trained, sequences, steps, share)
         self.stop = StopOnSignal(ranks)
-        flops = flops_per_token(config, parameters, setup.sequence_length, frozen=bool(options.lora))
+        flops = flops_per_token(config, active, setup.sequence_length, frozen=bool(options.lora))
         self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak)
         self.trainer = CausalTrainer(
             ranks=ranks, eval_sequences=PackedSequences(setup.data.evaluation, capacity),
             eval_bytes=setup.data.info.eval_bytes,
             layout=setup.layout, keep=options.save_total_limit,
+            finite=FiniteCheck(ranks, setup.precision, options.learning_rate),
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
             train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
             processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._communication])
@@ -136,6 +139,7 @@ class Session:
         self._report.watch(self.trainer, max(tokens, default=0))
         try:
             self.trainer.train(resume_from_checkpoint=str(setup.checkpoint) if setup.checkpoint else None)
+            self.trainer.check_finite()
         finally:
             setup.console.stop_bar()
 

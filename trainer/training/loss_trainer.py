@@ -1,0 +1,104 @@
+"""The loss of a causal language model: of all trained tokens, divided by their number in all micro batches and ranks.
+
+The same for every model, whatever it does with labels itself; packed documents are kept apart in its inputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import Trainer
+
+from trainer.data.packing import IGNORED, Collator, varlen_bounds
+from trainer.model.isolation import Way, document_mask
+from trainer.training.finite import FiniteCheck, local_parts
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropy in nats, summed over all labels that count: logits [..., n, :] predict label n + 1."""
+    following = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]  # of the labels: a copy of the logits is large
+    return functional.cross_entropy(logits.float().flatten(0, -2), following.flatten(), ignore_index=IGNORED,
+                                    reduction="sum")
+
+
+class LossTrainer(Trainer):
+    """A Trainer with one loss for every model, and inputs that tell the model where documents begin."""
+
+    def __init__(self, *, collate: Collator, finite: FiniteCheck, **others: Any) -> None:
+        super().__init__(data_collator=collate, **others)
+        model: Any = self.model
+        self._collate, self.finite = collate, finite
+        self.own_tokens = self.read_tokens = 0  # trained, and all that aren't padding
+        self.summed_loss, self.text_config = summed_loss, model.config.get_text_config()
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
+        self.way = "varlen" if "flash" in str(model.config._attn_implementation) else "positions"
+
+    @property
+    def way(self) -> Way:
+        """How the model is told where documents begin."""
+        return self._way
+
+    @way.setter
+    def way(self, way: Way) -> None:
+        self._way, self._collate.varlen = way, way == "varlen"
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move inputs to the device, and add there the mask of the documents where the model needs one."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.way == "mask":
+            inputs["attention_mask"] = document_mask(inputs["position_ids"])
+        return inputs
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+                      ) -> torch.Tensor:
+        """Do a micro step; note whether its loss is finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.finite.note_loss(loss, self.state.global_step + 1)
+        return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+        """Return the loss of all trained tokens divided by their number in all micro batches and ranks, for any model.
+
+        Only Liger's fused loss stays the model's own: it makes no logits.
+        """
+        if self.args.use_liger_kernel:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        ranks, count = self.accelerator.num_processes, torch.as_tensor(num_items_in_batch).clamp(min=1)
+        loss = self.summed_loss(outputs.logits, labels) * ranks / count  # ranks average their gradients
+        if (router := getattr(outputs, "aux_loss", None)) is not None:
+            weight = getattr(self.text_config, "router_aux_loss_coef", 0.0)
+            loss = loss + weight * router / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Count this rank's tokens, all and those that are trained, while they are still on the CPU."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.read_tokens += sum(int(batch.pop("tokens")) for batch in batches)
+        self.own_tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        return batches, items
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the gradients' norm; note whether it is finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        skipped = self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped
+        self.finite.note_gradients(norm, skipped, self.state.global_step + 1)
+        return norm
+
+    def check_finite(self, weights: bool = False) -> None:
+        """Raise a UserError on all ranks if a loss so far, or one of the `weights` now, isn't finite."""
+        model: Any = self.model
+        self.finite.check(Path(str(self.args.output_dir)), local_parts(model) if weights else ())
+
+    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits [sequences, width, vocabulary] without gradients; under ZeRO-3 all ranks must call it."""
+        self.model_wrapped.eval()
+        bounds = varlen_bounds(position_ids.cpu()) if self.way == "varlen" else {}
+        inputs = self._prepare_inputs({"input_ids": input_ids, "position_ids": position_ids, **bounds})
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+            return self.model_wrapped(**inputs, use_cache=False).logits
