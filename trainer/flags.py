@@ -157,6 +157,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     flag("--adam_beta2", type=float, metavar="B", help="decay of Adam's second moment (0.999; 0.95 for a new model)")
     flag("--adam_epsilon", type=float, metavar="E", help="added to the root of Adam's second moment (1e-8)")
     flag("--max_grad_norm", type=float, metavar="X", help="gradients are clipped to this norm (1.0)")
+    flag("--no_gradient_check", action="store_true",
+         help="don't compare the first step's gradients with the sum of all ranks' own")
     flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
          help="auto: bf16 where every rank's device is fast at it, else fp16, fp32 on CPU")
     flag("--seed", type=int, default=42, metavar="N", help="same seed, data and world size: same losses (42)")

@@ -64,6 +64,7 @@ class Options:
     adam_beta2: float
     adam_epsilon: float
     max_grad_norm: float
+    no_gradient_check: bool
     precision: str
     seed: int
     output_dir: str | None

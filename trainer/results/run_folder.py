@@ -105,6 +105,11 @@ class RunFolder:
         kept = [row for row in self.read_metrics() if row["step"] <= (resumed_at or 0)] if resumed_at else []
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def note(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        self._record.update(facts)
+        self._write_record()
+
     def finish(self, status: str, exit_code: int, **facts: Any) -> None:
         """Complete run.json: status finished, stopped or failed."""
         self._record.update(status=status, exit=exit_code, ended=time.time(), **facts)

@@ -15,6 +15,7 @@ from transformers import Trainer
 from trainer.data.packing import IGNORED, Collator, varlen_bounds
 from trainer.model.isolation import Way, document_mask
 from trainer.training.finite import FiniteCheck, local_parts
+from trainer.training.gradient_check import GradientCheck
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -31,6 +32,7 @@ class LossTrainer(Trainer):
         super().__init__(data_collator=collate, **others)
         model: Any = self.model
         self._collate, self.finite = collate, finite
+        self.gradients: GradientCheck | None = None
         self.own_tokens = self.read_tokens = 0  # trained, and all that aren't padding
         self.summed_loss, self.text_config = summed_loss, model.config.get_text_config()
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
@@ -56,6 +58,8 @@ class LossTrainer(Trainer):
                       ) -> torch.Tensor:
         """Do a micro step; note whether its loss is finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.gradients and self.gradients.engine is None and self.accelerator.sync_gradients:
+            self.gradients.compare()
         self.finite.note_loss(loss, self.state.global_step + 1)
         return loss
 
@@ -70,7 +74,10 @@ class LossTrainer(Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         ranks, count = self.accelerator.num_processes, torch.as_tensor(num_items_in_batch).clamp(min=1)
-        loss = self.summed_loss(outputs.logits, labels) * ranks / count  # ranks average their gradients
+        summed = self.summed_loss(outputs.logits, labels)
+        if self.gradients and self.gradients.pending:
+            self.gradients.note_loss(summed, labels)
+        loss = summed * ranks / count  # ranks average their gradients
         if (router := getattr(outputs, "aux_loss", None)) is not None:
             weight = getattr(self.text_config, "router_aux_loss_coef", 0.0)
             loss = loss + weight * router / self.current_gradient_accumulation_steps

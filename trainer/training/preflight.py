@@ -12,6 +12,7 @@ from trainer.model import document_attention, isolation
 from trainer.results import export
 from trainer.results.setup import Setup
 from trainer.training.causal_trainer import CausalTrainer
+from trainer.training.gradient_check import GradientCheck
 
 
 class Preflight(TrainerCallback):
@@ -36,6 +37,27 @@ class Preflight(TrainerCallback):
         isolation.check_causal(trainer.logits, vocabulary, device, rows, setup.precision)
         if not setup.options.no_packing:
             keep_documents_apart(setup, trainer, vocabulary)
+        if not (setup.options.no_gradient_check or setup.options.liger):  # Liger's loss is scaled inside the model
+            self._check_gradients()
+
+
+    def _check_gradients(self) -> None:
+        """Have the first step's gradients checked."""
+        setup, trainer = self._setup, self._trainer
+        check = GradientCheck(trainer.model, setup.ranks.world_size, setup.precision,
+                              trainer.model_wrapped if setup.ds_config is not None else None)
+        check.scaler = trainer.accelerator.scaler
+        trainer.gradients = check
+        check.begin()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Say and keep what the check of the gradients has found."""
+        check = self._trainer.gradients
+        if check is not None and check.error is not None:
+            self._trainer.gradients = None
+            self._setup.console.say(f"gradients checked against the sum of all ranks' own: {check.error:.0e}")
+            if self._setup.ranks.is_first:
+                self._setup.run.note(gradient_error=check.error)
 
 
 def keep_documents_apart(setup: Setup, trainer: CausalTrainer, vocabulary: int) -> None:

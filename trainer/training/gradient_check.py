@@ -1,0 +1,193 @@
+"""Checks, in the first step, that the gradient which the optimizer is handed is that of all ranks and micro batches.
+
+Engines have had faults that gave wrong gradients without a word (DeepSpeed's issues 7718 and 8224). Hooks take each
+rank's own gradient of some weights before the engine touches it; they are summed over micro steps and ranks in 64 bits
+by an all-reduce of its own, divided by the trained tokens as counted here, and compared with what the engine made of
+them. It only reads: losses, gradients and the order of the data are the same without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainer.data.packing import IGNORED
+from trainer.errors import UserError
+
+WEIGHTS = 10  # are looked at, evenly spread from the embedding to the head
+LARGEST = 1 << 26  # numbers of a weight that is looked at: the whole gradient of it is gathered once
+SAMPLE = 1 << 14  # numbers of it that are compared
+# Half the distance of two neighbouring numbers: what one sum or product may be wrong by.
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+ROUNDINGS = 4.0  # of them in a gradient that is right, for each micro step and for the sum over ranks
+LEAST = 1e-5  # by which sums in another order may differ
+
+
+@dataclass
+class Watched:
+    """A weight, and this rank's gradient of the summed loss so far, in 64 bits, at `SAMPLE` places."""
+
+    name: str
+    weight: Any
+    own: torch.Tensor | None = None
+
+    def add(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
+        """Add a micro step's gradient, of a loss that the engine multiplied by `factor`."""
+        part = sampled(gradient).double() / factor.double()
+        self.own = part if self.own is None else self.own + part
+
+
+@dataclass
+class GradientCheck:
+    """The check of one training. `ranks`: which average their gradients; `precision`: of the training; `engine`:
+    DeepSpeed's, None without it; `scaler`: torch's, in fp16 without it.
+
+    `error` is what it found: the largest root mean square difference, as a share of the gradient's own; None before.
+    """
+
+    model: Any
+    ranks: int
+    precision: str
+    engine: Any = None
+    scaler: Any = None
+    error: float | None = None
+    tokens: torch.Tensor | None = None
+    _watched: list[Watched] = field(default_factory=list)
+    _handles: list[Any] = field(default_factory=list)
+    _factor: torch.Tensor | None = None
+    _micro_steps: int = 0
+
+    def begin(self) -> None:
+        """Set the hooks, before the first micro step; under DeepSpeed look just before its optimizer's first step."""
+        self._watched = [Watched(name, weight) for name, weight in chosen(self.model)]
+        for each in self._watched:
+            self._handles.append(each.weight.register_hook(self._taker(each)))
+        if self.engine is not None:
+            step = self.engine.step
+
+            def checked_step(*arguments: Any, **more: Any) -> Any:
+                self.compare()
+                if self.error is not None:
+                    self.engine.step = step
+                return step(*arguments, **more)
+
+            self.engine.step = checked_step
+
+    @property
+    def pending(self) -> bool:
+        """True until a gradient was compared."""
+        return bool(self._handles)
+
+    def note_loss(self, summed: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take a micro step's summed loss before anything scales it, and its labels; call it before backward."""
+        count = (labels != IGNORED).sum()
+        self.tokens = count if self.tokens is None else self.tokens + count
+        self._micro_steps += 1
+        if summed.requires_grad:
+            summed.register_hook(self._note_factor)
+
+    def _note_factor(self, gradient: torch.Tensor) -> None:
+        self._factor = gradient.detach()
+
+    def _taker(self, watched: Watched) -> Callable[[torch.Tensor], None]:
+        def take(gradient: torch.Tensor) -> None:
+            if self._factor is not None:
+                watched.add(gradient.detach(), self._factor)
+
+        return take
+
+    def compare(self) -> None:
+        """Compare; all ranks must call it, after the last micro step of a step. Raises UserError if they differ.
+
+        A step whose gradients overflow in fp16 is passed over: the next one is looked at.
+        """
+        if not self.pending or self.tokens is None:
+            return
+        total = all_reduced(self.tokens.double())
+        errors: dict[str, float] = {}
+        for each in self._watched:
+            own = each.own if each.own is not None else torch.zeros(
+                sampled(each.weight).shape, dtype=torch.float64, device=self.tokens.device)
+            truth = all_reduced(own) / total.clamp(min=1)
+            given = self._handed(each.weight)
+            given = torch.zeros_like(truth) if given is None else sampled(given).double() / self._loss_scale()
+            spread = truth.square().mean().sqrt()
+            errors[each.name] = 0.0 if not spread and not given.any() else (
+                (truth - given).square().mean().sqrt() / spread.clamp(min=1e-30)).item()
+        found = all_reduced(torch.tensor(list(errors.values()), device=total.device), torch.distributed.ReduceOp.MAX)
+        if not found.isfinite().all():
+            self._forget()
+            return  # fp16's loss scale is still too high: the engine skips the step; else FiniteCheck stops it
+        self._remove_hooks()
+        worst = list(errors)[int(found.argmax())]
+        self.error = found.max().item()
+        if self.error > self.tolerance:
+            raise UserError(
+                f"the gradient of {worst} that the optimizer is handed isn't that of all ranks and micro batches (it "
+                f"differs by {self.error:.1%}; {self.tolerance:.1%} is rounding): a fault of this DeepSpeed with this "
+                "configuration. Take another ZeRO stage (trainer/configs/), or --no_gradient_check if you know better",
+                shared=True)
+
+    @property
+    def tolerance(self) -> float:
+        """The difference that rounding may make."""
+        kinds = {each.weight.dtype for each in self._watched} | {getattr(self.engine, "communication_data_type", None)}
+        rounding = max(ROUNDING[kind] for kind in kinds if kind in ROUNDING)
+        return max(LEAST, ROUNDINGS * rounding * (self._micro_steps + self.ranks) ** 0.5)
+
+    def _handed(self, weight: Any) -> torch.Tensor | None:
+        """Return the gradient that the optimizer is handed for a weight, whole."""
+        if self.engine is None:
+            found: torch.Tensor | None = weight.grad
+            return found
+        from deepspeed.utils import safe_get_full_grad
+
+        full: torch.Tensor | None = safe_get_full_grad(weight)
+        return full
+
+    def _loss_scale(self) -> float:
+        """Return what the gradients are multiplied by in fp16, so that they don't vanish."""
+        if self.precision != "fp16":
+            return 1.0
+        holder = self.engine.optimizer if self.engine is not None else self.scaler
+        return float(holder.get_scale() if hasattr(holder, "get_scale") else holder.loss_scale)
+
+    def _forget(self) -> None:
+        """Begin anew with the next step."""
+        self.tokens, self._factor, self._micro_steps = None, None, 0
+        for each in self._watched:
+            each.own = None
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.tokens = [], None
+        for each in self._watched:
+            each.own = None
+
+
+def chosen(model: Any) -> list[tuple[str, Any]]:
+    """Return weights that are trained, evenly spread over the model, the first and the last among them, by name."""
+    trained = [(name, weight) for name, weight in model.named_parameters()
+               if weight.requires_grad and getattr(weight, "ds_numel", weight.numel()) <= LARGEST]
+    step = max(1.0, (len(trained) - 1) / (WEIGHTS - 1)) if trained else 1.0
+    numbers = sorted({min(round(number * step), len(trained) - 1) for number in range(min(WEIGHTS, len(trained)))})
+    return [trained[number] for number in numbers]
+
+
+def sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """Return at most SAMPLE numbers of a tensor, evenly spread."""
+    size = getattr(tensor, "ds_numel", None) or tensor.numel()
+    flat = tensor.reshape(-1) if tensor.numel() == size else tensor.new_empty(size, device="meta")
+    return flat[:: max(1, size // SAMPLE)]
+
+
+def all_reduced(tensor: torch.Tensor, by: Any = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
+    """Return the sum (or what `by` says) of all ranks' tensors, each unchanged."""
+    found = tensor.clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found, by)
+    return found
