@@ -101,6 +101,8 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     flag("--config_overrides", metavar="K=V,...", help="other values for it, like hidden_size=512,num_hidden_layers=8")
     flag("--vocab_size", type=positive, metavar="N",
          help="tokens of that tokenizer (as the configuration, 32,000 at most)")
+    flag("--resize_embeddings", action="store_true",
+         help="give the model rows for tokens of the tokenizer that it has none for")
     flag("--attn_implementation", metavar="NAME",
          help="sdpa, flash_attention_2, eager, ... (flash attention where installed; by documents on a CPU; sdpa)")
     flag("--activation_checkpointing", "--gradient_checkpointing", action="store_true",

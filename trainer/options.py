@@ -30,6 +30,7 @@ class Options:
     from_config: bool
     config_overrides: str | None
     vocab_size: int | None
+    resize_embeddings: bool
     attn_implementation: str | None
     activation_checkpointing: bool
     torch_compile: bool
@@ -103,6 +104,8 @@ def check(options: Options) -> None:
     """Raise a UserError for flags that contradict each other."""
     if options.merge_lora and not options.lora:
         raise usage_error("--merge_lora without --lora: there is nothing to merge")
+    if options.resize_embeddings and options.lora:
+        raise usage_error("--resize_embeddings adds rows that --lora would leave as they are: train the whole model")
     if options.qlora and options.model_name_or_path == "tiny":
         raise usage_error("--qlora: tiny is too small for 4 bits: name a model, or take --lora")
     if not options.from_config and (options.config_overrides or options.vocab_size):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import families
 import pytest
 import torch
 from conftest import Train
+from safetensors.torch import load_file
 
 from trainer.errors import UserError
-from trainer.model import lora
+from trainer.model import loading, lora, weights
 from trainer.model.lora import gathered_gigabytes, merged
 from trainer.options import parse_options
 
@@ -122,3 +124,34 @@ def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
     experts = sum(weight.numel() for weight in lora.expert_parameters(model).values())
     parameters = model.num_parameters()
     assert lora.active_parameters(model, parameters) == parameters - experts // 2
+
+
+def test_a_folder_with_an_adapter_alone_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    with pytest.raises(UserError, match=r"is an adapter of org/base \(adapter_config.json\): .* --merge_lora"):
+        loading.load_config(parse_options(["--model_name_or_path", str(tmp_path)]))
+
+
+def test_the_frozen_model_is_kept_in_16_bits_without_deepspeed(train: Train) -> None:
+    base = train("--max_steps", "1", *SHORT, name="base").path / "model"
+    wide = train("--lora", "4", "--max_steps", "3", *SHORT, model=str(base), name="wide")
+    narrow = train("--lora", "4", "--max_steps", "3", "--precision", "bf16", *SHORT, model=str(base), name="narrow")
+    needs = [json.loads((run.path / "run.json").read_text())["memory"]["needs"]["weights"] for run in (wide, narrow)]
+    assert needs[0] == 2 * needs[1]
+    assert narrow.losses()[1] == pytest.approx(wide.losses()[1], rel=0.01)
+    saved = load_file(narrow.path / "model" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+
+
+def test_only_the_rank_that_writes_holds_weights_to_save() -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("qwen2", **families.SHAPES["qwen2"]))
+    assert weights.to_save(model, model, writes=False) is None
+    whole = weights.to_save(model, model, writes=True)
+    assert whole and whole.keys() == model.state_dict().keys()
+    assert whole["lm_head.weight"].data_ptr() == model.lm_head.weight.data_ptr()  # no copy
+    adapted, _ = lora.add_adapter(model, parse_options(["--model_name_or_path", "x", "--lora", "4"]), split=False)
+    found = weights.to_save(adapted, adapted, writes=True)
+    assert found and all("lora" in name for name in found)

@@ -215,3 +215,30 @@ def test_conversations_are_trained_on_and_shown(train: Train, tmp_path: Path) ->
     assert "\n  assistant\n  »the answer to it is " in run.output and "<|end|>«" in run.output
     assert 0 < max(row.get("tokens", 0) for row in run.metrics) < 2 * 8 * 64 / 2  # of rows that are full
     assert (run.path / "model" / "chat_template.jinja").exists()
+
+
+def test_tokens_that_the_model_has_no_rows_for_are_told_before_it_is_loaded(train: Train, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = train(*SMALL, "--max_steps", "1", name="first").path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(model)
+    unused = train(*SMALL, "--max_steps", "1", model=str(model), name="unused")
+    assert unused.losses()[1] > 0
+    (tmp_path / "more.txt").write_text("Something <|new|> in a text. " * 50)
+    words = (*SMALL, "--max_steps", "1", "--eval_fraction", "0")
+    refused = train(*words, model=str(model), data=tmp_path / "more.txt", expect=1, name="refused")
+    assert f"has {rows:,} rows for tokens, and its tokenizer makes token {rows} (<|new|>)" in refused.output
+    resized = train(*words, "--resize_embeddings", model=str(model), data=tmp_path / "more.txt", name="resized")
+    assert AutoModelForCausalLM.from_pretrained(resized.path / "model").config.vocab_size == rows + 1
+
+
+def test_without_zero_the_gradients_norm_is_told_too(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "zero0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}, "gradient_clipping": "auto",
+                                                     "train_micro_batch_size_per_gpu": "auto"}))
+    words = (*SMALL, "--max_steps", "2", "--logging_steps", "1", "--lr_scheduler_type", "constant")
+    without = train(*words, "--deepspeed", str(tmp_path / "zero0.json"), name="zero0")
+    plain = train(*words, name="plain")
+    assert without.losses("grad_norm")[1] == pytest.approx(plain.losses("grad_norm")[1], rel=1e-4)

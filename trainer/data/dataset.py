@@ -58,6 +58,11 @@ class TokenizedDataset:
     evaluation: Any
     folder: Path = field(default_factory=Path)
 
+    def largest_token(self) -> int:
+        """Return the largest token's number."""
+        return max((int(piece.max()) for table in (self.train, self.evaluation) if len(table)
+                    for piece in table.with_format("numpy")["input_ids"]), default=0)
+
 
 def cache_folder(options: Options) -> Path:
     """Return the folder that keeps prepared data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,20 @@ def load_tokenizer(options: Options, folder: str | Path | None = None) -> Any:
     if options.chat_template:
         tokenizer.chat_template = read_template(Path(options.chat_template))
     return tokenizer
+
+
+def check_rows(tokenizer: Any, config: Any, options: Options, largest: Callable[[], int]) -> None:
+    """Raise a UserError if the data has tokens that the model's embedding has no rows for.
+
+    `largest` returns the data's largest token; it is asked only where the tokenizer has more than the model.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    if rows is None or options.from_config or options.resize_embeddings or len(tokenizer) <= rows:
+        return
+    if (token := largest()) >= rows:
+        raise UserError(f"model '{options.model_name_or_path}' has {rows:,} rows for tokens, and its tokenizer makes "
+                        f"token {token} ({tokenizer.convert_ids_to_tokens(token)}) of the data: --resize_embeddings "
+                        "gives it rows for all", shared=True)
 
 
 def read_template(path: Path) -> str:

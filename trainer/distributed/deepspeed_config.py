@@ -210,3 +210,17 @@ def engine_name(ds_config: dict[str, Any] | None) -> str:
         return "PyTorch"
     stage = lookup(ds_config, "zero_optimization.stage") or 0
     return f"DeepSpeed ZeRO-{stage}"
+
+
+def keep_gradient_norm(engine: Any) -> None:
+    """Have an engine without ZeRO in 32 bits tell its gradients' norm, which DeepSpeed 0.19.8 computes and forgets."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    if engine.zero_optimization_stage() or engine.bfloat16_enabled() or engine.fp16_enabled():
+        return
+
+    def clip() -> None:
+        engine._global_grad_norm = clip_grad_norm_(
+            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+
+    engine.clip_fp32_gradients = clip

@@ -39,10 +39,21 @@ def load_config(options: Options) -> Any:
     path = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not (path.is_dir() or (options.from_config and path.is_file())):
         raise UserError(f"model '{name}': no such folder")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
+        raise UserError(f"model '{name}' is an adapter of {base_of(path)} (adapter_config.json): train that one with "
+                        "--lora --merge_lora for a whole model, or continue its run with --resume_from_checkpoint")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model '{name}': {first_line(error)}") from None
+
+
+def base_of(adapter: Path) -> str:
+    """Return the name of the model that an adapter's folder was trained for."""
+    try:
+        return str(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError):
+        return "another model"
 
 
 def architecture(config: Any) -> str:

@@ -100,7 +100,7 @@ def gathered_gigabytes(parameters: int, weight_bytes: int, world_size: int) -> f
     return 2 * weight_bytes * parameters * (world_size - 1) / world_size / 1e9
 
 
-def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any]) -> None:
+def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any] | None) -> None:
     """Write the adapter out of the whole model's state."""
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.verification import write_atomically
-from trainer.model import loading, lora
+from trainer.model import loading, lora, weights
 from trainer.options import Options
 from trainer.results.setup import Setup
 
@@ -28,9 +28,9 @@ def keep_ds_config(setup: Setup, trainer: Any) -> None:
 def save_model(setup: Setup, trainer: Any) -> None:
     """Write model/ (or adapter/) on rank 0: weights as safetensors and the tokenizer, loadable by from_pretrained."""
     run = setup.run
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3 gathers: every rank takes part
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = weights.to_save(trainer.model_wrapped, model, setup.ranks.is_first)
     if setup.ranks.is_first:
-        model = trainer.accelerator.unwrap_model(trainer.model)
         write = lora.save_adapter if setup.options.lora else type(model).save_pretrained
         place = run.adapter if merges(setup.options) else run.model
         put_in_place(setup, model, place, partial(write, state_dict=state))

@@ -26,6 +26,7 @@ from trainer.data.streaming import Stream
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks, SharedFlag
 from trainer.errors import UserError
+from trainer.model import weights
 from trainer.training.loss_trainer import LossTrainer
 
 
@@ -102,6 +103,11 @@ class CausalTrainer(LossTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights of a checkpoint; the ranks that don't write hold no copy of them."""
+        model = self.accelerator.unwrap_model(self.model)
+        self._save(output_dir, state_dict=weights.to_save(self.model_wrapped, model, self.args.should_save))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, seal and rotate; raise a UserError on all ranks if one machine hasn't the room, or weights are lost."""

@@ -21,13 +21,14 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     stage = None if setup.ds_config is None else int(lookup(setup.ds_config, "zero_optimization.stage") or 0)
     device = lookup(setup.ds_config or {}, "zero_optimization.offload_optimizer.device")
+    number = 4 if setup.precision == "fp32" else 2
     return MemoryInputs(
         weights=workload.parameters, trained=workload.trained, layers=config.num_hidden_layers, hidden=hidden,
         intermediate=max(inner) if isinstance(inner, list) else inner,
         keys=size * (getattr(config, "num_key_value_heads", None) or heads), vocabulary=config.vocab_size,
         sequence=setup.sequence_length, micro=o.per_device_train_batch_size,
         accumulation=o.gradient_accumulation_steps, ranks=setup.ranks.world_size, stage=stage,
-        number=4 if setup.precision == "fp32" else 2, weight=NF4 if o.qlora else 0.0,
+        number=number, weight=NF4 if o.qlora else number if o.lora else 0.0,
         offloads=device in ("cpu", "nvme"), checkpoints=o.activation_checkpointing, liger=o.liger)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from trainer.checkpoint import universal
+from trainer.distributed import deepspeed_config
 from trainer.errors import UserError
 from trainer.model import document_attention, isolation
 from trainer.results import export
@@ -25,6 +26,8 @@ class Preflight(TrainerCallback):
         """Raise a UserError if not; keep the config as DeepSpeed got it; tidy up what it was resumed from."""
         setup, trainer = self._setup, self._trainer
         export.keep_ds_config(setup, trainer)
+        if setup.ds_config is not None:
+            deepspeed_config.keep_gradient_norm(trainer.model_wrapped)
         if setup.universal:  # loaded by now, on all ranks
             universal.separate_step_counts(trainer.model_wrapped)
             setup.ranks.barrier()

@@ -69,6 +69,7 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
                                             writes(ranks, shared_disk))
         layout.batch = global_batch_size(options, ranks.world_size)
     own = tokenizer.load_tokenizer(options, data.folder / "tokenizer")
+    tokenizer.check_rows(own, config, options, data.largest_token)
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
                  hardware.flash, ds_config, config, data, own, length, run, layout, shared_disk, checkpoint,
                  universal), waiting

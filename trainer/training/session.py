@@ -62,8 +62,9 @@ class Session:
 
     @property
     def dtype(self) -> str:
-        """The kind of the weights: DeepSpeed keeps 32-bit copies itself, plain PyTorch doesn't."""
-        return DTYPES[self.setup.precision] if self.setup.ds_config is not None else "float32"
+        """The kind of the weights: DeepSpeed keeps 32-bit copies itself, plain PyTorch doesn't, of what is trained."""
+        in_32_bits = self.setup.ds_config is None and not self.setup.options.lora
+        return "float32" if in_32_bits else DTYPES[self.setup.precision]
 
     @property
     def dtype_bytes(self) -> int:
@@ -91,6 +92,8 @@ class Session:
         check_world_sizes(ranks.world_size, arguments.world_size, engine=ranks.world_size)
         if model is None:
             model = self._build_model()
+        if options.resize_embeddings and len(setup.tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(setup.tokenizer))
         config = model.config.get_text_config()
         parameters = model.num_parameters() if options.qlora else lora.trained(model)
         active, share = lora.active_parameters(model, parameters), None
