@@ -15,6 +15,7 @@ import families
 import pytest
 import torch
 from conftest import ROOT, Train
+from safetensors.torch import load_file
 
 from trainer.data.packing import Collator, PackedSequence, varlen_bounds
 from trainer.errors import UserError
@@ -175,6 +176,33 @@ def test_a_family_trains_from_a_loss_that_knows_nothing(name: str, train: Train,
     run = train(*words, model=str(tmp_path / "shape"), config="configs/zero1")
     losses = run.losses()
     assert len(losses) == 4 and losses[1] == pytest.approx(math.log(families.VOCABULARY), rel=0.1)
+
+
+@pytest.mark.parametrize("config", [None, "configs/zero1"])
+def test_a_model_for_pictures_too_trains_its_language_model_alone(config: str | None, train: Train,
+                                                                  tmp_path: Path) -> None:
+    """With more sequences a step than there is text: micro batches of nothing give no NaN."""
+    import transformers
+
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    shape = transformers.Gemma3Config(text_config=families.SHAPES["gemma3_text"], vision_config=vision,
+                                      mm_tokens_per_image=4)
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text(json.dumps(shape.to_dict()))
+    (tmp_path / "short.txt").write_text("A short text, of one row only.")
+    run = train("--from_config", "--vocab_size", "300", "--max_steps", "3", "--sequence_length", "48",
+                "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4", "--logging_steps", "1",
+                "--eval_fraction", "0", "--weight_decay", "0.1", ranks=2, config=config,
+                model=str(tmp_path / "shape"), data=tmp_path / "short.txt")
+    losses = run.losses()
+    assert losses[1] == pytest.approx(math.log(300), rel=0.1) and losses[3] < losses[1]
+    assert "what the model has for pictures or sound stays as it is" in run.output
+    assert "gradients checked" in run.output
+    adapter = train("--lora", "4", "--max_steps", "2", "--sequence_length", "48", "--eval_fraction", "0", ranks=2,
+                    config=config, model=str(run.path / "model"), data=tmp_path / "short.txt", name="adapter")
+    names = load_file(adapter.path / "model" / "adapter_model.safetensors")
+    assert names and not any("vision" in name for name in names)
 
 
 def test_the_table_of_families_is_in_the_docs() -> None:

@@ -124,6 +124,29 @@ def load_model(options: Options, dtype: str, flash: bool = False, in_4_bits_on: 
         raise UserError(f"model '{name}': {first_line(error)}{hint}") from None
 
 
+def language_weights(model: Any) -> set[int]:
+    """Return the ids of a model's weights that text reaches: all but those for pictures or sound."""
+    every = {id(weight) for weight in model.parameters()}
+    if model.config.get_text_config() is model.config:
+        return every
+    head = model.get_output_embeddings()
+    found = {id(weight) for name, part in model.named_modules()
+             if part is head or name.split(".")[-1] == "language_model" for weight in part.parameters()}
+    return found if len(found) > 2 else every  # more than a head
+
+
+def freeze_other_senses(model: Any) -> bool:
+    """Freeze what a model has beside its language model, for pictures or sound; return whether it has any.
+
+    Text never reaches it, so it has no gradient: weight decay would shrink it, and torch wait for it in vain.
+    """
+    spoken = language_weights(model)
+    others = [weight for weight in model.parameters() if id(weight) not in spoken]
+    for weight in others:
+        weight.requires_grad_(False)
+    return bool(others)
+
+
 def quantized(dtype: str, device: Any) -> dict[str, Any]:
     """Return from_pretrained's arguments for weights in 4 bits on a device; none for None."""
     if device is None:

@@ -49,8 +49,9 @@ def with_adapter(model: Any, options: Options, parameters: list[str]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     rank = options.lora or 0
-    odd = sorted(name for name, module in model.named_modules()
-                 if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router"))
+    spoken = loading.language_weights(model)
+    odd = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+                 and (type(module).__name__.endswith("Router") or id(module.weight) not in spoken))
     try:
         found = get_peft_model(model, LoraConfig(
             r=rank, lora_alpha=ALPHA * rank, target_modules="all-linear", target_parameters=parameters or None,
@@ -66,9 +67,10 @@ def with_adapter(model: Any, options: Options, parameters: list[str]) -> Any:
 
 def linear_modules(model: Any) -> dict[str, Any]:
     """Return a model's linear layers but its head, by name."""
-    head = model.get_output_embeddings()
+    head, spoken = model.get_output_embeddings(), loading.language_weights(model)
     return {name: module for name, module in model.named_modules()
-            if type(module).__name__ in ("Linear", "Conv1D", "Linear4bit") and module is not head}
+            if type(module).__name__ in ("Linear", "Conv1D", "Linear4bit") and module is not head
+            and id(module.weight) in spoken}
 
 
 def expert_parameters(model: Any) -> dict[str, Any]:

@@ -127,9 +127,10 @@ class GradientCheck:
         if self.error > self.tolerance:
             raise UserError(
                 f"the gradient of {worst} that the optimizer is handed isn't that of all ranks and micro batches (it "
-                f"differs by {self.error:.1%}; {self.tolerance:.1%} is rounding): a fault of this DeepSpeed with this "
-                "configuration. Take another ZeRO stage (trainer/configs/), or --no_gradient_check if you know better",
-                shared=True)
+                f"differs by {self.error:.1%}; {self.tolerance:.1%} is rounding): a fault of this "
+                + ("DeepSpeed with this configuration. Take another ZeRO stage" if self.engine is not None else
+                   "PyTorch with this model. Take DeepSpeed") +
+                " (trainer/configs/), or --no_gradient_check if you know better", shared=True)
 
     @property
     def tolerance(self) -> float:

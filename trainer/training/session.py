@@ -94,6 +94,8 @@ class Session:
             model = self._build_model()
         if options.resize_embeddings and len(setup.tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(setup.tokenizer))
+        if loading.freeze_other_senses(model):
+            setup.console.say("what the model has for pictures or sound stays as it is")
         config = model.config.get_text_config()
         parameters = model.num_parameters() if options.qlora else lora.trained(model)
         active, share = lora.active_parameters(model, parameters), None
