@@ -55,8 +55,9 @@ def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     logits = (8 + 2 * inputs.number) * tokens * inputs.vocabulary  # they, their log-softmax, its gradient, their own
     if inputs.stage is None:  # DistributedDataParallel's buckets
         copies = kept * inputs.trained if inputs.ranks > 1 else 0.0
-    else:  # ZeRO's own part of them, as it was reduced and in 32 bits
-        copies = (kept + (0 if inputs.offloads else 4)) * inputs.trained * split if stage else 0.0
+    else:  # ZeRO's own part of them: as it was reduced, where the others stay too, and in 32 bits
+        each = (kept if stage == 1 else 0) + (0 if inputs.offloads else 4)
+        copies = each * inputs.trained * split if stage else 0.0
     return {"weights": weights, "gradients": inputs.trained * kept * (split if stage >= 2 else 1),
             "gradient copies": copies,
             "optimizer states": 0.0 if inputs.offloads else states, "activations": numbers * tokens * inputs.number,
