@@ -73,7 +73,8 @@ def test_advice_goes_from_gentle_to_hard_and_leaves_out_what_is_done() -> None:
         "--liger", "zero2.json", "--activation_checkpointing", "zero2_offload.json", "zero3.json",
         "zero3_offload.json", "--lora", "--qlora", "--sequence_length 512"]
     saved = dict(savings(SEVEN_B, on_gpu=True))
-    assert saved["--deepspeed_config trainer/configs/zero2.json"] == pytest.approx(14e9 * 3 / 4 + 14e9 / 4)  # and no second copy
+    # The others' gradients, and a second copy of its own.
+    assert saved["--deepspeed_config trainer/configs/zero2.json"] == pytest.approx(14e9 * 3 / 4 + 14e9 / 4)
     first, _ = savings(replace(SEVEN_B, micro=5), on_gpu=True)[0]
     assert first.startswith("--per_device_train_batch_size 1 --gradient_"
                                                                           "accumulation_steps 10")
