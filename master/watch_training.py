@@ -30,7 +30,7 @@ from master.inventory.node_facts import checkout_of
 from master.ssh.node_names import parse_node
 from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
 from master.training.host_metrics import HostMetrics
-from master.training.launcher_process import is_active, read_launcher_record, read_object
+from master.training.launcher_process import RECORD, is_active, read_launcher_record, read_object
 from master.training.run_folder import find_run
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ def last_line(path: Path) -> str:
         return next(iter(deque(file, maxlen=1)), "").rstrip("\n")
 
 
+def written_at(path: Path) -> float:
+    """Return when a file was written, in seconds since 1970; 0 for none."""
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def look(run: Path) -> dict[str, Any]:
     """Return the state of a run: status, step of steps, the newest figures, each host's last line and its age."""
     record = read_object(run / "run.json")
@@ -55,10 +60,12 @@ def look(run: Path) -> dict[str, Any]:
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, TypeError):  # a line may be half written
                 newest |= json.loads(line)
+    launcher = read_launcher_record(run)
     status = record.get("status") or ("running" if newest else "starting")
+    if status not in ACTIVE and launcher.is_alive_here and written_at(run / RECORD) > float(record.get("ended") or 0):
+        status = "starting"  # again: what stands there is of the training that it resumes
     if status in ACTIVE and not is_active(run):
         status = "not running any more"
-    launcher = read_launcher_record(run)
     hosts = {}
     for path in sorted((run / "logs").glob("*.log")):
         age = round(time.time() - path.stat().st_mtime)

@@ -185,7 +185,7 @@ def conclude(training: Training, result: JobResult, ssh: SshOptions) -> int:
     here = training.local
     if not here and str(first.node) in result.launcher_codes:
         here = fetch_run(first.node, training.folders[str(first.node)], training.run, ssh,
-                         optional=not training.request.is_ours)
+                         optional=failed or not training.request.is_ours)
     if not failed:
         return 0 if here else 1
     mark_failed(training.run, 1)

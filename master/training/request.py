@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import glob
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -89,7 +91,8 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
                ) -> TrainingRequest:
     """Return what the flags ask for. Raises UsageError, RunError, ClusterError."""
     script = Path(options.script).absolute() if options.script else TRAINER
-    model, dataset = path_or_name(options.model, hosts), path_or_name(options.dataset, hosts)
+    model = path_or_name("--model", options.model, hosts)
+    dataset = path_or_name("--dataset", options.dataset, hosts)
     if options.script:
         arguments = list(trainer_flags)
     else:
@@ -106,11 +109,27 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
                                 options.on_lost_master == "continue"))
 
 
-def path_or_name(word: str | None, hosts: Hosts) -> str | None:
-    """Return --model or --dataset as the ranks can use it: an absolute path if they may start in another folder."""
-    if not word or word == "tiny" or hosts.are_here or not Path(word).exists():
+def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
+    """Return --model or --dataset as the ranks can use it: an absolute path if they may start in another folder.
+
+    Raises UsageError for a path that is nowhere; other hosts may have an absolute one.
+    """
+    if not word or word == "tiny":
         return word
-    return str(Path(word).absolute())
+    if not Path(word).expanduser().exists():
+        if looks_like_path(word) and not glob.glob(word) and (hosts.are_here or not os.path.isabs(word)):
+            beside = Path(word).parent
+            near = difflib.get_close_matches(Path(word).name, os.listdir(beside) if beside.is_dir() else [], n=1)
+            raise UsageError(f"{flag} {word}: no such file or folder"
+                             + (f": did you mean {beside / near[0]}?" if near else ""))
+        return word
+    return word if hosts.are_here else str(Path(word).absolute())
+
+
+def looks_like_path(word: str) -> bool:
+    """Tell a path from a Hugging Face name, which has one slash at most, and no wildcard."""
+    return word.startswith((".", "/", "~")) or word.rstrip("/").count("/") > 1 or word.endswith("/") or any(
+        mark in word for mark in "*?[")
 
 
 def arguments_of(options: argparse.Namespace, run: Path, model: str | None, dataset: str | None, config: Path

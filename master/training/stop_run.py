@@ -59,7 +59,7 @@ def stop_launcher(run: Path, pid: int, grace: float) -> int:
     if read_launcher_record(run).is_alive_here:
         say(f"{run}: process {pid} does not exit; run this again to kill its ranks")
         return 1
-    say(f"{run}: stopped")
+    say(f"{run}: stopped. Resume it: invoke train --resume {shlex.quote(str(run))}")
     return 0
 
 

@@ -166,8 +166,11 @@ def test_a_dry_run_prints_both_commands_and_starts_nothing(environment: dict[str
 @pytest.mark.parametrize(("words", "message"), [
     (["--slots", "0"], "--slots 0: at least 1"),
     (["--config", "nowhere.json"], "nowhere.json: no such file. Presets: "),
+    (["--dataset", "notez/"], "error: --dataset notez/: no such file or folder: did you mean notes?\n"),
+    (["--dataset", "./nothing.txt"], "--dataset ./nothing.txt: no such file or folder\n"),
     (["--slots", "x"], "invalid int value")])
 def test_wrong_usage_is_one_line(words: list[str], message: str, environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
     done = launch("--model", "tiny", *words, environment=environment, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def test_a_run_whose_launcher_is_gone_does_not_go_on(tmp_path: Path) -> None:
     record = json.loads((run / "launcher.json").read_text())
     (run / "launcher.json").write_text(json.dumps({**record, "started": "1"}))  # the number was given to another
     assert not is_active(run)
+
+
+def test_a_run_that_is_resumed_starts_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "stopped")
+    write_launcher_record(run)
+    assert ": starting, step 3/10" in watch("--once", cwd=tmp_path).stdout
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "ended": time.time() + 60}))  # the launcher still fetches
+    assert ": stopped, step 3/10" in watch("--once", cwd=tmp_path).stdout
 
 
 def test_a_run_of_another_machine_is_left_to_it(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ class Source:
 def looks_like_path(name: str) -> bool:
     """Tell a path from a Hugging Face name, which has at most one slash, no wildcard and no suffix of a data file."""
     wild = any(mark in name for mark in "*?[")
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or wild or bool(documents.form_of(Path(name)))
+    if name.startswith((".", "/", "~")) or name.endswith("/"):
+        return True
+    return name.count("/") > 1 or wild or bool(documents.form_of(Path(name)))
 
 
 def open_source(name: str | None, options: Options, built_in: Callable[[], list[str]], evaluation: bool = False
