@@ -98,7 +98,7 @@ def test_a_run_is_watched_and_goes_on_where_it_was_without_a_hostfile(lab: Lab, 
     nodes = json.loads(tool(desk, "watch_training.py", "--json").stdout)["nodes"]
     assert all(nodes[host]["ram_mib"] > 0 and nodes[host]["nics"][0]["in"] > 0 for host in desk.hosts)
     stopped = tool(desk, "launch_training.py", "--stop")
-    assert stopped.returncode == 0 and stopped.stderr.endswith(": stopped\n")
+    assert stopped.returncode == 0 and ": stopped. Resume it: invoke train --resume runs/" in stopped.stderr
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 0, output
     reached = json.loads((desk.run_folder / "run.json").read_text())["step"]
