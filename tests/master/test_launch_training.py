@@ -78,8 +78,8 @@ def test_a_detached_run_is_stopped_by_its_name_and_gone_on_with(environment: dic
     (run,) = (tmp_path / "runs").iterdir()
     wait_until(lambda: steps_made(run) >= 2)
     stopped = launch("--stop", environment=environment, cwd=tmp_path)
-    assert stopped.returncode == 0 and f"runs/{run.name}: stopped. Resume it: invoke train --resume runs/{run.name}\n" in \
-        stopped.stderr, stopped.stderr
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"runs/{run.name}: stopped. Resume it: invoke train --resume runs/{run.name}\n" in stopped.stderr
     assert not ranks_of(run) and list(run.glob("checkpoints/checkpoint-*"))
     assert "training on this machine" in (run / "launch.log").read_text()
     assert launch("--stop", environment=environment, cwd=tmp_path).stderr == "error: no run is active here\n"
