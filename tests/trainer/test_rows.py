@@ -40,6 +40,9 @@ def normal(row: dict[str, Any], notes: Counter[str] | None = None) -> Any:
     ({"messages": [HI, {"role": "assistant", "tool_calls": [
         {"id": "1", "type": "function", "function": {"name": "price", "arguments": '{"item": "pen"}'}}]}]},
      [HI, {"role": "assistant", "content": "", "tool_calls": [CALLED | {"id": "1"}]}]),
+    ({"messages": [HI, {"role": "assistant", "content": None, "function_call": {"name": "price",
+                                                                               "arguments": '{"item": "pen"}'}}]},
+     [HI, {"role": "assistant", "content": "", "tool_calls": [CALLED]}]),
     ({"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": json.dumps(CALL)},
                         {"from": "observation", "value": "2"}, {"from": "gpt", "value": "hello"}], "system": ""},
      [HI, {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "content": "2"}, HELLO]),

@@ -21,8 +21,8 @@ TEXT, MESSAGES, PAIRS, ALPACA, SHAREGPT = "text", "messages", "prompt + completi
 COLUMNS = {MESSAGES: ("messages",), PAIRS: ("prompt", "completion"), ALPACA: ("instruction", "output"),
            SHAREGPT: ("conversations",)}
 # Columns that belong to a form's rows where they are there.
-MORE_COLUMNS = {MESSAGES: ("system", "tools"), PAIRS: ("tools",), ALPACA: ("input", "system", "history"),
-                SHAREGPT: ("system", "tools")}
+MORE_COLUMNS = {MESSAGES: ("system", "tools", "functions"), PAIRS: ("tools",),
+                ALPACA: ("input", "system", "history", "tools"), SHAREGPT: ("system", "tools", "functions")}
 # What files call the speakers, in lower case, and what templates do. `developer` is the chat template's matter.
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
          "model": "assistant", "assistant": "assistant", "system": "system", "developer": "developer", "tool": "tool",
@@ -107,7 +107,7 @@ def normalized(row: dict[str, Any], form: str, where: str, notes: Counter[str] |
     UserError for a row of another shape.
     """
     notes = Counter() if notes is None else notes
-    tools = tool_definitions(row.get("tools"), where)
+    tools = tool_definitions(row.get("tools") or row.get("functions"), where)
     if form == PAIRS:
         prompt, completion = row.get("prompt"), row.get("completion")
         if not is_conversation(prompt) and not is_conversation(completion):
@@ -185,7 +185,8 @@ def message_of(message: Any, where: str) -> Message:
     content = message.get("content")
     if role == "function_call":
         return {"role": ASSISTANT, "content": "", "tool_calls": [tool_call(content, where)]}
-    calls = object_or_json(message.get("tool_calls")) or []
+    legacy = [message.pop("function_call")] if "function_call" in message else []  # as OpenAI's files had it
+    calls = object_or_json(message.get("tool_calls")) or legacy
     if not isinstance(calls, list):
         raise UserError(f"{where}: its tool_calls are no list")
     if content is None and not calls:
