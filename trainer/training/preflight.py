@@ -35,14 +35,14 @@ class Preflight(TrainerCallback):
                 universal.remove_universal(setup.checkpoint)
         check_world_sizes(launcher=setup.ranks.world_size, transformers=trainer.args.world_size,
                           engine=getattr(trainer.model_wrapped, "dp_world_size", setup.ranks.world_size))
-        vocabulary, device, rows = len(setup.tokenizer), trainer.args.device, setup.options.per_device_train_batch_size
+        device, rows = trainer.args.device, setup.options.per_device_train_batch_size
+        vocabulary = min(len(setup.tokenizer), trainer.text_config.vocab_size)
         document_attention.fall_back_unless_equal(trainer.model, trainer.logits, vocabulary, device)
         isolation.check_causal(trainer.logits, vocabulary, device, rows, setup.precision)
         if not setup.options.no_packing:
             keep_documents_apart(setup, trainer, vocabulary)
         if not (setup.options.no_gradient_check or setup.options.liger):  # Liger's loss is scaled inside the model
             self._check_gradients()
-
 
     def _check_gradients(self) -> None:
         """Have the first step's gradients checked."""
