@@ -169,7 +169,9 @@ def update_config(results: Sequence[HostResult], options: argparse.Namespace, ke
         if not sys.stdin.isatty():
             say("not written, no terminal to ask on: --yes writes it, --no-config never does")
             return
-        if not confirm("Write this, so that plain ssh and deepspeed reach the nodes too?"):
+        question = "Delete these lines and files?" if options.remove else \
+            "Write this, so that plain ssh and deepspeed reach the nodes too?"
+        if not confirm(question):
             return
     host_blocks.apply(changes)
 

@@ -154,7 +154,7 @@ def sync(options: argparse.Namespace) -> int:
     known = known_by_name(cluster)
     ssh, started = with_logins(ssh_options(options), cluster), time.monotonic()
     chunks = None
-    with SyncProgress() as progress:
+    with SyncProgress(removing=options.remove) as progress:
         if not options.remove:
             chunks = Chunks(trees_of(options), progress.reading)
         addresses = {str(node): known.get(str(node), {}).get("address") for node in nodes}

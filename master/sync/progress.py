@@ -20,9 +20,10 @@ WINDOW = 5.0  # seconds over which a rate is measured
 class SyncProgress:
     """Use as a context manager; its methods may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, removing: bool = False) -> None:
         self._lock = threading.Lock()
         self._told = time.monotonic()
+        self._removing = removing
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._marks: dict[str, list[tuple[float, int]]] = {}
@@ -95,6 +96,8 @@ class SyncProgress:
             return peer.reason
         if peer.same_home:
             return f"shares the home folder of {peer.same_home}"
+        if self._removing and "hello" in peer.said:
+            return "removed" if "finished" in peer.said else "removing files"
         if "plan" not in peer.said:
             looked = peer.said.get("examining", {}).get("bytes", 0)
             return f"checking existing files ({looked / 1e6:,.0f} MB)" if looked else "being reached"
