@@ -43,7 +43,7 @@ def describe(setup: Setup, workload: Workload) -> None:
                  f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, "
                  f"{short(batch * packed.tokens / packed.filled)} tokens",
         "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
-        "learning rate": f"up to {o.learning_rate:g}, {schedule(setup, workload.steps)}",
+        "schedule": f"learning rate up to {o.learning_rate:g}, {schedule(setup, workload.steps)}",
         "precision": f"{setup.precision} on {setup.device}",
         "engine": setup.engine,
         "run": f"{setup.run.path}",
