@@ -108,6 +108,7 @@ def test_the_mark_that_ends_a_turn_is_whole(alone: str, tail: str, expected: str
     (turns().replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),
      [ASK, LOOK, *FOUND], r"doesn't show message 3 \(tool\)"),
     (turns(calls=""), [ASK, LOOK, *FOUND], "doesn't show the tool calls of message 2"),
+    (turns(calls=""), [{"role": "user", "content": "the price, please"}, LOOK, *FOUND], "the tool calls of message 2"),
     (turns().replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), [ASK, OK], None),
     (turns() + "{{ messages[1].content }}", [ASK, OK, *MORE], "leaves open where message 2"),
     ("{% for m in messages %}{{ m.nothing.at_all }}{% endfor %}", [ASK, OK], "refuses this conversation:"),

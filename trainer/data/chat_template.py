@@ -45,13 +45,13 @@ class Conversation:
         found = [call["function"]["arguments"] for message in self.messages for call in message.get("tool_calls", [])]
         return [arguments for arguments in found if isinstance(arguments, dict) and arguments]
 
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], prompt: bool = False, tools: list[Any] | None = None) -> str:
         """Return messages as the template shows them; with `prompt` up to where the assistant begins to speak.
 
         Raises UserError where the template refuses them, or fails; TypeError where it wants other values.
         """
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tools=self._tools, tokenize=False,
+            return str(self._tokenizer.apply_chat_template(list(messages), tools=tools or self._tools, tokenize=False,
                                                            add_generation_prompt=prompt))
         except Exception as error:  # a template is a program: it may end in anything
             if isinstance(error, TypeError) and self._arguments():
@@ -72,20 +72,26 @@ class Conversation:
         return self.text, spans
 
     def _check_shown(self, notes: Counter[str]) -> None:
-        """Raise a UserError for a message that the template leaves out; note other values that it leaves out."""
-        replaced = [message | {"content": f"{STAND_INS[0]}{number:04}"} for number, message in enumerate(self.messages)]
-        shown = self._attempt(lambda: self.render(replaced))
-        for number, (message, other) in enumerate(zip(self.messages, replaced, strict=True)):
+        """Raise a UserError for a message that the template leaves out; note other values that it leaves out.
+
+        Each content and function's name is replaced by something that stands nowhere else.
+        """
+        marks = [f"{STAND_INS[0]}{number:04}" for number in range(len(self.messages))]
+        replaced = [message | {"content": mark} | named_calls(message, STAND_INS[1] + mark)
+                    for message, mark in zip(self.messages, marks, strict=True)]
+        tools = [named(tool, STAND_INS[1]) for tool in self._tools or []]
+        shown = self._attempt(lambda: self.render(replaced, tools=tools))
+        for number, (message, mark) in enumerate(zip(self.messages, marks, strict=True)):
             words = message["content"].strip()
-            if words and not (other["content"] in shown if shown else words in self.text):
+            if words and not (mark in shown if shown else words in self.text):
                 raise UserError(f"the chat template doesn't show message {number + 1} ({message['role']})")
             for call in message.get("tool_calls", []):
-                if call["function"]["name"] not in self.text:
+                if not (STAND_INS[1] + mark in shown if shown else call["function"]["name"] in self.text):
                     raise UserError(f"the chat template doesn't show the tool calls of message {number + 1}")
             for name, value in message.items():
                 if name not in SHORT and isinstance(value, str) and value.strip() and value.strip() not in self.text:
                     notes[f"'{name}' of a message isn't shown by the chat template"] += 1
-        if self._tools and not any(name_of(tool) in self.text for tool in self._tools):
+        if tools and shown and not re.search(rf"{STAND_INS[1]}(?!\d)", shown):
             notes["tools aren't shown by the chat template"] += 1
 
     def _with(self, number: int, words: str, alone: bool = False) -> str | None:
@@ -177,6 +183,13 @@ def arguments_as_json(message: Message) -> Message:
     return message | {"tool_calls": calls} if calls else message
 
 
-def name_of(tool: dict[str, Any]) -> str:
-    """Return a tool definition's name."""
-    return str(tool.get("function", tool).get("name", ""))
+def named(holder: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a tool's definition, or a call, with another function's name."""
+    if isinstance(holder.get("function"), dict):
+        return holder | {"function": holder["function"] | {"name": name}}
+    return holder | {"name": name}
+
+
+def named_calls(message: Message, name: str) -> Message:
+    """Return the tool calls of a message, if it has any, with another function's name."""
+    return {"tool_calls": [named(call, name) for call in message["tool_calls"]]} if "tool_calls" in message else {}
