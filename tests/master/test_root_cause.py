@@ -34,7 +34,7 @@ def test_the_first_cause_is_no_complaint_about_others(
 
 
 @pytest.mark.parametrize(("text", "hint"), [
-    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "--per_device_train_batch_size"),
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "a smaller batch or shorter sequences"),
     ("OSError: [Errno 28] No space left on device", "--save_total_limit"),
     ("RuntimeError: The server socket has failed to listen: EADDRINUSE", "--master-port"),
     ("ModuleNotFoundError: No module named 'peft'", "invoke sync"),
