@@ -71,7 +71,7 @@ def test_an_exception_is_shown_with_its_end(desk: Desk) -> None:
     assert code == 1, output
     assert "rank 0 ['--local_rank=0', '--mine', 'two words']" in output
     assert ": gpu2, rank 1: exited with code 1\n  Traceback (most recent call last):" in output
-    assert "  MemoryError: CUDA out of memory: 2 GiB\nhint: smaller --per_device_train_batch_size" in output
+    assert "  MemoryError: CUDA out of memory: 2 GiB\nhint: a smaller batch or shorter sequences" in output
 
 
 def test_of_two_jobs_on_the_same_machines_one_is_stopped(desk: Desk) -> None:
