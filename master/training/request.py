@@ -116,14 +116,14 @@ def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
     """
     if not word or word == "tiny":
         return word
-    if not Path(word).expanduser().exists():
-        if looks_like_path(word) and not glob.glob(word) and (hosts.are_here or not os.path.isabs(word)):
-            beside = Path(word).parent
-            near = difflib.get_close_matches(Path(word).name, os.listdir(beside) if beside.is_dir() else [], n=1)
-            raise UsageError(f"{flag} {word}: no such file or folder"
-                             + (f": did you mean {beside / near[0]}?" if near else ""))
-        return word
-    return word if hosts.are_here else str(Path(word).absolute())
+    if Path(word).expanduser().exists():
+        return word if hosts.are_here else str(Path(word).absolute())
+    if looks_like_path(word) and not glob.glob(word) and (hosts.are_here or not os.path.isabs(word)):
+        beside = Path(word).parent
+        near = difflib.get_close_matches(Path(word).name, os.listdir(beside) if beside.is_dir() else [], n=1)
+        raise UsageError(f"{flag} {word}: no such file or folder"
+                         + (f": did you mean {beside / near[0]}?" if near else ""))
+    return word
 
 
 def looks_like_path(word: str) -> bool:

@@ -79,3 +79,10 @@ def test_rotation_never_deletes_the_only_good_one(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_training_is_told(other: Layout, what: str) -> None:
     assert LAYOUT.difference(LAYOUT) is None
     assert what in str(LAYOUT.difference(other))
+
+
+def test_equal_settings_with_other_data_are_not_enough() -> None:
+    first, other = (Layout(data, 2, "PyTorch", 4, {"--seed": 1}) for data in ("abc", "xyz"))
+    assert "other data" in str(first.difference(other))
+    assert "with --seed 1, and this training runs with --seed 2" in str(
+        first.difference(Layout("abc", 2, "PyTorch", 4, {"--seed": 2})))

@@ -45,7 +45,7 @@ class Layout:
             if name in other.settings and other.settings[name] != value:
                 return (f"was trained {setting(name, value)}, and this training runs "
                         f"{setting(name, other.settings[name])}: give the same, or start a new run")
-        if self.data != other.data and not self.settings:
+        if self.data != other.data:
             return "was trained on other data, tokenizer, sequence length or seed: give the same, or start a new run"
         return None
 

@@ -28,6 +28,7 @@ class Conversation:
 
     def __init__(self, tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None) -> None:
         self._tokenizer, self._tools = tokenizer, tools or None
+        self._prompts: bool | None = None  # asked of the template once: it is the same at each turn
         self._template = str(tokenizer.get_chat_template(tools=self._tools))
         self.messages = [message if message["role"] != "developer" or "developer" in self._template
                          else message | {"role": "system"} for message in messages]
@@ -121,16 +122,22 @@ class Conversation:
         Mostly the text up to it is the generation prompt's, and the text with it the conversation's beginning.
         """
         before = after = None
-        if number:
+        if number and self._has_prompt(number):
             before = self._attempt(lambda: self.render(self.messages[:number], prompt=True))
-            if before is not None and before == self._attempt(lambda: self.render(self.messages[:number])):
-                before = None  # no generation prompt: what begins a turn is the template's
         if before is not None:
             last = number == len(self.messages) - 1
             after = self.text if last else self._attempt(lambda: self.render(self.messages[: number + 1]))
         if before is not None and after is not None and self.text.startswith(before) and self.text.startswith(after):
             return len(before), len(after.rstrip())
         return self._framed_span(number, before)
+
+    def _has_prompt(self, number: int) -> bool:
+        """Return whether the template shows where the assistant begins to speak; `number`: of one of its messages."""
+        if self._prompts is None:
+            ends = [self._attempt(lambda prompt=prompt: self.render(self.messages[:number], prompt))  # type: ignore[misc]
+                    for prompt in (True, False)]
+            self._prompts = ends[0] != ends[1]
+        return self._prompts
 
     def _framed_span(self, number: int, before: str | None) -> Span:
         """Return the span of a message that is shown otherwise where more follows, as some do with thoughts.

@@ -188,9 +188,7 @@ def build(
 def read_texts(source: Source, scratch: Path, name: str) -> Any:
     """Read a source into a table on disk with the columns `text` and `where`, without empty documents.
 
-    `.dropped` counts those.
-
-    Raises UserError if nothing is left.
+    These are counted in `.dropped`. Raises UserError if nothing is left.
     """
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from trainer.data.values import without_nulls
+from trainer.data.values import table_row
 from trainer.errors import UserError
 
 
@@ -186,7 +186,7 @@ def read_parquet(path: Path, extract: Extractor) -> Iterator[Document]:
             for batch in source.iter_batches(columns=extract.columns(source.schema_arrow.names, str(path))):
                 for row in batch.to_pylist():
                     number += 1
-                    yield extract({name: without_nulls(value) for name, value in row.items()}, f"{path}: row {number}")
+                    yield extract(table_row(row), f"{path}: row {number}")
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
 

@@ -12,7 +12,7 @@ from typing import Any
 from trainer.data import documents
 from trainer.data.documents import Document
 from trainer.data.rows import DocumentExtractor
-from trainer.data.values import without_nulls
+from trainer.data.values import table_row
 from trainer.errors import UserError, first_line
 from trainer.options import Options
 
@@ -118,13 +118,13 @@ def hub_source(hub: HubName, options: Options, extract: DocumentExtractor) -> So
     if not options.streaming:
         rows = table.select_columns(extract.columns(table.column_names, where))
         return Source(f"{name} ({hub.split})", fingerprint or table._fingerprint,
-                      lambda: (extract({name: without_nulls(value) for name, value in row.items()},
-                                       f"{where}, row {number}") for number, row in enumerate(rows, 1)), extract)
+                      lambda: (extract(table_row(row), f"{where}, row {number}")
+                               for number, row in enumerate(rows, 1)), extract)
 
     def read_from(start: int) -> Iterator[Document]:
         try:
             for number, row in enumerate(table.skip(start) if start else table, start + 1):
-                yield extract({name: without_nulls(value) for name, value in row.items()}, f"{where}, row {number}")
+                yield extract(table_row(row), f"{where}, row {number}")
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"{where} can't be read any further: {error}: is the network down? "
                             "--resume_from_checkpoint auto resumes") from None

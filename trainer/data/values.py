@@ -68,8 +68,13 @@ def tool_call(value: Any, where: str) -> dict[str, Any]:
     return {"type": "function", **more, "function": call}
 
 
+def table_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a table's row without the nulls inside its values: Arrow gives each object the keys of all others."""
+    return {name: without_nulls(value) for name, value in row.items()}
+
+
 def without_nulls(value: Any) -> Any:
-    """Return a value of a table without the nulls below it: Arrow gives each object the keys of all others."""
+    """Return a value without the nulls in its objects."""
     if isinstance(value, dict):
         return {name: without_nulls(one) for name, one in value.items() if one is not None}
     if isinstance(value, list):

@@ -105,16 +105,15 @@ def settle(model: Packs, vocabulary: int, device: Any, rows: int, precision: str
     """
     try:
         check_isolation(model.logits, vocabulary, device, rows, precision)
-        return
-    except UserError:
+    except UserError as leaks:
         if model.way != "positions":
             raise
-    model.way = "mask"
-    try:
-        check_isolation(model.logits, vocabulary, device, rows, precision)
-    except (UserError, TypeError, ValueError, RuntimeError):
-        model.way = "positions"
-        check_isolation(model.logits, vocabulary, device, rows, precision)
+        model.way = "mask"
+        try:
+            check_isolation(model.logits, vocabulary, device, rows, precision)
+        except (UserError, TypeError, ValueError, RuntimeError):  # not every model takes one
+            model.way = "positions"
+            raise leaks from None
 
 
 def samples(vocabulary: int, rows: int) -> torch.Tensor:

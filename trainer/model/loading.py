@@ -65,14 +65,18 @@ def architecture(config: Any) -> str:
     return f"{config.model_type} {hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}"
 
 
+def position_limit(config: Any) -> int:
+    """Return how many tokens a model has positions for; a number that no text reaches where it doesn't say."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31
+
+
 def choose_sequence_length(options: Options, config: Any) -> int:
     """Return the tokens a row: what was asked for, or a default, but never more than the model has positions for.
 
     Raises UserError for more than that, or fewer than 2.
     """
-    text = None if config is None else config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    limit = TINY_SHAPE["max_position_embeddings"] if config is None else limit or 2**31
+    limit = TINY_SHAPE["max_position_embeddings"] if config is None else position_limit(config)
     wanted = options.sequence_length or min(256 if config is None else 1024, limit)
     if not 2 <= wanted <= limit:
         name = options.model_name_or_path

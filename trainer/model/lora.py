@@ -36,12 +36,8 @@ def add_adapter(model: Any, options: Options, split: bool) -> tuple[Any, float]:
     names = sorted({name.split(".layers.")[-1].split(".", 1)[1] for name in experts})
     linear = sum(numel(module.weight) for module in linear_modules(model).values())
     every = linear + sum(map(numel, experts.values()))
-    if names and not split:
-        try:
-            return with_adapter(model, options, names), 1.0
-        except (ValueError, NotImplementedError, AttributeError, RuntimeError):
-            pass  # of a shape that peft doesn't know: those of two dimensions alone
-    return with_adapter(model, options, []), linear / max(every, 1)
+    share = linear / max(every, 1) if split else 1.0
+    return with_adapter(model, options, [] if split else names), share
 
 
 def with_adapter(model: Any, options: Options, parameters: list[str]) -> Any:
@@ -57,8 +53,6 @@ def with_adapter(model: Any, options: Options, parameters: list[str]) -> Any:
             r=rank, lora_alpha=ALPHA * rank, target_modules="all-linear", target_parameters=parameters or None,
             exclude_modules=odd or None, task_type="CAUSAL_LM"))
     except (ValueError, NotImplementedError) as error:
-        if parameters:
-            raise
         raise UserError(f"--lora: {first_line(error)}", shared=True) from None
     if options.activation_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
         model.enable_input_require_grads()

@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trainer.checkpoint.verification import write_atomically
 from trainer.distributed import heartbeat
-from trainer.model import document_attention
+from trainer.model import document_attention, loading
 from trainer.results.setup import Setup
 
 PROMPT_TOKENS = 16
@@ -74,8 +74,7 @@ def continuations(model: Any, tokenizer: Any, asked: list[list[int]], seed: int)
 
     Under ZeRO-3 every rank must take part, with the same prompts.
     """
-    text = model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31
+    limit = loading.position_limit(model.config)
     settings = GenerationConfig(
         do_sample=True, temperature=0.8, top_k=40, use_cache=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)

@@ -46,7 +46,8 @@ class FiniteCheck:
 
         `weights` are looked at now; `folder` has the checkpoints.
         """
-        found = {what: int(step) for what, step in self._first.items() if int(step) < NEVER}
+        steps = {what: int(step) for what, step in self._first.items()}
+        found = {what: step for what, step in steps.items() if step < NEVER}
         damaged = any(not bool(weight.isfinite().all()) for weight in weights)
         if not self._ranks.all_reduce_sum(bool(found) or damaged)[0]:
             return

@@ -16,6 +16,7 @@ import torch
 
 from trainer.data.packing import IGNORED
 from trainer.errors import UserError
+from trainer.model.lora import numel
 
 WEIGHTS = 10  # are looked at, evenly spread from the embedding to the head
 LARGEST = 1 << 26  # numbers of a weight that is looked at: the whole gradient of it is gathered once
@@ -121,7 +122,7 @@ class GradientCheck:
         if not found.isfinite().all():
             self._forget()
             return  # fp16's loss scale is still too high: the engine skips the step; else FiniteCheck stops it
-        self._remove_hooks()
+        self._end()
         worst = list(errors)[int(found.argmax())]
         self.error = found.max().item()
         if self.error > self.tolerance:
@@ -142,12 +143,12 @@ class GradientCheck:
     def _handed(self, weight: Any) -> torch.Tensor | None:
         """Return the gradient that the optimizer is handed for a weight, whole."""
         if self.engine is None:
-            found: torch.Tensor | None = weight.grad
-            return found
-        from deepspeed.utils import safe_get_full_grad
+            given: torch.Tensor | None = weight.grad
+        else:
+            from deepspeed.utils import safe_get_full_grad
 
-        full: torch.Tensor | None = safe_get_full_grad(weight)
-        return full
+            given = safe_get_full_grad(weight)
+        return given
 
     def _loss_scale(self) -> float:
         """Return what the gradients are multiplied by in fp16, so that they don't vanish."""
@@ -162,10 +163,11 @@ class GradientCheck:
         for each in self._watched:
             each.own = None
 
-    def _remove_hooks(self) -> None:
+    def _end(self) -> None:
+        """Remove the hooks; the numbers of micro steps and weights stay, for `tolerance`."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.tokens = [], None
+        self._handles = []
         for each in self._watched:
             each.own = None
 
@@ -173,7 +175,7 @@ class GradientCheck:
 def chosen(model: Any) -> list[tuple[str, Any]]:
     """Return weights that are trained, evenly spread over the model, the first and the last among them, by name."""
     trained = [(name, weight) for name, weight in model.named_parameters()
-               if weight.requires_grad and getattr(weight, "ds_numel", weight.numel()) <= LARGEST]
+               if weight.requires_grad and numel(weight) <= LARGEST]
     step = max(1.0, (len(trained) - 1) / (WEIGHTS - 1)) if trained else 1.0
     numbers = sorted({min(round(number * step), len(trained) - 1) for number in range(min(WEIGHTS, len(trained)))})
     return [trained[number] for number in numbers]
@@ -181,7 +183,7 @@ def chosen(model: Any) -> list[tuple[str, Any]]:
 
 def sampled(tensor: torch.Tensor) -> torch.Tensor:
     """Return at most SAMPLE numbers of a tensor, evenly spread."""
-    size = getattr(tensor, "ds_numel", None) or tensor.numel()
+    size = numel(tensor)
     flat = tensor.reshape(-1) if tensor.numel() == size else tensor.new_empty(size, device="meta")
     return flat[:: max(1, size // SAMPLE)]
 

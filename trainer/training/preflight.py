@@ -48,8 +48,8 @@ class Preflight(TrainerCallback):
         """Have the first step's gradients checked."""
         setup, trainer = self._setup, self._trainer
         check = GradientCheck(trainer.model, setup.ranks.world_size, setup.precision,
-                              trainer.model_wrapped if setup.ds_config is not None else None)
-        check.scaler = trainer.accelerator.scaler
+                              trainer.model_wrapped if setup.ds_config is not None else None,
+                              trainer.accelerator.scaler)
         trainer.gradients = check
         check.begin()
 

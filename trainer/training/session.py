@@ -98,9 +98,10 @@ class Session:
             setup.console.say("what the model has for pictures or sound stays as it is")
         config = model.config.get_text_config()
         parameters = model.num_parameters() if options.qlora else lora.trained(model)
-        active, share = lora.active_parameters(model, parameters), None
+        active = lora.active_parameters(model, parameters)
         if document_attention.can_use_varlen(model, options, setup.device, setup.sequence_length):
             document_attention.set_attention(model, document_attention.NAME)
+        share = None
         if options.lora:
             transformers.set_seed(options.seed)
             model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"))
