@@ -37,7 +37,7 @@ from master.check.consistency import (
 from master.check.network_test import RENDEZVOUS, Pair, network_findings, test_network
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError, run_cli
-from master.core.terminal import HostTable, one_line, say
+from master.core.terminal import HostTable, print_lines, say
 from master.inventory.cluster_file import (
     add_node_flags,
     chosen_nodes,
@@ -214,15 +214,15 @@ def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pa
                           "pairs": [asdict(pair) for pair in pairs], "sum": allreduce_line or None}))
         return
     for line in agreement(facts):
-        print(one_line(line))
+        print_lines(line)
     for finding in findings:
-        print(one_line(finding.line()))
+        print_lines(finding.line())
     if rates := [pair.alone for pair in pairs if pair.alone]:
         print(f"network: {len(rates)} pairs, {min(rates) / 1e6:.1f} to {max(rates) / 1e6:.1f} MB/s alone" + (
             f", {min(both) / 1e6:.1f} when all send" if (both := [pair.together for pair in pairs if pair.together])
             else ""))
     if allreduce_line:
-        print(allreduce_line)
+        print_lines(allreduce_line)
     counts = [f"{sum(finding.level == level for finding in findings)} {level}s" for level in LEVELS[:2]]
     print(f"{len(facts)} hosts asked: {', '.join(counts)}")
 

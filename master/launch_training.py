@@ -27,7 +27,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.paths import PRESETS, ROOT, TRAINER
 from master.core.run_cli import UsageError, UserError, run_cli
-from master.core.terminal import say
+from master.core.terminal import print_lines, say
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
@@ -162,9 +162,9 @@ class HostsError(UserError):
 def show(request: TrainingRequest) -> int:
     """Print what would run, here and by plain DeepSpeed; return 0."""
     where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in request.hosts.slots)
-    print(f"would run on {where}:\n  {shlex.join([str(request.script), *request.arguments])}")
     over = "" if request.hosts.are_here else ", over pdsh"
-    print(f"the same with plain DeepSpeed{over}:\n  {request.plain_command}")
+    print_lines(f"would run on {where}:", f"  {shlex.join([str(request.script), *request.arguments])}",
+                f"the same with plain DeepSpeed{over}:", f"  {request.plain_command}")
     return 0
 
 

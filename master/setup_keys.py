@@ -21,7 +21,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.run_cli import run_cli
-from master.core.terminal import HostTable, confirm, say
+from master.core.terminal import HostTable, confirm, print_lines, say
 from master.keys import host_blocks
 from master.keys.authorized_keys import install_key, key_is_there, remove_key
 from master.keys.key_pair import KeyPair, add_to_agent, find_pair, has_passphrase, make_pair
@@ -162,7 +162,7 @@ def update_config(results: Sequence[HostResult], options: argparse.Namespace, ke
         first = f", first line: {text.splitlines()[0]}" if text and path == config else ""
         say(f"{'would write' if options.dry_run else 'to write'}: {path}{' (delete)' if text is None else first}")
         if text and path != config:
-            print(text, file=sys.stderr)
+            say(*text.splitlines())
     if options.dry_run:
         return
     if not options.yes:
@@ -181,7 +181,7 @@ def show(results: Sequence[HostResult]) -> None:
     wide = max(len(str(result.node)) for result in results)
     for result in results:
         what = f"FAILED: {result.reason}" if result.reason else result.done
-        print(f"{result.node!s:{wide}}  {result.way or '-':8}  {result.fingerprint or '-':50}  {what}")
+        print_lines(f"{result.node!s:{wide}}  {result.way or '-':8}  {result.fingerprint or '-':50}  {what}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

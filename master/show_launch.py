@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.paths import ROOT
 from master.core.run_cli import run_cli
+from master.core.terminal import print_lines
 from master.inventory.cluster_file import read_cluster
 from master.inventory.hostfile import read_hostfile
 from master.training.deepspeed_command import first_address, launcher_words, trainer_words
@@ -41,10 +42,10 @@ def show(file: Path, model: str) -> int:
     variable = "DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else ""
     print("To train on these hosts (lanspeed at the same path on each, MODEL a Hugging Face name or a folder):")
     if Path.cwd() != ROOT:
-        print(f"  cd {shlex.quote(str(ROOT))}")
-    print(f"  invoke train --model {shlex.quote(model)} --hostfile {shlex.quote(str(hostfile))}")
+        print_lines(f"  cd {shlex.quote(str(ROOT))}")
+    print_lines(f"  invoke train --model {shlex.quote(model)} --hostfile {shlex.quote(str(hostfile))}")
     print("which is, with plain DeepSpeed:")
-    print(f"  {variable}{shlex.join(words)}")
+    print_lines(f"  {variable}{shlex.join(words)}")
     return 0
 
 

@@ -26,7 +26,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.run_cli import UsageError, run_cli
-from master.core.terminal import one_line, say
+from master.core.terminal import print_lines, say
 from master.inventory import cluster_file
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, update_cluster, with_logins
 from master.ssh.node_names import Node
@@ -195,12 +195,12 @@ def report_removed(relay: Relay, path: Path, as_json: bool) -> int:
                                     for peer in relay.peers.values()]}))
     for peer in relay.peers.values() if not as_json else ():
         if peer.reason:
-            print(one_line(f"{peer.host}: {peer.reason}"))
+            print_lines(f"{peer.host}: {peer.reason}")
         elif not peer.same_home:
             done = peer.said["finished"]
             stays = [*done["kept"], *(f"{folder} (what lanspeed didn't put there)" for folder in done["left"])]
-            print(one_line(f"{peer.host}: {done['deleted']:,} files removed"
-                           + (f"; stays: {', '.join(stays[:3])}" if stays else "")))
+            print_lines(f"{peer.host}: {done['deleted']:,} files removed"
+                        + (f"; stays: {', '.join(stays[:3])}" if stays else ""))
 
     def change(cluster: dict[str, Any]) -> dict[str, Any]:
         for name, host in known_by_name(cluster).items():
@@ -224,7 +224,7 @@ def report(found: Sequence[HostResult], options: argparse.Namespace, seconds: fl
     for one in found:
         lines.setdefault(result_line(one, options.dry_run), []).append(one.host)
     for line, hosts in lines.items():
-        print(one_line(f"{', '.join(hosts)}: {line}"))
+        print_lines(f"{', '.join(hosts)}: {line}")
     if not failed and not options.dry_run:
         print(f"{len(found)} host{'s' * (len(found) > 1)} ready in {seconds:.0f} s: invoke check")
     return int(bool(failed))

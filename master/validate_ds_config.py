@@ -26,7 +26,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UsageError, run_cli
-from master.core.terminal import confirm, one_line, say
+from master.core.terminal import confirm, print_lines, say
 from master.ds_config.json_text import Document, TextError
 from master.ds_config.problem import LEVELS, PARSE, Problem, Target
 from master.inventory.cluster_file import ClusterError, read_cluster
@@ -127,9 +127,9 @@ def print_text(verdicts: Sequence[Verdict]) -> None:
     """Print a line for each finding, and the numbers."""
     for verdict in verdicts:
         for problem, (line, _) in zip(verdict.problems, verdict.lines, strict=True):
-            print(problem.line(verdict.name, line))
+            print_lines(problem.line(verdict.name, line))
         if not verdict.problems:
-            print(one_line(f"{verdict.name}: ok"))
+            print_lines(f"{verdict.name}: ok")
     total = Counter({level: sum(verdict.count(level) for verdict in verdicts) for level in LEVELS})
     files = f"{len(verdicts)} file{'s' * (len(verdicts) > 1)}"
     numbers = ", ".join(f"{total[level]} {level}{'s' * (total[level] != 1)}" for level in ("error", "warning"))
@@ -168,7 +168,7 @@ def offer_fixes(verdict: Verdict, target: Target, ask: bool) -> Verdict:
         return verdict
     change = difflib.unified_diff(verdict.text.splitlines(), text.splitlines(), verdict.name,
                                   f"{verdict.name} (fixed)", lineterm="")
-    say("\n".join(map(one_line, change)))
+    say(*change)
     path = Path(verdict.name)
     if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o200:
         say(f"{verdict.name} is read-only: chmod u+w {verdict.name}")

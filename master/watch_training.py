@@ -23,7 +23,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.run_cli import run_cli
-from master.core.terminal import is_terminal, one_line
+from master.core.terminal import is_terminal, one_line, print_lines
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
@@ -86,7 +86,7 @@ def state_line(state: dict[str, Any]) -> str:
                         ("{:,.0f} tokens/s", state["tokens_per_second"])):
         if value is not None:
             parts.append(text.format(value))
-    return one_line(", ".join(parts))
+    return ", ".join(parts)
 
 
 def cells(measured: dict[str, Any]) -> tuple[str, str, str]:
@@ -131,7 +131,7 @@ def host_lines(state: dict[str, Any]) -> list[str]:
         last = state["hosts"].get(host)
         if last:
             parts.append(f"{last['seconds_ago']} s ago: {last['last']}")
-        lines.append(one_line(f"  {host}: {', '.join(parts)}"))
+        lines.append(f"  {host}: {', '.join(parts)}")
     return lines
 
 
@@ -140,7 +140,7 @@ def table(state: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(state_line(state)), title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=Text(one_line(state_line(state))), title_justify="left", box=None, pad_edge=False)
     for name in ("host", "busy", "memory", "network", "last line"):
         shown.add_column(name, overflow="ellipsis", no_wrap=name in ("host", "last line"))
     nodes: dict[str, dict[str, Any]] = state["nodes"]
@@ -182,13 +182,13 @@ def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) 
             if live:
                 live.update(table(state), refresh=True)
             elif (line := state_line(state)) != shown:
-                print(shown := line, flush=True)
+                print_lines(shown := line)
             if options.once or state["status"] not in ACTIVE:
                 break
             time.sleep(EVERY)
     if not live:
         for line in host_lines(state):
-            print(line)
+            print_lines(line)
     return str(state["status"])
 
 

@@ -1,4 +1,8 @@
-"""What a person sees while tools work: progress on stderr, plain lines where there is no terminal."""
+"""What a person sees while tools work: progress on stderr, plain lines where there is no terminal.
+
+Whatever a tool prints goes through `say` or `print_lines`: text of hosts and files does nothing to a terminal, and
+begins no line of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,14 @@ T = TypeVar("T")
 NAMED = 6  # hosts that are listed while they are waited for; of more only the number
 
 
-def say(line: str) -> None:
-    """Print a line of progress."""
-    print(line, file=sys.stderr, flush=True)
+def say(*lines: str) -> None:
+    """Print lines of progress, each cleaned."""
+    print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
+
+
+def print_lines(*lines: str) -> None:
+    """Print lines of a result, each cleaned."""
+    print("\n".join(map(one_line, lines)), flush=True)
 
 
 def one_line(text: str) -> str:
@@ -28,7 +37,7 @@ def one_line(text: str) -> str:
 
 def confirm(question: str) -> bool:
     """Ask a question on the terminal; return True for yes. Anything else, the end of the input or Ctrl-C is a no."""
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{one_line(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     try:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
     except KeyboardInterrupt:

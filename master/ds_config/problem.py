@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from master.core.terminal import one_line
 from master.ds_config.json_text import KeyPath
 from master.ds_config.schema import fills_auto
 
@@ -53,7 +52,7 @@ class Problem:
         text = self.how_to_fix if command else self.how_to_fix[:1].upper() + self.how_to_fix[1:]
         how_to_fix = f". {text}" if text else ""
         phase = f" [{self.phase}]" if self.phase else ""
-        return one_line(f"{file}:{number}: {self.level} {self.json_path}: {self.message}{how_to_fix}{phase}")
+        return f"{file}:{number}: {self.level} {self.json_path}: {self.message}{how_to_fix}{phase}"
 
 
 @dataclass(frozen=True)

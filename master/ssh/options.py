@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from master.core.run_cli import UsageError
-from master.core.terminal import confirm
+from master.core.terminal import confirm, say
 from master.ssh.route import SshOptions
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def ask_about_keys(unknown_hosts: Sequence[UnknownHost]) -> bool:
     print("Unknown hosts. On each, `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows what should stand here:",
           file=sys.stderr)
     for unknown in unknown_hosts:
-        print(f"  {unknown.route.node}  {unknown.key.kind}  {unknown.key.fingerprint}", file=sys.stderr)
+        say(f"  {unknown.route.node}  {unknown.key.kind}  {unknown.key.fingerprint}")
     return confirm("Trust them from now on?")
 
 

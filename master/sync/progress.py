@@ -77,7 +77,7 @@ class SyncProgress:
         if self._bars:
             self._show({host: (0, None, text)})
         else:
-            say(one_line(f"{host}: {text}"))
+            say(f"{host}: {text}")
 
     def _show(self, rows: dict[str, tuple[int, int | None, str]], quick: bool = True) -> None:
         with self._lock:
@@ -89,7 +89,7 @@ class SyncProgress:
                     self._bars.update(self._tasks[host], completed=done, total=total, description=text)
             elif quick and time.monotonic() - self._told > TOLD_EVERY:
                 self._told = time.monotonic()
-                say("; ".join(one_line(f"{host} {text}") for host, (_, _, text) in rows.items()))
+                say("; ".join(f"{host} {text}" for host, (_, _, text) in rows.items()))
 
     def _words(self, peer: RelayPeer) -> str:
         if peer.reason:

@@ -27,7 +27,7 @@ from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
-from master.training.fetch_run import END, MARK, Progress, unpack_stream
+from master.training.fetch_run import END, MARK, Fetched, Progress, unpack_stream
 from master.training.run_folder import RunError, job_prefix
 
 MANIFEST, MANIFEST_MARK = "complete.json", "@@SEAL "
@@ -143,8 +143,8 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
 def _ask(run: Path, names: Sequence[str], known: Mapping[str, Any], ssh: SshOptions
          ) -> tuple[dict[str, HostView], list[str]]:
     """Return what each host has of the run, and why others can't be asked. Raises RunError if it runs there."""
-    job = shlex.quote(f"LANSPEED_JOB={job_prefix(run)}-")
-    program = (f"grep -aqsF {job} /proc/[0-9]*/environ && echo {STILL_RUNNING}; "
+    job = shlex.quote(f"^LANSPEED_JOB={re.escape(job_prefix(run))}-")  # -z: a variable's beginning, as environ has them
+    program = (f"grep -zqs {job} /proc/[0-9]*/environ && echo {STILL_RUNNING}; "
                f"for manifest in {shlex.quote(str(run))}/checkpoints/checkpoint-*/{MANIFEST}; do "
                f'[ -f "$manifest" ] && echo "{MANIFEST_MARK}" && cat "$manifest"; done; exit 0')
 
@@ -175,14 +175,14 @@ def _fetch(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], s
         raise RunError(f"{run}: {total / 1e9:.1f} GB are needed here for the shards of checkpoint-{merged.step}")
     say(f"checkpoint-{merged.step}: fetching its shards from {', '.join(map(str, wanted))} ({total / 1e6:,.1f} MB)")
 
-    def work(session: Session) -> int:
+    def work(session: Session) -> Fetched:
         shown = Progress(str(session.node))
         mine = " ".join(map(shlex.quote, wanted[session.node]))
         program = (f"cd {shlex.quote(views[str(session.node)].start)} && "
                    f"cd {shlex.quote(str(run))}/checkpoints/checkpoint-{merged.step} || exit; "
                    f"echo '{MARK}'{sizes[session.node]}; tar -cf - -- {mine}; echo {END}$?")
         try:
-            return unpack_stream(session, program, folder, shown)
+            return unpack_stream(session, program, folder, shown, wanted[session.node])
         finally:
             shown.close()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError
-from master.core.terminal import one_line, say
+from master.core.terminal import say
 from master.inventory.addresses import own_address_towards
 from master.inventory.node_facts import checkout_of, local_facts, start_folder
 from master.inventory.preflight import gpu_problems, node_problems, torch_problems
@@ -82,7 +82,7 @@ class Training:
                       for job in mine]
         if found:
             for line in found:
-                say(one_line(line))
+                say(line)
             return None
         first = str(self.parts[0].node)
         self.local = str(mark) in facts[first]["there"]
@@ -185,7 +185,7 @@ def conclude(training: Training, result: JobResult, ssh: SshOptions) -> int:
     here = training.local
     if not here and str(first.node) in result.launcher_codes:
         here = fetch_run(first.node, training.folders[str(first.node)], training.run, ssh,
-                         optional=failed or not training.request.is_ours)
+                         is_ours=training.request.is_ours, optional=failed or not training.request.is_ours)
     if not failed:
         return 0 if here else 1
     mark_failed(training.run, 1)
@@ -202,8 +202,8 @@ def conclude(training: Training, result: JobResult, ssh: SshOptions) -> int:
 def explain(cause: Cause, run: Path) -> None:
     """Print the last lines of the rank that failed first, unless a terminal has just shown them, and what helps."""
     for line in cause.excerpt if cause.rank != 0 or not sys.stdout.isatty() else ():
-        say(one_line(f"  {line}" if cause.code != WRONG_USAGE else line))
+        say(f"  {line}" if cause.code != WRONG_USAGE else line)
     if cause.hint:
         say(f"hint: {cause.hint}")
     for line in memory_advice(run) if cause.hint == KILLED else ():
-        say(one_line(line))
+        say(line)

@@ -4,56 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
 from master.core.terminal import is_terminal, say
-from master.ssh.channel import Channel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
+from master.training.incoming_archive import MAX_BANNER_LINES, ArchiveStream, check_room, unpack
 
-PATIENCE = 60.0  # seconds without a byte
 TOLD_EVERY = 10.0  # seconds between two lines of progress, where no bar can be shown
 MARK, END = "@@SIZE ", "@@END "  # before and after the stream
-NEVER_FETCHED = ("hostfile.txt", "cluster.json", "launcher.json", "logs", "checkpoints")  # of this machine's run folder
+SLACK, SLACK_BYTES = 1.05, 32 << 20  # what a tar has beyond its files' sizes, and what is written meanwhile
+# What the trainer writes, and what only this machine writes: whatever a host sends, that stays as it is.
+FETCHED = {"run.json", "metrics.jsonl", "loss.png", "sample.txt", "samples", "model", "adapter", "ds_config.json"}
+EXCLUDED = {"hostfile.txt", "cluster.json", "launcher.json", "launch.log", "logs", "checkpoints"}
+KEPT_HERE = {*EXCLUDED, "command.json"}
 SCRATCH = ".fetched"  # in the run folder
-
-
-class _Stream:
-    """A channel as the file that tarfile reads; `on_bytes` is called with the bytes received so far."""
-
-    def __init__(self, channel: Channel, host: str, on_bytes: Callable[[int], None]) -> None:
-        self._channel, self._host, self._on_bytes, self._rest = channel, host, on_bytes, b""
-        self.bytes, self.end = 0, b""
-
-    def line(self) -> str:
-        """Return the next line with its end, "" where nothing is left."""
-        line = b""
-        while not line.endswith(b"\n") and (byte := self.read(1)):
-            line += byte
-        return line.decode("ascii", "replace")
-
-    def read(self, size: int) -> bytes:
-        """Return `size` bytes, fewer at the end."""
-        while len(self._rest) < size:
-            block = self._channel.receive(PATIENCE)
-            if block is None:
-                raise SshError(self._host, "fetch", f"no data for {PATIENCE:.0f} s")
-            if not block:
-                break
-            self._rest += block
-        data, self._rest = self._rest[:size], self._rest[size:]
-        self.bytes += len(data)
-        self.end = (self.end + data)[-len(END) - 8 :]
-        self._on_bytes(self.bytes)
-        return data
 
 
 class Progress:
@@ -66,8 +40,8 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(),
-                                 TransferSpeedColumn(), console=Console(stderr=True), transient=True)
+            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(bar_width=None),
+                                 DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(f"fetching from {host}", total=None)
             self._bar.start()
 
@@ -85,28 +59,30 @@ class Progress:
             self._bar.stop()
 
 
-def fetch_run(node: Node, folder: str, run: Path, ssh: SshOptions, optional: bool = False) -> bool:
+def fetch_run(node: Node, folder: str, run: Path, ssh: SshOptions, is_ours: bool, optional: bool = False) -> bool:
     """Copy a run folder, relative to `folder` there, from a host; logs are kept here anyway. Say so, or why not.
 
-    `optional`: it need not be there, a script of the user's may have made none.
+    `is_ours`: the trainer made it, and nothing but its files is taken; `optional`: it need not be there, a script of
+    the user's may have made none.
 
     What has come is put in its place when all has come: a model is here whole or not at all.
     """
     host, scratch, place = str(node), run / SCRATCH, os.path.join(folder, str(run))
     shown = Progress(host)
 
-    def work(session: Session) -> int:
+    def work(session: Session) -> Fetched:
         left_out = "--exclude=checkpoints --exclude=logs --exclude=launcher.json"
         lack = f"[ -d {shlex.quote(place)} ] || {{ echo '{MARK}'none; exit; }}; " if optional else ""
-        program = (f"{lack}cd {shlex.quote(place)} || exit; size=$(du -sb {left_out} . 2>/dev/null) || size=0; "
+        size = f"du -sb {left_out} . 2>/dev/null || du -sk . | awk '{{print $1 * 1024}}'"
+        program = (f"{lack}cd {shlex.quote(place)} || exit; size=$({size}); "
                    f"echo '{MARK}'$size; tar -cf - {left_out} .; echo {END}$?")
         return unpack_stream(session, program, scratch, shown)
 
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         result = run_on_all([node], ssh, work)[node]
-        if result and not isinstance(result, SshError):
-            move_into_place(scratch, run)
+        if isinstance(result, Fetched):
+            left_out = [*result.left_out, *move_into_place(scratch, run, is_ours)]
     except (OSError, tarfile.TarError) as error:  # the disk here is full, or the stream was cut off
         result = SshError(host, "fetch", str(error))
     finally:
@@ -115,42 +91,64 @@ def fetch_run(node: Node, folder: str, run: Path, ssh: SshOptions, optional: boo
     if isinstance(result, SshError):
         say(f"the run folder stays on {host}, in {place}: {result}")
         return False
-    if result:
-        say(f"fetched {result / 1e6:.0f} MB from {host}: {run}")
+    if left_out:
+        say(f"{host}: {len(left_out):,} entries of the run folder stay there, like {left_out[0]}: no part of a run")
+    if result.bytes:
+        say(f"fetched {result.bytes / 1e6:.0f} MB from {host}: {run}")
     return True
 
 
-def unpack_stream(session: Session, program: str, folder: Path, shown: Progress) -> int:
+@dataclass(frozen=True)
+class Fetched:
+    """How many bytes came (0: there was nothing), and the names that were left out."""
+
+    bytes: int = 0
+    left_out: tuple[str, ...] = ()
+
+
+def unpack_stream(session: Session, program: str, folder: Path, shown: Progress,
+                  only: Collection[str] | None = None) -> Fetched:
     """Unpack what a shell program on a host sends: MARK and the size, a tar, END and tar's exit code.
 
-    Return how many bytes came, 0 for MARK none. Raises SshError, OSError, tarfile.TarError.
+    `only`: the files that were asked for. MARK none means that there is nothing. Raises SshError, OSError,
+    tarfile.TarError.
     """
     host = str(session.node)
     with contextlib.closing(session.open(f"exec sh -c {shlex.quote(program)}")) as channel:
-        stream = _Stream(channel, host, shown.update)
-        while not (line := stream.line()).startswith(MARK):  # a shell may have a word first
-            if not line:
-                raise SshError(host, "fetch", channel.stderr_tail()[-200:] or "no data")
+        stream = ArchiveStream(channel, host, shown.update)
+        for _ in range(MAX_BANNER_LINES):  # a shell may have a word first
+            line = stream.line()
+            if line.startswith(MARK) or not line:
+                break
         if line == f"{MARK}none\n":
-            return 0
-        shown.total = int(line[len(MARK) :].split()[0])
-        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
-            for member in archive:
-                with contextlib.suppress(tarfile.FilterError):  # a link that leads out of the folder
-                    archive.extract(member, folder, filter="data")
+            return Fetched()
+        found = re.fullmatch(rf"{MARK}([0-9]{{1,15}})\b.*\n", line)
+        if not found:
+            raise SshError(host, "fetch", channel.stderr_tail()[-200:] or "no data")
+        shown.total = int(found[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        check_room(folder, shown.total, host)
+        stream.limit = stream.bytes + int(shown.total * SLACK) + SLACK_BYTES
+        left_out = unpack(stream, folder, host, only)
         while stream.read(1 << 16):
             pass
         if not stream.end.endswith(f"{END}0\n".encode()):
             raise SshError(host, "fetch", channel.stderr_tail()[-200:] or "tar was cut off there")
-    return stream.bytes
+    return Fetched(stream.bytes, tuple(left_out))
 
 
-def move_into_place(scratch: Path, run: Path) -> None:
-    """Move what has come into the run folder, over what was there."""
+def move_into_place(scratch: Path, run: Path, is_ours: bool) -> list[str]:
+    """Move what has come into the run folder, over what was there; return the names that don't belong in one."""
+    left_out = []
     for path in scratch.iterdir():
-        if path.name in NEVER_FETCHED:  # whatever a host sends
+        if path.name in KEPT_HERE or (path.name not in FETCHED if is_ours else path.name.startswith(".")):
+            if path.name not in EXCLUDED:
+                left_out.append(path.name)
             continue
         target = run / path.name
-        if target.is_dir():
+        if target.is_symlink() or target.is_file():
+            target.unlink()
+        elif target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
+    return left_out

@@ -120,7 +120,7 @@ def detach(run: Path) -> bool:
     log = run / "launch.log"
     sys.stdout.flush()
     if os.fork():
-        say(f"detached: {run}\n  follow it: invoke watch {run}\n  stop it:   invoke stop {run}")
+        say(f"detached: {run}", f"  follow it: invoke watch {run}", f"  stop it:   invoke stop {run}")
         return False
     os.setsid()
     with open(os.devnull) as nothing, open(log, "a", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from master.core.terminal import is_terminal, one_line, say
+from master.core.terminal import is_terminal, one_line, print_lines, say
 
 STEP = re.compile(r"^step +(\d+)/(\d+)(?:  (.*))?$")  # as the trainer says it
 GATHERED = 2.0  # seconds in which other ranks may say the same
@@ -37,7 +37,7 @@ class RankOutput:
             file.write(f"{time.strftime('%H:%M:%S')} [{'-' if rank is None else rank}] {text}\n")
         if rank == 0:
             if not (is_terminal() and sys.stdout.isatty() and (step := STEP.match(text)) and self._move(step)):
-                print(one_line(text.expandtabs()), flush=True)
+                print_lines(text.expandtabs())
             self._told.add(PASSING.sub("", text))
         elif "warning" in text.lower() and (kind := PASSING.sub("", text)) not in self._told:
             _, _, who = self._warnings.setdefault(kind, (time.monotonic(), text, []))
@@ -60,7 +60,7 @@ class RankOutput:
                 del self._warnings[kind]
                 self._told.add(kind)
                 ranks = list(dict.fromkeys(who))
-                say(one_line(f"{ranks[0] if len(ranks) == 1 else f'{len(ranks)} ranks'}: {text}"))
+                say(f"{ranks[0] if len(ranks) == 1 else f'{len(ranks)} ranks'}: {text}")
 
     def close(self) -> None:
         """Print the rest, remove the bar."""
@@ -87,5 +87,5 @@ def new_bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     return Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None),
-                    TextColumn("{task.description}"), console=Console(stderr=True), transient=True,
+                    TextColumn("{task.description}", markup=False), console=Console(stderr=True), transient=True,
                     redirect_stdout=sys.stdout.isatty())
