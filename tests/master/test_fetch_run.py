@@ -50,7 +50,7 @@ def below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def links_past_path_max(target: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+def links_past_path_max() -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """Members by which tarfile's data filter loses sight of where a path leads (CVE-2025-4517)."""
     part, path = "d" * 247, ""
     for letter in "abcdefghijklmnop":
@@ -59,7 +59,7 @@ def links_past_path_max(target: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         path += f"{part}/"
     short = "/".join("abcdefghijklmnop")
     yield member(f"{short}/{'l' * 254}", b"", type=tarfile.SYMTYPE, linkname="../" * 16)
-    yield member("escape", b"", type=tarfile.SYMTYPE, linkname=f"{short}/{'l' * 254}/../../{target}")
+    yield member("escape", b"", type=tarfile.SYMTYPE, linkname=f"{short}/{'l' * 254}/../..")
     yield member("escape/planted", b"planted")
 
 
@@ -93,8 +93,7 @@ def test_what_is_no_plain_file_is_left_out(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_path_longer_than_the_kernel_takes_leads_nowhere(tmp_path: Path) -> None:
-    receive(tmp_path, archive(*links_past_path_max(".."), member("good"), form=tarfile.PAX_FORMAT))
-    assert not list(tmp_path.rglob("planted")) or (tmp_path / "run/in/escape/planted").exists()
+    receive(tmp_path, archive(*links_past_path_max(), member("good"), form=tarfile.PAX_FORMAT))
     assert not any(path.is_symlink() for path in (tmp_path / "run").rglob("*"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "sent"]
 
