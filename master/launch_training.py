@@ -31,12 +31,13 @@ from master.core.terminal import print_lines, say
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
+from master.runs.command_record import own_command
+from master.runs.launcher_process import detach, ensure_not_running
+from master.runs.run_folder import find_run, new_run_path
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from master.ssh.route import SshOptions
 from master.training.deepspeed_command import default_config
-from master.training.launcher_process import detach, ensure_not_running
 from master.training.request import Hosts, TrainingRequest, request_of, shown
-from master.training.run_folder import find_run, new_run_path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,6 +110,9 @@ def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None)
     """Return where to train: --nodes, --hostfile, where a resumed run was, or this machine."""
     before = run / "hostfile.txt"
     resumed = options.resume and not options.slots and before.exists()
+    if resumed and not options.hostfile and not options.nodes and own_command(run) is None:
+        say(f"{before} is not this machine's own: --hostfile names hosts; without it this machine trains")
+        resumed = False
     if options.nodes:
         assert ssh
         return ask_nodes(options, ssh)
@@ -175,9 +179,13 @@ def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOption
     """
     from master.training.checkpoint_transfer import gather_and_send
 
+    hosts = read_hostfile(before)
     known = known_by_name(read_cluster(before.with_name("cluster.json")))
-    found = gather_and_send(request.run, read_hostfile(before), request.hosts.slots, {**known, **request.hosts.known},
-                            ssh)
+    if own_command(before.parent) is None:  # nobody is asked whom the user didn't name
+        known = {}
+        if not {host.host for host in hosts} <= {host.host for host in request.hosts.slots}:
+            return request
+    found = gather_and_send(request.run, hosts, request.hosts.slots, {**known, **request.hosts.known}, ssh)
     place = ["--resume_from_checkpoint", str(found)] if found else []
     return replace(request, arguments=(*request.arguments, *place))
 

@@ -25,6 +25,8 @@ from programs import LAB, as_root, find_program, install_command, may_mount, mis
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = ROOT / "trainer" / "train.py"
 WARM = "LANSPEED_WARM_TRAINER"  # the socket of the trainer that is loaded, for all of pytest's processes
+CONFIG = tempfile.TemporaryDirectory(prefix="lanspeed-config-")
+os.environ["XDG_CONFIG_HOME"] = CONFIG.name  # the secret that signs runs is not the user's own
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests fetch nothing
 SLOW, NO_ROOT, MOUNTS = "slow", "needs root", "needs root that may mount (docker run --privileged)"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 from pathlib import Path
 
@@ -11,14 +12,18 @@ from pathlib import Path
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all; a link stays a link. Raises OSError."""
     path = path.resolve()
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # a name that nobody can have linked before
+    mode = 0o666  # less what the umask takes
+    with contextlib.suppress(FileNotFoundError):  # a file that is replaced keeps its mode
+        mode = stat.S_IMODE(path.stat().st_mode)
     try:
-        with scratch.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        made = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        with os.fdopen(made, "w", encoding="utf-8", errors="surrogateescape") as file:
+            if path.exists():
+                os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):  # a file that is replaced keeps its mode
-            scratch.chmod(stat.S_IMODE(path.stat().st_mode))
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

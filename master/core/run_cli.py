@@ -19,6 +19,7 @@ class UsageError(UserError):
 
 def run_cli(work: Callable[[], int], stopped: str = "stopped") -> int:
     """Do the work of a tool and return its exit code; `stopped` is printed after Ctrl-C."""
+    os.umask(os.umask(0) | 0o022)  # what a tool writes, others may not change
     try:
         code = work()
         if sys.stdout:

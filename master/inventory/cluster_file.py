@@ -14,6 +14,7 @@ from master.core.atomic_write import write_atomically
 from master.core.json_schema import first_error
 from master.core.paths import SCHEMAS
 from master.core.run_cli import UserError
+from master.core.trust import refuse_foreign
 from master.inventory.addresses import card_of
 from master.inventory.hostfile import read_hostfile
 from master.ssh.node_names import Node, parse_node, read_nodes
@@ -50,7 +51,9 @@ def empty_cluster() -> dict[str, Any]:
 
 
 def read_cluster(path: Path) -> dict[str, Any]:
-    """Return a checked cluster.json; an empty one if there is none. Raises ClusterError with the first fault's path."""
+    """Return a checked cluster.json; an empty one if there is none. Raises ClusterError with the first fault's path,
+    TrustError for a file that somebody else can change."""
+    refuse_foreign(path)
     try:
         cluster = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from pathlib import Path
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
 from master.core.terminal import one_line
+from master.core.trust import refuse_foreign
 
 ENTRY = re.compile(r"^(\S+)\s+slots=(\d+)")  # as DeepSpeed 0.19 has it
 KIND = re.compile(r"\stype=([A-Za-z]+)\b")
@@ -51,7 +52,11 @@ def include_filter(hosts: Sequence[Slots]) -> str:
 
 
 def read_hostfile(path: Path) -> list[Slots]:
-    """Return the hosts of a hostfile in their order; raise HostfileError where DeepSpeed would, with the line."""
+    """Return the hosts of a hostfile in their order; raise HostfileError where DeepSpeed would, with the line.
+
+    Raises TrustError for one that somebody else can change.
+    """
+    refuse_foreign(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -39,7 +39,12 @@ class RemoteCheckout:
 
 
 def checkout_of(known: Mapping[str, Any]) -> RemoteCheckout:
-    """Return a host's place by what cluster.json says of it; this machine's path where it says nothing."""
+    """Return a host's place by what cluster.json says of it; this machine's path where it says nothing.
+
+    On this machine it's always this checkout and this Python, whatever a file says.
+    """
+    if not known or known.get("name") == "localhost":
+        return RemoteCheckout(str(ROOT), sys.executable)
     return RemoteCheckout(known.get("dir") or str(ROOT), known.get("python") or sys.executable,
                           tuple(known.get("paths", {}).items()))
 

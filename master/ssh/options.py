@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from master.core.run_cli import UsageError
 from master.core.terminal import confirm, say
+from master.core.trust import TrustFolder
 from master.ssh.route import SshOptions
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def add_ssh_flags(parser: argparse.ArgumentParser) -> None:
     flag("--ssh-config", type=Path, metavar="F", help="ssh configuration instead of ~/.ssh/config")
     flag("--host-keys", choices=["ask", "accept-new", "yes"],
          help="unknown host keys: ask, accept-new (note them), yes (refuse them); a changed key is always refused")
+    flag("--trust-folder", action=TrustFolder, nargs=0, default=False,
+         help="obey a hostfile, cluster.json or run folder that others own or may write")
     flag("--connect-timeout", type=positive, default=10, metavar="S", help="seconds for a host to answer (10)")
     flag("--timeout", type=positive, default=90, metavar="S", help="seconds for the work on one host (90)")
 
@@ -70,7 +73,8 @@ def ssh_flags(options: argparse.Namespace) -> list[str]:
     names = ("ssh_user", "ssh_port", "ssh_key", "ssh_password_file", "ssh_config", "host_keys", "connect_timeout",
              "timeout")
     return [word for name in names if getattr(options, name) is not None
-            for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+            for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+            ] + ["--trust-folder"] * options.trust_folder
 
 
 def password_of(options: argparse.Namespace) -> str | None:

@@ -21,6 +21,7 @@ from master.core.atomic_write import write_atomically
 from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.inventory.node_facts import checkout_of, query_facts, start_folder
+from master.runs.run_folder import RunError, job_prefix
 from master.ssh.channel import Channel
 from master.ssh.node_names import Node, parse_node
 from master.ssh.options import host_key_prompt
@@ -28,7 +29,6 @@ from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
 from master.training.fetch_run import END, MARK, Fetched, Progress, unpack_stream
-from master.training.run_folder import RunError, job_prefix
 
 MANIFEST, MANIFEST_MARK = "complete.json", "@@SEAL "
 PART = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")

@@ -19,16 +19,18 @@ from master.core.terminal import say
 from master.inventory.addresses import own_address_towards
 from master.inventory.node_facts import checkout_of, local_facts, start_folder
 from master.inventory.preflight import gpu_problems, node_problems, torch_problems
+from master.runs.command_record import RECORD as COMMAND
+from master.runs.command_record import write_command
+from master.runs.launcher_process import LOCK, RECORD, make_private, write_launcher_record
+from master.runs.run_folder import job_prefix, mark_failed, memory_advice, save_hosts
 from master.ssh.node_names import parse_node
 from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.training.fetch_run import fetch_run
 from master.training.hang_detector import HangDetector
-from master.training.launcher_process import RECORD, write_launcher_record
 from master.training.rank_output import RankOutput
 from master.training.request import TrainingRequest
 from master.training.root_cause import KILLED, Cause, first_cause
-from master.training.run_folder import job_prefix, mark_failed, memory_advice, save_hosts
 from master.training.supervisor import ClusterJob, HostAssignment, JobResult
 
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
@@ -59,7 +61,7 @@ class Training:
     def wanted(self) -> dict[str, Any]:
         """Return what each node is asked: do these paths exist, is the port free, does it see this folder?"""
         mark = self.run.absolute() / f".{self.name}"
-        mark.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self.run)
         mark.touch()
         hosts = self.request.hosts
         gpus = hosts.slots[0].vendor != "CPU" and hosts.hostfile is not None  # else PyTorch was asked here already
@@ -137,6 +139,8 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
     restarts = request.supervision.restarts
     write_launcher_record(training.run)
     save_hosts(training.run, request.hosts.slots, request.hosts.cluster)
+    if request.is_ours:
+        write_command(training.run, request.arguments)
     for attempt in range(restarts + 1):
         patience = time.monotonic() + (RESTART_WAIT if attempt else 0)
         while (result := run_once(training, ssh)) is None:
@@ -170,7 +174,7 @@ def _forget(run: Path) -> None:
     """Remove the folder of a run that never began."""
     if any((run / name).exists() for name in ("run.json", "metrics.jsonl")):
         return
-    for name in (RECORD, "hostfile.txt", "cluster.json"):
+    for name in (RECORD, LOCK, COMMAND, "hostfile.txt", "cluster.json"):
         (run / name).unlink(missing_ok=True)
     for folder in (run / "logs", run):
         if folder.is_dir() and not any(folder.iterdir()):

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from master.core.terminal import is_terminal, say
+from master.runs.incoming_archive import MAX_BANNER_LINES, ArchiveStream, check_room, unpack
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
-from master.training.incoming_archive import MAX_BANNER_LINES, ArchiveStream, check_room, unpack
 
 TOLD_EVERY = 10.0  # seconds between two lines of progress, where no bar can be shown
 MARK, END = "@@SIZE ", "@@END "  # before and after the stream

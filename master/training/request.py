@@ -16,8 +16,8 @@ from master.core.paths import TRAINER
 from master.core.run_cli import UsageError
 from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
+from master.runs.command_record import flags_to_repeat
 from master.training.deepspeed_command import first_address, is_only_here, launcher_words
-from master.training.run_folder import trainer_words
 
 # What the hosts get of this shell's environment: settings of the libraries, never all of it.
 SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
@@ -97,7 +97,7 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
         arguments = list(trainer_flags)
     else:
         run, place = place_of_run(options, trainer_flags, run)
-        arguments = [*arguments_of(options, run, model, dataset, config), *trainer_flags, *place]
+        arguments = [*arguments_of(options, run, model, dataset, config, trainer_flags), *trainer_flags, *place]
     used = [str(config), model, dataset, options.script]
     return TrainingRequest(
         hosts=hosts, run=run, script=script, arguments=tuple(arguments),
@@ -132,13 +132,19 @@ def looks_like_path(word: str) -> bool:
         mark in word for mark in "*?[")
 
 
-def arguments_of(options: argparse.Namespace, run: Path, model: str | None, dataset: str | None, config: Path
-                 ) -> list[str]:
-    """Return the trainer's flags, or, on --resume without a model, those that the run was started with."""
+def arguments_of(options: argparse.Namespace, run: Path, model: str | None, dataset: str | None, config: Path,
+                 trainer_flags: Sequence[str]) -> list[str]:
+    """Return the trainer's flags, or, on --resume without a model, those that the run was started with.
+
+    Raises CommandError.
+    """
+    data = ["--dataset_path", dataset] if dataset else []
+    engine = ["--deepspeed", "--deepspeed_config", str(config)]
     if options.resume and not model:
-        return trainer_words(run)
-    words = ["--model_name_or_path", str(model), "--deepspeed", "--deepspeed_config", str(config)]
-    return words + (["--dataset_path", dataset] if dataset else [])
+        typed = [*data, *(engine if options.config else []), *trainer_flags]
+        words = flags_to_repeat(run, typed, ask=not options.dry_run)
+        return [*words, *data, *(engine if options.config or "--deepspeed_config" not in words else [])]
+    return ["--model_name_or_path", str(model), *engine, *data]
 
 
 def place_of_run(options: argparse.Namespace, trainer_flags: Sequence[str], run: Path) -> tuple[Path, list[str]]:

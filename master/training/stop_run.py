@@ -18,14 +18,14 @@ from master.inventory.cluster_file import known_by_name, read_cluster, with_logi
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
 from master.inventory.worker_script import open_worker
+from master.runs.launcher_process import read_launcher_record
+from master.runs.run_folder import find_run
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import parse_node
 from master.ssh.options import host_key_prompt, ssh_options
 from master.ssh.route import SshError
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
-from master.training.launcher_process import read_launcher_record
-from master.training.run_folder import find_run
 
 
 def stop(name: str | None, options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from master.inventory.hostfile import Slots
+from master.runs.run_folder import RunError, memory_advice
 from master.ssh.route import SshOptions
 from master.training.checkpoint_transfer import (
     MANIFEST_MARK,
@@ -20,7 +21,6 @@ from master.training.checkpoint_transfer import (
     read_manifests,
     tar_size,
 )
-from master.training.run_folder import RunError, memory_advice
 
 PARTS = "global_step{step}/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from master.runs import incoming_archive
 from master.ssh.node_names import parse_node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.session import LocalSession
-from master.training import incoming_archive
 from master.training.fetch_run import END, MARK, Fetched, Progress, move_into_place, unpack_stream
 
 

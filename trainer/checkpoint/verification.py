@@ -95,7 +95,8 @@ def write_manifest(folder: Path, layout: Layout) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8") as file:
+    made = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)  # through nobody's link
+    with os.fdopen(made, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -5,6 +5,7 @@ metrics.jsonl grows while the training runs: `tail -f runs/*/metrics.jsonl`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -81,6 +82,13 @@ def as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def make_private(run: Path) -> None:
+    """Make a run folder if it isn't there: samples of private data are read by this user alone."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        run.mkdir(mode=0o700)
+
+
 class RunFolder:
     """The files of one run. Every rank may hold one; only rank 0 writes run.json and metrics.jsonl."""
 
@@ -97,7 +105,7 @@ class RunFolder:
 
     def start(self, facts: dict[str, Any], resumed_at: int | None) -> None:
         """Write run.json as 'running'; on resume, drop the metrics of steps that will be made again."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_private(self.path)
         self._record = {"command": shlex.join(sys.argv), "plain_command": os.environ.get("LANSPEED_PLAIN"),
                         "started": time.time(), "status": "running", "resumed_at": resumed_at, **facts,
                         "versions": package_versions(), "git_commit": git_commit()}

@@ -23,7 +23,7 @@ from trainer.errors import UserError
 from trainer.model import from_config, isolation, loading, lora
 from trainer.options import Options, with_defaults
 from trainer.results.console import Console, silence_libraries
-from trainer.results.run_folder import RunFolder, find_run
+from trainer.results.run_folder import RunFolder, find_run, make_private
 from trainer.results.setup import Setup, global_batch_size, writes
 from trainer.training.arguments import check_packages
 from trainer.training.resume import adapt_to_ranks, choose_checkpoint
@@ -61,6 +61,7 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     layout = Layout(data.info.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
                     global_batch_size(options, ranks.world_size), settings)
     checkpoint = choose_checkpoint(options, run, ranks, layout, console)
+    make_private(run.path)
     console.keep_log(run.path / "logs")
     shared_disk = is_shared(run.path, ranks)
     universal = False

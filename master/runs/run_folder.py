@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
+from master.core.trust import refuse_foreign
 from master.inventory.cluster_file import known_by_name, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
-from master.training.launcher_process import is_active
+from master.runs.launcher_process import is_active, make_private
 
 
 class RunError(UserError):
@@ -55,7 +55,7 @@ def memory_advice(run: Path) -> list[str]:
 
 def save_hosts(run: Path, hosts: Sequence[Slots], cluster: Mapping[str, Any]) -> None:
     """Write hostfile.txt and cluster.json as used into a run folder, by which it is watched, stopped and resumed."""
-    run.mkdir(parents=True, exist_ok=True)
+    make_private(run)
     write_atomically(run / "hostfile.txt", render_hostfile(hosts, {}))
     known = known_by_name(cluster)
     trains = [known[host.host] for host in hosts if host.host in known]
@@ -63,30 +63,16 @@ def save_hosts(run: Path, hosts: Sequence[Slots], cluster: Mapping[str, Any]) ->
 
 
 def find_run(name: str | None, running: bool = False) -> Path:
-    """Return the run that a path or name means, without one the newest (that runs now). Raises RunError."""
+    """Return the run that a path or name means, without one the newest (that runs now). Raises RunError, TrustError."""
     if name:
         for path in (Path(name), Path("runs") / name):
             if path.is_dir():
+                refuse_foreign(path)
                 return path
         raise RunError(f"{name}: no such run: ls runs")
     found = sorted(path for path in Path("runs").glob("*-*-*")
                    if path.is_dir() and (not running or is_active(path)))
     if not found:
         raise RunError("no run is active here" if running else "no runs in this folder")
+    refuse_foreign(found[-1])
     return found[-1]
-
-
-def trainer_words(run: Path) -> list[str]:
-    """Return the trainer's flags that a run was started with, but for those of its place. Raises RunError."""
-    try:
-        command = shlex.split(json.loads((run / "run.json").read_text(encoding="utf-8"))["command"])
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{run}/run.json: {getattr(error, 'strerror', None) or error}: name the model") from None
-    words, skip = [], False
-    for word in command[1:]:
-        drops = word.startswith(("--output_dir", "--output-dir", "--resume_from_checkpoint", "--local_rank",
-                                 "--local-rank"))
-        if not (drops or skip):
-            words.append(word)
-        skip = drops and "=" not in word
-    return words

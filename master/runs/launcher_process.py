@@ -1,14 +1,19 @@
 """The process that supervises a run: its record in the run folder, whether it is alive, and how it leaves its terminal.
 
-launcher.json says which process of which machine it is, since a run folder may be on a home that machines share.
+launcher.json says which process of which machine it is, since a run folder may be on a home that machines share. What
+it says is believed of a process that holds the run's lock, and of no other.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import re
 import shlex
 import socket
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +24,9 @@ from master.core.run_cli import UserError
 from master.core.terminal import say
 
 RECORD = "launcher.json"
+LOCK = ".launcher.lock"  # held by the launcher while it lives
+FLOCK = "hhqqi"  # struct flock of Linux on 64 bits: type, whence, start, length, pid (fcntl(2))
+JOB = re.compile(r"[A-Za-z0-9_.-]{1,255}-[0-9a-f]{6}")  # as Training.new_name makes it
 ENDED = ("finished", "stopped", "failed")  # what run.json's status may be after the end
 
 
@@ -29,13 +37,14 @@ class RunningError(UserError):
 @dataclass(frozen=True)
 class Launcher:
     """A run's launcher. `started`: in the kernel's ticks, which tells it from a later process with the same number;
-    `boot`: the kernel's boot id; `job`: the name of the run's job on its hosts."""
+    `boot`: the kernel's boot id; `job`: the name of the run's job on its hosts; `holder`: who holds the run's lock."""
 
     pid: int | None = None
     started: str | None = None
     host: str | None = None
     boot: str | None = None
     job: str | None = None
+    holder: int | None = None
 
     @property
     def is_elsewhere(self) -> bool:
@@ -46,7 +55,7 @@ class Launcher:
     def is_alive_here(self) -> bool:
         """True if it is a process of this machine that is running."""
         return (not self.is_elsewhere and self.pid is not None and self.started is not None
-                and started_at(self.pid) == self.started)
+                and self.holder == self.pid and started_at(self.pid) == self.started)
 
 
 def boot_id() -> str | None:
@@ -69,9 +78,34 @@ def started_at(pid: int) -> str | None:
         return None
 
 
+_locks: dict[str, int] = {}  # this process's, by path; they end with it
+
+
+def take_lock(run: Path) -> None:
+    """Hold a run's lock until this process ends. On a file system without locks there is none."""
+    path = str((run / LOCK).resolve())
+    if path not in _locks or not os.path.exists(path):
+        _locks[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    with contextlib.suppress(OSError):
+        fcntl.lockf(_locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def lock_holder(run: Path) -> int | None:
+    """Return the process that holds a run's lock, None if none does. Closing the file would free a lock of our own."""
+    path = str((run / LOCK).resolve())
+    if path in _locks and os.path.exists(path):
+        return os.getpid()
+    with contextlib.suppress(OSError), (run / LOCK).open("rb") as file:
+        asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, *_, pid = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+        return pid if kind != fcntl.F_UNLCK else None
+    return None
+
+
 def write_launcher_record(run: Path, job: str | None = None) -> None:
     """Record in a run folder that this process runs it, and the job's name on its hosts (None: unchanged)."""
-    run.mkdir(parents=True, exist_ok=True)
+    make_private(run)
+    take_lock(run)
     record = {"pid": os.getpid(), "started": started_at(os.getpid()), "host": socket.gethostname(), "boot": boot_id(),
               "job": job or read_launcher_record(run).job}
     write_atomically(run / RECORD, json.dumps(record) + "\n")
@@ -82,7 +116,9 @@ def read_launcher_record(run: Path) -> Launcher:
     found = read_object(run / RECORD)
     pid = found.get("pid")
     words = {name: value for name in ("started", "host", "boot", "job") if isinstance(value := found.get(name), str)}
-    return Launcher(pid=pid if isinstance(pid, int) and pid > 0 else None, **words)
+    if not JOB.fullmatch(words.get("job", "")):
+        words.pop("job", None)
+    return Launcher(pid=pid if isinstance(pid, int) and pid > 0 else None, holder=lock_holder(run), **words)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -114,9 +150,16 @@ def ensure_not_running(run: Path) -> None:
                            f"there, or, if that machine is off, rm {shlex.quote(str(run / RECORD))}")
 
 
+def make_private(run: Path) -> None:
+    """Make a run folder if it isn't there: samples of private data are read by this user alone."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        run.mkdir(mode=0o700)
+
+
 def detach(run: Path) -> bool:
     """Continue in a process that no terminal ends; return True there, False in the one that was started."""
-    run.mkdir(parents=True, exist_ok=True)
+    make_private(run)
     log = run / "launch.log"
     sys.stdout.flush()
     if os.fork():
