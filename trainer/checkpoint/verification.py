@@ -104,17 +104,25 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_layout(folder: Path) -> Layout:
-    """Return the layout in a checkpoint's manifest."""
-    return Layout(**json.loads((folder / MANIFEST).read_text())["layout"])
+    """Return the layout in a checkpoint's manifest. Raises ValueError for one that makes no sense."""
+    found = json.loads((folder / MANIFEST).read_text())["layout"]
+    kinds = {"data": str, "world_size": int, "engine": str, "batch": int, "settings": dict}
+    if not isinstance(found, dict) or any(type(value) is not kinds.get(name) for name, value in found.items()):
+        raise ValueError(f"{folder / MANIFEST}: odd layout")
+    try:
+        return Layout(**found)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if every file is as the manifest says."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = dict(json.loads((folder / MANIFEST).read_text())["files"])
+        read_layout(folder)
     except FileNotFoundError:
         return f"half-written (no {MANIFEST})"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"damaged ({MANIFEST} is unreadable)"
     present = file_sums(folder)
     for name, expected in files.items():

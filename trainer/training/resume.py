@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import universal, verification
+from trainer.checkpoint import pickles, universal, verification
 from trainer.checkpoint.verification import Layout
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
@@ -21,8 +21,8 @@ def choose_checkpoint(
     """Return the checkpoint to continue from, or None to start from the beginning; damaged ones are reported and
     skipped.
 
-    Raises UserError where nothing good is found though a path was named, where the checkpoint doesn't fit this
-    training, and where a new run would write into the folder of an old one.
+    Raises UserError where nothing good is found though a path was named, where the checkpoint could run code or doesn't
+    fit this training, and where a new run would write into the folder of an old one.
     """
     wanted = options.resume_from_checkpoint
     if not wanted:
@@ -38,9 +38,11 @@ def choose_checkpoint(
             raise UserError(f"{named or run.checkpoints}: no valid checkpoint there", shared=True)
         console.say(f"no valid checkpoint in {run.checkpoints}: starting from the beginning")
         return None
+    planted = pickles.find_planted(folder) if ranks.is_first_here else None
+    if found := [text for text in ranks.all_gather_json("checkpoint-pickles", planted) if text]:
+        raise UserError(found[0], shared=True)
     differs = verification.read_layout(folder).difference(layout) if ranks.is_first_here else None
-    found = [text for text in ranks.all_gather_json("checkpoint-layout", differs) if text]
-    if found:
+    if found := [text for text in ranks.all_gather_json("checkpoint-layout", differs) if text]:
         raise UserError(f"{folder} {found[0]}", shared=True)
     return folder
 
