@@ -20,6 +20,7 @@ DEEPSPEED_NAMES = (("deepspeed.runtime.zero.config", "ZeroStageEnum"),
                    ("deepspeed.utils.tensor_fragment", "fragment_address"),
                    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
                    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"))
+REASON = r"(?:WeightsUnpickler error: (?:Unsupported global: )?|load unsupported )(.+?)(?: was not| whose|\n|$)"
 MAX_REASON = 200  # characters of what torch says
 
 
@@ -55,7 +56,7 @@ def why_not_loaded(path: Path) -> str | None:
         with torch.serialization.safe_globals(known), warnings.catch_warnings(action="ignore"):
             torch.load(path, weights_only=True, mmap=True, map_location="meta")
     except Exception as error:  # a file that somebody made up can raise anything
-        found = re.search(r"WeightsUnpickler error: (?:Unsupported global: )?(.+?)( was not an allowed|\n|$)", str(error))
+        found = re.search(REASON, str(error))
         return (found[1] if found else f"{type(error).__name__}: {error}".splitlines()[0])[:MAX_REASON]
     return None
 
