@@ -14,7 +14,6 @@ import contextlib
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from master.core.json_schema import loads
 from master.core.run_cli import run_cli
 from master.core.terminal import is_terminal, one_line, print_lines
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
@@ -39,12 +39,20 @@ if TYPE_CHECKING:
 EVERY = 2.0  # seconds between two looks
 PATIENCE = 15.0  # seconds that one look waits for the hosts
 ACTIVE = ("running", "starting")
+KNOWN = (*ACTIVE, "finished", "stopped", "failed")
+LAST_BYTES = 64 << 10  # of a log, in which its last line is looked for
 
 
 def last_line(path: Path) -> str:
     """Return the last line of a log that may be long."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return next(iter(deque(file, maxlen=1)), "").rstrip("\n")
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LAST_BYTES))
+        return (file.read().decode("utf-8", "replace").splitlines() or [""])[-1]
+
+
+def figure(value: Any) -> float | None:
+    """Return a number of a run folder, None for what is none."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18 else None
 
 
 def written_at(path: Path) -> float:
@@ -59,10 +67,11 @@ def look(run: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, TypeError):  # a line may be half written
-                newest |= json.loads(line)
+                newest |= loads(line)
     launcher = read_launcher_record(run)
-    status = record.get("status") or ("running" if newest else "starting")
-    if status not in ACTIVE and launcher.is_alive_here and written_at(run / RECORD) > float(record.get("ended") or 0):
+    status = record.get("status") if record.get("status") in KNOWN else "running" if newest else "starting"
+    ended = figure(record.get("ended")) or 0
+    if status not in ACTIVE and launcher.is_alive_here and written_at(run / RECORD) > ended:
         status = "starting"  # again: what stands there is of the training that it resumes
     if status in ACTIVE and not is_active(run):
         status = "not running any more"
@@ -70,9 +79,10 @@ def look(run: Path) -> dict[str, Any]:
     for path in sorted((run / "logs").glob("*.log")):
         age = round(time.time() - path.stat().st_mtime)
         hosts[path.stem] = {"last": last_line(path), "seconds_ago": age}
-    figures = {key: newest.get(key) for key in ("step", "loss", "eval_loss", "tokens_per_second", "learning_rate")}
+    figures = {key: figure(newest.get(key)) for key in (
+        "step", "loss", "eval_loss", "tokens_per_second", "learning_rate")}
     return {"run": str(run), "status": status, "launcher": launcher.host if launcher.is_elsewhere else None,
-            "steps": record.get("steps"), "world_size": record.get("world_size"),
+            "steps": figure(record.get("steps")), "world_size": figure(record.get("world_size")),
             **figures, "hosts": hosts}
 
 

@@ -41,7 +41,7 @@ FIRST_TICK = 0.02  # the same until every rank has been seen
 LOOK = 1.0  # seconds between two looks at what the ranks say that they do
 BEAT = 3.0  # seconds between two heartbeats
 PATIENCE = 2.0  # seconds between TERM and KILL after a failure
-LINE_LIMIT = 16384  # characters of a printed line that are passed on
+LINE_LIMIT = 5000  # characters of a printed line that are passed on: less than 64 KiB as JSON
 TAIL_BLOCK = 1 << 16
 
 

@@ -47,7 +47,7 @@ class Peer:
     """A node that follows orders; after its connection is lost it answers None."""
 
     def __init__(self, host: str, channel: Channel) -> None:
-        self.host, self._channel = host, JsonChannel(channel, host)
+        self.host, self._channel = host, JsonChannel(channel, host, "probe_network")
         self._waiting: list[dict[str, Any]] = []
         self.lost: str | None = None
         self.ports: list[int | None] = []
@@ -122,6 +122,8 @@ def connect_all(peers: Sequence[Peer], addresses: Mapping[str, str], rates: bool
         peer.tell(listen=[RENDEZVOUS, 0], token=token)
     for peer in peers:
         peer.ports = (peer.hear("ready", ANSWER) or {"ports": []})["ports"]
+        if not peer.lost and len(peer.ports) != 2:
+            peer.lost = "it doesn't open its ports"
     up = [peer for peer in peers if not peer.lost]
     pairs = {(one.host, other.host): Pair(one.host, other.host) for one in up for other in up if one is not other}
     for one in up:
@@ -129,8 +131,11 @@ def connect_all(peers: Sequence[Peer], addresses: Mapping[str, str], rates: bool
                           for port in other.ports if port])
     for one in up:
         for result in (one.hear("reached", ANSWER) or {"results": []})["results"]:
-            pair = pairs[one.host, result["name"]]
-            if result["fault"]:
+            pair = pairs.get((one.host, result["name"]))
+            if pair is None:
+                one.lost = f"it speaks of {result['name'][:40]!r}, which nobody asked for"
+                break
+            if result["fault"] or result["latency_s"] is None:
                 pair.faults.append(f"port {result['port']}: {result['fault']}")
             else:
                 pair.latency_s = min(result["latency_s"], pair.latency_s or result["latency_s"])

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from master.core.json_schema import loads
 from master.core.paths import ROOT, WORKER
 from master.inventory.gpu_query import query_gpus
 from master.inventory.worker_script import load_worker, stdin_loader
 from master.ssh.route import SshError
 from master.ssh.session import Session
+from master.ssh.worker_message import check_message
 
 MARK = "@@NODE_FACTS "
 NOT_FOUND = (126, 127)  # what a shell says of a program that isn't there, or isn't one
@@ -61,7 +63,13 @@ def query_facts(session: Session, place: RemoteCheckout, wanted: Mapping[str, An
     host = str(session.node)
     for line in done.out.splitlines():
         if line.startswith(MARK):
-            facts: dict[str, Any] = json.loads(line[len(MARK) :])
+            try:
+                facts: dict[str, Any] = loads(line[len(MARK) :])
+            except ValueError as error:
+                raise SshError(host, "message", f"facts make no sense: {error}") from None
+            check_message("facts", facts, host)
+            if wanted.get("more") and "nics" not in facts:
+                raise SshError(host, "message", "facts make no sense: half of them are missing")
             if "content" in facts:
                 facts["content"] = {paths.get(path, path): value for path, value in facts["content"].items()}
             return {**facts, "missing": [paths.get(path, path) for path in facts["missing"]]}

@@ -1,10 +1,11 @@
 """A conversation in JSON with a command on a host: one object a line, both ways.
 
-    talk = JsonChannel(channel, host)
+    talk = JsonChannel(channel, host, "run_node")
     talk.send({"stop": 60})
     for event in talk.receive(1.0): ...
 
-A start-up file of the host's shell may print anything: whatever isn't an object with the expected key is ignored.
+A start-up file of the host's shell may print anything: whatever isn't an object with the expected key is ignored. What
+has the key, and isn't what the script says, loses the host.
 """
 
 from __future__ import annotations
@@ -14,22 +15,28 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from master.core.json_schema import loads
 from master.ssh.channel import Channel
 from master.ssh.route import SshError
+from master.ssh.worker_message import check_event, check_message
 
-MAX_LINE_BYTES = 64 << 20  # bytes of a line; the longest that is sent lists a large dataset's files
+MAX_LINE_BYTES = 64 << 10  # of what a host says
 SILENCE_LIMIT_S = 12.0  # seconds without a word after which a host is lost; both sides speak every few
 
 
 class JsonChannel:
     """`last_heard` is when something came last (time.monotonic), `ended` is True once nothing more will come.
 
-    `key`: what an object must have to count; `mark`: what its line begins with. Raises SshError where the connection
-    breaks, or a line doesn't end.
+    `script`, in worker/, is what speaks there; `key`: what an object must have to count; `mark`: what its line begins
+    with; `longest`: bytes of a line. Raises SshError where the connection breaks, a line doesn't end, or an object
+    isn't what worker_messages.schema.json has.
     """
 
-    def __init__(self, channel: Channel, host: str, key: str = "event", mark: bytes = b"") -> None:
+    def __init__(self, channel: Channel, host: str, script: str, key: str = "event", mark: bytes = b"",
+                 longest: int = MAX_LINE_BYTES) -> None:
         self._channel, self._host, self._key, self._mark = channel, host, key, mark
+        self._check = check_event if key == "event" else check_message
+        self._script, self._longest = script, longest
         self._rest = b""
         self.last_heard = time.monotonic()
         self.ended = False
@@ -46,10 +53,13 @@ class JsonChannel:
             return []
         self.last_heard = time.monotonic()
         *lines, self._rest = (self._rest + block).split(b"\n")
-        if len(self._rest) > MAX_LINE_BYTES:
-            raise SshError(self._host, "connection", "a line of its output is too long")
+        if max(map(len, [*lines, self._rest])) > self._longest:
+            raise SshError(self._host, "message", f"a line of its output has more than {self._longest >> 10} KiB")
         found = (parse_object(line[len(self._mark) :], self._key) for line in lines if line.startswith(self._mark))
-        return [event for event in found if event is not None]
+        events = [event for event in found if event is not None]
+        for event in events:
+            self._check(self._script, event, self._host)
+        return events
 
     def stderr_tail(self) -> str:
         """Return the last of what the command wrote to standard error."""
@@ -59,7 +69,7 @@ class JsonChannel:
 def parse_object(line: bytes, key: str) -> dict[str, Any] | None:
     """Return the JSON object of a line if it has this key, else None."""
     try:
-        found = json.loads(line.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
+        found = loads(line.decode("utf-8", "replace"))
+    except ValueError:
         return None
     return found if isinstance(found, dict) and key in found else None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from master.inventory.worker_script import open_worker
+from master.ssh.event_queue import EventQueue
 from master.ssh.json_channel import JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
@@ -30,6 +31,7 @@ PYTHON = "python3 -X utf8"  # any will do that is 3.8 or newer; names are read t
 # seconds between heartbeats; without one after which a node, whose disk may be slow, is lost
 HEARTBEAT_S, LOST = 3.0, 30.0
 STALL = 90.0  # seconds in which a node that gets nothing, while it could, is fed from here, and then dropped
+LONGEST_LINE_BYTES = 16 << 20  # which names the missing pieces of a large dataset
 UPSTREAM = 3  # nodes before it that one may turn to
 
 
@@ -40,7 +42,7 @@ class Relay:
                  show: Callable[[Sequence[RelayPeer]], None]) -> None:
         self.peers = {str(node): RelayPeer(node, address=addresses.get(str(node))) for node in nodes}
         self._ssh, self._show = ssh, show
-        self._events: queue.Queue[tuple[RelayPeer, dict[str, Any]]] = queue.Queue()
+        self._events: EventQueue[dict[str, Any]] = EventQueue(self.peers)
         self._ended = threading.Event()
         self._feeders: list[threading.Thread] = []
         self._chunks: Chunks | None = None
@@ -52,6 +54,7 @@ class Relay:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._events.close()
         for feeder in self._feeders:
             feeder.join(timeout=5)
         if self._sessions:
@@ -132,7 +135,8 @@ class Relay:
         while not self._broken and any(not ready(peer) for peer in self._in()):
             now = time.monotonic()
             with contextlib.suppress(queue.Empty):
-                self._take(*self._events.get(timeout=0.1))
+                host, event = self._events.get(timeout=0.1)
+                self._take(self.peers[host], event)
             if now - beat > HEARTBEAT_S:
                 beat = now
                 for peer in self._in():
@@ -194,7 +198,7 @@ class Relay:
     def _reach_all(self, host_key_prompt: HostKeyPrompt | None) -> None:
         def done(node: Node, result: SshError | None) -> None:
             text = str(result).removeprefix(f"{node}: ") if result else "it exited early"
-            self._events.put((self.peers[str(node)], {"event": "over", "text": text}))
+            self._events.put(str(node), {"event": "over", "text": text})
 
         nodes = [peer.node for peer in self.peers.values()]
         run_on_all(nodes, self._ssh, self._work, host_key_prompt, done, at_once=len(nodes))
@@ -203,10 +207,10 @@ class Relay:
         peer = self.peers[str(session.node)]
         with contextlib.closing(open_worker(session, "receive_files.py", PYTHON)) as channel:
             peer.heard, peer.channel = time.monotonic(), channel
-            messages = JsonChannel(channel, peer.host)
+            messages = JsonChannel(channel, peer.host, "receive_files", longest=LONGEST_LINE_BYTES)
             while not self._ended.is_set() and peer.takes_part and not messages.ended:
                 for event in messages.receive(0.5):
-                    self._events.put((peer, event))
+                    self._events.put(peer.host, event)
             if peer.reason:
                 session.close()  # so that whoever still sends to it gives up
             with peer.sending:  # nobody writes to a channel that is closed

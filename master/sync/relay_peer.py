@@ -14,14 +14,6 @@ from master.ssh.channel import Channel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError
 
-# The events of worker/receive_files.py and what each must hold.
-EVENTS: dict[str, dict[str, type]] = {
-    "hello": {"id": str, "home": str, "machine": str, "meet": str}, "sees": {"there": bool}, "alive": {},
-    "examining": {"bytes": int}, "plan": {"roots": dict, "missing": list, "bytes": int, "faults": list},
-    "listening": {"port": int}, "progress": {"bytes": int, "missing": int}, "lost": {"peer": str, "text": str},
-    "orphan": {"missing": list}, "finished": {"deleted": int, "kept": list, "left": list}, "failed": {"text": str},
-    "over": {"text": str}}
-
 
 @dataclass
 class RelayPeer:
@@ -67,25 +59,15 @@ class RelayPeer:
                 self.channel.send(line + b"\n" + data)
 
     def accept(self, event: Mapping[str, Any], trees: Collection[str], chunks: int) -> None:
-        """Handle an event; raise ValueError for one that makes no sense with these trees and so many pieces."""
-        kind = event.get("event")
-        if not isinstance(kind, str) or kind not in EVENTS:
-            raise ValueError("unknown event")
-        for name, form in EVENTS[kind].items():
-            if type(event.get(name)) is not form:
-                raise ValueError(f"{kind} without {name}")
-        numbers = [event[name] for name, form in EVENTS[kind].items() if form is int]
-        if any(not 0 <= number < 1 << 60 for number in numbers) or not 0 < event.get("port", 1) < 65536:
-            raise ValueError(f"{kind} with odd numbers")
-        for name, form in EVENTS[kind].items():
-            if form is list and not all(isinstance(each, int) if name == "missing" else isinstance(each, str)
-                                        for each in event[name]):
-                raise ValueError(f"{kind} with an odd list")
-        if kind in ("plan", "orphan") and any(not 0 <= number < chunks for number in event["missing"]):
+        """Handle an event of worker_messages.schema.json, or "over"; raise ValueError for one that makes no sense with
+        these trees and so many pieces."""
+        kind = event["event"]
+        if kind in ("plan", "orphan") and any(number >= chunks for number in event["missing"]):
             raise ValueError(f"{kind} with unknown pieces")
-        if kind == "plan" and (set(event["roots"]) != set(trees) or not all(
-                isinstance(root, str) for root in event["roots"].values())):
+        if kind == "plan" and set(event["roots"]) != set(trees):
             raise ValueError("plan with odd roots")
+        if kind == "hello" and not event["meet"].startswith(f"{event['home']}/.lanspeed/meet-"):
+            raise ValueError("hello with an odd meeting place")
         self.heard = time.monotonic()
         if kind == "hello" and isinstance(address := event.get("address"), str):
             self.address = self.address or address

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from master.core.atomic_write import write_atomically
+from master.core.json_schema import first_error, loads
 from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.inventory.node_facts import checkout_of, query_facts, start_folder
@@ -28,6 +29,7 @@ from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
+from master.ssh.worker_message import SCHEMA
 from master.training.fetch_run import END, MARK, Fetched, Progress, unpack_stream
 
 MANIFEST, MANIFEST_MARK = "complete.json", "@@SEAL "
@@ -74,12 +76,10 @@ def read_manifests(text: str) -> Manifests:
     """Return what a host says of its checkpoints; what makes no sense is left out."""
     found: Manifests = {}
     for block in text.split(MANIFEST_MARK)[1:]:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
-            manifest = json.loads(block)
-            int(manifest["layout"]["world_size"])
-            if all(re.fullmatch(r"\w[\w./-]*", name) and ".." not in name and int(sums[0]) >= 0
-                   for name, sums in manifest["files"].items()):
-                found[int(manifest["step"])] = manifest
+        with contextlib.suppress(ValueError):
+            manifest = loads(block)
+            if first_error(SCHEMA, manifest, "manifest") is None:
+                found[manifest["step"]] = manifest
     return found
 
 

@@ -28,10 +28,11 @@ from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.training.fetch_run import fetch_run
 from master.training.hang_detector import HangDetector
+from master.training.job import HostAssignment, JobResult
 from master.training.rank_output import RankOutput
 from master.training.request import TrainingRequest
 from master.training.root_cause import KILLED, Cause, first_cause
-from master.training.supervisor import ClusterJob, HostAssignment, JobResult
+from master.training.supervisor import ClusterJob
 
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
 WRONG_USAGE = 2  # how a rank ends that can't take its flags

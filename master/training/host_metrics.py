@@ -62,7 +62,7 @@ class HostMetrics:
     def _work(self, session: Session) -> None:
         host, python = str(session.node), shlex.quote(self._places[session.node].python)
         with contextlib.closing(open_worker(session, "measure_node.py", python, str(self._every))) as channel:
-            messages, spoken = JsonChannel(channel, host, "gpus", MARK), time.monotonic()
+            messages, spoken = JsonChannel(channel, host, "measured", "gpus", MARK), time.monotonic()
             while not self._closed.is_set():
                 for measured in messages.receive(0.2):
                     self._latest[host] = measured

@@ -51,7 +51,11 @@ def stop(name: str | None, options: argparse.Namespace) -> int:
 
 def stop_launcher(run: Path, pid: int, grace: float) -> int:
     """Interrupt a run's launcher and wait until it has ended; return 0, 1 if it doesn't end."""
-    os.kill(pid, signal.SIGINT)
+    try:
+        os.kill(pid, signal.SIGINT)
+    except PermissionError:
+        say(f"{run}: process {pid}, which trains it, is another user's")
+        return 1
     say(f"{run}: stopping; the ranks may take {grace:.0f} s to save")
     end = time.monotonic() + grace + 30
     while read_launcher_record(run).is_alive_here and time.monotonic() < end:
@@ -73,7 +77,7 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
         host = str(session.node)
         python = shlex.quote(checkout_of(known.get(host, {})).python)
         with contextlib.closing(open_worker(session, "run_node.py", python)) as channel:
-            messages = JsonChannel(channel, host)
+            messages = JsonChannel(channel, host, "end_job")
             messages.send({"end": job, "grace": options.grace})
             return wait_for_end(messages, host)
 

@@ -12,46 +12,23 @@ import shlex
 import signal
 import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
-from master.inventory.node_facts import RemoteCheckout, query_facts, query_gpu_use
+from master.inventory.node_facts import query_facts, query_gpu_use
 from master.inventory.worker_script import open_worker
+from master.ssh.event_queue import EventQueue
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
 from master.training.hang_detector import HangDetector
+from master.training.job import HostAssignment, JobResult, ranks_by_host
 from master.training.root_cause import RankExit
 
 HEARTBEAT_S = 3.0  # seconds between two heartbeats, both ways
-KEPT_LINES = 200  # lines of each rank that are kept for the report of a failure
-
-
-@dataclass(frozen=True)
-class HostAssignment:
-    """What one host does: its slots, where lanspeed lives there."""
-
-    node: Node
-    slots: tuple[int, ...]
-    place: RemoteCheckout
-
-
-@dataclass
-class JobResult:
-    """What happened: ends of ranks, hosts that were lost, the last lines by host and rank, reasons of an early end."""
-
-    exits: list[RankExit] = field(default_factory=list)
-    lost_hosts: dict[str, str] = field(default_factory=dict)
-    output: dict[tuple[str, int | None], deque[str]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT_LINES)))
-    launcher_codes: dict[str, int] = field(default_factory=dict)
-    asked_to_stop: bool = False
-    first_failure_at: float | None = None
 
 
 Approve = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
@@ -80,7 +57,8 @@ class ClusterJob:
         self._parts = {str(part.node): part for part in parts}
         self._ssh, self._wanted, self._name, self._grace, self._approve = ssh, wanted, name, grace, approve
         self._hangs = hangs
-        self._events: queue.Queue[tuple[str, str, Any]] = queue.Queue()
+        self._events: EventQueue[tuple[str, Any]] = EventQueue(self._parts)
+        self._ranks = ranks_by_host(parts)
         self._orders: dict[str, queue.Queue[dict[str, Any]]] = {host: queue.Queue() for host in self._parts}
         self._decided = threading.Event()
         self._job: dict[str, Any] | None = None
@@ -102,6 +80,7 @@ class ClusterJob:
         finally:
             output.close()
             self._decided.set()
+            self._events.close()
             sessions.join(timeout=SILENCE_LIMIT_S + 10)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -122,7 +101,7 @@ class ClusterJob:
         faults: dict[str, SshError] = {}
         while len(facts) + len(faults) < len(self._parts) and not self._signals:
             with contextlib.suppress(queue.Empty):
-                host, kind, content = self._events.get(timeout=0.2)
+                host, (kind, content) = self._events.get(timeout=0.2)
                 if kind == "facts":
                     facts[host] = content
                 elif isinstance(content, SshError):
@@ -146,7 +125,7 @@ class ClusterJob:
                     else "killing them")
                 self._tell(running, {"stop": self._grace} if told == 1 else {"kill": True})
             try:
-                host, kind, content = self._events.get(timeout=0.1)
+                host, (kind, content) = self._events.get(timeout=0.1)
             except queue.Empty:
                 continue
             if kind == "over":
@@ -195,7 +174,7 @@ class ClusterJob:
 
     def _reach_all(self, host_key_prompt: HostKeyPrompt | None) -> None:
         def done(node: Node, result: object) -> None:
-            self._events.put((str(node), "over", result))
+            self._events.put(str(node), ("over", result))
 
         run_on_all([part.node for part in self._parts.values()], self._ssh, self._work, host_key_prompt, done,
                    at_once=len(self._parts))
@@ -205,7 +184,7 @@ class ClusterJob:
         part = self._parts[host]
         facts = query_facts(session, part.place, self._wanted)
         gpus = query_gpu_use(session) if self._wanted.get("gpus") else None
-        self._events.put((host, "facts", {**facts, "gpus": gpus}))
+        self._events.put(host, ("facts", {**facts, "gpus": gpus}))
         self._decided.wait()
         if self._job is None:
             return
@@ -214,9 +193,19 @@ class ClusterJob:
                    "node_rank": list(self._parts).index(host), "folder": self._job["folders"][host],
                    "script": self._job["scripts"][host], "log": self._job["logs"][host],
                    "arguments": [part.place.translate_path(word) for word in self._job["arguments"]]}
-            messages = JsonChannel(channel, host)
+            messages = JsonChannel(channel, host, "run_node")
             messages.send(job)
             self._relay_events(host, messages)
+
+    def _check_speaker(self, host: str, event: dict[str, Any]) -> None:
+        """Raise SshError for a host that speaks for the ranks of another, or sends figures that nobody asked for."""
+        rank = event.get("rank")
+        metrics = event["event"] == "metrics"
+        assert self._job
+        if metrics and (self._job["follow"] is None or host != next(iter(self._parts))):
+            raise SshError(host, "message", "it sends metrics that nobody asked for")
+        if rank is not None and not metrics and rank not in self._ranks[host]:
+            raise SshError(host, "message", f"it speaks for rank {rank}, which is not its own")
 
     def _relay_events(self, host: str, messages: JsonChannel) -> None:
         """Pass events to the deciding thread, orders to the host, until it has ended; raise SshError if it is lost."""
@@ -224,7 +213,8 @@ class ClusterJob:
         while True:
             for event in messages.receive(0.1):
                 over = over or event["event"] in ("ended", "failed")
-                self._events.put((host, "event", event))
+                self._check_speaker(host, event)
+                self._events.put(host, ("event", event))
             now = time.monotonic()
             if over:
                 return
