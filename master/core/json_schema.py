@@ -6,6 +6,7 @@ import functools
 import ipaddress
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,12 +18,14 @@ MOST_ERRORS = 20  # of which the first by its path is told; a value made up by s
 def validator(schema: Path, definition: str = "") -> Any:
     """Return the validator of a schema, or of one of its $defs; jsonschema is loaded when the first value is checked.
 
-    1.0 is no integer, as it is none in Python. Raises KeyError for a definition that isn't there.
+    1.0 is no integer, as it is none in Python, and NaN no number. Raises KeyError for a definition that isn't there.
     """
     import jsonschema
 
     base = jsonschema.Draft202012Validator
-    kinds = base.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    kinds = base.TYPE_CHECKER.redefine_many({
+        "integer": lambda _, value: type(value) is int,
+        "number": lambda _, value: type(value) is int or (type(value) is float and math.isfinite(value))})
     formats = jsonschema.FormatChecker(())
     for name, read in (("ip-address", ipaddress.ip_address), ("ip-interface", ipaddress.ip_interface)):
         formats.checks(name, ValueError)(accepts(read))

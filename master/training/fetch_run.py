@@ -80,8 +80,8 @@ def fetch_run(node: Node, folder: str, run: Path, ssh: SshOptions, is_ours: bool
 
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        result = run_on_all([node], ssh, work)[node]
-        if isinstance(result, Fetched):
+        result, left_out = run_on_all([node], ssh, work)[node], list[str]()
+        if isinstance(result, Fetched) and result.bytes:
             left_out = [*result.left_out, *move_into_place(scratch, run, is_ours)]
     except (OSError, tarfile.TarError) as error:  # the disk here is full, or the stream was cut off
         result = SshError(host, "fetch", str(error))
