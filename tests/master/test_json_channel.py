@@ -14,13 +14,13 @@ from master.ssh.json_channel import JsonChannel
 from master.ssh.route import SshError
 
 
-def talk(script: str, **how: Any) -> tuple[contextlib.closing[ProcessChannel], JsonChannel]:
-    channel = ProcessChannel(["sh", "-c", script], "gpu1")
+def talk(shell: str, **how: Any) -> tuple[contextlib.closing[ProcessChannel], JsonChannel]:
+    channel = ProcessChannel(["sh", "-c", shell], "gpu1")
     return contextlib.closing(channel), JsonChannel(channel, "gpu1", **{"script": "run_node", **how})
 
 
-def all_of(script: str, **how: Any) -> list[dict[str, Any]]:
-    closing, heard = talk(script, **how)
+def all_of(shell: str, **how: Any) -> list[dict[str, Any]]:
+    closing, heard = talk(shell, **how)
     found: list[dict[str, Any]] = []
     with closing:
         end = time.monotonic() + 60
@@ -45,7 +45,8 @@ def test_lines_come_in_any_pieces_and_with_a_mark() -> None:
 
 
 def test_both_sides_speak_and_silence_is_no_end() -> None:
-    closing, heard = talk("""read order; echo "$order"; read empty; echo '{"event": "failed", "text": "<'"$empty"'>"}'; sleep 60""")
+    closing, heard = talk("""read order; echo "$order"; read empty
+                             echo '{"event": "failed", "text": "<'"$empty"'>"}'; sleep 60""")
     with closing:
         assert heard.receive(0.05) == [] and not heard.ended
         before = heard.last_heard
