@@ -240,6 +240,8 @@ def environment(job: dict[str, Any]) -> tuple[dict[str, str], str | None]:
     found.pop("LANSPEED_SSH_PASSWORD", None)  # it is for the master alone
     found.update(job["environment"])
     found["LANSPEED_JOB"] = job["job"]
+    if job.get("secret"):
+        found["LANSPEED_SECRET"] = job["secret"]  # which strangers at the ranks' ports don't have
     found["PYTHONUNBUFFERED"] = "1"
     found["PATH"] = os.path.dirname(job["python"]) + os.pathsep + found.get("PATH", "/usr/bin:/bin")
     interface = interface_towards(job["master_addr"])

@@ -95,7 +95,8 @@ class Training:
         self._announce(facts, address, port)
         self.folders = {str(part.node): start_folder(facts[str(part.node)], part.place) for part in self.parts}
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
-                "master_port": port, "environment": self.variables, "arguments": self._arguments(),
+                "master_port": port, "secret": secrets.token_hex(32),
+                "environment": self.variables, "arguments": self._arguments(),
                 "continue_without_master": self.request.supervision.survives_master,
                 "no_local_rank": self.request.no_local_rank,
                 "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders,

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections import Counter
@@ -122,6 +123,13 @@ def short_hash(text: str) -> str:
 def first_documents(read: Callable[[], Iterable[Document]]) -> Iterator[Document]:
     """Return the documents of a stream that are looked at before: they train the tokenizer, and some are held out."""
     return itertools.islice(first_characters(read(), TOKENIZER_CHARACTERS), SAMPLE_DOCUMENTS)
+
+
+def load_prepared(options: Options, key: Any) -> TokenizedDataset:
+    """Open what `prepare_dataset` stored on this machine. Raises UserError for a key that no data has."""
+    if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{32}", key):
+        raise UserError(f"no data has the key {str(key)[:40]!r}", shared=True)
+    return load_tokenized(cache_folder(options) / key)
 
 
 def load_tokenized(folder: Path) -> TokenizedDataset:

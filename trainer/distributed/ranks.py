@@ -8,7 +8,6 @@ watchdog: data may be tokenized for an hour before the process group, which has 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import socket
@@ -17,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.distributed import store
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ class Ranks:
         self.host = socket.gethostname()
         self.hosts: Sequence[str] = [self.host]
         self.nodes: Sequence[int] = [self.node]
-        self._store: Any = None
+        self._is_alone = self.local_world_size == self.world_size
+        self._secret = store.job_secret(self._is_alone)
+        self._store: store.SignedStore
         self._side_group: Any = None
 
     @property
@@ -103,18 +105,24 @@ class Ranks:
         """True if every rank is on the same machine; known once they have met."""
         return len(set(self.nodes)) == 1
 
+    @property
+    def trust_the_store(self) -> bool:
+        """True if no stranger can have written what the ranks tell each other through the store."""
+        return self._store.is_signed
+
     def rendezvous(self, limit_s: int = RENDEZVOUS_LIMIT_S) -> None:
         """Open the store at MASTER_ADDR and wait for every rank; raise a UserError that names the missing ones."""
-        from torch.distributed import DistNetworkError, DistStoreError, rendezvous
+        from torch.distributed import DistNetworkError, DistStoreError
 
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        interface = interface_towards(os.environ["MASTER_ADDR"])
+        interface = interface_towards(store.LOOPBACK if self._is_alone else os.environ["MASTER_ADDR"])
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
             os.environ.setdefault(variable, interface or "")
         try:
             limit = timedelta(seconds=limit_s)
-            self._store, _, _ = next(rendezvous("env://", self.rank, self.world_size, timeout=limit))
-        except (DistNetworkError, DistStoreError, RuntimeError) as error:
+            self._store = store.SignedStore(
+                store.open_store(self.rank, self.world_size, self._is_alone, limit), self._secret)
+        except (DistNetworkError, DistStoreError, RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.host}: rank {self.rank} cannot reach the others at {where}: {reason}. "
@@ -129,30 +137,30 @@ class Ranks:
         """
         from torch.distributed import DistNetworkError, DistStoreError
 
-        keys = [f"lanspeed/{name}/{rank}" for rank in range(self.world_size)]
+        names = [f"{name}/{rank}" for rank in range(self.world_size)]
         try:
-            self._store.set(keys[self.rank], json.dumps(value))
-            self._store.wait(keys, timedelta(seconds=limit_s))
-            return [json.loads(self._store.get(key)) for key in keys]
+            self._store.set(names[self.rank], value)
+            self._store.wait(names, timedelta(seconds=limit_s))
+            return [self._store.get(one) for one in names]
         except DistStoreError:
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            missing = [rank for rank, one in enumerate(names) if not self._store.has(one)]
             raise UserError(f"{self.host}: after {limit_s} s no data from rank {missing} ({name})") from None
         except DistNetworkError:
             raise rank_0_lost() from None
 
     def set(self, name: str, value: Any) -> None:
         """Offer `value` (any JSON value) to whichever rank asks for `name`."""
-        self._store.set(f"lanspeed/{name}", json.dumps(value))
+        self._store.set(name, value)
 
     def get(self, name: str, limit_s: int = PREPARING_LIMIT_S) -> Any:
         """Return what a rank published under `name`, waiting for it up to `limit_s` seconds."""
         from torch.distributed import DistNetworkError
 
         try:
-            self._store.wait([f"lanspeed/{name}"], timedelta(seconds=limit_s))
+            self._store.wait([name], timedelta(seconds=limit_s))
         except DistNetworkError:
             raise rank_0_lost() from None
-        return json.loads(self._store.get(f"lanspeed/{name}"))
+        return self._store.get(name)
 
     def start_process_group(self, device_type: str) -> None:
         """Start torch's process group over the store (device_type: cuda, xpu or cpu), and a gloo group beside it.
@@ -166,7 +174,7 @@ class Ranks:
         backend = {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
         try:
             dist.init_process_group(
-                backend, store=dist.PrefixStore("group", self._store), rank=self.rank, world_size=self.world_size)
+                backend, store=dist.PrefixStore("group", self._store.plain), rank=self.rank, world_size=self.world_size)
             self._test_all_reduce(device_type)
         except RuntimeError as error:
             reason = str(error).splitlines()[0][:200]

@@ -29,12 +29,12 @@ def short_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
 
 
-def new_run_path(model: str) -> Path:
-    """Return the folder of a run that starts now."""
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{short_name(model)}"
+def new_run_path(model: str, now: str) -> Path:
+    """Return the folder of a run that starts at a time, like 20261124-020457."""
+    return Path("runs") / f"{now}-{short_name(model)}"
 
 
-def find_run(options: Options) -> Path:
+def find_run(options: Options, now: str = "") -> Path:
     """Return the run folder that the options mean: named, that of the checkpoint to resume, the newest, or a new one.
 
     `--resume_from_checkpoint auto` without --output_dir takes the newest run of this model.
@@ -49,7 +49,7 @@ def find_run(options: Options) -> Path:
         runs = sorted(Path("runs").glob(f"*-{short_name(options.model_name_or_path)}/checkpoints"))
         if runs:
             return runs[-1].parent
-    return new_run_path(options.model_name_or_path)
+    return new_run_path(options.model_name_or_path, now or time.strftime("%Y%m%d-%H%M%S"))
 
 
 def package_versions() -> dict[str, str]:

@@ -5,6 +5,8 @@ The order matters: data is tokenized while nothing can time out, and only then t
 
 from __future__ import annotations
 
+import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +56,7 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     length = loading.choose_sequence_length(options, config)
     data = make_data(options, ranks, console, config, length)
     waiting = start_engine_libraries(ds_config, hardware.device, ranks, console)
-    run = RunFolder(Path(ranks.all_gather_json("run", str(find_run(options)))[0]))
+    run = RunFolder(agree_on_run(options, ranks, console))
     kind = "QLoRA" if options.qlora else "LoRA"
     adapter = f", {kind} of rank {options.lora}" if options.lora else ""
     settings = data.info.settings | {"model": loading.architecture(config), "--no_packing": options.no_packing}
@@ -109,8 +111,8 @@ def make_data(options: Options, ranks: Ranks, console: Console, config: Any,
         name, make = tokenizer.tokenizer_id(loaded), lambda texts: loaded
     if ranks.is_first_here:
         made = dataset.prepare_dataset(options, name, make, length, partial(built_in_documents, ranks), console.say)
-        ranks.set(f"data/{ranks.node}", str(made.folder))
-    data = dataset.load_tokenized(Path(ranks.get(f"data/{ranks.node}")))
+        ranks.set(f"data/{ranks.node}", made.info.key)
+    data = dataset.load_prepared(options, ranks.get(f"data/{ranks.node}"))
     keys = ranks.all_gather_json("data-key", data.info.key, PREPARING_LIMIT_S)  # another host may be slower
     if len(set(keys)) > 1:
         odd = sorted({host for host, key in zip(ranks.hosts, keys, strict=True) if key != keys[0]})
@@ -120,14 +122,35 @@ def make_data(options: Options, ranks: Ranks, console: Console, config: Any,
 
 
 def built_in_documents(ranks: Ranks) -> list[str]:
-    """Return Python's documentation as rank 0 has it: it differs between Python releases."""
-    if ranks.is_first:
+    """Return Python's documentation as rank 0 has it: it differs between Python releases.
+
+    Where a stranger could put another text into the store, each host has its own.
+    """
+    if ranks.is_first or not ranks.trust_the_store:
         texts = python_docs.python_documents()
-        if not ranks.on_one_machine:
+        if not ranks.on_one_machine and ranks.is_first:
             ranks.set("built-in", texts)
         return texts
     found: list[str] = ranks.get("built-in")
     return found
+
+
+def agree_on_run(options: Options, ranks: Ranks, console: Console) -> Path:
+    """Return the run folder of all ranks: rank 0's, or, where a stranger could name one, each rank's own.
+
+    Only the time in its name comes from rank 0 then, over the process group. Raises UserError where they differ.
+    """
+    if ranks.trust_the_store:
+        return Path(ranks.all_gather_json("run", str(find_run(options)))[0])
+    console.warn("the ranks meet at a port that asks nobody for a key (`invoke train` has one): let only these hosts "
+                 "reach it, docs/security.md says how")
+    day, second = ranks.all_reduce_sum(*(int(word) if ranks.is_first else 0
+                                         for word in time.strftime("%Y%m%d %H%M%S").split()))
+    own = find_run(options, f"{day:08.0f}-{second:06.0f}")
+    digest = float(zlib.crc32(str(own).encode()))
+    if ranks.all_reduce_sum(digest)[0] != digest * ranks.world_size:
+        raise UserError(f"{ranks.host}: the ranks mean different run folders, here {own}: --output_dir DIR names one")
+    return own
 
 
 def start_engine_libraries(ds_config: dict[str, Any] | None, device: str, ranks: Ranks,
