@@ -25,7 +25,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.signals import Interrupted, SignalWatch
 from trainer.errors import UserError, is_out_of_memory
 from trainer.options import Options, parse_options
-from trainer.results.console import Console
+from trainer.results.console import Console, clean
 
 CAUSE_FIRST_S = 3  # a launcher looks at its ranks once a second, and should find the one that failed first
 # What gloo, NCCL and torch's store say when the process at the other end has ended.
@@ -34,6 +34,9 @@ PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Connectio
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return 0 when the model is there or a checkpoint was saved on request, 1 on a fault, 2 on wrong usage."""
+    os.umask(os.umask(0) | 0o022)  # what is written, others may not change
+    sys.excepthook = lambda kind, error, trace: print(
+        clean("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
     ranks = Ranks()
     console = Console(ranks)
     try:

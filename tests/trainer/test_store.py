@@ -47,10 +47,11 @@ def test_what_ranks_say_is_signed(plain: dist.HashStore, monkeypatch: pytest.Mon
     one.set("run/0", ["runs/x"])
     assert other.get("run/0") == ["runs/x"] and other.has("run/0") and other.is_signed
     stranger = SignedStore(plain, b"guess")
+    one.set("run/1", "elsewhere")
     for forged in (lambda: stranger.set("run/0", "elsewhere"), lambda: plain.set("lanspeed/run/0", '"elsewhere"'),
                    lambda: plain.set("lanspeed/run/0", "[1, 2]"), lambda: plain.set("lanspeed/run/0", "[" * 5000),
-                   lambda: plain.set("lanspeed/run/0", plain.get("lanspeed/run/1").decode())):  # one of ours, under another name
-        one.set("run/1", "elsewhere")
+                   # one of the ranks' own, under another name
+                   lambda: plain.set("lanspeed/run/0", plain.get("lanspeed/run/1").decode())):
         forged()
         with pytest.raises(UserError, match=r"somebody else writes to 127\.0\.0\.1:1"):
             other.get("run/0")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.data.bounds import bounded_rendering
 from trainer.data.chat_template import Conversation, Span
 from trainer.data.documents import Document
 from trainer.errors import UserError
@@ -49,8 +50,9 @@ def encode(document: str, tokenizer: Any, notes: Counter[str] | None = None) -> 
         raise UserError("the tokenizer has no chat template: take the model's "
                         "instruct version, --chat_template FILE, or columns prompt and completion")
     try:
-        text, spans = Conversation(tokenizer, found["messages"], found.get("tools")).trained(
-            found["trained"], Counter() if notes is None else notes)
+        with bounded_rendering():
+            text, spans = Conversation(tokenizer, found["messages"], found.get("tools")).trained(
+                found["trained"], Counter() if notes is None else notes)
     except UserError as error:
         where = document.where if isinstance(document, Document) else ""
         raise UserError(f"{where}: {error}" if where else str(error)) from None

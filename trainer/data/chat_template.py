@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trainer.data.bounds import MAX_TEXT
 from trainer.data.rows import ASSISTANT, Message
 from trainer.errors import UserError, first_line
 
@@ -52,8 +53,13 @@ class Conversation:
         Raises UserError where the template refuses them, or fails; TypeError where it wants other values.
         """
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tools=tools or self._tools, tokenize=False,
+            text = str(self._tokenizer.apply_chat_template(list(messages), tools=tools or self._tools, tokenize=False,
                                                            add_generation_prompt=prompt))
+            if len(text) > MAX_TEXT:
+                raise MemoryError
+            return text
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program: it may end in anything
             if isinstance(error, TypeError) and self._arguments():
                 raise

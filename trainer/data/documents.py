@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
 import zlib
@@ -16,8 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from trainer.data.bounds import open_unpacked
 from trainer.data.values import table_row
 from trainer.errors import UserError
+
+PARQUET_ROWS, PARQUET_BYTES = 1000, 1 << 30  # that are read at once, and what they may take
 
 
 class Document(str):
@@ -95,7 +97,7 @@ def read_documents(files: list[Path], extract: Extractor) -> Iterator[Document]:
 
 def open_bytes(path: Path) -> BinaryIO:
     """Open a file, decompressing .gz."""
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+    return open_unpacked(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def decode(raw: bytes, path: Path, line: int) -> str:
@@ -137,9 +139,16 @@ def read_jsonl(path: Path, extract: Extractor) -> Iterator[Document]:
             if raw.strip():
                 try:
                     row = json.loads(decode(raw, path, line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{line}: not JSON: {error.msg}") from None
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}:{line}: not JSON: {what_is_wrong(error)}") from None
                 yield extract(row, f"{path}:{line}")
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Return why JSON can't be read: bad syntax, nested too deep, or a number with thousands of digits."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
 
 
 def read_json(path: Path, extract: Extractor) -> Iterator[Document]:
@@ -153,6 +162,8 @@ def read_json(path: Path, extract: Extractor) -> Iterator[Document]:
             raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
         yield from read_jsonl(path, extract)
         return
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {what_is_wrong(error)}") from None
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield extract(row, f"{path}: row {number}")
 
@@ -182,8 +193,11 @@ def read_parquet(path: Path, extract: Extractor) -> Iterator[Document]:
     try:
         with open_bytes(path) as file:
             source = parquet.ParquetFile(file)
-            number = 0
-            for batch in source.iter_batches(columns=extract.columns(source.schema_arrow.names, str(path))):
+            number, columns = 0, extract.columns(source.schema_arrow.names, str(path))
+            for batch in source.iter_batches(PARQUET_ROWS, columns=columns):
+                if batch.nbytes > PARQUET_BYTES:
+                    raise UserError(f"{path}: after row {number}: {PARQUET_ROWS} rows take "
+                                    f"{batch.nbytes / 1e9:.1f} GB of memory")
                 for row in batch.to_pylist():
                     number += 1
                     yield extract(table_row(row), f"{path}: row {number}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer.errors import UserError, first_line
+from trainer.errors import UserError, first_line, is_out_of_memory
 from trainer.options import Options
 
 LARGEST_VOCABULARY = 32_000
@@ -58,7 +58,9 @@ def load_tokenizer(options: Options, folder: str | Path | None = None) -> Any:
     name = str(folder or options.model_name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # files that somebody made up can raise anything
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"model '{name}': its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.pad_token_id is None:
         raise UserError(f"model '{name}': its tokenizer has no end-of-text token, so documents cannot be told apart")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError, first_line
+from trainer.errors import UserError, first_line, is_out_of_memory
 from trainer.options import Options
 
 TINY = "tiny"
@@ -31,7 +31,7 @@ TINY_SHAPE: dict[str, Any] = {
 def load_config(options: Options) -> Any:
     """Return the model's configuration (None for tiny); raise a UserError, before any data is read, if there is
     none."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     name = options.model_name_or_path
     if name == TINY:
@@ -42,17 +42,48 @@ def load_config(options: Options) -> Any:
     if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
         raise UserError(f"model '{name}' is an adapter of {base_of(path)} (adapter_config.json): train that one with "
                         "--lora --merge_lora for a whole model, or continue its run with --resume_from_checkpoint")
+    refuse_adapter_beside(name, path)
     try:
+        if not (options.trust_remote_code or options.attn_implementation):
+            refuse_kernels(name, PreTrainedConfig.get_config_dict(name)[0])
         return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a file that somebody made up can raise anything
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"model '{name}': {first_line(error)}") from None
+
+
+def refuse_kernels(name: str, config: Any) -> None:
+    """Raise UserError for a configuration that names code of the hub, which would be fetched and run."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise UserError(f"model '{name}': its config.json names code of somebody else ({key}: {str(value)[:100]}): "
+                            "--attn_implementation sdpa leaves that out")
+        refuse_kernels(name, value)
+
+
+def refuse_adapter_beside(name: str, path: Path) -> None:
+    """Raise UserError for whole weights with an adapter beside them: transformers would load the adapter's base model
+    instead, wherever that is."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if path.is_dir() and not (path / "adapter_config.json").is_file():
+        return
+    found = None
+    with contextlib.suppress(Exception):  # no network, no such name: told by what comes next
+        found = path / "adapter_config.json" if path.is_dir() else find_adapter_config_file(name)
+    if found:
+        raise UserError(f"model '{name}' has an adapter of {base_of(Path(found).parent)} beside its weights "
+                        "(adapter_config.json): take it out of that folder, or train the other model with --lora")
 
 
 def base_of(adapter: Path) -> str:
     """Return the name of the model that an adapter's folder was trained for."""
     try:
         return str(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another model"
 
 
@@ -68,7 +99,10 @@ def architecture(config: Any) -> str:
 def position_limit(config: Any) -> int:
     """Return how many tokens a model has positions for; a number that no text reaches where it doesn't say."""
     text = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31
+    if not isinstance(found, int) or found < 2:
+        raise UserError(f"the model's configuration has {str(found)[:40]} for its number of positions", shared=True)
+    return found
 
 
 def choose_sequence_length(options: Options, config: Any) -> int:
@@ -123,7 +157,9 @@ def load_model(options: Options, dtype: str, flash: bool = False, in_4_bits_on: 
             name, dtype=getattr(torch, dtype), attn_implementation=attention,
             trust_remote_code=options.trust_remote_code,
             use_safetensors=None if options.allow_pickle else True, **quantized(dtype, in_4_bits_on)))
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a file that somebody made up can raise anything
+        if is_out_of_memory(error):
+            raise
         hint = " Weights in another form: --allow_pickle" if "safetensors" in str(error) else ""
         raise UserError(f"model '{name}': {first_line(error)}{hint}") from None
 

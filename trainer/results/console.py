@@ -36,6 +36,11 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
+def clean(text: str) -> str:
+    """Return text that does nothing to a terminal: documents, templates and models may hold any characters."""
+    return "".join(one if one.isprintable() or one in "\n\t" else "?" for one in text)
+
+
 def silence_libraries() -> None:
     """Silence what libraries say that nobody can do anything about."""
     import datasets
@@ -81,9 +86,10 @@ class Console:
             return
         stamp = f"{time.strftime('%H:%M:%S')} [{self._ranks.rank}] "
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # a full disk shows elsewhere
-            file.write("".join(f"{stamp}{part}\n" for part in line.splitlines() if part.strip()))
+            file.write("".join(f"{stamp}{part}\n" for part in clean(line).split("\n") if part.strip()))
 
     def _print(self, line: str, style: str | None = None, file: Any = None) -> None:
+        line = clean(line)
         self.keep(line)
         if self._bar is not None:
             self._bar.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

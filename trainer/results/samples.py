@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trainer.checkpoint.verification import write_atomically
 from trainer.distributed import heartbeat
 from trainer.model import document_attention, loading
+from trainer.results.console import clean
 from trainer.results.setup import Setup
 
 PROMPT_TOKENS = 16
@@ -45,8 +46,8 @@ def write(setup: Setup, trainer: Any) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     made = list(continuations(model, setup.tokenizer, prompts(setup), setup.options.seed))
     if setup.ranks.is_first:
-        text = "\n".join(f"[{number}] {prompt.strip()} >>>{said.rstrip()}\n"
-                         for number, (prompt, said) in enumerate(made, 1))
+        text = clean("\n".join(f"[{number}] {prompt.strip()} >>>{said.rstrip()}\n"
+                               for number, (prompt, said) in enumerate(made, 1)))
         setup.run.samples.mkdir(exist_ok=True)
         write_atomically(setup.run.samples / f"step-{step:07d}.txt", f"after {step} steps\n\n{text}\n")
         write_atomically(setup.run.sample, text)
