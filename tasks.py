@@ -29,6 +29,9 @@ def run_tool(tool: str, argv: Sequence[str]) -> None:
             shown[number] = "***"
         elif word.startswith("--ssh-password="):
             shown[number] = "--ssh-password=***"
+        elif shown[number - 1] == "--env" or word.startswith("--env="):  # nor a token
+            name, equals, _ = word.removeprefix("--env=").partition("=")
+            shown[number] = word[: word.startswith("--env=") * 6] + name + (equals and "=***")
     print("$", shlex.join(shown), file=sys.stderr)
     code = importlib.import_module(f"master.{tool}").main(list(argv))
     if code:

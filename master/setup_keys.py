@@ -55,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--yes", action="store_true", help="write ~/.ssh/config without asking")
     flag("--remove", action="store_true", help="remove the key from the nodes and the Host blocks from ~/.ssh/config")
     flag("--dry-run", action="store_true", help="only print what would be done, by the keys that already work")
+    parser.add_argument("--password-per-host", action="store_true",
+                        help="ask for the password of each host that accepts no key, instead of one for all")
     add_ssh_flags(parser)
     return parser
 
@@ -126,11 +128,29 @@ def visit_all(
         left = refused if may_ask else []
         if left:
             say(f"no key was accepted by {', '.join(map(str, left))}")
+            if options.password_per_host:
+                for node in left:
+                    results |= visit_with_password([node], ssh, pair, options, f"password of {node}")
+                break
+            if len(left) > 1:
+                say("one password goes to all of them, and to whoever has taken one over: --password-per-host asks for "
+                    "each")
             password = getpass.getpass("their password (empty: leave them out): ")
             if not password:
                 break
             ssh = replace(ssh, password=password, only="password")
     return [results[node] for node in nodes]
+
+
+def visit_with_password(nodes: Sequence[Node], ssh: SshOptions, pair: KeyPair | None, options: argparse.Namespace,
+                        question: str) -> dict[Node, HostResult]:
+    """Ask for a password that goes to these hosts alone, and visit them; none if the answer is empty."""
+    password = getpass.getpass(f"{question} (empty: leave it out): ")
+    if not password:
+        return {}
+    found = visit_once(nodes, replace(ssh, password=password, only="password"), pair, options, may_ask=False)
+    return {node: HostResult(node, reason=str(result).removeprefix(f"{node}: "))
+            if isinstance(result, SshError) else result for node, result in found.items()}
 
 
 def prove(results: Sequence[HostResult], ssh: SshOptions, pair: KeyPair) -> None:

@@ -24,6 +24,8 @@ from typing import Any
 
 # What PyTorch makes of the GPUs here; asked of a process of its own, since importing it takes seconds.
 TORCH = """
+import sys
+sys.path[:] = [path for path in sys.path if path]  # not the folder that it starts in
 import json, torch
 found = {"version": torch.__version__, "built_for": None, "archs": [], "devices": [], "error": None}
 try:

@@ -11,6 +11,7 @@ after a minute without any. Standard library only, Python 3.8 or newer.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -23,6 +24,7 @@ from typing import Any
 
 TOKEN_BYTES = 32
 CONNECT_LIMIT = 4.0  # seconds
+CONNECTIONS = 256  # at once; strangers among them are gone after CONNECT_LIMIT
 PATIENCE = 60.0  # seconds without an order
 BLOCK = 1 << 18
 WARMING = 0.5  # seconds that a sender may take to reach its speed, and a shaper's bucket to empty
@@ -80,13 +82,25 @@ def counted(link: socket.socket) -> tuple[int, float]:
             began = last = now
 
 
-def listen(ports: list[int], token: bytes) -> tuple[list[int | None], list[str]]:
+def open_port(address: str | None, port: int) -> socket.socket:
+    """Return a socket on the address that the other nodes know; on all where it isn't this node's. Raises OSError."""
+    if address:
+        try:
+            family, _, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            return socket.create_server(target[:2], family=family, backlog=128)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+    return socket.create_server(("", port), backlog=128)
+
+
+def listen(address: str | None, ports: list[int], token: bytes) -> tuple[list[int | None], list[str]]:
     """Open ports and serve them in the background; return which were opened (None: not), and why one wasn't."""
     opened: list[Any] = []
     faults = []
     for port in ports:
         try:
-            server = socket.create_server(("", port), backlog=128)
+            server = open_port(address, port)
         except OSError as error:
             opened.append(None)
             faults.append(f"port {port}: {error.strerror}")
@@ -94,9 +108,23 @@ def listen(ports: list[int], token: bytes) -> tuple[list[int | None], list[str]]
         opened.append(server.getsockname()[1])
 
         def serve(server: socket.socket = server) -> None:
+            places = threading.BoundedSemaphore(CONNECTIONS)
+
+            def work(link: socket.socket) -> None:
+                try:
+                    answer(link, token)
+                finally:
+                    places.release()
+
             while True:
-                link, _ = server.accept()
-                threading.Thread(target=answer, args=(link, token), daemon=True).start()
+                try:
+                    link, _ = server.accept()
+                    if not places.acquire(blocking=False):
+                        link.close()
+                        continue
+                    threading.Thread(target=work, args=(link,), daemon=True).start()
+                except (OSError, RuntimeError):  # too many files, or threads, at once
+                    time.sleep(0.1)
 
         threading.Thread(target=serve, daemon=True).start()
     return opened, faults
@@ -168,7 +196,7 @@ def main() -> int:
             order = json.loads(line.decode("utf-8"))
             if "listen" in order:
                 token = order["token"].encode("ascii")
-                ports, faults = listen(order["listen"], token)
+                ports, faults = listen(order.get("address"), order["listen"], token)
                 say(event="ready", ports=ports, faults=faults)
             elif "connect" in order:
                 say(event="reached", results=reach_all(order["connect"], token))

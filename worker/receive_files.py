@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import grp
 import hashlib
 import json
 import os
 import platform
+import pwd
 import secrets
 import select
 import shutil
@@ -31,6 +33,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 CHUNK_BYTES = 4 << 20  # bytes; the master cuts the same way
 SEGMENTS = 2000  # small files in one piece at most
 WINDOW = 6  # pieces asked for ahead of time
+STRANGERS, HANDSHAKE_S = 64, 5.0  # connections that haven't shown the job's key, and how long they may take
 BEAT, SILENCE = 2.0, 20.0  # seconds between heartbeats; without one after which the other side counts as gone
 RESERVE = 256 << 20  # bytes that stay free on each disk
 HOME = os.path.expanduser("~/.lanspeed")
@@ -499,7 +502,11 @@ def nearest(path: str) -> str:
 
 
 def choose_root(tree: dict[str, Any], record: Record, overwrite: bool) -> str:
-    """Return the first place where the tree can be written, or is already; raise UserError if there is none."""
+    """Return the first place where the tree can be written, or is already; raise UserError if there is none.
+
+    Code goes to none where another user could replace it.
+    """
+    refused: list[str] = []
     for word in tree["roots"]:
         path = os.path.expanduser(word) if word.startswith("~") else word
         if path.startswith("$HF_HOME/"):
@@ -508,6 +515,9 @@ def choose_root(tree: dict[str, Any], record: Record, overwrite: bool) -> str:
             path = os.environ["HF_HOME"] + path[len("$HF_HOME") :]
         path = os.path.abspath(path)
         top = next(folder for folder in (path, *above(path)) if os.path.lexists(folder))
+        if tree["code"] and (other := who_may_replace(path)):
+            refused.append(f"{path} ({other} is open to other users)")
+            continue
         if os.path.isdir(top) and os.access(top, os.W_OK | os.X_OK) and (path != top or may_hold(tree, path)):
             others = {known.tree for known in record.known.values() if known.root == path and known.ours}
             if tree["code"] and not others <= {tree["key"]} and not overwrite:
@@ -521,12 +531,45 @@ def choose_root(tree: dict[str, Any], record: Record, overwrite: bool) -> str:
             if all(file.placed for file in trial.files) and not trial.foreign and all(
                     is_link_to(os.path.join(path, link), target) for _, _, link, target in trial.links):
                 return path
-    raise NodeError(f"none of {', '.join(tree['roots'])} can be written by this account")
+    also = f"; refused: {', '.join(refused)}" if refused else ""
+    raise NodeError(f"none of {', '.join(tree['roots'])} can be written by this account{also}")
 
 
 def may_hold(tree: dict[str, Any], path: str) -> bool:
     """Return whether a folder that is there may get the tree: code goes to none that somebody else owns."""
-    return not tree["code"] or os.stat(path).st_uid == os.geteuid()
+    return not tree["code"] or os.lstat(path).st_uid == os.geteuid()
+
+
+def who_may_replace(path: str) -> str | None:
+    """Return the folder or link on the way to a path that another user could replace, None if there is none.
+
+    As sshd has it for keys: each belongs to root or this account, and nobody else may write in it; where all may, as in
+    /tmp, what is next must be this account's own.
+    """
+    parts = [path, *above(path)]
+    if os.path.realpath(path) != path:
+        parts += [os.path.realpath(path), *above(os.path.realpath(path))]
+    for part in parts:
+        with contextlib.suppress(FileNotFoundError):
+            found = os.lstat(part)
+            if found.st_uid not in (0, os.geteuid()):
+                return part
+            if not stat.S_ISLNK(found.st_mode) and others_write(found) and not found.st_mode & stat.S_ISVTX:
+                return part
+    return None
+
+
+def others_write(found: os.stat_result) -> bool:
+    """Return whether more accounts than this one and root may write; a group of the account's own name is its own."""
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    if not found.st_mode & stat.S_IWGRP or found.st_gid == 0:
+        return False
+    with contextlib.suppress(KeyError):
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(found.st_gid)
+        own = group.gr_gid == user.pw_gid and group.gr_name == user.pw_name
+        return not (own and set(group.gr_mem) <= {user.pw_name})
+    return True
 
 
 # -- the next node, and the one before ---------------------------------------------------------------------------------
@@ -548,8 +591,12 @@ def contexts(pem: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return found[0], found[1]
 
 
-def listen() -> socket.socket:
-    """Return a socket on a free port of all addresses."""
+def listen(address: str | None) -> socket.socket:
+    """Return a socket on a free port of the address that the other nodes know; of all where it isn't this node's."""
+    with contextlib.suppress(OSError, TypeError):
+        family, _, _, _, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        if address:
+            return socket.create_server(target[:2], family=family)
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -558,20 +605,29 @@ def listen() -> socket.socket:
 
 def serve(listening: socket.socket, context: ssl.SSLContext, store: Store) -> None:
     """Give pieces to whoever has the job's key, a thread a connection."""
+    strangers = threading.BoundedSemaphore(STRANGERS)
     while True:
+        connection = None
         try:
             connection, _ = listening.accept()
-        except OSError:  # too many at once
+            if not strangers.acquire(blocking=False):  # so many that haven't shown the key yet
+                connection.close()
+                continue
+            threading.Thread(target=give, args=(connection, context, store, strangers), daemon=True).start()
+        except (OSError, RuntimeError):  # too many files, or threads, at once
+            if connection:
+                connection.close()
             time.sleep(0.5)
-            continue
-        threading.Thread(target=give, args=(connection, context, store), daemon=True).start()
 
 
-def give(connection: socket.socket, context: ssl.SSLContext, store: Store) -> None:
+def give(connection: socket.socket, context: ssl.SSLContext, store: Store, strangers: threading.Semaphore) -> None:
     """Answer each asked number with its piece, with heartbeats until it is here."""
     with contextlib.suppress(OSError, IndexError):  # it has disconnected, or asks for what doesn't exist
-        connection.settimeout(SILENCE)
-        with context.wrap_socket(connection, server_side=True) as peer:
+        try:
+            peer = handshaken(connection, context)
+        finally:
+            strangers.release()
+        with peer:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer.settimeout(None)  # the other one may be busy with its disk
             while True:
@@ -586,6 +642,31 @@ def give(connection: socket.socket, context: ssl.SSLContext, store: Store) -> No
                 data = store.get(number)
                 peer.sendall(struct.pack(">II", number, len(data)))
                 peer.sendall(data)
+
+
+def handshaken(connection: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """Return the connection once the other side has shown the key; raise OSError if it doesn't in time.
+
+    A socket's timeout is for each byte: one that sends a byte now and then would hold its place for ever.
+    """
+    connection.settimeout(HANDSHAKE_S)
+    peer = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+
+    def end() -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(peer, socket.SHUT_RDWR)  # the connection, not what TLS makes of it
+
+    late = threading.Timer(HANDSHAKE_S, end)
+    late.daemon = True
+    late.start()
+    try:
+        peer.do_handshake()
+        return peer
+    except (OSError, ValueError):
+        peer.close()
+        raise OSError("no handshake") from None
+    finally:
+        late.cancel()
 
 
 def receive(peer: socket.socket, size: int) -> bytearray:
@@ -748,7 +829,7 @@ def take_part(master: Master, record: Record) -> int:
         return remove(record)
     store, _ = prepare(manifest, record)
     server, client = contexts(manifest["pem"])
-    listening = listen()
+    listening = listen(manifest.get("address"))
     tell(event="listening", port=listening.getsockname()[1])
     threading.Thread(target=serve, args=(listening, server, store), daemon=True).start()
     threading.Thread(target=show_progress, args=(store,), daemon=True).start()

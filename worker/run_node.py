@@ -251,9 +251,9 @@ def environment(job: dict[str, Any]) -> tuple[dict[str, str], str | None]:
 
 
 def launcher_words(job: dict[str, Any], logs: str) -> list[str]:
-    """Return the command that `deepspeed` itself runs on a node."""
+    """Return the command that `deepspeed` itself runs on a node; -P: no module of the folder that it starts in."""
     world = base64.urlsafe_b64encode(json.dumps(job["world"]).encode()).decode()
-    return [job["python"], "-u", "-m", "deepspeed.launcher.launch", "--world_info=" + world,
+    return [job["python"], "-P", "-u", "-m", "deepspeed.launcher.launch", "--world_info=" + world,
             f"--node_rank={job['node_rank']}", f"--master_addr={job['master_addr']}",
             f"--master_port={job['master_port']}", "--log_level=critical", f"--enable_each_rank_log={logs}",
             *(["--no_local_rank"] if job.get("no_local_rank") else []), job["script"]] + job["arguments"]

@@ -119,7 +119,7 @@ def connect_all(peers: Sequence[Peer], addresses: Mapping[str, str], rates: bool
     """Have every node listen, then reach every other, then send."""
     token = secrets.token_hex(16)
     for peer in peers:
-        peer.tell(listen=[RENDEZVOUS, 0], token=token)
+        peer.tell(listen=[RENDEZVOUS, 0], token=token, address=addresses.get(peer.host))
     for peer in peers:
         peer.ports = (peer.hear("ready", ANSWER) or {"ports": []})["ports"]
         if not peer.lost and len(peer.ports) != 2:

@@ -19,9 +19,11 @@ from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
 from master.core.terminal import one_line
 from master.core.trust import refuse_foreign
+from master.ssh.node_names import NodeError, parse_node
 
-ENTRY = re.compile(r"^(\S+)\s+slots=(\d+)")  # as DeepSpeed 0.19 has it
+ENTRY = re.compile(r"^(\S+)\s+slots=([0-9]+)")  # as DeepSpeed 0.19 has it
 KIND = re.compile(r"\stype=([A-Za-z]+)\b")
+MAX_SLOTS, MAX_DIGITS = 1024, 20
 FIRST_LINE = "# written by lanspeed "
 
 
@@ -72,11 +74,17 @@ def read_hostfile(path: Path) -> list[Slots]:
             continue
         if not found:
             raise HostfileError(f"{path}:{number}: not 'HOST slots=N': {line[:60]!a}")
-        host, total = found.group(1), int(found.group(2))
+        host, total = found.group(1), int(found.group(2)[:MAX_DIGITS])
         if host in hosts:
             raise HostfileError(f"{path}:{number}: {host} stands here twice: keep one of its lines")
         if total == 0:
             raise HostfileError(f"{path}:{number}: {host} has no slots: leave its line out")
+        if total > MAX_SLOTS:
+            raise HostfileError(f"{path}:{number}: {host} has {str(total)[:20]} slots: at most {MAX_SLOTS:,}")
+        try:
+            parse_node(host)
+        except NodeError as error:
+            raise HostfileError(f"{path}:{number}: {error}") from None
         kind = KIND.search(line)
         hosts[host] = Slots(host, total, tuple(range(total)), kind.group(1).upper() if kind else "")
     if not hosts:

@@ -32,7 +32,7 @@ def count_gpus() -> Gpus:
     """Return the GPUs that PyTorch can use; it is asked, in a process of its own, only if a driver is there."""
     if not any(os.path.exists(path) for path in GPU_DEVICE_FILES):
         return Gpus(0, "CPU")
-    asked = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True)
+    asked = subprocess.run([sys.executable, "-P", "-c", COUNT], capture_output=True, text=True)
     count, _, vendor = asked.stdout.strip().partition(" ")
     return Gpus(int(count), vendor) if count.isdigit() and int(count) else Gpus(0, "CPU")
 

@@ -19,7 +19,9 @@ def stdin_loader(script: Path) -> str:
     Not `python3 -`, which reads to the end of the input.
     """
     size = len(script.read_bytes())
-    program = f'import os;d=b"";exec("while len(d)<{size}:d+=os.read(0,{size}-len(d)) or os._exit(1)");exec(d)'
+    # the folder that it starts in holds no module of ours: others may write there
+    program = (f'import sys;sys.path[:]=[p for p in sys.path if p];import os;d=b"";'
+               f'exec("while len(d)<{size}:d+=os.read(0,{size}-len(d)) or os._exit(1)");exec(d)')
     return f"-u -c {shlex.quote(program)}"
 
 

@@ -19,7 +19,13 @@ say() { printf '\n@@KEYS %s\n' "$*"; exit 0; }
 fail() { printf '\n@@KEYS fault %s\n' "$*"; exit 1; }
 cd || fail 'there is no home folder to go to'
 file=.ssh/authorized_keys
-there() { [ -f "$file" ] && awk -v blob="$1" '/^[ \t]*#/ {next} {for (n = 1; n <= NF; n++) if ($n == blob) found = 1}
+[ ! -d "$file" ] || fail "$(pwd)/$file is a folder: move it away"
+# A line is options, the type of a key, its blob, a comment: the blob is what comes after the type, and nothing else.
+blob_of='function blob_of(line, n, words, count) {
+  gsub(/\\\\"/, "", line); gsub(/"[^"]*"/, "", line); count = split(line, words, /[ \t]+/)
+  for (n = 1; n < count; n++) if (words[n] ~ /^(ssh-[a-z0-9]|ecdsa-sha2-|sk-)/) return words[n + 1]
+  return "" }'
+there() { [ -f "$file" ] && awk -v blob="$1" "$blob_of"' /^[ \t]*#/ {next} blob_of($0) == blob {found = 1}
   END {exit !found}' "$file"; }
 write() {  # standard input becomes the file
   target=$file
@@ -60,7 +66,7 @@ case $1 in
   remove)
     [ ! -d .ssh ] || take_lock
     there "$2" || say was not there
-    awk -v blob="$2" '/^[ \t]*#/ {print; next} {for (n = 1; n <= NF; n++) if ($n == blob) next; print}' "$file" |
+    awk -v blob="$2" "$blob_of"' /^[ \t]*#/ {print; next} blob_of($0) != blob {print}' "$file" |
       write || exit 1
     [ -s "$file" ] || { rm -f "$file"; rmdir "$lock" .ssh 2>/dev/null; }
     say removed ;;

@@ -152,9 +152,7 @@ def ensure_not_running(run: Path) -> None:
 
 def make_private(run: Path) -> None:
     """Make a run folder if it isn't there: samples of private data are read by this user alone."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        run.mkdir(mode=0o700)
+    os.makedirs(run, mode=0o700, exist_ok=True)
 
 
 def detach(run: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import hashlib
+import hmac
 import os
 import subprocess
 from collections.abc import Sequence
@@ -100,16 +101,24 @@ def known_kinds_first(entries: Sequence[KnownHost], offered: Sequence[str]) -> l
     return sorted(offered, key=lambda algorithm: not is_known(algorithm))
 
 
-def add_entry(file: Path, name: str, key: HostKey) -> None:
-    """Append a host's key to a known_hosts file, under a lock, unless it's there by now."""
+def hashed(name: str) -> str:
+    """Return a host's name as HashKnownHosts writes it (sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT")."""
+    salt = os.urandom(hashlib.sha1(usedforsecurity=False).digest_size)
+    digest = hmac.new(salt, name.encode(), "sha1").digest()
+    return f"|1|{base64.b64encode(salt).decode()}|{base64.b64encode(digest).decode()}"
+
+
+def add_entry(route: Route, key: HostKey) -> None:
+    """Append a host's key to the user's known_hosts file, under a lock, unless it's there by now."""
+    file, name = route.new_keys_file, route.host_key_name
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "r+b") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
         content = opened.read()
-        line = f"{name} {key.kind} {key.blob}\n".encode()
-        if line in content:
+        if f"{name} {key.kind} {key.blob}\n".encode() in content:
             return
+        line = f"{hashed(name) if route.hashes_names else name} {key.kind} {key.blob}\n".encode()
         opened.write((b"\n" if content and not content.endswith(b"\n") else b"") + line)
         opened.flush()
         os.fsync(opened.fileno())

@@ -96,7 +96,7 @@ def password_of(options: argparse.Namespace) -> str | None:
         print("warning: a password on the command line can be read by every user of this machine (ps) and stays in the "
               "shell's history: --ssh-password alone asks for it", file=sys.stderr)
         return str(options.ssh_password)
-    return os.environ.get(PASSWORD_VARIABLE) or None
+    return os.environ.pop(PASSWORD_VARIABLE, "") or None  # no child of ours needs it
 
 
 def ask_about_keys(unknown_hosts: Sequence[UnknownHost]) -> bool:

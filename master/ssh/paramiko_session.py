@@ -106,7 +106,10 @@ def handshake(route: Route, ssh: SshOptions, entries: Sequence[KnownHost]) -> tu
         # start_client's limit must be the one that ends the wait: paramiko's own would call it a bad banner
         transport.banner_timeout = transport.handshake_timeout = ssh.connect_timeout + 10
         options = transport.get_security_options()
-        options.key_types = known_kinds_first(entries, options.key_types)
+        allowed = [kind for kind in options.key_types if not route.host_key_kinds or kind in route.host_key_kinds]
+        if not allowed:
+            raise NeedsOpenSsh("HostKeyAlgorithms")
+        options.key_types = known_kinds_first(entries, allowed)
         try:
             transport.start_client(timeout=ssh.connect_timeout)
             if not transport.initial_kex_done:
@@ -126,6 +129,10 @@ def handshake(route: Route, ssh: SshOptions, entries: Sequence[KnownHost]) -> tu
             time.sleep(random.uniform(0.3, 1.0))  # noqa: S311, spreads the retries
     remote = transport.get_remote_server_key()
     key = HostKey(remote.get_name(), remote.get_base64())
+    if remote.get_name() == "ssh-rsa" and remote.get_bits() < route.min_rsa_bits:
+        transport.close()
+        raise SshError(host, "host key", f"its RSA key has {remote.get_bits()} bits, and RequiredRSASize demands "
+                       f"{route.min_rsa_bits}")
     try:
         verdict = refuse_changed_key(key, entries, route)
     except SshError:

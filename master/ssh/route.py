@@ -86,6 +86,9 @@ class Route:
     proxy: str | None
     agent: str | None
     needs_openssh: str | None
+    hashes_names: bool = False
+    host_key_kinds: tuple[str, ...] = ()  # that may be asked for; empty: any
+    min_rsa_bits: int = 1024
 
     @property
     def new_keys_file(self) -> Path:
@@ -153,7 +156,9 @@ def route_of(node: Node, ssh: SshOptions, settings: dict[str, list[str]]) -> Rou
         host_key_name=name, host_keys=ssh.host_keys or HOST_KEY_WORDS.get(one("stricthostkeychecking"), "ask"),
         proxy=proxy_command(ssh, one("proxyjump"), one("proxycommand"), tokens, address, port),
         agent=agent_of(one("identityagent", "SSH_AUTH_SOCK"), path),
-        needs_openssh=needs_openssh_for(settings))
+        needs_openssh=needs_openssh_for(settings), hashes_names=one("hashknownhosts", "no") == "yes",
+        host_key_kinds=tuple(one("hostkeyalgorithms").split(",")) if one("hostkeyalgorithms") else (),
+        min_rsa_bits=int(one("requiredrsasize", "1024")))
 
 
 def proxy_command(
@@ -195,7 +200,8 @@ def agent_of(text: str, path: object) -> str | None:
 def needs_openssh_for(settings: dict[str, list[str]]) -> str | None:
     """Return the setting that only OpenSSH itself can follow, None if there is none."""
     for key, name in (("pkcs11provider", "PKCS11Provider"), ("knownhostscommand", "KnownHostsCommand"),
-                      ("bindinterface", "BindInterface"), ("proxyusefdpass", "ProxyUseFdpass")):
+                      ("bindinterface", "BindInterface"), ("proxyusefdpass", "ProxyUseFdpass"),
+                      ("revokedhostkeys", "RevokedHostKeys")):
         if settings.get(key, ["none"])[0].lower() not in {*ABSENT, "no"}:
             return name
     return None

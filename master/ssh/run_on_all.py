@@ -113,7 +113,7 @@ def connect(node: Node, ssh: SshOptions, may_ask: bool) -> Session | _Waiting:
         if route.host_keys != "accept-new":
             transport.close()
             raise unknown_key(route, key)
-        add_entry(route.new_keys_file, route.host_key_name, key)
+        add_entry(route, key)
     return authenticate(transport, route, key, ssh)
 
 
@@ -125,7 +125,7 @@ def resume_connection(waiting: _Waiting, ssh: SshOptions, trusted: bool) -> Sess
     if not trusted:
         transport.close()
         raise unknown_key(route, key)
-    add_entry(route.new_keys_file, route.host_key_name, key)
+    add_entry(route, key)
     if not transport.is_active():
         entries = entries_for(route.host_key_name, route.known_hosts)
         transport, key, verdict = handshake(route, ssh, entries)

@@ -94,7 +94,7 @@ class Relay:
         self._chunks = chunks
         common = json.dumps({"trees": chunks.manifest, "pem": make_pem(), "overwrite": overwrite, "dry_run": dry_run})
         for peer in self._in():
-            line = f'{{"room": {environment_bytes(peer)}, {common[1:]}'.encode()
+            line = f'{{"room": {environment_bytes(peer)}, "address": {json.dumps(peer.address)}, {common[1:]}'.encode()
             threading.Thread(target=peer.tell, args=(line,), daemon=True).start()
         self._wait(lambda peer: "plan" in peer.said)
         for peer in self.peers.values():

@@ -74,7 +74,7 @@ def convert(folder: Path) -> None:
         raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed to make it fit another number of ranks, and "
                         f"{free / 1e9:.1f} GB are free")
     heartbeat.report(f"converting {folder.name} for another number of ranks")
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source),
+    command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source),
                "--output_folder", str(target), "--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not (folder / LATEST).exists():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.data.bounds import bounded_rendering
+from trainer.bounds import bounded_rendering
 from trainer.data.chat_template import Conversation, Span
 from trainer.data.documents import Document
 from trainer.errors import UserError

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainer.data.bounds import MAX_TEXT
+from trainer.bounds import MAX_TEXT
 from trainer.data.rows import ASSISTANT, Message
 from trainer.errors import UserError, first_line
 

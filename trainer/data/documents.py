@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from trainer.data.bounds import open_unpacked
+from trainer.bounds import open_unpacked
 from trainer.data.values import table_row
 from trainer.errors import UserError
 

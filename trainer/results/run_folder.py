@@ -5,7 +5,6 @@ metrics.jsonl grows while the training runs: `tail -f runs/*/metrics.jsonl`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -84,9 +83,7 @@ def as_json(value: Any) -> Any:
 
 def make_private(run: Path) -> None:
     """Make a run folder if it isn't there: samples of private data are read by this user alone."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        run.mkdir(mode=0o700)
+    os.makedirs(run, mode=0o700, exist_ok=True)
 
 
 class RunFolder:
