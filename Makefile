@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 LOG := $(VENV)/install.log
 ROOM_MB := 3000
 
-.PHONY: demo test install
+.PHONY: demo test install fuzz
 demo: install
 	@$(VENV)/bin/invoke demo
 
@@ -34,3 +34,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 			echo "make: the package index cannot be reached: is there a network? (proxy: export HTTPS_PROXY=...)"; \
 		else echo "make: installing failed: $$(grep -m1 ERROR $(LOG)) (all of it: $(LOG))"; fi; exit 1; }
 	@touch $@
+
+# Inputs that nobody would think of, for some minutes; other ones each time.
+fuzz: install
+	@FUZZ=$${FUZZ:-20000} $(VENV)/bin/python -m pytest -q tests/test_fuzz.py --timeout=3600

@@ -34,7 +34,7 @@ from master.check.consistency import (
     node_findings,
     normalized,
 )
-from master.check.network_test import RENDEZVOUS, Pair, network_findings, test_network
+from master.check.network_test import RENDEZVOUS, Pair, firewall_finding, network_findings, test_network
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, print_lines, say
@@ -173,7 +173,7 @@ def check(options: argparse.Namespace) -> int:
         places = {node: checkout_of(known.get(str(node), {})) for node in nodes if str(node) in facts}
         addresses = addresses_of(facts, known)
         pairs, lost = test_network(places, addresses, ssh, options.network, host_key_prompt(), say)
-        findings += network_findings(pairs, lost, facts, addresses)
+        findings += [*network_findings(pairs, lost, facts, addresses), firewall_finding(addresses)]
     save_facts(path, facts, pairs)
     allreduce_line = ""
     hostfile = options.hostfile or Path("hostfile.txt")

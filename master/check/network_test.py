@@ -170,6 +170,14 @@ def measure_rates(up: Sequence[Peer], addresses: Mapping[str, str], pairs: Mappi
         pairs[one.host, other.host].together = rate(one)
 
 
+def firewall_finding(addresses: Mapping[str, str]) -> Finding:
+    """Return the commands that let only these hosts reach each other's ports, which ask nobody for a key."""
+    rules = " && ".join(f"sudo ufw allow from {address}" for address in dict.fromkeys(addresses.values()))
+    return Finding("info", tuple(addresses), "the ranks' ports ask nobody for a key",
+                   "whoever reaches them can disturb a training",
+                   f"On each: sudo ufw allow ssh && {rules} && sudo ufw enable")
+
+
 def network_findings(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]],
                      addresses: Mapping[str, str]) -> list[Finding]:
     """Return which host doesn't reach which, and which pairs are slower than their cards or than the others."""
