@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import hmac
+import ipaddress
 import json
 import os
 import secrets
@@ -94,7 +95,7 @@ def open_store(rank: int, world_size: int, is_alone: bool, limit: timedelta) -> 
         return TCPStore(address, port, world_size, False, limit, wait_for_workers=False)
     listening = listen(address, port)
     host = listening.getsockname()[0]
-    return TCPStore(address if host in ("0.0.0.0", "::") else host, port, world_size, True, limit,  # noqa: S104
+    return TCPStore(address if ipaddress.ip_address(host).is_unspecified else host, port, world_size, True, limit,
                     wait_for_workers=False, master_listen_fd=listening.detach())
 
 
