@@ -35,6 +35,8 @@ PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Connectio
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return 0 when the model is there or a checkpoint was saved on request, 1 on a fault, 2 on wrong usage."""
     os.umask(os.umask(0) | 0o022)  # what is written, others may not change
+    # torch would keep compiled code in a folder of /tmp that anybody could have made before
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "torchinductor"))
     sys.excepthook = lambda kind, error, trace: print(
         clean("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
     ranks = Ranks()

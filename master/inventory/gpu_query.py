@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
 import shlex
 import time
@@ -121,5 +123,7 @@ def parse_host_facts(output: str, nonce: str) -> tuple[str | None, tuple[str, ..
     if not found:
         return None, ()
     connection, macs = found.group(1).split(), found.group(2).split()
-    address = connection[2].partition("%")[0] if len(connection) == 4 else None
+    address = None
+    with contextlib.suppress(ValueError, IndexError):
+        address = str(ipaddress.ip_address(connection[2].partition("%")[0])) if len(connection) == 4 else None
     return address, tuple(sorted({mac for mac in macs if re.fullmatch("([0-9a-f]{2}:){5}[0-9a-f]{2}", mac)}))

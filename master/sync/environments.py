@@ -29,7 +29,7 @@ from master.inventory.gpu_report import GpuReport
 from master.inventory.node_facts import RemoteCheckout, local_facts, query_facts
 from master.inventory.preflight import torch_problems, version_problems
 from master.ssh.route import SshError
-from master.ssh.session import Session
+from master.ssh.session import OUTPUT_LIMIT, Session
 from master.sync.file_trees import FileEntry, Tree, TreeError
 
 GB = 1_000_000_000
@@ -210,7 +210,7 @@ def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop
     host, out, end = str(session.node), b"", time.monotonic() + PATIENCE
     with contextlib.closing(session.open(f"exec sh -c {shlex.quote(SCRIPT)} sh {shlex.join(words)}")) as channel:
         while (block := channel.receive(1.0)) != b"":
-            out += block or b""
+            out = (out + (block or b""))[-OUTPUT_LIMIT:]
             if stop.is_set():
                 raise SshError(host, "environment", "stopped")
             if time.monotonic() > end:
@@ -221,6 +221,8 @@ def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop
     for line in out.decode("utf-8", "replace").splitlines():
         if line.startswith(MARK):
             word, _, venv = line.removeprefix(MARK).partition(" ")
+            if venv not in (f"{words[0]}/.venv", f"{words[0]}/.venv-lanspeed"):
+                raise SshError(host, "environment", f"it names another place than it was told: {venv[:100]}")
             return word, venv
     raise SshError(host, "environment", error_line(said), fix_for("\n".join(said)))
 

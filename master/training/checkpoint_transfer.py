@@ -28,7 +28,7 @@ from master.ssh.node_names import Node, parse_node
 from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
-from master.ssh.session import Session
+from master.ssh.session import OUTPUT_LIMIT, Session
 from master.ssh.worker_message import SCHEMA
 from master.training.fetch_run import END, MARK, Fetched, Progress, unpack_stream
 
@@ -241,7 +241,7 @@ def _send(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ss
                     archive.add(scratch / name, name)
             said = b""
             while (END.encode() not in said or not said.endswith(b"\n")) and (block := channel.receive(PATIENCE)):
-                said += block
+                said = (said + block)[-OUTPUT_LIMIT:]
             if f"{END}0".encode() not in said:
                 raise SshError(host, "checkpoint", channel.stderr_tail()[-200:] or "it didn't arrive")
 

@@ -103,7 +103,7 @@ def prepare_dataset(
         say(f"data: {source.name}, tokenized before ({folder})")
     else:
         say(f"data: {source.name}, tokenizing")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(folder.parent, mode=0o700, exist_ok=True)  # private data is read by this user alone
         with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as scratch:
             made = build(Path(scratch), DatasetInfo(key, source.name, settings), source, evaluation, options,
                          make_tokenizer, sequence_length)
