@@ -31,9 +31,9 @@ from master.core.terminal import print_lines, say
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
-from master.runs.command_record import own_command
-from master.runs.launcher_process import detach, ensure_not_running
-from master.runs.run_folder import find_run, new_run_path
+from master.run.command_record import own_command
+from master.run.launcher_process import detach, ensure_not_running
+from master.run.run_folder import find_run, new_run_path
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from master.ssh.route import SshOptions
 from master.training.deepspeed_command import default_config

@@ -27,8 +27,8 @@ from master.core.terminal import is_terminal, one_line, print_lines
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
-from master.runs.launcher_process import RECORD, is_active, read_launcher_record, read_object
-from master.runs.run_folder import find_run
+from master.run.launcher_process import RECORD, is_active, read_launcher_record, read_object
+from master.run.run_folder import find_run
 from master.ssh.node_names import parse_node
 from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
 from master.training.host_metrics import HostMetrics

@@ -13,7 +13,7 @@ FOLDERS = [ROOT / name for name in ("master", "worker", "trainer", "benchmarks",
 # Packages, lowest first: each imports from those in the lists before its own, none from one in the same list. "top" is
 # what stands beside the packages: the tools of the master; of the trainer, its program.
 LAYERS = {
-    "master": [["core"], ["ssh"], ["inventory"], ["runs"], ["keys", "sync", "check", "training", "ds_config", "plan"],
+    "master": [["core"], ["ssh"], ["inventory"], ["run"], ["keys", "sync", "check", "training", "ds_config", "plan"],
                ["top"]],
     "trainer": [["errors"], ["flags", "bounds"], ["options"], ["distributed", "estimate"], ["model", "data"],
                 ["checkpoint"], ["results"], ["training"], ["top"]]}

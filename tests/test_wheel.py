@@ -50,8 +50,8 @@ def test_its_tools_work_from_where_it_is_installed(wheel: Path, tmp_path: Path) 
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(site), str(wheel),
         cwd=elsewhere)
     variables = {"PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
-    code = "import master.runs.run_folder as runs; print(runs.__file__)"
-    assert run(sys.executable, "-c", code, cwd=elsewhere, **variables) == f"{site}/master/runs/run_folder.py\n"
+    code = "import master.run.run_folder as runs; print(runs.__file__)"
+    assert run(sys.executable, "-c", code, cwd=elsewhere, **variables) == f"{site}/master/run/run_folder.py\n"
     run(sys.executable, "-m", "master.validate_ds_config", str(site / "trainer" / "ds_config.json"), cwd=elsewhere,
         **variables)
     assert "@@GPU_REPORT" in run("bash", str(site / "worker" / "detect_gpus.sh"), "--json", cwd=elsewhere)

@@ -22,7 +22,7 @@ from master.core.json_schema import first_error, loads
 from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.inventory.node_facts import checkout_of, query_facts, start_folder
-from master.runs.run_folder import RunError, job_prefix
+from master.run.run_folder import RunError, job_prefix
 from master.ssh.channel import Channel
 from master.ssh.node_names import Node, parse_node
 from master.ssh.options import host_key_prompt

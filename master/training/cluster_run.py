@@ -19,10 +19,10 @@ from master.core.terminal import say
 from master.inventory.addresses import own_address_towards
 from master.inventory.node_facts import checkout_of, local_facts, start_folder
 from master.inventory.preflight import gpu_problems, node_problems, torch_problems
-from master.runs.command_record import RECORD as COMMAND
-from master.runs.command_record import write_command
-from master.runs.launcher_process import LOCK, RECORD, make_private, write_launcher_record
-from master.runs.run_folder import job_prefix, mark_failed, memory_advice, save_hosts
+from master.run.command_record import RECORD as COMMAND
+from master.run.command_record import write_command
+from master.run.launcher_process import LOCK, RECORD, make_private, write_launcher_record
+from master.run.run_folder import job_prefix, mark_failed, memory_advice, save_hosts
 from master.ssh.node_names import parse_node
 from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions

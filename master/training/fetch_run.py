@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from master.core.terminal import is_terminal, say
-from master.runs.incoming_archive import MAX_BANNER_LINES, ArchiveStream, check_room, unpack
+from master.run.incoming_archive import MAX_BANNER_LINES, ArchiveStream, check_room, unpack
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all

@@ -16,7 +16,7 @@ from master.core.paths import TRAINER
 from master.core.run_cli import UsageError
 from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
-from master.runs.command_record import flags_to_repeat
+from master.run.command_record import flags_to_repeat
 from master.training.deepspeed_command import first_address, is_only_here, launcher_words
 
 # What the hosts get of this shell's environment: settings of the libraries, never all of it.

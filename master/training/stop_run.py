@@ -18,8 +18,8 @@ from master.inventory.cluster_file import known_by_name, read_cluster, with_logi
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
 from master.inventory.worker_script import open_worker
-from master.runs.launcher_process import read_launcher_record
-from master.runs.run_folder import find_run
+from master.run.launcher_process import read_launcher_record
+from master.run.run_folder import find_run
 from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
 from master.ssh.node_names import parse_node
 from master.ssh.options import host_key_prompt, ssh_options

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from master.inventory.hostfile import Slots
-from master.runs.run_folder import RunError, memory_advice
+from master.run.run_folder import RunError, memory_advice
 from master.ssh.route import SshOptions
 from master.training.checkpoint_transfer import (
     MANIFEST_MARK,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from master.runs.command_record import CommandError, flags_to_repeat, own_command, write_command
+from master.run.command_record import CommandError, flags_to_repeat, own_command, write_command
 
 LAUNCH = Path(__file__).resolve().parents[2] / "master" / "launch_training.py"
 

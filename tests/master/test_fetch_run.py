@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from archives import archive, links_past_path_max, member
 
-from master.runs import incoming_archive
+from master.run import incoming_archive
 from master.ssh.node_names import parse_node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.session import LocalSession

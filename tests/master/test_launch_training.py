@@ -19,7 +19,7 @@ from patience import steps_made, wait_until
 
 from master.core.run_cli import UsageError
 from master.inventory.local_gpus import Gpus, choose_slots
-from master.runs.run_folder import mark_failed, new_run_path
+from master.run.run_folder import mark_failed, new_run_path
 
 TOOL = ROOT / "master" / "launch_training.py"
 SMALL = ["--", "--sequence_length", "64", "--logging_steps", "1", "--per_device_train_batch_size", "2"]

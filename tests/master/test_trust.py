@@ -98,7 +98,7 @@ def test_what_is_written_others_may_not_change(umask: int, tmp_path: Path) -> No
         [sys.executable, "-c", f"import os, sys; os.umask({umask}); sys.path.insert(0, {str(ROOT)!r})\n"
          "from pathlib import Path\nfrom master.core.run_cli import run_cli\n"
          "from master.core.atomic_write import write_atomically\n"
-         "from master.runs.launcher_process import write_launcher_record\n"
+         "from master.run.launcher_process import write_launcher_record\n"
          "def work():\n    write_atomically(Path('a'), 'x'); write_launcher_record(Path('runs/r')); return 0\n"
          "run_cli(work)"], cwd=tmp_path)
     assert done.returncode == 0

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from master.runs.launcher_process import (
+from master.run.launcher_process import (
     RunningError,
     ensure_not_running,
     is_active,
     started_at,
     write_launcher_record,
 )
-from master.runs.run_folder import find_run
+from master.run.run_folder import find_run
 from master.watch_training import host_lines
 
 TOOL = ROOT / "master" / "watch_training.py"

@@ -14,7 +14,7 @@ from master.core.run_cli import UserError
 from master.core.trust import refuse_foreign
 from master.inventory.cluster_file import known_by_name, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
-from master.runs.launcher_process import is_active, make_private
+from master.run.launcher_process import is_active, make_private
 
 
 class RunError(UserError):

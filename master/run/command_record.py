@@ -1,0 +1,143 @@
+"""The flags that a run was started with: RUN/command.json, which this machine writes and signs, and no host sends.
+
+`invoke train --resume RUN` repeats them. A run folder that comes from elsewhere is not obeyed: of its flags only names
+and numbers are taken, after a question. What runs code or writes elsewhere has to be typed in every command.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from master.core.atomic_write import write_atomically
+from master.core.run_cli import UserError
+from master.core.terminal import confirm, say
+from master.core.user_secret import is_signed, signature
+from master.run.launcher_process import read_object
+
+RECORD = "command.json"
+HOSTS = ("hostfile.txt", "cluster.json")  # which say where the run's processes are started, and by which Python
+PLACE = {"--output_dir", "--resume_from_checkpoint", "--local_rank"}  # the launcher says these anew
+ALWAYS_TYPED = {"--trust_remote_code", "--allow_pickle"}  # they run code of whoever made a model
+# What is taken from a run folder of unknown origin: flags without a value, with a number, with a name.
+SWITCHES = {"--from_config", "--resize_embeddings", "--activation_checkpointing", "--gradient_checkpointing",
+            "--torch_compile", "--liger", "--merge_lora", "--streaming", "--no_packing", "--eval_on_train",
+            "--no_gradient_check", "--deepspeed", "--lora", "--qlora"}
+NUMBERS = {"--vocab_size", "--lora", "--qlora", "--sequence_length", "--eval_fraction", "--num_epochs", "--max_steps",
+           "--per_device_train_batch_size", "--gradient_accumulation_steps", "--learning_rate", "--warmup_steps",
+           "--weight_decay", "--adam_beta1", "--adam_beta2", "--adam_epsilon", "--max_grad_norm", "--seed",
+           "--logging_steps", "--eval_steps", "--save_steps", "--save_total_limit", "--num_samples"}
+WORDS = {"--precision", "--lr_scheduler_type", "--dataset_config", "--dataset_split", "--text_column", "--eval_config",
+         "--eval_split"}
+NAMES = {"--model_name_or_path", "--dataset_path", "--eval_dataset"}  # of the hub, or paths inside the run
+NUMBER, WORD = re.compile(r"-?[0-9][0-9.e+-]{0,30}"), re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
+HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
+
+
+class CommandError(UserError):
+    """A run whose flags can't be repeated."""
+
+
+def write_command(run: Path, arguments: Sequence[str]) -> None:
+    """Record the trainer's flags of a run that starts, beside the hosts' files that are there. Raises OSError."""
+    record = {"schema": "command/1", "arguments": list(arguments)}
+    write_atomically(run / RECORD, json.dumps({**record, "signature": signature(signed_text(run, record))}) + "\n")
+
+
+def signed_text(run: Path, record: Mapping[str, object]) -> str:
+    """Return all that a run's processes hang on: the flags, and the hosts' files."""
+    hosts = [(run / name).read_text(encoding="utf-8") if (run / name).exists() else None for name in HOSTS]
+    return json.dumps([record.get("arguments"), hosts])
+
+
+def own_command(run: Path) -> list[str] | None:
+    """Return the flags that this user's launcher recorded on this machine; None if there are none, or not its."""
+    record = read_object(run / RECORD)
+    words = record.get("arguments")
+    try:
+        mine = is_signed(signed_text(run, record), record.get("signature"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return words if mine and isinstance(words, list) else None
+
+
+def flags_of(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each flag, in the trainer's spelling, with its values."""
+    flag, values = "", list[str]()
+    for word in words:
+        if word.startswith("--"):
+            if flag:
+                yield flag, values
+            name, equals, value = word.partition("=")
+            flag, values = name.replace("-", "_").replace("__", "--", 1), [value] if equals else []
+        else:
+            values.append(word)
+    if flag:
+        yield flag, values
+
+
+def is_harmless(flag: str, values: Sequence[str], run: Path) -> bool:
+    """Return whether a flag of a run of unknown origin may be repeated: a switch, a number, or a name."""
+    if not values:
+        return flag in SWITCHES
+    if len(values) > 1:
+        return False
+    value = values[0]
+    if flag in NAMES:
+        inside = Path(value).resolve().is_relative_to(run.resolve())
+        return inside or (bool(HUB_NAME.fullmatch(value)) and not Path(value).exists())
+    return bool((flag in NUMBERS and NUMBER.fullmatch(value)) or (flag in WORDS and WORD.fullmatch(value)))
+
+
+def flags_to_repeat(run: Path, typed: Sequence[str], ask: bool) -> list[str]:
+    """Return the flags that a run is resumed with, those of its place left out; `typed` are of this command.
+
+    Of a run that this machine didn't start they are shown first, and asked about if `ask`. Raises CommandError.
+    """
+    words = own_command(run)
+    now = {flag for flag, _ in flags_of(typed)}
+    if words is not None:
+        again = [flag for flag, _ in flags_of(words) if flag in ALWAYS_TYPED - now]
+        if again:
+            raise CommandError(f"{run} was started with {' and '.join(again)}, which runs code of the model's author: "
+                               f"type it again: {resume_words(run, *again)}")
+        return joined((flag, values) for flag, values in flags_of(words) if flag not in PLACE | ALWAYS_TYPED)
+    found = [(flag, values) for flag, values in flags_of(foreign_command(run)) if flag not in PLACE]
+    taken = joined((flag, values) for flag, values in found if is_harmless(flag, values, run))
+    left_out = joined((flag, values) for flag, values in found if not is_harmless(flag, values, run))
+    say(f"{run} was not started by lanspeed on this machine. Its flags: {shlex.join(taken) or 'none'}")
+    if left_out:
+        say(f"left out, type again what you want: {shlex.join(left_out)}")
+    if ask and not sys.stdin.isatty():
+        raise CommandError(f"{run}: no terminal to ask on: type its flags: {resume_words(run, '--model', 'M')}")
+    if ask and not confirm("Resume it with these flags?"):
+        raise CommandError(f"{run}: nothing was started")
+    return taken
+
+
+def foreign_command(run: Path) -> list[str]:
+    """Return the trainer's flags as a run folder has them, whoever wrote it. Raises CommandError."""
+    words = read_object(run / RECORD).get("arguments")
+    if isinstance(words, list) and all(isinstance(word, str) for word in words):
+        return words
+    command = read_object(run / "run.json").get("command")
+    try:
+        if isinstance(command, str):
+            return shlex.split(command)[1:]
+    except ValueError:
+        pass
+    raise CommandError(f"{run} doesn't say how it was started: {resume_words(run, '--model', 'M')}")
+
+
+def joined(flags: Iterator[tuple[str, list[str]]]) -> list[str]:
+    """Return flags as words of a command line."""
+    return [word for flag, values in flags for word in (flag, *values)]
+
+
+def resume_words(run: Path, *more: str) -> str:
+    """Return the command that resumes a run."""
+    return shlex.join(["invoke", "train", "--resume", str(run), *more])
