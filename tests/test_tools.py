@@ -96,6 +96,11 @@ def test_a_task_shows_no_password(words: list[str]) -> None:
     assert "hunter2" not in done.stdout + done.stderr and "***" in done.stderr
 
 
+def test_a_task_shows_no_token() -> None:
+    done = invoke("train", "--model", "tiny", "--dry-run", "--env", "HF_TOKEN=hunter2", "--env=A=hunter2")
+    assert "hunter2" not in done.stdout + done.stderr and "HF_TOKEN=***" in done.stderr
+
+
 def test_a_task_without_its_model_says_how() -> None:
     done = invoke("train")
     assert done.returncode == 2
