@@ -183,7 +183,8 @@ def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOption
     known = known_by_name(read_cluster(before.with_name("cluster.json")))
     if own_command(before.parent) is None:  # nobody is asked whom the user didn't name
         known = {}
-        if not {host.host for host in hosts} <= {host.host for host in request.hosts.slots}:
+        if unnamed := {host.host for host in hosts} - {host.host for host in request.hosts.slots}:
+            say(f"{before} is not this machine's own: {', '.join(sorted(unnamed))} won't be asked for shards")
             return request
     found = gather_and_send(request.run, hosts, request.hosts.slots, {**known, **request.hosts.known}, ssh)
     place = ["--resume_from_checkpoint", str(found)] if found else []

@@ -86,7 +86,8 @@ def open_port(address: str | None, port: int) -> socket.socket:
     """Return a socket on the address that the other nodes know; on all where it isn't this node's. Raises OSError."""
     if address:
         try:
-            family, _, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            kind = socket.SOCK_STREAM  # a name might lead to this node's loopback address here
+            family, _, _, _, target = socket.getaddrinfo(address, port, type=kind, flags=socket.AI_NUMERICHOST)[0]
             return socket.create_server(target[:2], family=family, backlog=128)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:

@@ -594,7 +594,8 @@ def contexts(pem: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 def listen(address: str | None) -> socket.socket:
     """Return a socket on a free port of the address that the other nodes know; of all where it isn't this node's."""
     with contextlib.suppress(OSError, TypeError):
-        family, _, _, _, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        kind = socket.SOCK_STREAM  # a name might lead to this node's loopback address here
+        family, _, _, _, target = socket.getaddrinfo(address, 0, type=kind, flags=socket.AI_NUMERICHOST)[0]
         if address:
             return socket.create_server(target[:2], family=family)
     if socket.has_dualstack_ipv6():

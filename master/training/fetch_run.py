@@ -24,7 +24,8 @@ TOLD_EVERY = 10.0  # seconds between two lines of progress, where no bar can be 
 MARK, END = "@@SIZE ", "@@END "  # before and after the stream
 SLACK, SLACK_BYTES = 1.05, 32 << 20  # what a tar has beyond its files' sizes, and what is written meanwhile
 # What the trainer writes, and what only this machine writes: whatever a host sends, that stays as it is.
-FETCHED = {"run.json", "metrics.jsonl", "loss.png", "sample.txt", "samples", "model", "adapter", "ds_config.json"}
+FETCHED = {"run.json", "metrics.jsonl", "loss.png", "sample.txt", "samples", "model", "adapter", "ds_config.json",
+           "tensorboard", "wandb", "trackio"}
 EXCLUDED = {"hostfile.txt", "cluster.json", "launcher.json", "launch.log", "logs", "checkpoints"}
 KEPT_HERE = {*EXCLUDED, "command.json"}
 SCRATCH = ".fetched"  # in the run folder

@@ -143,7 +143,8 @@ def arguments_of(options: argparse.Namespace, run: Path, model: str | None, data
     if options.resume and not model:
         typed = [*data, *(engine if options.config else []), *trainer_flags]
         words = flags_to_repeat(run, typed, ask=not options.dry_run)
-        return [*words, *data, *(engine if options.config or "--deepspeed_config" not in words else [])]
+        lacks_config = "--deepspeed" in words and "--deepspeed_config" not in words
+        return [*words, *data, *(engine if options.config or lacks_config else [])]
     return ["--model_name_or_path", str(model), *engine, *data]
 
 
