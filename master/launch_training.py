@@ -36,7 +36,7 @@ from master.run.launcher_process import detach, ensure_not_running
 from master.run.run_folder import find_run, new_run_path
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from master.ssh.route import SshOptions
-from master.training.deepspeed_command import default_config
+from master.training.deepspeed_command import default_config, is_only_here
 from master.training.request import Hosts, TrainingRequest, request_of, shown
 
 
@@ -110,7 +110,7 @@ def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None)
     """Return where to train: --nodes, --hostfile, where a resumed run was, or this machine."""
     before = run / "hostfile.txt"
     resumed = options.resume and not options.slots and before.exists()
-    if resumed and not options.hostfile and not options.nodes and own_command(run) is None:
+    if resumed and not (options.hostfile or options.nodes or is_only_here(read_hostfile(before)) or own_command(run)):
         say(f"{before} is not this machine's own: --hostfile names hosts; without it this machine trains")
         resumed = False
     if options.nodes:

@@ -80,6 +80,11 @@ def flags_of(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield flag, values
 
 
+def last_of(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each flag with the values that it was given last: a run that is resumed often repeats them."""
+    yield from dict(flags_of(words)).items()
+
+
 def is_harmless(flag: str, values: Sequence[str], run: Path) -> bool:
     """Return whether a flag of a run of unknown origin may be repeated: a switch, a number, or a name."""
     if not values:
@@ -105,8 +110,8 @@ def flags_to_repeat(run: Path, typed: Sequence[str], ask: bool) -> list[str]:
         if again:
             raise CommandError(f"{run} was started with {' and '.join(again)}, which runs code of the model's author: "
                                f"type it again: {resume_words(run, *again)}")
-        return joined((flag, values) for flag, values in flags_of(words) if flag not in PLACE | ALWAYS_TYPED)
-    found = [(flag, values) for flag, values in flags_of(foreign_command(run)) if flag not in PLACE]
+        return joined((flag, values) for flag, values in last_of(words) if flag not in PLACE | ALWAYS_TYPED)
+    found = [(flag, values) for flag, values in last_of(foreign_command(run)) if flag not in PLACE]
     taken = joined((flag, values) for flag, values in found if is_harmless(flag, values, run))
     left_out = joined((flag, values) for flag, values in found if not is_harmless(flag, values, run))
     say(f"{run} was not started by lanspeed on this machine. Its flags: {shlex.join(taken) or 'none'}")

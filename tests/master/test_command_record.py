@@ -27,10 +27,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_own_flags_are_repeated_without_those_of_the_place(run: Path) -> None:
     words = ["--model_name_or_path", "m", "--dataset_path", "my notes/", "--report_to", "wandb", "tensorboard",
              "--output_dir", "x", "--resume-from-checkpoint=auto", "--max_steps", "-1"]
+    words[2:2] = ["--max_steps", "7"]  # of an earlier time
     write_command(run, words)
     assert own_command(run) == words
-    assert flags_to_repeat(run, [], ask=True) == ["--model_name_or_path", "m", "--dataset_path", "my notes/",
-                                                  "--report_to", "wandb", "tensorboard", "--max_steps", "-1"]
+    assert flags_to_repeat(run, [], ask=True) == ["--model_name_or_path", "m", "--max_steps", "-1", "--dataset_path",
+                                                  "my notes/", "--report_to", "wandb", "tensorboard"]
 
 
 @pytest.mark.parametrize("flag", ["--trust_remote_code", "--allow_pickle"])
