@@ -111,7 +111,7 @@ def flags_to_repeat(run: Path, typed: Sequence[str], ask: bool) -> list[str]:
             raise CommandError(f"{run} was started with {' and '.join(again)}, which runs code of the model's author: "
                                f"type it again: {resume_words(run, *again)}")
         return joined((flag, values) for flag, values in last_of(words) if flag not in PLACE | ALWAYS_TYPED)
-    found = [(flag, values) for flag, values in last_of(foreign_command(run)) if flag not in PLACE]
+    found = [(flag, values) for flag, values in flags_of(foreign_command(run)) if flag not in PLACE]
     taken = joined((flag, values) for flag, values in found if is_harmless(flag, values, run))
     left_out = joined((flag, values) for flag, values in found if not is_harmless(flag, values, run))
     say(f"{run} was not started by lanspeed on this machine. Its flags: {shlex.join(taken) or 'none'}")
