@@ -18,6 +18,7 @@ import pytest
 from archives import archive, links_past_path_max, member
 from hostile import ESCAPES, extreme, wrong
 from ssh_server import SshClient, SshServer
+from terminal import type_into
 
 from master.core.json_schema import first_error
 from master.inventory.node_facts import local_facts
@@ -193,6 +194,20 @@ def test_a_flood_slows_the_host_and_fills_nothing(evil: Evil, place: Path, monke
     evil.answers({"describe_node": [honest_facts(there=[])],
                   "run_node": [STARTED, progress, [20_000, flood], ENDED]})
     seen(evil, place, *TRAIN)
+
+
+def test_a_terminal_gets_no_markup_of_a_host(evil: Evil, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f"step 1/5  [link=https://evil]x[/link][/] {ESCAPES}"[:200]
+    evil.answers({"describe_node": [honest_facts(there=[])], "run_node": [
+        STARTED, line({"event": "progress", "rank": 0, "text": said}), line({"event": "line", "rank": 0, "text": said}),
+        ENDED]})
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    name, *words = TRAIN
+    code, screen = type_into([sys.executable, str(ROOT / "master" / f"{name}.py"), *words, "--ssh-config",
+                              str(evil.client.config)], {})
+    assert code == 1 and "Traceback" not in screen and "step" in screen
+    assert "\x1b]8" not in screen and "\x1b]52" not in screen and "\x1b[2J" not in screen
 
 
 @pytest.mark.parametrize("high", [False, True], ids=["low", "high"])
