@@ -40,12 +40,12 @@ def bounded_rendering() -> Iterator[None]:
         raise TooMuch
 
     on_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGALRM, end) if on_main else None
+    before, timer = signal.signal(signal.SIGALRM, end) if on_main else None, (0.0, 0.0)
     try:
         if hard == resource.RLIM_INFINITY or limit < hard:
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         if on_main:
-            signal.setitimer(signal.ITIMER_REAL, RENDER_LIMIT_S)
+            timer = signal.setitimer(signal.ITIMER_REAL, RENDER_LIMIT_S)
         yield
     except TooMuch:
         raise UserError(f"the chat template does not end within {RENDER_LIMIT_S:.0f} s") from None
@@ -53,7 +53,7 @@ def bounded_rendering() -> Iterator[None]:
         raise UserError(f"the chat template takes more than {RENDER_LIMIT_BYTES >> 30} GiB of memory") from None
     finally:
         if on_main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, *timer)
             signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
