@@ -121,8 +121,7 @@ def visit_all(
     may_ask = sys.stdin.isatty() and not options.dry_run and not options.ssh_password_file
     while left:
         found = visit_once(left, ssh, pair, options, may_ask)
-        results.update({node: HostResult(node, reason=str(result).removeprefix(f"{node}: "))
-                        if isinstance(result, SshError) else result for node, result in found.items()})
+        results |= {node: as_result(node, result) for node, result in found.items()}
         refused = [node for node, result in found.items()
                    if isinstance(result, SshError) and result.stage == "authentication"]
         left = refused if may_ask else []
@@ -130,7 +129,9 @@ def visit_all(
             say(f"no key was accepted by {', '.join(map(str, left))}")
             if options.password_per_host:
                 for node in left:
-                    results |= visit_with_password([node], ssh, pair, options, f"password of {node}")
+                    if password := getpass.getpass(f"password of {node} (empty: leave it out): "):
+                        own = replace(ssh, password=password, only="password")
+                        results[node] = as_result(node, visit_once([node], own, pair, options, may_ask=False)[node])
                 break
             if len(left) > 1:
                 say("one password goes to all of them, and to whoever has taken one over: --password-per-host asks for "
@@ -142,15 +143,11 @@ def visit_all(
     return [results[node] for node in nodes]
 
 
-def visit_with_password(nodes: Sequence[Node], ssh: SshOptions, pair: KeyPair | None, options: argparse.Namespace,
-                        question: str) -> dict[Node, HostResult]:
-    """Ask for a password that goes to these hosts alone, and visit them; none if the answer is empty."""
-    password = getpass.getpass(f"{question} (empty: leave it out): ")
-    if not password:
-        return {}
-    found = visit_once(nodes, replace(ssh, password=password, only="password"), pair, options, may_ask=False)
-    return {node: HostResult(node, reason=str(result).removeprefix(f"{node}: "))
-            if isinstance(result, SshError) else result for node, result in found.items()}
+def as_result(node: Node, result: HostResult | SshError) -> HostResult:
+    """Return what came of a visit, a failed one as a result with its reason."""
+    if isinstance(result, HostResult):
+        return result
+    return HostResult(node, reason=str(result).removeprefix(f"{node}: "))
 
 
 def prove(results: Sequence[HostResult], ssh: SshOptions, pair: KeyPair) -> None:

@@ -21,6 +21,7 @@ import warm_trainer
 from lab.hosts import Lab
 from machines import Machine
 from programs import LAB, as_root, find_program, install_command, may_mount, missing_programs
+from ssh_server import SshClient, SshServer
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = ROOT / "trainer" / "train.py"
@@ -128,6 +129,19 @@ def environment(cache: Path) -> dict[str, str]:
     return {**kept, "LANSPEED_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": "",
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[SshServer]:
+    """A real sshd."""
+    with SshServer(tmp_path / "server") as running:
+        yield running
+
+
+@pytest.fixture
+def client(tmp_path: Path, server: SshServer) -> SshClient:
+    """Who reaches it as gpu1."""
+    return SshClient(tmp_path / "client", gpu1=server)
 
 
 class Run:

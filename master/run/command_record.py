@@ -6,6 +6,8 @@ and numbers are taken, after a question. What runs code or writes elsewhere has 
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import re
 import shlex
@@ -16,7 +18,7 @@ from pathlib import Path
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
 from master.core.terminal import confirm, say
-from master.core.user_secret import is_signed, signature
+from master.inventory.worker_script import load_worker
 from master.run.launcher_process import read_object
 
 RECORD = "command.json"
@@ -52,6 +54,17 @@ def signed_text(run: Path, record: Mapping[str, object]) -> str:
     """Return all that a run's processes hang on: the flags, and the hosts' files."""
     hosts = [(run / name).read_text(encoding="utf-8") if (run / name).exists() else None for name in HOSTS]
     return json.dumps([record.get("arguments"), hosts])
+
+
+def signature(text: str) -> str:
+    """Return what only this user can write under a text, on this machine (HMAC-SHA256, hex). Raises OSError."""
+    secret: bytes = load_worker("user_secret").user_secret()
+    return hmac.new(secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
+
+
+def is_signed(text: str, signed: object) -> bool:
+    """Return whether `signed` is this user's signature of a text. Raises OSError."""
+    return isinstance(signed, str) and hmac.compare_digest(signature(text).encode(), signed.encode())
 
 
 def own_command(run: Path) -> list[str] | None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,6 @@ def reach(client: SshClient, *names: str, ask: Callable[..., bool] | None = None
     found = run_on_all(nodes, SshOptions(**settings), hello, ask)
     assert list(found) == nodes
     return {str(node): result for node, result in found.items()}
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[SshServer]:
-    with SshServer(tmp_path / "server") as running:
-        yield running
-
-
-@pytest.fixture
-def client(tmp_path: Path, server: SshServer) -> SshClient:
-    return SshClient(tmp_path / "client", gpu1=server)
 
 
 def refusal(result: object, stage: str, *words: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,6 @@ from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 
 pytestmark = pytest.mark.needs("sshd", "ssh", "ssh-keygen")
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[SshServer]:
-    """A real server."""
-    with SshServer(tmp_path / "server") as running:
-        yield running
-
-
-@pytest.fixture
-def client(tmp_path: Path, server: SshServer) -> SshClient:
-    """Who reaches it as gpu1."""
-    return SshClient(tmp_path / "client", gpu1=server)
 
 
 def reach(client: SshClient, setting: str = "", **ssh: Any) -> Any:

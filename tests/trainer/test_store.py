@@ -74,7 +74,7 @@ def test_a_secret_is_of_the_launcher_or_of_the_user(monkeypatch: pytest.MonkeyPa
     assert store.job_secret(False) is None  # taken out of the environment, and several machines have none in common
     alone = store.job_secret(True)
     assert alone and alone == store.job_secret(True) and len(alone) == 32
-    path = Path(store.os.environ["XDG_CONFIG_HOME"]) / "lanspeed" / "ranks"
+    path = Path(store.os.environ["XDG_CONFIG_HOME"]) / "lanspeed" / "secret"
     assert path.stat().st_mode & 0o777 == 0o600
 
 

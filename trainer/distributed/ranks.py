@@ -7,22 +7,20 @@ watchdog: data may be tokenized for an hour before the process group, which has 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.distributed import store
+from trainer.distributed.worker_file import load_worker
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-RUN_NODE = Path(__file__).resolve().parent.parent.parent / "worker" / "run_node.py"
 RENDEZVOUS_LIMIT_S = 600
 ALL_REDUCE_LIMIT_S = 60
 PREPARING_LIMIT_S = 7 * 24 * 3600
@@ -51,14 +49,9 @@ def set_environment() -> None:
 def interface_towards(address: str) -> str | None:
     """Return the name of the network interface that traffic to `address` leaves by, or None if none is known.
 
-    gloo and NCCL otherwise guess by the host's name, which Debian maps to the loopback address. The launcher's file for
-    a host has the one way to find it; that file stands alone, so it is loaded by its path.
+    gloo and NCCL otherwise guess by the host's name, which Debian maps to the loopback address.
     """
-    spec = importlib.util.spec_from_file_location("run_node", RUN_NODE)
-    assert spec and spec.loader
-    run_node = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run_node)
-    found: str | None = run_node.interface_towards(address)
+    found: str | None = load_worker("run_node").interface_towards(address)
     return found
 
 

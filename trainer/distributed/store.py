@@ -14,17 +14,16 @@ import hmac
 import ipaddress
 import json
 import os
-import secrets
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from trainer.distributed.worker_file import load_worker
 from trainer.errors import UserError
 
 SECRET_VARIABLE = "LANSPEED_SECRET"  # noqa: S105, the name of a variable
-SECRET_BYTES = 32
 LOOPBACK = "127.0.0.1"
 
 
@@ -41,27 +40,9 @@ def job_secret(is_alone: bool) -> bytes | None:
     parent = os.getppid()
     with contextlib.suppress(OSError):
         started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-        return hmac.new(user_secret(), f"{parent} {started}".encode(), hashlib.sha256).digest()
+        secret: bytes = load_worker("user_secret").user_secret()
+        return hmac.new(secret, f"ranks {parent} {started}".encode(), hashlib.sha256).digest()
     return None
-
-
-def user_secret() -> bytes:
-    """Return this user's secret on this machine (~/.config/lanspeed/ranks), made at its first use. Raises OSError."""
-    path = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "lanspeed" / "ranks"
-    with contextlib.suppress(FileNotFoundError):
-        if len(found := path.read_bytes()) == SECRET_BYTES and not path.stat().st_mode & 0o077:
-            return found
-        path.unlink()
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    scratch = path.with_name(f".ranks.{secrets.token_hex(8)}")
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secrets.token_bytes(SECRET_BYTES))
-    try:
-        with contextlib.suppress(FileExistsError):  # another rank was first
-            os.link(scratch, path)
-    finally:
-        scratch.unlink()
-    return path.read_bytes()
 
 
 def listen(address: str, port: int) -> socket.socket:
