@@ -14,7 +14,7 @@ from master.core.run_cli import UserError
 from master.core.trust import refuse_foreign
 from master.inventory.cluster_file import known_by_name, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
-from master.run.launcher_process import is_active, make_private
+from master.run.launcher_process import is_active, make_private, read_object
 
 
 class RunError(UserError):
@@ -35,10 +35,7 @@ def job_prefix(run: Path) -> str:
 def mark_failed(run: Path, code: int) -> None:
     """Complete the run.json of a run whose ranks were killed; one that is complete, or isn't there, is left alone."""
     path = run / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
+    record = read_object(path)
     if record.get("status") == "running":
         record.update(status="failed", exit=code, ended=time.time())
         write_atomically(path, json.dumps(record, indent=1) + "\n")
@@ -46,10 +43,8 @@ def mark_failed(run: Path, code: int) -> None:
 
 def memory_advice(run: Path) -> list[str]:
     """Return what run.json says would save a host's memory, [] where it says nothing."""
-    try:
-        found = json.loads((run / "run.json").read_text(encoding="utf-8"))["memory"]["host"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    memory = read_object(run / "run.json").get("memory")
+    found = memory.get("host") if isinstance(memory, dict) else None
     return [str(line) for line in found] if isinstance(found, list) else []
 
 

@@ -257,6 +257,10 @@ def test_ranks_don_t_outlive_whoever_started_them(victim: str, environment: dict
 def test_a_record_of_a_killed_run_is_completed(tmp_path: Path) -> None:
     mark_failed(tmp_path, 9)
     assert not (tmp_path / "run.json").exists()
+    for odd in ("[]", "5", "{" * 100_000):  # a host may send anything as its record
+        (tmp_path / "run.json").write_text(odd)
+        mark_failed(tmp_path, 9)
+        assert (tmp_path / "run.json").read_text() == odd
     (tmp_path / "run.json").write_text('{"status": "running"}')
     mark_failed(tmp_path, 9)
     record = json.loads((tmp_path / "run.json").read_text())

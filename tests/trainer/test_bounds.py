@@ -90,6 +90,16 @@ def test_code_of_the_hub_is_not_fetched(config: dict[str, Any], tmp_path: Path) 
         load_config(options)
 
 
+def test_a_named_attention_takes_the_place_of_the_config_s_and_of_nothing_else(tmp_path: Path) -> None:
+    def named(**config: Any) -> Any:
+        folder = str(model(tmp_path / "m", **config))
+        return load_config(parse_options(["--model_name_or_path", folder, "--attn_implementation", "sdpa"]))
+
+    assert named(attn_implementation="someone/kernel") is not None
+    with pytest.raises(UserError, match=r"names code of somebody else \(experts_implementation"):
+        named(experts_implementation="someone/kernel")
+
+
 def test_an_adapter_beside_the_weights_is_not_followed(tmp_path: Path) -> None:
     folder = model(tmp_path / "m")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else", "peft_type": "LORA"}')

@@ -44,8 +44,8 @@ def load_config(options: Options) -> Any:
                         "--lora --merge_lora for a whole model, or continue its run with --resume_from_checkpoint")
     refuse_adapter_beside(name, path)
     try:
-        if not (options.trust_remote_code or options.attn_implementation):
-            refuse_kernels(name, PreTrainedConfig.get_config_dict(name)[0])
+        if not options.trust_remote_code:
+            refuse_kernels(options, PreTrainedConfig.get_config_dict(name)[0])
         return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except UserError:
         raise
@@ -55,13 +55,18 @@ def load_config(options: Options) -> Any:
         raise UserError(f"model '{name}': {first_line(error)}") from None
 
 
-def refuse_kernels(name: str, config: Any) -> None:
-    """Raise UserError for a configuration that names code of the hub, which would be fetched and run."""
+def refuse_kernels(options: Options, config: Any) -> None:
+    """Raise UserError for a configuration that names code of the hub, which would be fetched and run.
+
+    Its attention doesn't count where --attn_implementation takes its place.
+    """
     for key, value in config.items() if isinstance(config, dict) else ():
-        if key.endswith("_implementation") and "/" in str(value):
-            raise UserError(f"model '{name}': its config.json names code of somebody else ({key}: {str(value)[:100]}): "
-                            "--attn_implementation sdpa leaves that out")
-        refuse_kernels(name, value)
+        attention = key.endswith("attn_implementation")
+        if key.endswith("_implementation") and "/" in str(value) and not (attention and options.attn_implementation):
+            fix = "--attn_implementation sdpa leaves that out" if attention else "take that out of it"
+            raise UserError(f"model '{options.model_name_or_path}': its config.json names code of somebody else "
+                            f"({key}: {str(value)[:100]}): {fix}")
+        refuse_kernels(options, value)
 
 
 def refuse_adapter_beside(name: str, path: Path) -> None:
