@@ -54,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--nodes", nargs="+", metavar="N", default=[], help="find the GPUs of these hosts first, then train on them")
     flag("--slots", type=int, metavar="N",
          help="ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes")
-    flag("--grace", type=float, default=60, metavar="S", help="seconds that the ranks get to save after Ctrl-C (60)")
+    flag("--grace", type=float, default=60, metavar="S",
+         help="seconds after Ctrl-C to begin a save, and again to end after it (60)")
     flag("--include", default="", metavar="I", help="only these hosts and slots of the hostfile: gpu1@gpu2:0,2")
     flag("--exclude", default="", metavar="E", help="all hosts and slots but these")
     flag("--resume", metavar="RUN",
@@ -63,7 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--stall-timeout", type=float, metavar="S",
          help="report a hang after so many seconds without progress (default: 300, or 10 steps if longer; 0: never)")
     flag("--on-lost-master", choices=["end", "continue"], default="end",
-         help="what the hosts do when this machine is lost (end)")
+         help="what the hosts do after --patience: save and end, or continue (end)")
+    flag("--patience", type=float, default=60, metavar="S",
+         help="seconds without contact to a host until its ranks save and end (60)")
+    flag("--attach", metavar="RUN", help="supervise a run whose launcher has ended and whose hosts still train")
     flag("--detach", action="store_true", help="continue without this terminal")
     flag("--stop", nargs="?", const="", metavar="RUN",
          help="stop a run; its ranks save first (default: the newest active run)")
@@ -229,6 +233,13 @@ def act(options: argparse.Namespace, trainer_flags: list[str]) -> int:
         from master.training.stop_run import stop
 
         return stop(options.stop or None, options)
+    if options.attach:
+        from master.training.takeover import read_job_record, take_over
+
+        run, ssh = find_run(options.attach), ssh_options(options)
+        ensure_not_running(run)
+        read_job_record(run)
+        return take_over(run, ssh) if not options.detach or detach(run) else 0
     if not (options.model or options.script or options.resume):
         raise UsageError("which model? invoke train --model tiny (or a Hugging Face name, or a folder)")
     if options.slots is not None and options.slots < 1:

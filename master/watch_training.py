@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from master.check.host_metrics import HostMetrics
 from master.core.json_schema import loads
 from master.core.run_cli import run_cli
 from master.core.terminal import is_terminal, one_line, print_lines
@@ -31,7 +32,6 @@ from master.run.launcher_process import RECORD, is_active, read_launcher_record,
 from master.run.run_folder import find_run
 from master.ssh.node_names import parse_node
 from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
-from master.training.host_metrics import HostMetrics
 
 if TYPE_CHECKING:
     from rich.table import Table

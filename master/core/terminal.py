@@ -6,11 +6,13 @@ begins no line of its own.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -22,12 +24,24 @@ NAMED = 6  # hosts that are listed while they are waited for; of more only the n
 
 def say(*lines: str) -> None:
     """Print lines of progress, each cleaned."""
-    print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
+    with survive_closed_terminal():
+        print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
 
 def print_lines(*lines: str) -> None:
     """Print lines of a result, each cleaned."""
-    print("\n".join(map(one_line, lines)), flush=True)
+    with survive_closed_terminal():
+        print("\n".join(map(one_line, lines)), flush=True)
+
+
+@contextlib.contextmanager
+def survive_closed_terminal() -> Iterator[None]:
+    """Let a line be lost whose terminal is gone: what is printed ends no training. A full disk is an error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def one_line(text: str) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import struct
 import sys
@@ -155,17 +156,27 @@ def make_private(run: Path) -> None:
     os.makedirs(run, mode=0o700, exist_ok=True)
 
 
+def survive_hangup(run: Path) -> None:
+    """Continue when the terminal is closed, unless nohup has said already what is to be done."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda number, frame: leave_terminal(run))
+
+
+def leave_terminal(run: Path) -> None:
+    """Have what is printed from now on go to the run's launch.log, without a terminal."""
+    with open(os.devnull) as nothing, open(run / "launch.log", "a", encoding="utf-8") as file:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 def detach(run: Path) -> bool:
     """Continue in a process that no terminal ends; return True there, False in the one that was started."""
     make_private(run)
-    log = run / "launch.log"
     sys.stdout.flush()
     if os.fork():
         say(f"detached: {run}", f"  follow it: invoke watch {run}", f"  stop it:   invoke stop {run}")
         return False
     os.setsid()
-    with open(os.devnull) as nothing, open(log, "a", encoding="utf-8") as file:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    leave_terminal(run)
     return True

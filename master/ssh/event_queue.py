@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -20,12 +20,13 @@ class EventQueue(Generic[T]):
         self._room = {host: threading.Semaphore(WAITING) for host in hosts}
         self._closed = threading.Event()
 
-    def put(self, host: str, item: T) -> None:
-        """Add what a host said, as soon as there is room for it."""
+    def put(self, host: str, item: T, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Add what a host said, as soon as there is room for it; until then do something now and then."""
         while not self._closed.is_set():
             if self._room[host].acquire(timeout=TICK_S):
                 self._items.put((host, item))
                 return
+            meanwhile()
 
     def get(self, timeout: float) -> tuple[str, T]:
         """Return the next host and what it said. Raises queue.Empty."""

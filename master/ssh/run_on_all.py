@@ -33,7 +33,7 @@ class UnknownHost:
 
 
 @dataclass
-class _Waiting:
+class Waiting:
     """A connection that waits for the answer to the question about its host's key."""
 
     unknown: UnknownHost
@@ -55,16 +55,16 @@ def run_on_all(
     needs all of them `at_once`.
     """
     results: dict[Node, T | SshError] = {}
-    reached: queue.SimpleQueue[tuple[Node, _Waiting | None]] = queue.SimpleQueue()
+    reached: queue.SimpleQueue[tuple[Node, Waiting | None]] = queue.SimpleQueue()
 
-    def finish(node: Node, task: Callable[[], Session | _Waiting]) -> T | SshError | _Waiting:
+    def finish(node: Node, task: Callable[[], Session | Waiting]) -> T | SshError | Waiting:
         session = None
         try:
             try:
                 session = task()
             finally:
-                reached.put((node, session if isinstance(session, _Waiting) else None))
-            if isinstance(session, _Waiting):
+                reached.put((node, session if isinstance(session, Waiting) else None))
+            if isinstance(session, Waiting):
                 return session
             try:
                 result: T | SshError = work(session)
@@ -78,7 +78,7 @@ def run_on_all(
         return result
 
     with ThreadPoolExecutor(min(at_once, max(1, len(nodes)))) as pool:
-        tasks: dict[Node, Future[T | SshError | _Waiting]] = {
+        tasks: dict[Node, Future[T | SshError | Waiting]] = {
             node: pool.submit(finish, node, partial(connect, node, ssh, ask is not None)) for node in nodes}
         answers = dict(reached.get() for _ in nodes)
         waiting = {node: one for node in nodes if (one := answers[node])}
@@ -87,12 +87,12 @@ def run_on_all(
                   for node, one in waiting.items()}
         for node, future in tasks.items():
             result = future.result()
-            assert not isinstance(result, _Waiting)
+            assert not isinstance(result, Waiting)
             results[node] = result
     return {node: results[node] for node in nodes}
 
 
-def connect(node: Node, ssh: SshOptions, may_ask: bool) -> Session | _Waiting:
+def connect(node: Node, ssh: SshOptions, may_ask: bool) -> Session | Waiting:
     """Reach a node; return a session, or a connection that waits for word on its host key."""
     ssh = ssh.for_node(node)
     if node.is_local:
@@ -109,7 +109,7 @@ def connect(node: Node, ssh: SshOptions, may_ask: bool) -> Session | _Waiting:
         return OpenSshSession(route, ssh)
     if verdict == UNKNOWN:
         if route.host_keys == "ask" and may_ask:
-            return _Waiting(UnknownHost(route, key), transport)
+            return Waiting(UnknownHost(route, key), transport)
         if route.host_keys != "accept-new":
             transport.close()
             raise unknown_key(route, key)
@@ -117,7 +117,7 @@ def connect(node: Node, ssh: SshOptions, may_ask: bool) -> Session | _Waiting:
     return authenticate(transport, route, key, ssh)
 
 
-def resume_connection(waiting: _Waiting, ssh: SshOptions, trusted: bool) -> Session:
+def resume_connection(waiting: Waiting, ssh: SshOptions, trusted: bool) -> Session:
     """Continue with a host after the question; if it didn't wait so long, connect to it anew."""
     from master.ssh.paramiko_session import handshake
 

@@ -22,6 +22,7 @@ from master.core.json_schema import first_error, loads
 from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.inventory.node_facts import checkout_of, query_facts, start_folder
+from master.run.fetch_run import END, MARK, Fetched, Progress, unpack_stream
 from master.run.run_folder import RunError, job_prefix
 from master.ssh.channel import Channel
 from master.ssh.node_names import Node, parse_node
@@ -30,7 +31,6 @@ from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import OUTPUT_LIMIT, Session
 from master.ssh.worker_message import SCHEMA
-from master.training.fetch_run import END, MARK, Fetched, Progress, unpack_stream
 
 MANIFEST, MANIFEST_MARK = "complete.json", "@@SEAL "
 PART = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")

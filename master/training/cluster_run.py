@@ -1,6 +1,6 @@
 """A training from the preflight check of each host to the run folder on this machine, which may be the only host.
 
-`launch_training.py` calls `train`; supervisor.py runs the job, root_cause.py explains why it failed.
+`launch_training.py` calls `train`; supervisor.py runs the job, conclusion.py says how it ended.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import secrets
 import shlex
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,20 @@ from master.inventory.node_facts import checkout_of, local_facts, start_folder
 from master.inventory.preflight import gpu_problems, node_problems, torch_problems
 from master.run.command_record import RECORD as COMMAND
 from master.run.command_record import write_command
-from master.run.launcher_process import LOCK, RECORD, make_private, write_launcher_record
-from master.run.run_folder import job_prefix, mark_failed, memory_advice, save_hosts
+from master.run.launcher_process import LOCK, RECORD, make_private, survive_hangup, write_launcher_record
+from master.run.run_folder import job_prefix, save_hosts
 from master.ssh.node_names import parse_node
 from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
-from master.training.fetch_run import fetch_run
-from master.training.hang_detector import HangDetector
-from master.training.job import HostAssignment, JobResult
+from master.training.conclusion import conclude
+from master.training.job import HostAssignment, JobResult, RunPlace
 from master.training.rank_output import RankOutput
 from master.training.request import TrainingRequest
-from master.training.root_cause import KILLED, Cause, first_cause
 from master.training.supervisor import ClusterJob
+from master.training.takeover import RECORD as JOB
+from master.training.takeover import write_job_record
 
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
-WRONG_USAGE = 2  # how a rank ends that can't take its flags
 
 
 class Training:
@@ -49,10 +48,9 @@ class Training:
         self.stopped = False  # somebody asked for the end before it began
         self.again = False  # a restart: from the newest checkpoint that every host has
         self.name = self.new_name()
-        self.parts = [HostAssignment(parse_node(host.host), host.use, checkout_of(self.known.get(host.host, {})))
-                      for host in request.hosts.slots]
-        self.local = False  # rank 0's run folder is this machine's
-        self.folders: dict[str, str] = {}  # by host: where its ranks start
+        self.parts = tuple(HostAssignment(parse_node(host.host), host.use, checkout_of(self.known.get(host.host, {})))
+                           for host in request.hosts.slots)
+        self.place = RunPlace(self.run, self.parts, {}, is_here=False, is_ours=request.is_ours)
 
     def new_name(self) -> str:
         """Give the job a name that no other has, and return it."""
@@ -88,18 +86,20 @@ class Training:
                 say(line)
             return None
         first = str(self.parts[0].node)
-        self.local = str(mark) in facts[first]["there"]
         address = self._address(facts[first])
         port = self.request.master_port or facts[first]["port"]
         write_launcher_record(self.run, self.name)
         self._announce(facts, address, port)
-        self.folders = {str(part.node): start_folder(facts[str(part.node)], part.place) for part in self.parts}
+        folders = {str(part.node): start_folder(facts[str(part.node)], part.place) for part in self.parts}
+        self.place = replace(self.place, folders=folders, is_here=str(mark) in facts[first]["there"])
+        follow = None if self.place.is_here else str(self.run / "metrics.jsonl")
+        write_job_record(self.place, self.name, self.request.supervision, follow is not None)
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "secret": secrets.token_hex(32),
                 "environment": self.variables, "arguments": self._arguments(),
                 "continue_without_master": self.request.supervision.survives_master,
                 "no_local_rank": self.request.no_local_rank,
-                "follow": None if self.local else str(self.run / "metrics.jsonl"), "folders": self.folders,
+                "follow": follow, "folders": folders, "checkpoints": str(self.run / "checkpoints"),
                 "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
                 "scripts": {str(part.node): part.place.translate_path(str(self.request.script)) for part in self.parts}}
 
@@ -143,6 +143,7 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
     save_hosts(training.run, request.hosts.slots, request.hosts.cluster)
     if request.is_ours:
         write_command(training.run, request.arguments)
+    survive_hangup(training.run)
     for attempt in range(restarts + 1):
         patience = time.monotonic() + (RESTART_WAIT if attempt else 0)
         while (result := run_once(training, ssh)) is None:
@@ -152,7 +153,7 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
                     _forget(training.run)
                 return 1
             time.sleep(10)
-        code = conclude(training, result, ssh)
+        code = conclude(training.place, result, ssh)
         if code == 0 or result.asked_to_stop or attempt == restarts:
             return code
         say(f"restart {attempt + 1} of {restarts}: from the newest checkpoint that every host has")
@@ -162,11 +163,10 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
 
 def run_once(training: Training, ssh: SshOptions) -> JobResult | None:
     """Run the job to its end; None if it couldn't begin."""
-    watched, name = training.request.supervision, training.new_name()
-    job = ClusterJob(training.parts, ssh, training.wanted(), name, watched.grace, HangDetector(watched.stall_timeout),
-                     training.approve)
+    name = training.new_name()
+    job = ClusterJob(training.parts, ssh, name, training.request.supervision, RankOutput(training.run), say)
     try:
-        return job.run(host_key_prompt(), RankOutput(training.run), say)
+        return job.start(training.wanted(), training.approve, host_key_prompt())
     finally:
         training.stopped = job.stop_requested
         (training.run / f".{name}").unlink(missing_ok=True)
@@ -176,40 +176,8 @@ def _forget(run: Path) -> None:
     """Remove the folder of a run that never began."""
     if any((run / name).exists() for name in ("run.json", "metrics.jsonl")):
         return
-    for name in (RECORD, LOCK, COMMAND, "hostfile.txt", "cluster.json"):
+    for name in (RECORD, LOCK, COMMAND, JOB, "hostfile.txt", "cluster.json"):
         (run / name).unlink(missing_ok=True)
     for folder in (run / "logs", run):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def conclude(training: Training, result: JobResult, ssh: SshOptions) -> int:
-    """Report how it ended, fetch the run folder; return the exit code."""
-    cause = first_cause(result.exits, result.lost_hosts, {who: list(lines) for who, lines in result.output.items()})
-    failed = cause is not None or any(result.launcher_codes.get(str(part.node)) != 0 for part in training.parts)
-    first = training.parts[0]
-    here = training.local
-    if not here and str(first.node) in result.launcher_codes:
-        here = fetch_run(first.node, training.folders[str(first.node)], training.run, ssh,
-                         is_ours=training.request.is_ours, optional=failed or not training.request.is_ours)
-    if not failed:
-        return 0 if here else 1
-    mark_failed(training.run, 1)
-    usage = cause is not None and cause.code == WRONG_USAGE and training.request.is_ours
-    if not usage:
-        say(f"training failed after {result.first_failure_at or 0:.0f} s" + (f": {cause}" if cause else ""))
-    if cause:
-        explain(cause, training.run)
-    if not usage:
-        say(f"output: {shlex.quote(str(training.run / 'logs'))}")
-    return WRONG_USAGE if usage else 1
-
-
-def explain(cause: Cause, run: Path) -> None:
-    """Print the last lines of the rank that failed first, unless a terminal has just shown them, and what helps."""
-    for line in cause.excerpt if cause.rank != 0 or not sys.stdout.isatty() else ():
-        say(f"  {line}" if cause.code != WRONG_USAGE else line)
-    if cause.hint:
-        say(f"hint: {cause.hint}")
-    for line in memory_advice(run) if cause.hint == KILLED else ():
-        say(line)

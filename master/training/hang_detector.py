@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Collection
 from statistics import median
 
 LEAST = 300.0  # seconds
@@ -47,7 +48,16 @@ class HangDetector:
         """The seconds without activity after which a hang is reported."""
         if self._limit is not None:
             return self._limit
-        return max(LEAST, STEPS * median(self._seconds)) if self._seconds else LEAST
+        return max(LEAST, STEPS * self.a_step)
+
+    @property
+    def a_step(self) -> float:
+        """Seconds of a step, 0 where that isn't known."""
+        return median(self._seconds) if self._seconds else 0.0
+
+    def active_since(self, at: float, hosts: Collection[str]) -> bool:
+        """Return whether one of these hosts has shown activity after a time."""
+        return any(last > at for host, (last, _) in self._signs.items() if host in hosts)
 
     def overdue(self, now: float) -> str | None:
         """Return the message for a hang, once for each."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from master.inventory.node_facts import RemoteCheckout
 from master.ssh.node_names import Node
@@ -22,15 +23,47 @@ class HostAssignment:
     place: RemoteCheckout
 
 
+@dataclass(frozen=True)
+class Supervision:
+    """How a training is watched over. Times in seconds.
+
+    `grace`: to save in after Ctrl-C; `restarts`: how often to start again after a failure; `stall_timeout`: without
+    progress until that is reported (0 never, None the default); `survives_master`: the hosts continue without us;
+    `patience`: without contact until a host counts as lost, and, on the host, until the ranks save and end.
+    """
+
+    grace: float
+    restarts: int
+    stall_timeout: float | None
+    survives_master: bool
+    patience: float
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where a run is. `folders`: by host, where its ranks start; `is_here`: rank 0's run folder is this machine's;
+    `is_ours`: the trainer makes it, not a script of the user's."""
+
+    run: Path
+    parts: tuple[HostAssignment, ...]
+    folders: Mapping[str, str]
+    is_here: bool
+    is_ours: bool
+
+
 @dataclass
 class JobResult:
-    """What happened: ends of ranks, hosts that were lost, the last lines by host and rank, reasons of an early end."""
+    """What happened: ends of ranks, hosts that were lost, the last lines by host and rank; by host its launcher's exit
+    code, why it ended early, and complete checkpoints there; hosts where the job ended while nobody was connected."""
 
     exits: list[RankExit] = field(default_factory=list)
     lost_hosts: dict[str, str] = field(default_factory=dict)
     output: dict[tuple[str, int | None], deque[str]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT_LINES)))
     launcher_codes: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    checkpoints: dict[str, set[int]] = field(default_factory=dict)
+    ended_alone: set[str] = field(default_factory=set)
     asked_to_stop: bool = False
     first_failure_at: float | None = None
 

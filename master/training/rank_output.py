@@ -75,7 +75,10 @@ class RankOutput:
             self._move(step)
 
     def pass_time(self, every: float = GATHERED) -> None:
-        """Print warnings that have been collected for so long."""
+        """Print warnings that have been collected for so long; remove the bar from a terminal that was closed."""
+        if self._bar and not is_terminal():
+            self._bar.stop()
+            self._bar = None
         for kind, (since, text, who) in list(self._warnings.items()):
             if time.monotonic() - since >= every:
                 del self._warnings[kind]

@@ -18,6 +18,7 @@ from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
 from master.run.command_record import flags_to_repeat
 from master.training.deepspeed_command import first_address, is_only_here, launcher_words
+from master.training.job import Supervision
 
 # What the hosts get of this shell's environment: settings of the libraries, never all of it.
 SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
@@ -50,20 +51,6 @@ class Hosts:
     def known(self) -> dict[str, Any]:
         """What cluster.json says of each host, by name."""
         return known_by_name(self.cluster)
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """How a training is watched over. Times in seconds.
-
-    `grace`: to save in after Ctrl-C; `restarts`: how often to start again after a failure; `stall_timeout`: without
-    progress until that is reported (0 never, None the default); `survives_master`: the hosts continue without us.
-    """
-
-    grace: float
-    restarts: int
-    stall_timeout: float | None
-    survives_master: bool
 
 
 @dataclass(frozen=True)
@@ -106,7 +93,7 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
         plain_command=plain_command(hosts, options.script or shown(TRAINER), arguments, options.no_local_rank),
         no_local_rank=options.no_local_rank, master_port=options.master_port,
         supervision=Supervision(options.grace, options.restarts, options.stall_timeout,
-                                options.on_lost_master == "continue"))
+                                options.on_lost_master == "continue", options.patience))
 
 
 def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:

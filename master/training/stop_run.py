@@ -26,6 +26,7 @@ from master.ssh.options import host_key_prompt, ssh_options
 from master.ssh.route import SshError
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
+from master.training.supervisor import SAVE_LIMIT_MIN
 
 
 def stop(name: str | None, options: argparse.Namespace) -> int:
@@ -56,8 +57,9 @@ def stop_launcher(run: Path, pid: int, grace: float) -> int:
     except PermissionError:
         say(f"{run}: process {pid}, which trains it, is another user's")
         return 1
-    say(f"{run}: stopping; the ranks may take {grace:.0f} s to save")
-    end = time.monotonic() + grace + 30
+    say(f"{run}: stopping; the ranks save first, {grace:.0f} s at most to begin and to end; a save that has begun may take "
+        f"{SAVE_LIMIT_MIN} min")
+    end = time.monotonic() + grace + SAVE_LIMIT_MIN * 60
     while read_launcher_record(run).is_alive_here and time.monotonic() < end:
         time.sleep(0.2)
     if read_launcher_record(run).is_alive_here:
@@ -78,7 +80,7 @@ def end_on_hosts(run: Path, job: str, options: argparse.Namespace) -> int:
         python = shlex.quote(checkout_of(known.get(host, {})).python)
         with contextlib.closing(open_worker(session, "run_node.py", python)) as channel:
             messages = JsonChannel(channel, host, "end_job")
-            messages.send({"end": job, "grace": options.grace})
+            messages.send({"end": job, "node": nodes.index(session.node), "grace": options.grace})
             return wait_for_end(messages, host)
 
     found = run_on_all(nodes, with_logins(ssh_options(options), cluster), work, host_key_prompt())

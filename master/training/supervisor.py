@@ -1,35 +1,34 @@
 """One training over several hosts: a session a host, one job, one end.
 
-A thread a host holds the connection and speaks with worker/run_node.py there; this one decides. When something fails,
-every other host is told at once; a host that is silent for too long counts as lost, and ends its ranks itself.
+A thread a host holds the connection (node_link.py); this one decides. When a rank fails, every other host is told at
+once. A host that can't be reached goes on training, and is connected again; if that takes too long, all hosts save and
+end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
-import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
 from master.inventory.node_facts import query_facts, query_gpu_use
-from master.inventory.worker_script import open_worker
 from master.ssh.event_queue import EventQueue
-from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
+from master.ssh.json_channel import SILENCE_LIMIT_S
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
 from master.training.hang_detector import HangDetector
-from master.training.job import HostAssignment, JobResult, ranks_by_host
+from master.training.job import HostAssignment, JobResult, Supervision, ranks_by_host
+from master.training.node_link import NodeLink, Patience
 from master.training.root_cause import RankExit
 
-HEARTBEAT_S = 3.0  # seconds between two heartbeats, both ways
-
+SAVE_LIMIT_MIN = 30  # minutes that a save may take once it has begun (run_node.py)
 
 Approve = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
 
@@ -49,36 +48,48 @@ class RankOutput(Protocol):
 
 
 class ClusterJob:
-    """`approve` is given every host's facts and returns the job for run_node.py, or None to cancel it."""
+    """A job to start (`start`), or one that runs and has lost its launcher (`attach`), to be supervised to its end."""
 
-    def __init__(self, parts: Sequence[HostAssignment], ssh: SshOptions, wanted: dict[str, Any], name: str,
-                 grace: float,
-                 hangs: HangDetector, approve: Approve) -> None:
+    def __init__(self, parts: Sequence[HostAssignment], ssh: SshOptions, name: str, supervision: Supervision,
+                 output: RankOutput, say: Callable[[str], None]) -> None:
         self._parts = {str(part.node): part for part in parts}
-        self._ssh, self._wanted, self._name, self._grace, self._approve = ssh, wanted, name, grace, approve
-        self._hangs = hangs
+        self._ssh, self._name, self._supervision = ssh, name, supervision
+        self._output, self._say = output, say
+        self._hangs = HangDetector(supervision.stall_timeout)
         self._events: EventQueue[tuple[str, Any]] = EventQueue(self._parts)
-        self._ranks = ranks_by_host(parts)
-        self._orders: dict[str, queue.Queue[dict[str, Any]]] = {host: queue.Queue() for host in self._parts}
         self._decided = threading.Event()
-        self._job: dict[str, Any] | None = None
+        self._order: Mapping[str, Any] | None = None
+        self._links: dict[str, NodeLink] = {}
+        self._running = set(self._parts)
+        self._lost_at: dict[str, float] = {}  # hosts without a connection, and since when
         self._signals = 0
         self.result = JobResult()
 
-    def run(self, host_key_prompt: HostKeyPrompt | None, output: RankOutput,
-            say: Callable[[str], None]) -> JobResult | None:
-        """Run to the end and return what happened; None if it was cancelled before it began."""
+    def start(self, wanted: Mapping[str, Any], approve: Approve, prompt: HostKeyPrompt | None) -> JobResult | None:
+        """Run to the end and return what happened; None if it was cancelled before it began.
+
+        `approve` is given every host's facts, and those `wanted`, and returns the job for run_node.py, or None.
+        """
+        return self._run(lambda session: self._work(session, wanted), prompt, lambda: self._collect_facts(approve))
+
+    def attach(self, follows: bool, prompt: HostKeyPrompt | None) -> JobResult | None:
+        """Supervise the job that runs on the hosts, to its end. `follows`: its first host sends metrics."""
+        self._make_links(follows)
+        return self._run(lambda session: self._links[str(session.node)].run(session, None), prompt, lambda: True)
+
+    def _run(self, work: Callable[[Session], None], prompt: HostKeyPrompt | None, begin: Callable[[], bool]
+             ) -> JobResult | None:
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
         started = time.monotonic()
-        sessions = threading.Thread(target=self._reach_all, args=(host_key_prompt,), daemon=True)
+        sessions = threading.Thread(target=self._reach_all, args=(work, prompt), daemon=True)
         sessions.start()
         try:
-            if not self._collect_facts():
+            if not begin():
                 return None
-            self._supervise(started, output, say)
+            self._supervise(started)
             return self.result
         finally:
-            output.close()
+            self._output.close()
             self._decided.set()
             self._events.close()
             sessions.join(timeout=SILENCE_LIMIT_S + 10)
@@ -95,7 +106,7 @@ class ClusterJob:
 
     # -- this thread: decisions ----------------------------------------------------------------------------------------
 
-    def _collect_facts(self) -> bool:
+    def _collect_facts(self, approve: Approve) -> bool:
         """Wait for every host's facts or error; have the job approved; let the hosts start. False: cancelled."""
         facts: dict[str, dict[str, Any]] = {}
         faults: dict[str, SshError] = {}
@@ -106,126 +117,142 @@ class ClusterJob:
                     facts[host] = content
                 elif isinstance(content, SshError):
                     faults[host] = content
-        self._job = None if self._signals else self._approve(facts, faults)
+        self._order = None if self._signals else approve(facts, faults)
+        if self._order is not None:
+            self._make_links(self._order["follow"] is not None)
         self._decided.set()
-        return self._job is not None
+        return self._order is not None
 
-    def _supervise(self, started: float, output: RankOutput, say: Callable[[str], None]) -> None:
+    def _make_links(self, follows: bool) -> None:
+        ranks = ranks_by_host(list(self._parts.values()))
+        patience = Patience(self._supervision.patience, self._supervision.survives_master)
+        for node, (host, part) in enumerate(self._parts.items()):
+            def put(kind: str, content: Any, meanwhile: Callable[[], None] = lambda: None, host: str = host) -> None:
+                self._events.put(host, (kind, content), meanwhile)
+
+            self._links[host] = NodeLink(part, node, ranks[host], self._name, self._ssh, patience,
+                                         follows and node == 0, put)
+
+    def _supervise(self, started: float) -> None:
         """Handle what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
-        running, told = set(self._parts), 0
-        while running:
+        told = 0
+        while self._running:
             since = time.monotonic() - started
-            output.pass_time()
+            self._output.pass_time()
             if stalled := self._hangs.overdue(since):
-                say(stalled)
+                self._say(stalled)
             if self._signals > told:
                 told = self._signals
-                self.result.asked_to_stop = True
-                say(f"stopping: the ranks may take {self._grace:.0f} s to save; Ctrl-C again kills them" if told == 1
-                    else "killing them")
-                self._tell(running, {"stop": self._grace} if told == 1 else {"kill": True})
+                self._stop(told)
+            self._give_up(since)
             try:
                 host, (kind, content) = self._events.get(timeout=0.1)
             except queue.Empty:
                 continue
             if kind == "over":
-                running.discard(host)
-                if isinstance(content, SshError) and host not in self.result.launcher_codes:
-                    self.result.lost_hosts[host] = f"{content.stage}: {content.reason}"
-                    self._fail(host, since, running, f"connection to {host} lost")
+                self._note_over(host, content, since)
             elif kind == "event":
-                self._handle_event(host, content, since, running, output)
+                self._handle_event(host, content, since)
+            elif kind == "lost":
+                self._lost_at[host] = since
+                self._say(f"{host}: connection lost ({content}): its ranks go on; reconnecting for up to "
+                          f"{self._supervision.patience:.0f} s")
+            elif kind == "back":
+                self._lost_at.pop(host, None)
+                self._say(f"{host}: connected again after {content:.0f} s")
+            elif kind == "alone":
+                self.result.ended_alone.add(host)
 
-    def _handle_event(self, host: str, event: dict[str, Any], since: float, running: set[str],
-                      output: RankOutput) -> None:
+    def _stop(self, times: int) -> None:
+        """Do what Ctrl-C asks for: the first one saves, the second one kills."""
+        self.result.asked_to_stop = True
+        grace = self._supervision.grace
+        if times == 1:
+            self._say(f"stopping: the ranks save first, {grace:.0f} s at most to begin and to end; a save that has "
+                      f"begun may take {SAVE_LIMIT_MIN} min; Ctrl-C again kills them")
+            self._tell(self._running, {"stop": grace, "step": 2 * self._hangs.a_step})
+        else:
+            self._say("killing them")
+            self._tell(self._running, {"kill": True})
+
+    def _note_over(self, host: str, outcome: object, since: float) -> None:
+        """Handle the end of a host's session: it has ended there, or is out of reach for too long."""
+        self._running.discard(host)
+        lost_at = self._lost_at.pop(host, None)
+        if not isinstance(outcome, SshError) or host in self.result.launcher_codes:
+            return
+        self.result.lost_hosts[host] = f"{outcome.stage}: {outcome.reason}"
+        if lost_at is not None and self._hangs.active_since(lost_at, self._running) \
+                and self.result.first_failure_at is None:
+            self._say(f"{host}: no contact, and the training goes on: all ranks save and end")
+            self.result.first_failure_at = since
+            self._tell(self._running, {"stop": self._supervision.grace, "step": 2 * self._hangs.a_step})
+            return
+        self._fail(host, since, f"connection to {host} lost")
+
+    def _handle_event(self, host: str, event: dict[str, Any], since: float) -> None:
         kind = event.get("event")
         if kind == "line":
             self._hangs.line(host, since)
             self.result.output[host, event["rank"]].append(event["text"])
-            output.show(host, event["rank"], event["text"])
+            self._output.show(host, event["rank"], event["text"])
         elif kind == "progress":
             self._hangs.progress(host, event["rank"], since, event["text"])
-            output.show_progress(event["rank"], event["text"])
+            self._output.show_progress(event["rank"], event["text"])
         elif kind == "metrics":
-            output.add_metrics(None if event.get("fresh") else event["text"])
+            self._output.add_metrics(None if event.get("fresh") else event["text"])
         elif kind == "rank":
             self.result.exits.append(RankExit(host, event["rank"], event["code"], since, event["asked"]))
-            if event["code"]:
-                self._fail(host, since, running, f"rank {event['rank']} on {host} failed")
+            if event["code"] and not event["asked"]:
+                self._fail(host, since, f"rank {event['rank']} on {host} failed")
         elif kind == "ended":
             self.result.launcher_codes[host] = event["code"]
+            self.result.checkpoints[host] = set(event["checkpoints"])
+            self.result.reasons[host] = event["reason"]
             if event["code"] and not event["reason"]:
-                self._fail(host, since, running, f"DeepSpeed's launcher on {host} failed")
+                self._fail(host, since, f"DeepSpeed's launcher on {host} failed")
         elif kind == "failed":
             self.result.lost_hosts[host] = event["text"]
-            self._fail(host, since, running, f"{host}: {event['text']}")
+            self._fail(host, since, f"{host}: {event['text']}")
 
-    def _fail(self, host: str, since: float, running: set[str], why: str) -> None:
+    def _fail(self, host: str, since: float, why: str) -> None:
         """Note the first failure and end the job everywhere else."""
         if self.result.first_failure_at is None:
             self.result.first_failure_at = since
-            self._tell(running - {host}, {"fail": why})
+            if not self.result.asked_to_stop:
+                self._tell(self._running - {host}, {"fail": why})
+
+    def _give_up(self, since: float) -> None:
+        """Where hosts may be out of reach for ever: wait for them no longer once the others have ended."""
+        if self._lost_at and self._running <= set(self._lost_at) and self._running != set(self._parts) \
+                and since - max(self._lost_at.values()) > self._supervision.patience:
+            for host in self._running:
+                self._links[host].give_up()
 
     def _tell(self, hosts: set[str], order: dict[str, Any]) -> None:
         for host in hosts:
-            self._orders[host].put(order)
+            self._links[host].tell(order)
 
     # -- a thread a host -----------------------------------------------------------------------------------------------
 
-    def _reach_all(self, host_key_prompt: HostKeyPrompt | None) -> None:
+    def _reach_all(self, work: Callable[[Session], None], host_key_prompt: HostKeyPrompt | None) -> None:
         def done(node: Node, result: object) -> None:
             self._events.put(str(node), ("over", result))
 
-        run_on_all([part.node for part in self._parts.values()], self._ssh, self._work, host_key_prompt, done,
+        run_on_all([part.node for part in self._parts.values()], self._ssh, work, host_key_prompt, done,
                    at_once=len(self._parts))
 
-    def _work(self, session: Session) -> None:
+    def _work(self, session: Session, wanted: Mapping[str, Any]) -> None:
         host = str(session.node)
         part = self._parts[host]
-        facts = query_facts(session, part.place, self._wanted)
-        gpus = query_gpu_use(session) if self._wanted.get("gpus") else None
+        facts = query_facts(session, part.place, wanted)
+        gpus = query_gpu_use(session) if wanted.get("gpus") else None
         self._events.put(host, ("facts", {**facts, "gpus": gpus}))
         self._decided.wait()
-        if self._job is None:
+        if (job := self._order) is None:
             return
-        with contextlib.closing(open_worker(session, "run_node.py", shlex.quote(part.place.python))) as channel:
-            job = {**self._job, "job": self._name, "python": part.place.python, "patience": SILENCE_LIMIT_S,
-                   "node_rank": list(self._parts).index(host), "folder": self._job["folders"][host],
-                   "script": self._job["scripts"][host], "log": self._job["logs"][host],
-                   "arguments": [part.place.translate_path(word) for word in self._job["arguments"]]}
-            messages = JsonChannel(channel, host, "run_node")
-            messages.send(job)
-            self._relay_events(host, messages)
-
-    def _check_speaker(self, host: str, event: dict[str, Any]) -> None:
-        """Raise SshError for a host that speaks for the ranks of another, or sends figures that nobody asked for."""
-        rank = event.get("rank")
-        metrics = event["event"] == "metrics"
-        assert self._job
-        if metrics and (self._job["follow"] is None or host != next(iter(self._parts))):
-            raise SshError(host, "message", "it sends metrics that nobody asked for")
-        if rank is not None and not metrics and rank not in self._ranks[host]:
-            raise SshError(host, "message", f"it speaks for rank {rank}, which is not its own")
-
-    def _relay_events(self, host: str, messages: JsonChannel) -> None:
-        """Pass events to the deciding thread, orders to the host, until it has ended; raise SshError if it is lost."""
-        spoken, over = time.monotonic(), False
-        while True:
-            for event in messages.receive(0.1):
-                over = over or event["event"] in ("ended", "failed")
-                self._check_speaker(host, event)
-                self._events.put(host, ("event", event))
-            now = time.monotonic()
-            if over:
-                return
-            if messages.ended:
-                raise SshError(host, "connection", messages.stderr_tail()[-300:] or "it exited")
-            if now - messages.last_heard > SILENCE_LIMIT_S:
-                raise SshError(host, "connection", f"no answer for {SILENCE_LIMIT_S:.0f} s")
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    messages.send(self._orders[host].get_nowait())
-                    spoken = now
-            if now - spoken > HEARTBEAT_S:
-                messages.send({"beat": 1})
-                spoken = now
+        self._links[host].run(session, {
+            **job, "job": self._name, "python": part.place.python, "patience": self._supervision.patience,
+            "grace": self._supervision.grace, "node_rank": list(self._parts).index(host),
+            "folder": job["folders"][host], "script": job["scripts"][host], "log": job["logs"][host],
+            "arguments": [part.place.translate_path(word) for word in job["arguments"]]})

@@ -10,10 +10,10 @@ import pytest
 from archives import archive, links_past_path_max, member
 
 from master.run import incoming_archive
+from master.run.fetch_run import END, MARK, Fetched, Progress, move_into_place, unpack_stream
 from master.ssh.node_names import parse_node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.session import LocalSession
-from master.training.fetch_run import END, MARK, Fetched, Progress, move_into_place, unpack_stream
 
 
 def receive(tmp_path: Path, data: bytes, announced: int | None = None, code: int = 0, banner: str = "") -> Fetched:

@@ -1,0 +1,191 @@
+"""The connection to worker/run_node.py on one host, for the whole of a job: what breaks is connected again.
+
+    link = NodeLink(host, job, ssh, patience, inbox)
+    link.run(session, order)
+
+While there is no connection the ranks there go on, and what they say is kept; after `patience` they save and end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import shlex
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from master.inventory.worker_script import open_worker
+from master.ssh.json_channel import SILENCE_LIMIT_S, JsonChannel
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import Waiting, connect
+from master.ssh.session import Session
+from master.training.job import HostAssignment
+
+HEARTBEAT_S = 3.0  # seconds between two heartbeats, both ways
+CONFIRM_EVENTS = 100  # events after which they are confirmed at once: the host says no more than its window
+TRY_EVERY_S = 2.0  # seconds between two attempts to connect
+STOPPED_S = 5.0  # seconds without a look at the channel, after which this process itself was stopped or asleep
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a host may be out of reach, in seconds; `for_ever`: until the others have ended."""
+
+    seconds: float
+    for_ever: bool = False
+
+
+class Absent(Exception):
+    """No process supervises the job on the host any more."""
+
+
+class NodeLink:
+    """`put(kind, content)` hands on what happens: event, lost (why), back (after seconds), alone (it ended unseen).
+
+    `follows`: metrics are expected of it. `put` may be given a heartbeat to call while it has to wait.
+    """
+
+    def __init__(self, part: HostAssignment, node: int, ranks: range, job: str, ssh: SshOptions, patience: Patience,
+                 follows: bool, put: Callable[..., None]) -> None:
+        self._part, self._node, self._ranks, self._job, self._ssh = part, node, ranks, job, ssh
+        self._host = str(part.node)
+        self._patience, self._follows, self._put = patience, follows, put
+        self._orders: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
+        self._hopeless = threading.Event()  # no more attempts to connect
+        self._seen: int | None = None  # the last event that has come
+        self._started = self._over = False
+        self._heard = boot_time()  # when something came last
+        self._lost_at: float | None = None  # since when there has been no connection (time.monotonic), and why
+        self._why = ""
+        self._spoken = 0.0
+
+    def tell(self, order: Mapping[str, Any]) -> None:
+        """Give the host an order, as soon as it can be reached."""
+        if "fail" in order or "kill" in order:
+            self.give_up()
+        self._orders.put(order)
+
+    def give_up(self) -> None:
+        """Connect no more, should the connection be lost."""
+        self._hopeless.set()
+
+    def run(self, session: Session, order: Mapping[str, Any] | None) -> None:
+        """Start the job there (None: connect to the one that runs), and hand on what it says until it has ended.
+
+        Raises SshError for a host that is lost.
+        """
+        with contextlib.ExitStack() as stack:
+            messages = self._open(session, order or self._attach(), stack)
+            while True:
+                try:
+                    self._relay(messages)
+                    return
+                except Absent:
+                    if self._lost_at is None or boot_time() - self._heard >= self._patience.seconds:
+                        self._put("alone", None)
+                        return
+                    raise SshError(self._host, "connection", self._why) from None
+                except SshError as fault:
+                    if not self._started or fault.stage == "message":
+                        raise
+                    stack.close()
+                    messages = self._reconnect(fault, stack)
+
+    def _attach(self) -> dict[str, Any]:
+        return {"attach": self._job, "node": self._node, "seen": self._seen}
+
+    def _open(self, session: Session, order: Mapping[str, Any], stack: contextlib.ExitStack) -> JsonChannel:
+        python = shlex.quote(self._part.place.python)
+        channel = stack.enter_context(contextlib.closing(open_worker(session, "run_node.py", python)))
+        messages = JsonChannel(channel, self._host, "run_node")
+        messages.send(order)
+        return messages
+
+    def _reconnect(self, fault: SshError, stack: contextlib.ExitStack) -> JsonChannel:
+        """Connect again and return the channel. Raises SshError if that can't be done in time."""
+        if self._lost_at is None:
+            self._lost_at, self._why = time.monotonic(), fault.reason
+            self._put("lost", fault.reason)
+        while True:
+            if self._hopeless.wait(TRY_EVERY_S):
+                raise SshError(self._host, "connection", self._why)
+            if time.monotonic() - self._lost_at > self._patience.seconds and not self._patience.for_ever:
+                raise SshError(self._host, "connection",
+                               f"no contact for {self._patience.seconds:.0f} s ({fault.stage}: {fault.reason})")
+            try:
+                session = connect(self._part.node, self._ssh, may_ask=False)
+                assert not isinstance(session, Waiting)
+                stack.callback(session.close)
+                return self._open(session, self._attach(), stack)
+            except SshError as error:
+                stack.close()
+                if error.stage == "host key":
+                    raise
+                fault = error
+
+    def _relay(self, messages: JsonChannel) -> None:
+        """Hand on events, and orders to the host, until it has ended. Raises SshError if it is lost, Absent."""
+        self._spoken, unconfirmed = time.monotonic(), 0
+
+        def speak() -> None:
+            if time.monotonic() - self._spoken > HEARTBEAT_S:
+                self._spoken = time.monotonic()
+                messages.send({"beat": self._seen or 0})
+
+        while True:
+            looked = time.monotonic()
+            for event in messages.receive(0.1):
+                unconfirmed += self._hear(event, speak)
+            if self._over:
+                with contextlib.suppress(SshError):  # it waits for this no longer than its patience
+                    messages.send({"beat": self._seen or 0})
+                return
+            if unconfirmed >= CONFIRM_EVENTS:
+                messages.send({"beat": self._seen or 0})
+                unconfirmed = 0
+            now = time.monotonic()
+            if messages.ended:
+                raise SshError(self._host, "connection", messages.stderr_tail()[-300:] or "it exited")
+            if now - looked > STOPPED_S:
+                messages.last_heard = now  # what has come meanwhile waits to be read
+            if now - messages.last_heard > SILENCE_LIMIT_S:
+                raise SshError(self._host, "connection", f"no answer for {SILENCE_LIMIT_S:.0f} s")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    messages.send(self._orders.get_nowait())
+            speak()
+
+    def _hear(self, event: dict[str, Any], speak: Callable[[], None]) -> bool:
+        """Hand on an event; return whether it is to be confirmed. Raises SshError for one that can't be, Absent."""
+        kind, number = event["event"], event.pop("n", None)
+        if kind == "absent":
+            raise Absent
+        if number is not None and number != (number if self._seen is None else self._seen + 1):
+            raise SshError(self._host, "message", f"event {number} comes after event {self._seen}")
+        self._check_speaker(event)
+        self._heard = boot_time()
+        if self._lost_at is not None:
+            self._put("back", time.monotonic() - self._lost_at, speak)
+            self._lost_at = None
+        self._started = True
+        self._over = kind in ("ended", "failed")
+        if kind not in ("beat", "attached"):
+            self._put("event", event, speak)
+        self._seen = number or self._seen
+        return number is not None
+
+    def _check_speaker(self, event: Mapping[str, Any]) -> None:
+        """Raise SshError for a host that speaks for the ranks of another, or sends figures that nobody asked for."""
+        rank, metrics = event.get("rank"), event["event"] == "metrics"
+        if metrics and not self._follows:
+            raise SshError(self._host, "message", "it sends metrics that nobody asked for")
+        if rank is not None and not metrics and rank not in self._ranks:
+            raise SshError(self._host, "message", f"it speaks for rank {rank}, which is not its own")
+
+
+def boot_time() -> float:
+    """Return a clock in seconds that goes on while this machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
