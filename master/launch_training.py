@@ -39,6 +39,8 @@ from master.ssh.route import SshOptions
 from master.training.deepspeed_command import default_config, is_only_here
 from master.training.request import Hosts, TrainingRequest, request_of, shown
 
+LEAST_PATIENCE_S = 5.0  # hosts and master speak every few seconds
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this tool's own flags."""
@@ -242,6 +244,8 @@ def act(options: argparse.Namespace, trainer_flags: list[str]) -> int:
         return take_over(run, ssh) if not options.detach or detach(run) else 0
     if not (options.model or options.script or options.resume):
         raise UsageError("which model? invoke train --model tiny (or a Hugging Face name, or a folder)")
+    if options.patience < LEAST_PATIENCE_S:
+        raise UsageError(f"--patience {options.patience:g}: at least {LEAST_PATIENCE_S:g} s")
     if options.slots is not None and options.slots < 1:
         raise UsageError(f"--slots {options.slots}: at least 1")
     if options.nodes and options.hostfile:

@@ -32,6 +32,7 @@ from master.run.launcher_process import RECORD, is_active, read_launcher_record,
 from master.run.run_folder import find_run
 from master.ssh.node_names import parse_node
 from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
+from master.training.takeover import is_abandoned, take_over_in_background
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -224,6 +225,8 @@ def watch(options: argparse.Namespace) -> int:
     metrics = None
     try:
         run = find_run(options.run)
+        if is_abandoned(run) and not (options.once or options.json):
+            take_over_in_background(run, options)
         status = look(run)["status"]
         if status in ACTIVE and (metrics := metrics_of(run, options)):
             metrics.start(host_key_prompt())

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shlex
 import signal
 import socket
@@ -28,6 +29,7 @@ RECORD = "launcher.json"
 LOCK = ".launcher.lock"  # held by the launcher while it lives
 FLOCK = "hhqqi"  # struct flock of Linux on 64 bits: type, whence, start, length, pid (fcntl(2))
 JOB = re.compile(r"[A-Za-z0-9_.-]{1,255}-[0-9a-f]{6}")  # as Training.new_name makes it
+RUN_ID = re.compile("[0-9a-f]{8}")
 ENDED = ("finished", "stopped", "failed")  # what run.json's status may be after the end
 
 
@@ -38,13 +40,15 @@ class RunningError(UserError):
 @dataclass(frozen=True)
 class Launcher:
     """A run's launcher. `started`: in the kernel's ticks, which tells it from a later process with the same number;
-    `boot`: the kernel's boot id; `job`: the name of the run's job on its hosts; `holder`: who holds the run's lock."""
+    `boot`: the kernel's boot id; `job`: the name of the run's job on its hosts; `run_id`: tells it from others of the same
+    name; `holder`: who holds the run's lock."""
 
     pid: int | None = None
     started: str | None = None
     host: str | None = None
     boot: str | None = None
     job: str | None = None
+    run_id: str | None = None
     holder: int | None = None
 
     @property
@@ -107,8 +111,9 @@ def write_launcher_record(run: Path, job: str | None = None) -> None:
     """Record in a run folder that this process runs it, and the job's name on its hosts (None: unchanged)."""
     make_private(run)
     take_lock(run)
+    before = read_launcher_record(run)
     record = {"pid": os.getpid(), "started": started_at(os.getpid()), "host": socket.gethostname(), "boot": boot_id(),
-              "job": job or read_launcher_record(run).job}
+              "job": job or before.job, "run_id": before.run_id or secrets.token_hex(4)}
     write_atomically(run / RECORD, json.dumps(record) + "\n")
 
 
@@ -116,9 +121,12 @@ def read_launcher_record(run: Path) -> Launcher:
     """Return the record of the last launcher; one without values if there is none, or none that makes sense."""
     found = read_object(run / RECORD)
     pid = found.get("pid")
-    words = {name: value for name in ("started", "host", "boot", "job") if isinstance(value := found.get(name), str)}
+    words = {name: value for name in ("started", "host", "boot", "job", "run_id")
+             if isinstance(value := found.get(name), str)}
     if not JOB.fullmatch(words.get("job", "")):
         words.pop("job", None)
+    if not RUN_ID.fullmatch(words.get("run_id", "")):
+        words.pop("run_id", None)
     return Launcher(pid=pid if isinstance(pid, int) and pid > 0 else None, holder=lock_holder(run), **words)
 
 

@@ -14,7 +14,7 @@ from master.core.run_cli import UserError
 from master.core.trust import refuse_foreign
 from master.inventory.cluster_file import known_by_name, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
-from master.run.launcher_process import is_active, make_private, read_object
+from master.run.launcher_process import is_active, make_private, read_launcher_record, read_object
 
 
 class RunError(UserError):
@@ -28,8 +28,12 @@ def new_run_path(model: str) -> Path:
 
 
 def job_prefix(run: Path) -> str:
-    """Return what the names of a run's jobs begin with; it stands in environment variables and file names."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run.resolve().name)
+    """Return what the names of a run's jobs begin with; it stands in environment variables and file names.
+
+    Another run of the same name, of whatever folder, user or machine, has another one.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", run.resolve().name)[:200]
+    return f"{name}-{read_launcher_record(run).run_id or 'new'}"
 
 
 def mark_failed(run: Path, code: int) -> None:

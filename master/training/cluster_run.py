@@ -32,7 +32,7 @@ from master.training.rank_output import RankOutput
 from master.training.request import TrainingRequest
 from master.training.supervisor import ClusterJob
 from master.training.takeover import RECORD as JOB
-from master.training.takeover import write_job_record
+from master.training.takeover import forget_job, write_job_record
 
 RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
 
@@ -153,6 +153,7 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
                     _forget(training.run)
                 return 1
             time.sleep(10)
+        forget_job(training.run, result)
         code = conclude(training.place, result, ssh)
         if code == 0 or result.asked_to_stop or attempt == restarts:
             return code

@@ -51,10 +51,11 @@ def tell_what_was_missed(place: RunPlace, result: JobResult) -> int:
     who = ", ".join(sorted(result.ended_alone))
     if status not in ENDED:
         say(f"{place.run}: nothing of it runs on {who} any more, and it doesn't say how it ended")
+        mark_failed(place.run, 1)
     else:
         say(f"{place.run}: {status} while there was no connection to {who}")
-    if status != "finished":
-        tell_how_to_resume(place, result)
+    if status != "finished" and place.is_ours:
+        say(f"resume it: invoke train --resume {shlex.quote(str(place.run))}")
     return int(status not in ("finished", "stopped"))
 
 

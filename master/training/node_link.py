@@ -131,7 +131,7 @@ class NodeLink:
         self._spoken, unconfirmed = time.monotonic(), 0
 
         def speak() -> None:
-            if time.monotonic() - self._spoken > HEARTBEAT_S:
+            if time.monotonic() - self._spoken > min(HEARTBEAT_S, self._patience.seconds / 4):
                 self._spoken = time.monotonic()
                 messages.send({"beat": self._seen or 0})
 

@@ -57,8 +57,8 @@ def stop_launcher(run: Path, pid: int, grace: float) -> int:
     except PermissionError:
         say(f"{run}: process {pid}, which trains it, is another user's")
         return 1
-    say(f"{run}: stopping; the ranks save first, {grace:.0f} s at most to begin and to end; a save that has begun may take "
-        f"{SAVE_LIMIT_MIN} min")
+    say(f"{run}: stopping; the ranks save first, {grace:.0f} s at most to begin and to end; a save that has begun may "
+        f"take {SAVE_LIMIT_MIN} min")
     end = time.monotonic() + grace + SAVE_LIMIT_MIN * 60
     while read_launcher_record(run).is_alive_here and time.monotonic() < end:
         time.sleep(0.2)

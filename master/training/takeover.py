@@ -8,28 +8,40 @@ The record is signed as command.json is: only a job that this user started on th
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from master.core.atomic_write import write_atomically
+from master.core.paths import ROOT
 from master.core.terminal import say
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
 from master.run.command_record import is_signed, signature
-from master.run.launcher_process import JOB, ensure_not_running, read_object, survive_hangup, write_launcher_record
+from master.run.launcher_process import (
+    ensure_not_running,
+    read_launcher_record,
+    read_object,
+    survive_hangup,
+    write_launcher_record,
+)
 from master.run.run_folder import RunError
 from master.ssh.node_names import parse_node
-from master.ssh.options import host_key_prompt
+from master.ssh.options import host_key_prompt, ssh_flags
 from master.ssh.route import SshOptions
 from master.training.conclusion import conclude
-from master.training.job import HostAssignment, RunPlace, Supervision
+from master.training.job import HostAssignment, JobResult, RunPlace, Supervision
 from master.training.rank_output import RankOutput
 from master.training.supervisor import ClusterJob
 
 RECORD = "job.json"
+START_S = 10.0  # seconds in which a new launcher has found its feet
 
 
 def write_job_record(place: RunPlace, name: str, supervision: Supervision, follows: bool) -> None:
@@ -52,12 +64,32 @@ def read_job_record(run: Path) -> dict[str, Any]:
     raise RunError(f"{run} was not started by lanspeed on this machine: no job to connect to")
 
 
-def can_take_over(run: Path) -> bool:
-    """Return whether a run has a job that may still be training without a launcher."""
+def is_abandoned(run: Path) -> bool:
+    """Return whether a run has a job that this machine started, and that may still be training without a launcher."""
+    launcher = read_launcher_record(run)
+    if launcher.is_alive_here or launcher.is_elsewhere:
+        return False
     try:
-        return bool(JOB.fullmatch(read_job_record(run)["job"]))
+        return bool(read_job_record(run))
     except RunError:
         return False
+
+
+def take_over_in_background(run: Path, options: argparse.Namespace) -> None:
+    """Start a process that supervises a run whose launcher has ended, and return once it does. `options`: of ssh."""
+    say(f"{run}: its launcher has ended; connecting to its hosts")
+    command = [sys.executable, str(ROOT / "master" / "launch_training.py"), "--attach", str(run), "--detach",
+               *ssh_flags(options)]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + START_S
+    while is_abandoned(run) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def forget_job(run: Path, result: JobResult) -> None:
+    """Remove the record of a job that has ended on all of its hosts."""
+    if not result.lost_hosts:
+        (run / RECORD).unlink(missing_ok=True)
 
 
 def take_over(run: Path, ssh: SshOptions) -> int:
@@ -77,4 +109,5 @@ def take_over(run: Path, ssh: SshOptions) -> int:
     job = ClusterJob(parts, ssh, record["job"], supervision, RankOutput(run), say)
     result = job.attach(record["follows"], host_key_prompt())
     assert result is not None
+    forget_job(run, result)
     return conclude(place, result, ssh)

@@ -165,8 +165,19 @@ def files_of(folder: Path) -> set[str]:
 
 
 TRAIN = ("launch_training", "--hostfile", "hostfile.txt", "--model", "tiny", "--grace", "1")
-STARTED = line({"event": "started", "pid": 1, "interface": None, "host": "h"})
-ENDED = line({"event": "ended", "code": 0, "reason": "", "ranks": {"0": 0}})
+STARTED = {"event": "started", "pid": 1, "interface": None, "host": "h"}
+ENDED = {"event": "ended", "code": 0, "reason": "", "ranks": {"0": 0}, "checkpoints": []}
+UNNUMBERED = {kind.partition(".")[2] for kind in EVENTS
+              if kind.startswith("run_node.") and "n" not in DEFINITIONS[kind]["properties"]}
+
+
+def numbered(*events: Any) -> list[str]:
+    """Events as run_node.py says them, each but the unnumbered ones with its number."""
+    made, number = [], 0
+    for event in events:
+        number += event["event"] not in UNNUMBERED
+        made.append(line(event if event["event"] in UNNUMBERED else {"n": number, **event}))
+    return made
 
 
 @pytest.mark.parametrize("high", [False, True], ids=["low", "high"])
@@ -175,7 +186,7 @@ def test_a_training_survives_what_the_schema_takes(kind: str, high: bool, evil: 
     event = extreme(DEFINITIONS[kind], high)
     if event.get("rank"):  # its own, or it would be lost at once
         event["rank"] = 0 if event["rank"] > 0 else -1
-    evil.answers({"describe_node": [honest_facts(there=[])], "run_node": [STARTED, line(event), line(event), ENDED]})
+    evil.answers({"describe_node": [honest_facts(there=[])], "run_node": numbered(STARTED, event, event, ENDED)})
     text = seen(evil, place, *TRAIN)
     assert "[0] forged" not in [part[:10] for part in text.splitlines()]
 
@@ -183,30 +194,31 @@ def test_a_training_survives_what_the_schema_takes(kind: str, high: bool, evil: 
 LIES = {"another's rank": ({"event": "line", "rank": 1, "text": "x"}, "speaks for rank 1"),
         "a rank that isn't": ({"event": "rank", "rank": [], "code": 0, "asked": False}, "makes no sense"),
         "no code": ({"event": "ended"}, "makes no sense"), "an unknown event": ({"event": ESCAPES}, "has no event"),
+        "a number that isn't next": ({"event": "line", "rank": 0, "text": "x", "n": 7}, "comes after event"),
         "a long line": ({"event": "line", "rank": 0, "text": "x" * 70_000}, "more than 64 KiB")}
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_costs_the_host_with_one_line(lie: str, evil: Evil, place: Path) -> None:
     event, reason = LIES[lie]
-    evil.answers({"describe_node": [honest_facts(there=[])], "run_node": [STARTED, line(event), ENDED]}, stays=True)
+    evil.answers({"describe_node": [honest_facts(there=[])], "run_node": numbered(STARTED, event, ENDED)}, stays=True)
     text = seen(evil, place, *TRAIN)
     assert reason in text and "training failed after" in text
 
 
 def test_a_flood_slows_the_host_and_fills_nothing(evil: Evil, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flood = line({"event": "line", "rank": 0, "text": "x" * 4000})
+    flood = line({"event": "line", "rank": 0, "text": "x" * 4000}).replace('"rank"', '"n": %d, "rank"')
     progress = line({"event": "progress", "rank": 0, "text": "step 1/5  [link=https://evil]x[/link][/]"})
-    evil.answers({"describe_node": [honest_facts(there=[])],
-                  "run_node": [STARTED, progress, [20_000, flood], ENDED]})
+    evil.answers({"describe_node": [honest_facts(there=[])], "run_node": [
+        *numbered(STARTED), progress, *(flood % number for number in range(2, 20_002)), *numbered(ENDED)]})
     seen(evil, place, *TRAIN)
 
 
 def test_a_terminal_gets_no_markup_of_a_host(evil: Evil, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = f"step 1/5  [link=https://evil]x[/link][/] {ESCAPES}"[:200]
     evil.answers({"describe_node": [honest_facts(there=[])], "run_node": [
-        STARTED, line({"event": "progress", "rank": 0, "text": said}), line({"event": "line", "rank": 0, "text": said}),
-        ENDED]})
+        *numbered(STARTED, {"event": "progress", "rank": 0, "text": said}, {"event": "line", "rank": 0, "text": said},
+                  ENDED)]})
     monkeypatch.chdir(place)
     monkeypatch.setenv("TERM", "xterm-256color")
     name, *words = TRAIN
@@ -268,7 +280,7 @@ def test_what_it_sends_as_a_run_folder_stays_one(evil: Evil, place: Path) -> Non
     planted = archive(*links_past_path_max(), member("run.json", b'{"command": "train.py --x"}'),
                       member("command.json", b"{}"), member("../../escape"))
     size = f"@@SIZE {len(planted)}\n"
-    evil.answers({"describe_node": [honest_facts(there=[])], "run_node": [STARTED, ENDED],
+    evil.answers({"describe_node": [honest_facts(there=[])], "run_node": numbered(STARTED, ENDED),
                   "tar": [size, planted.decode("latin-1"), "@@END 0\n"]})
     text = seen(evil, place, *TRAIN)
     assert "entries of the run folder stay there" in text

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,12 +54,56 @@ def test_a_rank_that_is_killed_ends_the_job_and_is_named(victim: str, desk: Desk
 
 
 def test_a_machine_that_vanishes_ends_the_job(desk: Desk) -> None:
-    job = desk.start(*SMALL, "--max_steps", "100000")
+    job = desk.start("--patience", "15", "--grace", "5", *SMALL, "--max_steps", "100000", "--save_steps", "400")
     wait_for_steps(desk, job)
+    wait_until(lambda: list((desk.folder / "runs").glob("*/checkpoints/checkpoint-*/complete.json")))
+    time.sleep(1)  # a rank that is still saving may take long to be done
     desk.lab.switch.network("ip link set port12 down")
     wait_until(lambda: not job_processes(desk))
     output, _ = job.communicate(timeout=120)
-    assert job.returncode == 1 and ": gpu2: connection: no answer for 12 s" in output, output
+    assert job.returncode == 1 and ": gpu2: connection: no contact for 15 s" in output, output
+    assert "gpu2: connection lost (no answer for 12 s): its ranks go on; reconnecting for up to 15 s" in output
+    assert "\nlast checkpoint: step " in output and ": invoke train --resume runs/" in output
+
+
+def steps_logged(desk: Desk) -> list[int]:
+    return [int(step) for step in re.findall(r"\[0\] step +(\d+)/", desk.logged("gpu1"))]
+
+
+@pytest.mark.parametrize("other_disks", [False, True], ids=["one disk", "other disks"])
+def test_a_cable_that_wobbles_costs_nothing(other_disks: bool, desk: Desk) -> None:
+    for host in desk.hosts.values() if other_disks else ():
+        subprocess.run(host.words("mount", "-t", "tmpfs", "tmpfs", str(desk.folder)), check=True)
+    job = desk.start(*SMALL, "--max_steps", "100000")
+    wait_for_steps(desk, job)
+    ranks = ranks_on(desk, "gpu1") + ranks_on(desk, "gpu2")
+    desk.lab.master.network("ip link set eth0 down")  # the master's: the hosts reach each other
+    wait_until(lambda: len(steps_logged(desk)) > 0)
+    before = len(steps_logged(desk))
+    time.sleep(25)
+    assert len(steps_logged(desk)) - before < 200  # nothing comes through
+    desk.lab.master.network("ip link set eth0 up")
+    wait_until(lambda: len(steps_logged(desk)) > before + 40)
+    assert ranks_on(desk, "gpu1") + ranks_on(desk, "gpu2") == ranks
+    os.kill(launchers(desk)[0], signal.SIGINT)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and output.count(": connected again after ") == 2, output
+    steps = steps_logged(desk)
+    assert steps == list(range(1, len(steps) + 1))
+    rows = [json.loads(row) for row in (desk.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == steps
+
+
+def test_one_host_out_of_reach_for_too_long_has_all_save(desk: Desk) -> None:
+    job = desk.start("--patience", "15", *SMALL, "--max_steps", "100000")
+    wait_for_steps(desk, job)
+    desk.lab.master.network("ip route add blackhole 10.77.0.12/32")  # gpu1 still reaches it
+    wait_until(lambda: not job_processes(desk))
+    output, _ = job.communicate(timeout=120)
+    assert ": gpu2: connection: no contact for 15 s" in output, output
+    assert json.loads((desk.run_folder / "run.json").read_text())["status"] == "stopped"
+    (saved,) = desk.run_folder.glob("checkpoints/checkpoint-*/complete.json")
+    assert f"last checkpoint: step {saved.parent.name.partition('-')[2]}: invoke train --resume " in output
 
 
 def test_an_exception_is_shown_with_its_end(desk: Desk) -> None:
@@ -121,12 +166,13 @@ def test_the_run_folder_is_brought_from_another_disk(desk: Desk) -> None:
 
 
 def test_a_master_that_dies_ends_the_job(desk: Desk) -> None:
-    job = desk.start(*SMALL, "--max_steps", "100000")
+    job = desk.start("--patience", "6", *SMALL, "--max_steps", "100000")
     wait_for_steps(desk, job)
     for pid in launchers(desk):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not job_processes(desk))
     job.communicate(timeout=60)
+    assert list(desk.run_folder.glob("checkpoints/checkpoint-*/complete.json"))
 
 
 def test_ctrl_c_saves_on_all_machines(desk: Desk) -> None:
