@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--output", type=Path, default=Path("hostfile.txt"), metavar="F", help="the hostfile (hostfile.txt)")
     flag("--vendor", choices=["NVIDIA", "AMD", "INTEL"], type=str.upper,
          help="train on this vendor's hosts (default: the one with most usable GPUs)")
+    flag("--slots", type=int, metavar="N", help="at most N slots a host: GPUs, or CPU slots where no host has a GPU")
     flag("--cpu-slots", type=int, metavar="N", help="N CPU slots on every host, whatever GPUs it has")
     flag("--allow-missing", action="store_true", help="exit 0 even if a host failed")
     flag("--script-path", metavar="P", help="run the detect_gpus.sh that was copied there, instead of sending it")
@@ -163,6 +164,8 @@ def generate(options: argparse.Namespace) -> int:
     """Ask the hosts, write the files, return the exit code."""
     if bool(options.nodes) == bool(options.from_reports):
         raise UsageError("give --nodes or --from-reports")
+    if options.slots is not None and not 0 < options.slots <= 1024:
+        raise UsageError("--slots: 1 to 1024")
     if options.cpu_slots is not None and not 0 < options.cpu_slots <= 1024:
         raise UsageError("--cpu-slots: 1 to 1024")
     if options.from_reports:
@@ -172,8 +175,10 @@ def generate(options: argparse.Namespace) -> int:
 
 def conclude(answers: Sequence[HostAnswer], options: argparse.Namespace) -> int:
     """Write the files from what the hosts answered, show it, return the exit code."""
+    if options.slots and not any(answer.found and answer.found.report.slots_use for answer in answers):
+        options.cpu_slots = options.slots
     vendor = "CPU" if options.cpu_slots else options.vendor or choose_vendor(answers)
-    hosts = [line for answer in answers if (line := slots_of(answer, vendor, options.cpu_slots))]
+    hosts = [line for answer in answers if (line := slots_of(answer, vendor, options.cpu_slots, options.slots))]
     failed = [answer for answer in answers if answer.reason]
     changed, changes = write_files(answers, hosts, vendor, options) if hosts else (False, [])
     if options.json:

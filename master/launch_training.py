@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--hostfile", type=Path, metavar="H", help="train on these hosts (default: on this machine)")
     flag("--nodes", nargs="+", metavar="N", default=[], help="find the GPUs of these hosts first, then train on them")
     flag("--slots", type=int, metavar="N",
-         help="ranks on this machine (default: all GPUs; 1 without any); CPU slots on each of --nodes")
+         help="ranks on this machine, or at most on each of --nodes (default: all GPUs; 1 without any)")
     flag("--grace", type=float, default=60, metavar="S",
          help="seconds after Ctrl-C to begin a save, and again to end after it (60)")
     flag("--include", default="", metavar="I", help="only these hosts and slots of the hostfile: gpu1@gpu2:0,2")
@@ -143,7 +143,7 @@ def ask_nodes(options: argparse.Namespace, ssh: SshOptions) -> Hosts:
             shutil.copy("cluster.json", folder)
         command = [sys.executable, str(ROOT / "master" / "generate_hostfile.py"), "--nodes", *options.nodes,
                    "--output", str(hostfile), *ssh_flags(options)]
-        command += ["--cpu-slots", str(options.slots)] if options.slots else []
+        command += ["--slots", str(options.slots)] if options.slots else []
         if subprocess.run(command, stdout=sys.stderr, env={**os.environ, **password}).returncode:
             raise HostsError("nothing was started: fix what failed or leave it out of --nodes (--slots N trains on "
                              "CPUs)")

@@ -168,11 +168,12 @@ def update_config(results: Sequence[HostResult], options: argparse.Namespace, ke
     """Add the Host blocks of the hosts that work, or take them out; shown and asked about first."""
     config = options.ssh_config or Path.home() / ".ssh" / "config"
     good = [result.node for result in results if not result.reason and not result.node.is_local]
+    names = host_blocks.aliases_of([result.node for result in results])
     if options.remove:
-        changes = host_blocks.plan(config, [], [host_blocks.alias_of(node) for node in good])
+        changes = host_blocks.plan(config, [], [names[node] for node in good])
     else:
-        changes = host_blocks.plan(config, [host_blocks.block_of(node, options.ssh_user, options.ssh_port, key)
-                                            for node in good])
+        changes = host_blocks.plan(config, [
+            host_blocks.block_of(node, options.ssh_user, options.ssh_port, key, names[node]) for node in good])
     if not changes:
         return
     for path, text in changes.items():

@@ -92,7 +92,12 @@ def open_port(address: str | None, port: int) -> socket.socket:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
-    return socket.create_server(("", port), backlog=128)
+    try:  # IPv6 and IPv4
+        return socket.create_server(("::", port), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise
+        return socket.create_server(("", port), backlog=128)  # a kernel without IPv6
 
 
 def listen(address: str | None, ports: list[int], token: bytes) -> tuple[list[int | None], list[str]]:

@@ -432,8 +432,8 @@ def environment(job: dict[str, Any]) -> tuple[dict[str, str], str | None]:
     found["PYTHONUNBUFFERED"] = "1"
     found["PATH"] = os.path.dirname(job["python"]) + os.pathsep + found.get("PATH", "/usr/bin:/bin")
     interface = interface_towards(job["master_addr"])
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
-        found.setdefault(name, interface or "")
+    for name, exactly in (("GLOO_SOCKET_IFNAME", ""), ("NCCL_SOCKET_IFNAME", "=")) if interface else ():
+        found.setdefault(name, f"{exactly}{interface}")  # NCCL takes eth1 for eth10 too
     return found, interface
 
 

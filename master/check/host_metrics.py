@@ -68,7 +68,7 @@ class HostMetrics:
                     self._latest[host] = measured
                 now = time.monotonic()
                 if messages.ended:
-                    raise SshError(host, "connection", messages.stderr_tail()[-200:] or "it exited")
+                    raise SshError(host, "connection", f"it exited: {messages.last_words()}")
                 if now - messages.last_heard > SILENCE_LIMIT_S:
                     raise SshError(host, "connection", f"no answer for {SILENCE_LIMIT_S:.0f} s")
                 if now - spoken > HEARTBEAT_S:

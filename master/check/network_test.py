@@ -74,7 +74,7 @@ class Peer:
                 self.lost = error.reason
                 break
             if self._channel.ended or left <= 0:
-                self.lost = (self._channel.stderr_tail()[-200:] if self._channel.ended else "") or "no answer"
+                self.lost = self._channel.last_words() if self._channel.ended else "no answer"
         return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from master.core.paths import WORKER
 from master.inventory.gpu_report import GpuReport, ReportError, new_nonce, parse_report
 from master.ssh.route import SshError
-from master.ssh.session import CommandResult, Session
+from master.ssh.session import CommandResult, Session, last_words
 
 NOT_FOUND = 127
 # Runs before the detector in the same bash: where the host was reached, and its network cards' addresses.
@@ -84,8 +84,7 @@ def report_from_stdin(session: Session, done: CommandResult, nonce: str, notes: 
         return query_by_python(session)
     except (ReportError, SshError) as error:
         if report is None:
-            said = (done.err.strip().splitlines() or [""])[-1]
-            raise SshError(host, "GPU report", f"bash: {reason}; python3: {error}; {said}",
+            raise SshError(host, "GPU report", f"{last_words(done.out, done.err)} (bash: {reason}; python3: {error})",
                            f"ssh {shlex.quote(host)} bash -s < worker/detect_gpus.sh") from None
         notes.append(f"not sure ({report.hand_over}): install python3 there for a full answer")
         return report

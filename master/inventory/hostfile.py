@@ -18,6 +18,7 @@ from pathlib import Path
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UserError
 from master.core.terminal import one_line
+from master.core.text_file import read_text
 from master.core.trust import refuse_foreign
 from master.ssh.node_names import NodeError, parse_node
 
@@ -60,7 +61,7 @@ def read_hostfile(path: Path) -> list[Slots]:
     """
     refuse_foreign(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise HostfileError(f"{path}: {reason}: write one with invoke hostfile --nodes ...") from None

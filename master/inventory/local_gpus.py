@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from master.core.run_cli import UsageError
+from master.core.paths import WORKER
+from master.core.run_cli import UsageError, UserError
+from master.core.terminal import say
+from master.inventory.gpu_report import ReportError, parse_report
 from master.inventory.hostfile import Slots
 
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
+PCI_CLASSES, DISPLAY_CLASS = "/sys/bus/pci/devices/*/class", "0x03"
 COUNT = """
 import torch
 kind = torch.accelerator.current_accelerator()
@@ -31,10 +37,42 @@ class Gpus:
 def count_gpus() -> Gpus:
     """Return the GPUs that PyTorch can use; it is asked, in a process of its own, only if a driver is there."""
     if not any(os.path.exists(path) for path in GPU_DEVICE_FILES):
+        if any(Path(path).read_text().startswith(DISPLAY_CLASS) for path in glob.glob(PCI_CLASSES)) \
+                and (fault := broken_gpus()):
+            say(f"this machine's GPU is not used: {fault}: invoke detect says more")
         return Gpus(0, "CPU")
     asked = subprocess.run([sys.executable, "-P", "-c", COUNT], capture_output=True, text=True)
     count, _, vendor = asked.stdout.strip().partition(" ")
-    return Gpus(int(count), vendor) if count.isdigit() and int(count) else Gpus(0, "CPU")
+    if count.isdigit() and int(count):
+        return Gpus(int(count), vendor)
+    if fault := broken_gpus():
+        raise BrokenGpus(f"this machine's GPUs can't be used: {fault}: invoke detect says how to fix it; to train on "
+                         "CPUs all the same: DS_ACCELERATOR=cpu invoke train ...")
+    return Gpus(0, "CPU")
+
+
+class BrokenGpus(UserError):
+    """GPUs that are there, and can't be used."""
+
+
+def broken_gpus() -> str | None:
+    """Return what is wrong with GPUs that are there and unusable, None where there are none, or the user wants none.
+
+    The detector is asked: a device file alone is no GPU.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    found = subprocess.run(["bash", str(WORKER / "detect_gpus.sh"), "--json", "--nonce", "here"], capture_output=True,
+                           text=True)
+    try:
+        report = parse_report(found.stdout, "here")
+    except ReportError:
+        return None
+    if not (report.vendor == "NVIDIA" or any(not gpu.integrated for gpu in report.gpus)):
+        return None  # what only draws the screen
+    if report.usable:
+        return "PyTorch finds none of them (is it a build for CPUs?)"
+    return next((problem.message for problem in report.problems if problem.is_fault), None)
 
 
 def choose_slots(wanted: int | None, gpus: Gpus, environment: Mapping[str, str]) -> Slots:

@@ -15,7 +15,7 @@ from master.core.paths import ROOT, WORKER
 from master.inventory.gpu_query import query_gpus
 from master.inventory.worker_script import load_worker, stdin_loader
 from master.ssh.route import SshError
-from master.ssh.session import Session
+from master.ssh.session import Session, last_words
 from master.ssh.worker_message import check_message
 
 MARK = "@@NODE_FACTS "
@@ -76,8 +76,7 @@ def query_facts(session: Session, place: RemoteCheckout, wanted: Mapping[str, An
     if done.code in NOT_FOUND:
         raise SshError(host, "Python", f"no {place.python} there",
                        "invoke sync brings lanspeed and its environment there")
-    said = (done.err.strip().splitlines() or ["it printed nothing"])[-1]
-    raise SshError(host, "Python", f"{place.python} does not answer: {said[:200]}")
+    raise SshError(host, "Python", f"{place.python} does not answer: {last_words(done.out, done.err)[:200]}")
 
 
 def start_folder(facts: Mapping[str, Any], checkout: RemoteCheckout) -> str:

@@ -35,8 +35,8 @@ def choose_vendor(answers: Sequence[HostAnswer]) -> str:
     return max(VENDORS, key=lambda vendor: counts[vendor])
 
 
-def slots_of(answer: HostAnswer, vendor: str, cpu_slots: int | None) -> Slots | None:
-    """Return a host's line of the hostfile, None if it has none."""
+def slots_of(answer: HostAnswer, vendor: str, cpu_slots: int | None, most: int | None = None) -> Slots | None:
+    """Return a host's line of the hostfile, None if it has none; it uses `most` GPUs at most."""
     if not answer.found:
         return None
     if cpu_slots:
@@ -44,7 +44,7 @@ def slots_of(answer: HostAnswer, vendor: str, cpu_slots: int | None) -> Slots | 
     report = answer.found.report
     if report.vendor != vendor or not report.slots_use:
         return None
-    return Slots(answer.name, report.slots_total, report.slots_use, vendor)
+    return Slots(answer.name, report.slots_total, report.slots_use[:most], vendor)
 
 
 def name_problem(node: Node) -> str | None:

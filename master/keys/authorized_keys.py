@@ -10,7 +10,7 @@ import shlex
 from master.core.terminal import one_line
 from master.keys.key_pair import KeyPair
 from master.ssh.route import SshError
-from master.ssh.session import Session
+from master.ssh.session import Session, last_words
 
 # $1: check, install or remove; $2: the key's blob; $3: its whole line. Prints @@KEYS and one word, then what to know.
 SCRIPT = r"""
@@ -81,7 +81,7 @@ def run_script(session: Session, deed: str, pair: KeyPair) -> str:
     marked = [line[7:].strip() for line in done.out.replace("\r", "").splitlines() if line.startswith("@@KEYS ")]
     host = str(session.node)
     if not marked:
-        said = (done.err.strip().splitlines() or ["nothing"])[-1]
+        said = last_words(done.out, done.err)
         raise SshError(host, "key", f"the host's shell printed: {said}", f"ssh-copy-id -i {pair.path}.pub {host}")
     for line in marked:
         if line.startswith("fault "):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from master.core.atomic_write import write_atomically
+from master.core.run_cli import UsageError
 from master.ssh.node_names import Node
 
 HEADER = "# Written by `invoke setup-keys`; `invoke setup-keys --nodes ... --remove` takes it away again.\n"
@@ -20,9 +21,23 @@ def alias_of(node: Node) -> str:
     return re.sub("[:%]+", "-", node.host).strip("-")
 
 
-def block_of(node: Node, user: str | None, port: int | None, key: Path) -> str:
+def aliases_of(nodes: Sequence[Node]) -> dict[Node, str]:
+    """Return the names of several nodes; where two would share one (as me@box:2201 and me@box:2202), each also has its
+    port, or else its user. Raises UsageError where that doesn't tell them apart."""
+    found = {node: alias_of(node) for node in nodes}
+    for shared in {alias for alias in found.values() if list(found.values()).count(alias) > 1}:
+        for node in [node for node in nodes if found[node] == shared]:
+            ports = {other.port for other in nodes if alias_of(other) == shared}
+            what = str(node.port or 22) if len(ports) > 1 else re.sub(r"[^A-Za-z0-9_.-]+", "-", node.user or "me")
+            found[node] = f"{shared}-{what}"
+    if len(set(found.values())) < len(found):
+        raise UsageError(f"{', '.join(map(str, nodes))}: several of them are one host and port: name it once")
+    return found
+
+
+def block_of(node: Node, user: str | None, port: int | None, key: Path, alias: str = "") -> str:
     """Return a node's block: only what its name or the flags give, and the key."""
-    alias, user, port = alias_of(node), node.user or user, node.port or port
+    alias, user, port = alias or alias_of(node), node.user or user, node.port or port
     home = Path.home()
     shown = f"~/{key.relative_to(home)}" if key.is_relative_to(home) else str(key)
     lines = [f"Host {alias}", *([f"  HostName {node.host}"] if alias != node.host else []),

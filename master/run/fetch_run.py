@@ -18,7 +18,7 @@ from master.run.incoming_archive import MAX_BANNER_LINES, ArchiveStream, check_r
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
-from master.ssh.session import Session
+from master.ssh.session import Session, last_words
 
 TOLD_EVERY = 10.0  # seconds between two lines of progress, where no bar can be shown
 MARK, END = "@@SIZE ", "@@END "  # before and after the stream
@@ -125,7 +125,7 @@ def unpack_stream(session: Session, program: str, folder: Path, shown: Progress,
             return Fetched()
         found = re.fullmatch(rf"{MARK}([0-9]{{1,15}})\b.*\n", line)
         if not found:
-            raise SshError(host, "fetch", channel.stderr_tail()[-200:] or "no data")
+            raise SshError(host, "fetch", last_words(line, channel.stderr_tail())[-200:])
         shown.total = int(found[1])
         folder.mkdir(parents=True, exist_ok=True)
         check_room(folder, shown.total, host)

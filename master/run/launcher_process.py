@@ -40,8 +40,8 @@ class RunningError(UserError):
 @dataclass(frozen=True)
 class Launcher:
     """A run's launcher. `started`: in the kernel's ticks, which tells it from a later process with the same number;
-    `boot`: the kernel's boot id; `job`: the name of the run's job on its hosts; `run_id`: tells it from others of the same
-    name; `holder`: who holds the run's lock."""
+    `boot`: the kernel's boot id; `job`: the name of the run's job on its hosts; `run_id`: tells the run from others of
+    its name; `holder`: who holds the run's lock."""
 
     pid: int | None = None
     started: str | None = None

@@ -33,7 +33,8 @@ def job_prefix(run: Path) -> str:
     Another run of the same name, of whatever folder, user or machine, has another one.
     """
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", run.resolve().name)[:200]
-    return f"{name}-{read_launcher_record(run).run_id or 'new'}"
+    run_id = read_launcher_record(run).run_id
+    return f"{name}-{run_id}" if run_id else name
 
 
 def mark_failed(run: Path, code: int) -> None:

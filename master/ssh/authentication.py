@@ -17,6 +17,7 @@ import paramiko.agent
 
 from master.ssh.route import Route, SshError, SshOptions
 
+KEYS_BEFORE_PASSWORD = 4  # that are offered before a password: OpenSSH's server hangs up after 6 tries (MaxAuthTries)
 _loading = threading.Lock()
 
 
@@ -98,11 +99,43 @@ def public_blob(path: Path) -> str:
         return ""
 
 
+def by_password(transport: paramiko.Transport, route: Route, password: str, tried: list[str], notes: list[str]) -> bool:
+    """Try the password, also where the server asks for it as a question (keyboard-interactive); return if it is right.
+
+    Raises paramiko's errors for a connection that ends.
+    """
+    try:
+        return not transport.auth_password(route.user, password, fallback=False)
+    except paramiko.BadAuthenticationType as refusal:
+        if "keyboard-interactive" not in refusal.allowed_types:
+            notes.append(f"the server takes no passwords, only {', '.join(refusal.allowed_types)}")
+            return False
+    except paramiko.AuthenticationException:
+        tried.append("password")
+        return False
+
+    def answer(title: str, instructions: str, questions: list[tuple[str, bool]]) -> list[str]:
+        return ["" if shown else password for _, shown in questions]
+
+    try:
+        if not transport.auth_interactive(route.user, answer):
+            return True
+        notes.append("the password is accepted, and the server wants more than that")
+    except paramiko.AuthenticationException:
+        tried.append("password")
+    return False
+
+
 def log_in(transport: paramiko.Transport, route: Route, ssh: SshOptions) -> str:
     """Authenticate; return what let us in. Raises SshError with all that was tried."""
     host, notes, tried = str(route.node), [], []  # type: ignore[var-annotated]
+    password = ssh.password
     try:
         for name, key in offered_keys(route, ssh, notes):
+            if password is not None and len(tried) == KEYS_BEFORE_PASSWORD:
+                if by_password(transport, route, password, tried, notes):
+                    return "password"
+                password = None
             try:
                 if not transport.auth_publickey(route.user, key):
                     return name
@@ -112,14 +145,8 @@ def log_in(transport: paramiko.Transport, route: Route, ssh: SshOptions) -> str:
                 break
             except paramiko.AuthenticationException:
                 tried.append(name)
-        if ssh.password is not None:
-            try:
-                if not transport.auth_password(route.user, ssh.password):
-                    return "password"
-            except paramiko.BadAuthenticationType as refusal:
-                notes.append(f"the server takes no passwords, only {', '.join(refusal.allowed_types)}")
-            except paramiko.AuthenticationException:
-                tried.append("password")
+        if password is not None and by_password(transport, route, password, tried, notes):
+            return "password"
     except (paramiko.SSHException, EOFError, OSError) as error:
         notes.append(f"the server closed the connection ({message_of(error)})")
         if len(tried) > 2:

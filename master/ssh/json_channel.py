@@ -18,6 +18,7 @@ from typing import Any
 from master.core.json_schema import loads
 from master.ssh.channel import Channel
 from master.ssh.route import SshError
+from master.ssh.session import last_words
 from master.ssh.worker_message import check_event, check_message
 
 MAX_LINE_BYTES = 64 << 10  # of what a host says
@@ -37,7 +38,7 @@ class JsonChannel:
         self._channel, self._host, self._key, self._mark = channel, host, key, mark
         self._check = check_event if key == "event" else check_message
         self._script, self._longest = script, longest
-        self._rest = b""
+        self._rest = self._noise = b""
         self.last_heard = time.monotonic()
         self.ended = False
 
@@ -55,15 +56,20 @@ class JsonChannel:
         *lines, self._rest = (self._rest + block).split(b"\n")
         if max(map(len, [*lines, self._rest])) > self._longest:
             raise SshError(self._host, "message", f"a line of its output has more than {self._longest >> 10} KiB")
-        found = (parse_object(line[len(self._mark) :], self._key) for line in lines if line.startswith(self._mark))
-        events = [event for event in found if event is not None]
+        events = []
+        for line in lines:
+            event = parse_object(line[len(self._mark) :], self._key) if line.startswith(self._mark) else None
+            if event is not None:
+                events.append(event)
+            elif line.strip():
+                self._noise = line
         for event in events:
             self._check(self._script, event, self._host)
         return events
 
-    def stderr_tail(self) -> str:
-        """Return the last of what the command wrote to standard error."""
-        return self._channel.stderr_tail()
+    def last_words(self) -> str:
+        """Return what the host said last that is no message: why it ended, perhaps."""
+        return last_words((self._rest or self._noise).decode("utf-8", "replace"), self._channel.stderr_tail())[-300:]
 
 
 def parse_object(line: bytes, key: str) -> dict[str, Any] | None:

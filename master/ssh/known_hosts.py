@@ -43,6 +43,9 @@ class KnownHost:
     place: str
 
 
+_accepted: set[tuple[str, HostKey]] = set()  # keys that the user has taken in this process
+
+
 def entries_for(name: str, files: Sequence[Path]) -> list[KnownHost]:
     """Return what known_hosts files say of a host ('host' or '[host]:port')."""
     found: list[KnownHost] = []
@@ -81,6 +84,8 @@ def verdict_on(key: HostKey, entries: Sequence[KnownHost]) -> tuple[str, str]:
 def refuse_changed_key(key: HostKey, entries: Sequence[KnownHost], route: Route) -> str:
     """Return KNOWN or UNKNOWN; raise SshError for a key that changed, which may be an attack, or was revoked."""
     verdict, place = verdict_on(key, entries)
+    if verdict == UNKNOWN and (route.host_key_name, key) in _accepted:
+        return KNOWN
     host = str(route.node)
     if verdict == REVOKED:
         raise SshError(host, "host key", f"{key.fingerprint} is marked as revoked in {place}")
@@ -109,8 +114,14 @@ def hashed(name: str) -> str:
 
 
 def add_entry(route: Route, key: HostKey) -> None:
-    """Append a host's key to the user's known_hosts file, under a lock, unless it's there by now."""
+    """Append a host's key to the user's known_hosts file, under a lock, unless it's there by now.
+
+    Where the user keeps none (UserKnownHostsFile /dev/null or none) it holds for this process.
+    """
     file, name = route.new_keys_file, route.host_key_name
+    _accepted.add((name, key))
+    if file is None:
+        return
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "r+b") as opened:

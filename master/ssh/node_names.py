@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from master.core.run_cli import UsageError
+from master.core.text_file import read_text
 
 MAX_NODES = 1024
 MAX_NAME = 253  # characters of a host name, RFC 1035
 # What neither a shell nor ssh can take for anything but a name: no leading hyphen, no space, no quote.
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?")
+# A login name; of a directory it may hold its domain: ann@corp.example, CORP\\ann.
+USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?([@\\][A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 RANGE = re.compile(r"\[([0-9,-]+)\]")
 
 
@@ -89,7 +91,7 @@ def each_word(words: Iterable[str]) -> Iterator[tuple[str, str]]:
                 continue
             path = Path(word[1:]).expanduser()
             try:
-                lines = path.read_text(encoding="utf-8").splitlines()
+                lines = read_text(path).splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or "not UTF-8"
                 raise NodeError(f"{path}: {reason}") from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from master.core.run_cli import UsageError
 from master.core.terminal import confirm, say
+from master.core.text_file import read_text
 from master.core.trust import TrustFolder
 from master.ssh.route import SshOptions
 
@@ -84,7 +85,7 @@ def password_of(options: argparse.Namespace) -> str | None:
         try:
             if path.stat().st_mode & 0o077:
                 raise SshOptionsError(f"--ssh-password-file: {path} can be read by others: chmod 600 {path}")
-            return path.read_text(encoding="utf-8").rstrip("\r\n")
+            return read_text(path).rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             raise SshOptionsError(f"--ssh-password-file: {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
     if options.ssh_password is PROMPT:

@@ -183,7 +183,7 @@ def dial(route: Route, ssh: SshOptions) -> Any:
     if route.proxy:
         return ProxySocket.start(route.proxy)
     try:
-        found = socket.getaddrinfo(route.address, route.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(route.address, route.port, route.family, socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         raise SshError(host, "name lookup", f"{route.address}: {getattr(error, 'strerror', error)}",
                        "give its address, or a Host block in ~/.ssh/config") from None
@@ -192,6 +192,8 @@ def dial(route: Route, ssh: SshOptions) -> Any:
         connection = socket.socket(family, kind, protocol)
         connection.settimeout(ssh.connect_timeout)
         try:
+            if route.bind_address:
+                connection.bind((route.bind_address, 0))
             connection.connect(address)
             return connection
         except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from master.ssh.node_names import Node
 
 ABSENT = {"", "none"}
+FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 HOST_KEY_WORDS = {"yes": "yes", "true": "yes", "ask": "ask", "accept-new": "accept-new", "no": "accept-new",
                   "off": "accept-new", "false": "accept-new"}  # a changed key is refused here even with "no"
 
@@ -89,11 +91,9 @@ class Route:
     hashes_names: bool = False
     host_key_kinds: tuple[str, ...] = ()  # that may be asked for; empty: any
     min_rsa_bits: int = 1024
-
-    @property
-    def new_keys_file(self) -> Path:
-        """The file that a new host key is added to: the user's first."""
-        return self.known_hosts[0]
+    new_keys_file: Path | None = None  # that a new host key is added to; None: nowhere, the user wants none kept
+    family: int = socket.AF_UNSPEC
+    bind_address: str | None = None  # of this machine, to connect from
 
 
 def ssh_words(ssh: SshOptions, node: Node) -> list[str]:
@@ -145,17 +145,20 @@ def route_of(node: Node, ssh: SshOptions, settings: dict[str, list[str]]) -> Rou
     def path(text: str) -> Path:
         return Path(re.sub("%.", lambda found: tokens.get(found.group(0), found.group(0)), text)).expanduser()
 
-    own_files = [path(word) for word in shlex.split(one("userknownhostsfile", "~/.ssh/known_hosts"))]
+    own_files = [path(word) for word in shlex.split(settings.get("userknownhostsfile", ["~/.ssh/known_hosts"])[0])
+                 if word.lower() not in ABSENT]
     all_files = own_files + [path(word) for word in shlex.split(one("globalknownhostsfile"))]
     name = one("hostkeyalias") or (address if port == 22 else f"[{address}]:{port}")
     return Route(
         node=node, address=address, port=port, user=user,
         key_files=tuple(dict.fromkeys([*map(path, settings.get("identityfile", [])), *ssh.more_keys])),
         only_key_files=one("identitiesonly", "no") == "yes",
-        known_hosts=tuple(file for file in all_files if str(file) != "/dev/null") or (home / ".ssh" / "known_hosts",),
+        known_hosts=tuple(file for file in all_files if str(file) != "/dev/null"),
+        new_keys_file=next((file for file in own_files[:1] if str(file) != "/dev/null"), None),
+        family=FAMILIES.get(one("addressfamily", "any"), socket.AF_UNSPEC), bind_address=one("bindaddress") or None,
         host_key_name=name, host_keys=ssh.host_keys or HOST_KEY_WORDS.get(one("stricthostkeychecking"), "ask"),
         proxy=proxy_command(ssh, one("proxyjump"), one("proxycommand"), tokens, address, port),
-        agent=agent_of(one("identityagent", "SSH_AUTH_SOCK"), path),
+        agent=agent_of(settings.get("identityagent", ["SSH_AUTH_SOCK"])[0], path),
         needs_openssh=needs_openssh_for(settings), hashes_names=one("hashknownhosts", "no") == "yes",
         host_key_kinds=tuple(one("hostkeyalgorithms").split(",")) if one("hostkeyalgorithms") else (),
         min_rsa_bits=int(one("requiredrsasize", "1024")))
@@ -190,6 +193,8 @@ def jump_words(text: str) -> list[str]:
 
 def agent_of(text: str, path: object) -> str | None:
     """Return the agent's socket; IdentityAgent may name a variable, or a file."""
+    if text.lower() in ABSENT:
+        return None
     if text == "SSH_AUTH_SOCK":
         return os.environ.get("SSH_AUTH_SOCK") or None
     if text.startswith("$"):

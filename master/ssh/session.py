@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import shlex
 import signal
@@ -37,6 +38,21 @@ class CommandResult:
     code: int
     out: str
     err: str
+
+
+def last_words(out: str, err: str) -> str:
+    """Return what a host says last of why it does nothing: on standard error, or, as nologin does, on output."""
+    said = [text.strip().splitlines()[-1].strip() for text in (err, out) if text.strip()]
+    return said[0] if said else "it printed nothing"
+
+
+def sh_command(program: str, *words: str) -> str:
+    """Return a command that runs a program of many lines by sh, from whatever shell the account has.
+
+    csh takes no line break in quotes, and no exclamation mark: what isn't plain goes as printf's octal escapes.
+    """
+    plain = re.sub(rb"[^A-Za-z0-9_./= -]", lambda found: b"\\0%03o" % ord(found[0]), program.encode())
+    return shlex.join(["exec", "sh", "-c", 'eval "$(printf %b "$0")"', plain.decode(), *words])
 
 
 class Session(Protocol):

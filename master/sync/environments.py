@@ -29,7 +29,7 @@ from master.inventory.gpu_report import GpuReport
 from master.inventory.node_facts import RemoteCheckout, local_facts, query_facts
 from master.inventory.preflight import torch_problems, version_problems
 from master.ssh.route import SshError
-from master.ssh.session import OUTPUT_LIMIT, Session
+from master.ssh.session import OUTPUT_LIMIT, Session, last_words, sh_command
 from master.sync.file_trees import FileEntry, Tree, TreeError
 
 GB = 1_000_000_000
@@ -208,7 +208,7 @@ def install_words(spec: EnvironmentSpec, roots: Mapping[str, str], vendor: str) 
 def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop: threading.Event) -> tuple[str, str]:
     """Run the script; return its word ("made", "there") and the environment's path. Raises SshError."""
     host, out, end = str(session.node), b"", time.monotonic() + PATIENCE
-    with contextlib.closing(session.open(f"exec sh -c {shlex.quote(SCRIPT)} sh {shlex.join(words)}")) as channel:
+    with contextlib.closing(session.open(sh_command(SCRIPT, *words))) as channel:
         while (block := channel.receive(1.0)) != b"":
             out = (out + (block or b""))[-OUTPUT_LIMIT:]
             if stop.is_set():
@@ -224,6 +224,8 @@ def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop
             if venv not in (f"{words[0]}/.venv", f"{words[0]}/.venv-lanspeed"):
                 raise SshError(host, "environment", f"it names another place than it was told: {venv[:100]}")
             return word, venv
+    if not said:
+        raise SshError(host, "environment", last_words(out.decode("utf-8", "replace"), "")[:300])
     raise SshError(host, "environment", error_line(said), fix_for("\n".join(said)))
 
 

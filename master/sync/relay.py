@@ -215,6 +215,6 @@ class Relay:
                 session.close()  # so that whoever still sends to it gives up
             with peer.sending:  # nobody writes to a channel that is closed
                 peer.over = True
-            said = channel.stderr_tail().splitlines()
-            if said and "hello" not in peer.said:
-                raise SshError(peer.host, "Python", f"python3 there: {said[-1][:200]}", "sudo apt install python3")
+            if messages.ended and "hello" not in peer.said:
+                raise SshError(peer.host, "Python", f"python3 there: {messages.last_words()}",
+                               "sudo apt install python3")

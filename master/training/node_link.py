@@ -148,7 +148,7 @@ class NodeLink:
                 unconfirmed = 0
             now = time.monotonic()
             if messages.ended:
-                raise SshError(self._host, "connection", messages.stderr_tail()[-300:] or "it exited")
+                raise SshError(self._host, "connection", f"it exited: {messages.last_words()}")
             if now - looked > STOPPED_S:
                 messages.last_heard = now  # what has come meanwhile waits to be read
             if now - messages.last_heard > SILENCE_LIMIT_S:

@@ -98,4 +98,4 @@ def wait_for_end(messages: JsonChannel, host: str) -> int:
         for event in messages.receive(SILENCE_LIMIT_S):
             if event["event"] == "ended":
                 return int(event["processes"])
-    raise SshError(host, "stop", messages.stderr_tail()[-300:] or "no answer")
+    raise SshError(host, "stop", messages.last_words())

@@ -224,8 +224,9 @@ class ClusterJob:
 
     def _give_up(self, since: float) -> None:
         """Where hosts may be out of reach for ever: wait for them no longer once the others have ended."""
-        if self._supervision.survives_master and self._lost_at and self._running <= set(self._lost_at) \
-                and self._running != set(self._parts) and since - max(self._lost_at.values()) > self._supervision.patience:
+        watched, lost = self._supervision, self._lost_at
+        if watched.survives_master and lost and self._running <= set(lost) and self._running != set(self._parts) \
+                and since - max(lost.values()) > watched.patience:
             for host in self._running:
                 self._links[host].give_up()
 

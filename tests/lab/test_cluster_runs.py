@@ -112,7 +112,8 @@ def test_a_run_is_watched_and_goes_on_where_it_was_without_a_hostfile(lab: Lab, 
 
 def test_hosts_go_on_without_the_master_until_they_are_stopped(lab: Lab, texts: Path, cache: Path) -> None:
     desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
-    job = desk.start("--on-lost-master", "continue", "--patience", "6", *SMALL, "--max_steps", "100000", "--save_steps", "100000")
+    job = desk.start("--on-lost-master", "continue", "--patience", "6", *SMALL, "--max_steps", "100000", "--save_steps",
+                     "100000")
     wait_for_steps(desk, job)
     for pid in launchers(desk):
         os.kill(pid, signal.SIGKILL)

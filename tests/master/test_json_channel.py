@@ -46,14 +46,14 @@ def test_lines_come_in_any_pieces_and_with_a_mark() -> None:
 
 def test_both_sides_speak_and_silence_is_no_end() -> None:
     closing, heard = talk("""read order; echo "$order"; read empty
-                             echo '{"event": "failed", "text": "<'"$empty"'>"}'; sleep 60""")
+                             echo '{"event": "failed", "n": 1, "text": "<'"$empty"'>"}'; sleep 60""")
     with closing:
         assert heard.receive(0.05) == [] and not heard.ended
         before = heard.last_heard
-        heard.send({"event": "failed", "text": "x y"})
-        assert heard.receive(30) == [{"event": "failed", "text": "x y"}] and heard.last_heard > before
+        heard.send({"event": "failed", "n": 1, "text": "x y"})
+        assert heard.receive(30) == [{"event": "failed", "n": 1, "text": "x y"}] and heard.last_heard > before
         heard.send({})
-        assert heard.receive(30) == [{"event": "failed", "text": "<>"}]
+        assert heard.receive(30) == [{"event": "failed", "n": 1, "text": "<>"}]
 
 
 def test_a_line_without_end_is_refused() -> None:

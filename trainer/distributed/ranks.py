@@ -109,8 +109,8 @@ class Ranks:
 
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         interface = interface_towards(store.LOOPBACK if self._is_alone else os.environ["MASTER_ADDR"])
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
-            os.environ.setdefault(variable, interface or "")
+        for variable, exactly in (("GLOO_SOCKET_IFNAME", ""), ("NCCL_SOCKET_IFNAME", "=")) if interface else ():
+            os.environ.setdefault(variable, f"{exactly}{interface}")  # NCCL takes eth1 for eth10 too
         try:
             limit = timedelta(seconds=limit_s)
             self._store = store.SignedStore(

@@ -65,6 +65,21 @@ def batch_arithmetic(config: Config) -> Iterator[Problem]:
         yield from without_ranks(given)
 
 
+@RULES.add
+def groups_of_ranks(config: Config) -> Iterator[Problem]:
+    """Ranks that share a model's layers (AutoTP) or its experts (AutoEP), in groups that must come out even.
+
+    Else init_device_mesh or the groups' set-up fails, on some ranks with an IndexError, while the others wait.
+    """
+    ranks = config.target.world_size
+    for path, on in ((("tensor_parallel", "autotp_size"), True),
+                     (("expert_parallel", "autoep_size"), config.on("expert_parallel", "enabled"))):
+        size = config.get(*path)
+        if ranks and on and isinstance(size, int) and size > 1 and ranks % size:
+            yield Problem("bad-value", "error", path, f"{ranks} rank{'s' * (ranks > 1)} can't be split into groups of "
+                          f"{size}", "make it a divisor of the number of ranks", INIT)
+
+
 def with_ranks(given: dict[str, Any], at: tuple[str, ...], ranks: int) -> Iterator[Problem]:
     """The sum for a known number of ranks."""
     try:

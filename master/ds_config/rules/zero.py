@@ -186,7 +186,8 @@ def what_needs_cpu_offload(config: Config) -> Iterator[Problem]:
     for path in (("fp16", "fp16_master_weights_and_grads"), ("bf16", "bf16_master_weights_and_grads")):
         if config.on(*path) and config.stage and offloaded != "none" and torchs:
             yield needs("needs-cpu-adam", path, "needs DeepSpeed's CPU Adam", "set torch_adam to false")
-        if config.on(*path) and config.stage and offloaded == "none":
+        if config.on(*path) and config.stage and offloaded == "none" and not (
+                path[0] == "bf16" and config.on("bf16", "bf16_optimizer_states")):  # then all stays on the GPU
             yield needs("needs-offload", path, "needs offload_optimizer and DeepSpeed's CPU Adam",
                         'add "offload_optimizer": {"device": "cpu"}')
 
