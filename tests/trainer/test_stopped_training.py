@@ -123,22 +123,37 @@ def test_a_full_disk_is_told_before_the_run(small_disk: Path, train: Train) -> N
 
 
 @pytest.mark.root
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint_good(
-    small_disk: Path, environment: dict[str, str], texts: Path, train: Train
+def test_a_disk_that_fills_up_costs_checkpoints_and_nothing_else(
+    small_disk: Path, environment: dict[str, str], texts: Path, train: Train, tmp_path: Path
 ) -> None:
-    path = small_disk / "run"
+    path, log = small_disk / "run", tmp_path / "log.txt"
     subprocess.run(["mount", "-o", "remount,size=80m", str(small_disk)], check=True)
-    words = ("--max_steps", "2000", "--save_steps", "5", "--save_total_limit", "1", "--output_dir", str(path))
-    with running(environment, path.parent / "x", texts, *words) as process:
-        wait_until(lambda: (path / "checkpoints" / "checkpoint-5" / "complete.json").exists())
-        with (small_disk / "filler").open("wb") as filler:
-            try:
-                while True:
-                    filler.write(bytes(1 << 16))
-            except OSError:
+    words = ("--max_steps", "100000", "--save_steps", "20", "--save_total_limit", "1", "--output_dir", str(path))
+    with running(environment, tmp_path / "x", texts, *words) as process:
+        wait_until(lambda: list(path.glob("checkpoints/checkpoint-*/complete.json")))
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(1 << 16)):
                 pass
-        assert process.wait(120) == 1
-    log = (small_disk / "log.txt").read_text()
-    (small_disk / "filler").unlink()
-    again = train(*SMALL, *words, "--resume_from_checkpoint", "auto", "--max_steps", "6", expect=None)
-    assert "resuming after" in again.output, log + again.output
+        wait_until(lambda: "could not be saved" in log.read_text())
+        said = next(line for line in log.read_text().splitlines() if "could not be saved" in line)
+        assert "is intact; the training continues" in said and str(path / "checkpoints") in said, said
+        good = max(list_checkpoints(path / "checkpoints"), key=step_of)
+        assert (good / "complete.json").exists() and f"{good.name} is intact" in said
+        (small_disk / "filler").unlink()
+        wait_until(lambda: any(step_of(each.parent) > step_of(good) for each in path.glob(
+            "checkpoints/checkpoint-*/complete.json")))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    assert "; saved " in log.read_text() and "Traceback" not in log.read_text()
+    step = json.loads((path / "run.json").read_text())["step"]
+    again = train(*SMALL, *words, "--resume_from_checkpoint", "auto", "--max_steps", str(step + 2), expect=0)
+    assert f"resuming after {step}" in again.output
+
+
+def test_a_checkpoint_that_can_not_be_written_is_told_once(environment: dict[str, str], tmp_path: Path, texts: Path,
+                                                           train: Train) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-2").write_text("a file in the way")
+    run = train(*SMALL, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(tmp_path / "run"), expect=0)
+    assert run.output.count("checkpoint-2 could not be saved (") == 1 and "there is no checkpoint yet" in run.output
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "complete.json").exists()

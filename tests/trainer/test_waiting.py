@@ -58,7 +58,7 @@ told.update(waited=waiting.waited_s, steps=waiting.steps_s, value=value.tolist()
 def test_a_flag_is_seen_by_all_ranks_at_the_same_step(raisers: str, run_ranks: RunRanks) -> None:
     told = run_ranks("""
 import time
-from trainer.distributed.ranks import SharedFlag
+from trainer.distributed.shared_flag import SharedFlag
 
 flag = SharedFlag(ranks)
 told["seen"] = []
@@ -71,6 +71,24 @@ flag.close()
 """, raisers)
     first = {"0": 2, "1": 3, "01": 2, "": 6}[raisers]  # the step at which one is raised, seen by all at the next
     assert [each["seen"] for each in told] == [[step > first for step in range(6)]] * 2
+
+
+@pytest.mark.parametrize("raisers", ["0", "1", ""])
+def test_where_steps_are_long_a_flag_is_seen_at_once(raisers: str, run_ranks: RunRanks) -> None:
+    told = run_ranks("""
+import time
+from trainer.distributed import shared_flag
+
+shared_flag.LONG_STEP_S = 0.1
+flag = shared_flag.SharedFlag(ranks)
+told["seen"] = []
+for step in range(7):
+    flag.raised = step == 4 and str(ranks.rank) in sys.argv[1]
+    time.sleep(0.2 if ranks.rank else 0.01)  # one of the ranks is slow: the others know
+    told["seen"].append(flag.check())
+flag.close()
+""", raisers)
+    assert [each["seen"] for each in told] == [[bool(raisers) and step == 4 for step in range(7)]] * 2
 
 
 def test_a_rank_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,12 @@ from trainer.distributed.worker_file import load_worker
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 RENDEZVOUS_LIMIT_S = 600
 ALL_REDUCE_LIMIT_S = 60
 PREPARING_LIMIT_S = 7 * 24 * 3600
+COLLECTIVE_LIMIT_S = 2 * 3600  # in which others may save a large checkpoint; a hang is noticed by the launcher before
 
 
 def free_port() -> int:
@@ -167,7 +168,8 @@ class Ranks:
         backend = {"cuda": "nccl", "xpu": "xccl"}.get(device_type, "gloo")
         try:
             dist.init_process_group(
-                backend, store=dist.PrefixStore("group", self._store.plain), rank=self.rank, world_size=self.world_size)
+                backend, store=dist.PrefixStore("group", self._store.plain), rank=self.rank,
+                world_size=self.world_size, timeout=timedelta(seconds=COLLECTIVE_LIMIT_S))
             self._test_all_reduce(device_type)
         except RuntimeError as error:
             reason = str(error).splitlines()[0][:200]
@@ -177,7 +179,7 @@ class Ranks:
             raise UserError(f"{self.host} (network card {interfaces[self.rank]}): {who} did not join the all-reduce "
                             f"test: {reason}. Can the hosts reach each other? "
                             "GLOO_SOCKET_IFNAME names the network card") from None
-        self._side_group = dist.new_group(backend="gloo")
+        self._side_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_LIMIT_S))
 
     def _test_all_reduce(self, device_type: str) -> None:
         """Add up a number over all ranks, before anything big is loaded; raise RuntimeError if not all come.
@@ -208,36 +210,3 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.all_reduce_sum(0)
-
-
-class SharedFlag:
-    """A flag that any rank may raise and that all ranks see at the same step.
-
-    Ranks get a signal at slightly different moments; if one stopped a step before the others, they would wait for
-    it for ever. Each `check` starts an all-reduce and reads the one started a step before, so nobody waits for it.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.raised = False
-        self._group = ranks._side_group
-        self._pending: tuple[Any, torch.Tensor] | None = None
-
-    def check(self) -> bool:
-        """Return whether any rank had raised its flag at the previous call; every rank calls it once a step."""
-        import torch
-        import torch.distributed as dist
-
-        answer = False
-        if self._pending:
-            work, tensor = self._pending
-            work.wait()
-            answer = bool(tensor.item())
-        tensor = torch.tensor([int(self.raised)])
-        self._pending = (dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True), tensor)
-        return answer
-
-    def close(self) -> None:
-        """Wait for the last reduction, so that no rank leaves while another still needs it."""
-        if self._pending:
-            self._pending[0].wait()
-            self._pending = None

@@ -7,7 +7,7 @@ import os
 import signal
 from types import FrameType, TracebackType
 
-from trainer.distributed.ranks import SharedFlag
+from trainer.distributed.shared_flag import SharedFlag
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

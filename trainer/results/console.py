@@ -7,6 +7,7 @@ in the run folder's logs/<host>.log.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -93,8 +94,12 @@ class Console:
         self.keep(line)
         if self._bar is not None:
             self._bar.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-        else:
+            return
+        try:
             print(line, file=file or sys.stderr, flush=True)
+        except OSError as error:  # a full disk that holds the log ends no training
+            if error.errno != errno.ENOSPC:
+                raise
 
     def say(self, line: str) -> None:
         """Print a line of progress, on rank 0 only."""

@@ -99,6 +99,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.curve = path / "loss.png"
         self._record: dict[str, Any] = {}
+        self._cut_off = False
 
     def start(self, facts: dict[str, Any], resumed_at: int | None) -> None:
         """Write run.json as 'running'; on resume, drop the metrics of steps that will be made again."""
@@ -124,9 +125,12 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(as_json(self._record), indent=1) + "\n")
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl. Raises OSError; a line that was cut off is left behind then."""
+        line = "\n" * self._cut_off + json.dumps(as_json({"time": round(time.time(), 3), **row})) + "\n"
+        self._cut_off = True
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(as_json({"time": round(time.time(), 3), **row})) + "\n")
+            file.write(line)
+        self._cut_off = False
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all lines of metrics.jsonl; one that a crash cut short is left out."""

@@ -32,7 +32,10 @@ class Samples(TrainerCallback):
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         """Have the model speak; it counts as a pause."""
         started = time.monotonic()
-        write(self._setup, self._trainer)
+        try:
+            write(self._setup, self._trainer)
+        except OSError as error:  # a full disk ends no training
+            self._setup.console.warn(f"samples can't be written ({error.strerror}); the training continues")
         self._setup.ranks.barrier()  # else the others' waiting would count as the network's
         self._trainer.paused_s += time.monotonic() - started
 

@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.checkpoint import verification
+from trainer.checkpoint.noted_faults import Faults, noted_faults, noting
 from trainer.checkpoint.verification import Layout
 from trainer.data import streaming
 from trainer.data.packing import FILLER, IGNORED, PackedSequences
 from trainer.data.streaming import Stream
 from trainer.distributed import heartbeat
-from trainer.distributed.ranks import Ranks, SharedFlag
+from trainer.distributed.ranks import Ranks
+from trainer.distributed.shared_flag import SharedFlag
 from trainer.errors import UserError
 from trainer.model import weights
 from trainer.training.loss_trainer import LossTrainer
@@ -34,12 +36,12 @@ class CausalTrainer(LossTrainer):
     """A Trainer whose batches are `packing.PackedSequences`, evaluated by tokens, with verified checkpoints.
 
     `eval_bytes` is the UTF-8 size of the evaluation's text (None if unknown), `layout` what a checkpoint must share
-    with the training that continues it, `keep` the number of good checkpoints to keep.
+    with the training that continues it, `keep` the number of good checkpoints to keep; `warn` tells what went wrong.
     """
 
     def __init__(
         self, *, ranks: Ranks, eval_sequences: PackedSequences, eval_bytes: int | None, layout: Layout, keep: int,
-        **others: Any,
+        warn: Callable[[str], None], **others: Any,
     ) -> None:
         super().__init__(eval_dataset=eval_sequences, **others)
         self._eval_sequences = eval_sequences
@@ -48,6 +50,9 @@ class CausalTrainer(LossTrainer):
         self._layout = layout
         self._keep = keep
         self._checkpoint_bytes = 0
+        self._warn = warn
+        self._faults: Faults = []  # what this rank could not write of the checkpoint at hand
+        self.saved_step = 0  # of the last checkpoint that all ranks have whole
         self.paused_s = 0.0  # spent on evaluations and checkpoints
         self.measure: Callable[[], dict[str, float]] = dict
 
@@ -107,58 +112,67 @@ class CausalTrainer(LossTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights of a checkpoint; the ranks that don't write hold no copy of them."""
         model = self.accelerator.unwrap_model(self.model)
-        self._save(output_dir, state_dict=weights.to_save(self.model_wrapped, model, self.args.should_save))
+        state = weights.to_save(self.model_wrapped, model, self.args.should_save)
+        noting(self._faults, self._save)(output_dir, state_dict=state)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, seal and rotate; raise a UserError on all ranks if one machine hasn't the room, or weights are lost."""
+        """Save, seal and rotate. Where that fails it is told; the training continues, and older checkpoints stay."""
         started = time.monotonic()
         self.check_finite(weights=True)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        writes = self.args.should_save
-        if writes:
-            shutil.rmtree(folder, ignore_errors=True)  # left half-written by an earlier run
         heartbeat.report(f"saving {folder.name}")
-        self._check_disk_space(folder, writes)
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            raise self._save_fault(folder, error) from None
-        if isinstance(self.train_dataset, Stream):
-            a_step = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
-            streaming.save(self.train_dataset, self.state.global_step * a_step, folder, self._ranks.rank)
-        self._ranks.barrier()
-        if writes:
-            self._name_latest(folder)
-            verification.write_manifest(folder, self._layout)
-            verification.rotate(folder.parent, self._keep)
-            self._checkpoint_bytes = verification.folder_bytes(folder)
-        self._ranks.barrier()
+        fault = self._agree(folder, "room", self._lacking_room(folder)) or self._write(folder, model, trial)
+        if fault:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            good = f"checkpoint-{self.saved_step} is intact" if self.saved_step else "there is no checkpoint yet"
+            self._warn(f"{folder.name} could not be saved ({fault}); {good}; the training continues")
+        else:
+            self.saved_step = self.state.global_step
+        heartbeat.report(f"{'lost' if fault else 'saved'} {folder.name}")
         self.paused_s += time.monotonic() - started
 
+    def _write(self, folder: Path, model: Any, trial: Any) -> str | None:
+        """Write a checkpoint on all ranks, and seal it if all could; return what was wrong anywhere."""
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # left half-written by an earlier run
+        with noted_faults(self.model_wrapped) as self._faults:
+            noting(self._faults, super()._save_checkpoint)(model, trial)
+            if isinstance(self.train_dataset, Stream):
+                a_step = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
+                read = self.state.global_step * a_step
+                noting(self._faults, streaming.save)(self.train_dataset, read, folder, self._ranks.rank)
+        self._ranks.barrier()
+        if fault := self._agree(folder, "written", self._faults[0] if self._faults else None):
+            return fault
+        if self.args.should_save:
+            noting(self._faults, self._seal)(folder)
+        self._ranks.barrier()
+        return self._agree(folder, "sealed", self._faults[0] if self._faults else None)
+
+    def _agree(self, folder: Path, what: str, fault: str | None) -> str | None:
+        """Return the first fault that any rank has, with its host; every rank calls it at the same place."""
+        told = f"{self._ranks.host}: {folder.parent}: {fault}" if fault else None
+        return next(filter(None, self._ranks.all_gather_json(f"{what}/{self.state.global_step}", told)), None)
+
+    def _seal(self, folder: Path) -> None:
+        self._name_latest(folder)
+        verification.write_manifest(folder, self._layout)
+        verification.rotate(folder.parent, self._keep)
+        self._checkpoint_bytes = verification.folder_bytes(folder)
+
     def _name_latest(self, folder: Path) -> None:
-        """Write the file by which DeepSpeed finds its part of a checkpoint; it does so itself on one machine only."""
+        """Write the file by which DeepSpeed finds its part of a checkpoint."""
         tag = f"global_step{self.state.global_step}"
         if (folder / tag).is_dir() and not (folder / "latest").exists():
             verification.write_atomically(folder / "latest", tag)
 
-    def _check_disk_space(self, folder: Path, writes: bool) -> None:
-        lacking = writes and verification.free_bytes(folder) < self._checkpoint_bytes
-        problems = self._ranks.all_gather_json(
-            f"room/{self.state.global_step}", f"{self._ranks.host}: {folder.parent}" if lacking else None)
-        full = [problem for problem in problems if problem]
-        if full:
-            raise UserError(f"not enough disk space for checkpoint-{self.state.global_step} "
-                        f"({self._checkpoint_bytes / 1e9:.2f} GB) at {', '.join(full)}. The last good checkpoint is "
-                            "intact: free space, then --resume_from_checkpoint auto", shared=True)
-
-    def _save_fault(self, folder: Path, error: Exception) -> Exception:
-        """Return what to raise for a failed save:a UserError where the disk is full, else the error itself."""
-        full = "No space left" in str(error) or verification.free_bytes(folder) < 1 << 20
-        if not (full or "PytorchStreamWriter" in str(error)):
-            return error
-        shutil.rmtree(folder, ignore_errors=True)
-        return UserError(f"{self._ranks.host}: {folder} could not be written: no space left. The checkpoint before it "
-                         "is intact: free space, then --resume_from_checkpoint auto")
+    def _lacking_room(self, folder: Path) -> str | None:
+        """Return why the disk here hasn't the room for another checkpoint, None if it has."""
+        free = verification.free_bytes(folder)
+        if not self.args.should_save or free >= self._checkpoint_bytes:
+            return None
+        return f"it takes {self._checkpoint_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
 
 
 class StopOnSignal(TrainerCallback):

@@ -27,6 +27,7 @@ class ProgressReport(TrainerCallback):
         self._trainer: CausalTrainer | None = None
         self._since = self._paused = 0.0
         self._counted = self._read = 0
+        self._told = False  # that metrics are lost
         self.tokens = 0
 
     def watch(self, trainer: CausalTrainer, tokens_before: int) -> None:
@@ -73,7 +74,12 @@ class ProgressReport(TrainerCallback):
 
     def _add(self, row: dict[str, Any]) -> None:
         if self._ranks.is_first:
-            self._run.add_metrics(row)
+            try:
+                self._run.add_metrics(row)
+            except OSError as error:  # a full disk ends no training
+                if not self._told:
+                    self._console.warn(f"{self._run.metrics} can't be written ({error.strerror}); the training continues")
+                self._told = True
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any

@@ -120,7 +120,7 @@ class Session:
         self.trainer = CausalTrainer(
             ranks=ranks, eval_sequences=PackedSequences(setup.data.evaluation, capacity),
             eval_bytes=setup.data.info.eval_bytes,
-            layout=setup.layout, keep=options.save_total_limit,
+            layout=setup.layout, keep=options.save_total_limit, warn=setup.console.warn,
             finite=FiniteCheck(ranks, setup.precision, options.learning_rate),
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
             train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
@@ -150,18 +150,21 @@ class Session:
             setup.console.stop_bar()
 
     def finish(self) -> int:
-        """Save the model, or after a request to stop print how to resume; return 0."""
+        """Save the model, or after a request to stop print how to resume; return 0, 1 if nothing could be saved."""
         setup, run, step = self.setup, self.setup.run, self.trainer.state.global_step
         times = setup.ranks.all_gather_json("waiting", [self._communication.waited_s, self._communication.steps_s])
         waited = None
         if setup.ds_config is not None:
             waited = time_shares([time[0] for time in times], [time[1] for time in times], setup.ranks.hosts)
+        lost = self.stop.stopped and self.trainer.saved_step != step
         if self.stop.stopped:
             if setup.ranks.is_first:
-                run.finish("stopped", 0, step=step, waiting=waited)
+                run.finish("stopped", int(lost), step=step, waiting=waited)
                 draw_curve(run)
-            setup.console.result(f"stopped at step {step} of {self.workload.steps}; saved {run.checkpoints}/checkpoint-"
-                                 f"{step}\ncontinue: the same command with --resume_from_checkpoint {run.path}")
+            what = f"not saved: the last checkpoint is of step {self.trainer.saved_step or setup.resume_step or 0}" \
+                if lost else f"saved {run.checkpoints}/checkpoint-{step}"
+            setup.console.result(f"stopped at step {step} of {self.workload.steps}; {what}\n"
+                                 f"continue: the same command with --resume_from_checkpoint {run.path}")
         else:
             self._save()
             if setup.ranks.is_first:
@@ -171,7 +174,7 @@ class Session:
                 summary.print_summary(setup, found, step, waited)
         setup.ranks.barrier()  # no rank waits for one that has exited
         torch.distributed.destroy_process_group()
-        return 0
+        return int(lost)
 
     def _save(self) -> None:
         """Evaluate once more, where that is due; write the model and samples; merge an adapter."""
