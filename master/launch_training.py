@@ -90,28 +90,6 @@ def existing(config: Path) -> Path:
     return config.absolute()
 
 
-class ConfigError(UserError):
-    """A DeepSpeed config that would be refused."""
-
-
-def check_config(config: Path, ranks: int) -> None:
-    """Say what is wrong with a config; raise ConfigError if DeepSpeed or the Trainer would refuse it."""
-    from master.ds_config.checker import Target, check
-    from master.ds_config.json_text import Document, TextError
-
-    try:
-        document = Document(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, TextError) as error:
-        raise ConfigError(f"{shown(config)}: {getattr(error, 'strerror', None) or error}") from None
-    problems = check(document, Target(trainer=True, completed=True, world_size=ranks))
-    for problem in problems:
-        if problem.level != "info":
-            say(problem.line(shown(config), document.line(document.place(problem.path))[0]))
-    if errors := sum(problem.level == "error" for problem in problems):
-        raise ConfigError(f"{shown(config)} has {errors} error{'s' * (errors > 1)}: "
-                          f"invoke validate --config {shlex.quote(shown(config))} --fix")
-
-
 def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None) -> Hosts:
     """Return where to train: --nodes, --hostfile, where a resumed run was, or this machine."""
     before = run / "hostfile.txt"
@@ -206,7 +184,9 @@ def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     hosts = choose_hosts(options, run, ssh)
     config = existing(options.config or ROOT / default_config(hosts.slots))
     if not options.script:
-        check_config(config, hosts.ranks)
+        from master.ds_config.checker import ensure_accepted
+
+        ensure_accepted(config, hosts.ranks, shown(config))
     request = request_of(options, trainer_flags, hosts, run, config)
     check_flags(request)
     if options.dry_run:

@@ -15,7 +15,7 @@ FOLDERS = [ROOT / name for name in ("master", "worker", "trainer", "benchmarks",
 LAYERS = {
     "master": [["core"], ["ssh"], ["inventory"], ["run"], ["keys", "sync", "check", "training", "ds_config", "plan"],
                ["top"]],
-    "trainer": [["errors"], ["flags", "bounds"], ["options"], ["distributed", "estimate"], ["model", "data"],
+    "trainer": [["errors"], ["flags", "bounds", "cache"], ["options"], ["distributed", "estimate"], ["model", "data"],
                 ["checkpoint"], ["results"], ["training"], ["top"]]}
 LEVEL = {(folder, package): level for folder, layers in LAYERS.items()
          for level, packages in enumerate(layers) for package in packages}
@@ -38,7 +38,7 @@ def module_of(path: Path) -> str:
 
 
 def package_of(module: str) -> str:
-    """The package that a module is in, or "top"; four modules of the trainer are as good as packages."""
+    """The package that a module is in, or "top"; five modules of the trainer are as good as packages."""
     folder, *parts = module.split(".")
     return parts[0] if len(parts) > 1 or (folder, parts[0]) in LEVEL else "top"
 

@@ -7,11 +7,15 @@ The schema's part is in schema.py, the rules are in rules/
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from master.core.run_cli import UserError
+from master.core.terminal import say
 from master.ds_config import schema_check
-from master.ds_config.json_text import Document, KeyPath, strict_error
+from master.ds_config.json_text import Document, KeyPath, TextError, strict_error
 from master.ds_config.problem import INIT, LEVELS, PARSE, Config, Fix, Problem, Rule, Target, shown
 from master.ds_config.rules import batch, contradictions, nodes, optimizer, parse, precision, scheduler, zero
 
@@ -98,3 +102,22 @@ def _equal_twins(document: Document, path: KeyPath) -> bool:
 
 
 __all__ = ["INIT", "RULES", "Config", "Problem", "Target", "check"]
+
+
+class ConfigError(UserError):
+    """A DeepSpeed config that would be refused."""
+
+
+def ensure_accepted(path: Path, ranks: int, name: str) -> None:
+    """Say what is wrong with a config, called `name`; raise ConfigError if DeepSpeed or the Trainer would refuse it."""
+    try:
+        document = Document(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, TextError) as error:
+        raise ConfigError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
+    problems = check(document, Target(trainer=True, completed=True, world_size=ranks))
+    for problem in problems:
+        if problem.level != "info":
+            say(problem.line(name, document.line(document.place(problem.path))[0]))
+    if errors := sum(problem.level == "error" for problem in problems):
+        raise ConfigError(f"{name} has {errors} error{'s' * (errors > 1)}: "
+                          f"invoke validate --config {shlex.quote(name)} --fix")

@@ -217,15 +217,13 @@ def run(session: Session, words: Sequence[str], say: Callable[[str], None], stop
                 raise SshError(host, "environment", f"not done after {PATIENCE:.0f} s", "run it again: it resumes")
             if said := [line for line in channel.stderr_tail().splitlines() if line.strip()[:1].isalpha()]:
                 say(said[-1].strip())  # not the list of packages
-        said = channel.stderr_tail().splitlines()
+        said = channel.stderr_tail().splitlines() or [last_words(out.decode("utf-8", "replace"), "")]
     for line in out.decode("utf-8", "replace").splitlines():
         if line.startswith(MARK):
             word, _, venv = line.removeprefix(MARK).partition(" ")
             if venv not in (f"{words[0]}/.venv", f"{words[0]}/.venv-lanspeed"):
                 raise SshError(host, "environment", f"it names another place than it was told: {venv[:100]}")
             return word, venv
-    if not said:
-        raise SshError(host, "environment", last_words(out.decode("utf-8", "replace"), "")[:300])
     raise SshError(host, "environment", error_line(said), fix_for("\n".join(said)))
 
 
@@ -235,7 +233,7 @@ def error_line(said: Sequence[str]) -> str:
         return "no Python there that fits, and none can be fetched"
     first = next((number for number, line in enumerate(said) if line.lstrip().startswith(ERROR_PREFIXES)), None)
     if first is None:
-        return (said[-1] if said else "it exited without any output")[:300]
+        return said[-1][:300]
     causes = [line.split("cause:", 1)[1].strip() for line in said[first + 1 :] if line.strip().startswith("cause:")]
     return ": ".join([said[first].strip().removeprefix("error: "), *causes[:1]])[:300]
 

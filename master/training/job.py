@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from master.inventory.node_facts import RemoteCheckout
 from master.ssh.node_names import Node
@@ -66,6 +67,20 @@ class JobResult:
     ended_alone: set[str] = field(default_factory=set)
     asked_to_stop: bool = False
     first_failure_at: float | None = None
+
+
+class RankOutput(Protocol):
+    """Where the ranks' output goes (rank None: the launcher's), and the metrics of a run folder elsewhere."""
+
+    def show(self, host: str, rank: int | None, text: str) -> None: ...
+
+    def add_metrics(self, line: str | None) -> None: ...
+
+    def show_progress(self, rank: int, text: str) -> None: ...
+
+    def pass_time(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def ranks_by_host(parts: Sequence[HostAssignment]) -> dict[str, range]:

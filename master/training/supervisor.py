@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from master.inventory.node_facts import query_facts, query_gpu_use
 from master.ssh.event_queue import EventQueue
@@ -24,27 +24,13 @@ from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
 from master.training.hang_detector import HangDetector
-from master.training.job import HostAssignment, JobResult, Supervision, ranks_by_host
+from master.training.job import HostAssignment, JobResult, RankOutput, Supervision, ranks_by_host
 from master.training.node_link import NodeLink, Patience
 from master.training.root_cause import RankExit
 
 SAVE_LIMIT_MIN = 30  # minutes that a save may take once it has begun (run_node.py)
 
 Approve = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
-
-
-class RankOutput(Protocol):
-    """Where the ranks' output goes (rank None: the launcher's), and the metrics of a run folder elsewhere."""
-
-    def show(self, host: str, rank: int | None, text: str) -> None: ...
-
-    def add_metrics(self, line: str | None) -> None: ...
-
-    def show_progress(self, rank: int, text: str) -> None: ...
-
-    def pass_time(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class ClusterJob:

@@ -154,6 +154,6 @@ def test_a_checkpoint_that_can_not_be_written_is_told_once(environment: dict[str
                                                            train: Train) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "checkpoint-2").write_text("a file in the way")
-    run = train(*SMALL, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(tmp_path / "run"), expect=0)
+    run = train(*SMALL, "--max_steps", "5", "--save_steps", "2", "--output_dir", str(tmp_path / "run"), expect=0)
     assert run.output.count("checkpoint-2 could not be saved (") == 1 and "there is no checkpoint yet" in run.output
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "complete.json").exists()

@@ -20,11 +20,13 @@ Faults = list[str]
 def noting(faults: Faults, function: Callable[..., Any], *more: type[Exception]) -> Callable[..., Any]:
     """Return a function that writes as `function` does, and notes why it can't; `more`: errors that say so too."""
 
+    kinds: tuple[type[Exception], ...] = (OSError, SafetensorError, *more)
+
     @functools.wraps(function)
     def careful(*words: Any, **options: Any) -> Any:
         try:
             return function(*words, **options)
-        except (OSError, SafetensorError, *more) as error:
+        except kinds as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             faults.append(reason_of(error))

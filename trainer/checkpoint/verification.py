@@ -64,7 +64,7 @@ def step_of(folder: Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders in `root`, good or not, oldest step first."""
-    found = [path for path in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 

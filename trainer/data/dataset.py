@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trainer import cache
 from trainer.data import python_docs
 from trainer.data.chat import conversation_text
 from trainer.data.documents import Document
@@ -104,14 +104,17 @@ def prepare_dataset(
     else:
         say(f"data: {source.name}, tokenizing")
         os.makedirs(folder.parent, mode=0o700, exist_ok=True)  # private data is read by this user alone
-        with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as scratch:
-            made = build(Path(scratch), DatasetInfo(key, source.name, settings), source, evaluation, options,
+        with cache.half_made(folder.parent) as scratch:
+            made = build(scratch, DatasetInfo(key, source.name, settings), source, evaluation, options,
                          make_tokenizer, sequence_length)
             try:
                 os.rename(made, folder)
             except OSError:
                 if not (folder / "info.json").exists():  # else another run was faster
                     raise
+        cache.use(folder)
+        for old in cache.shrink(folder.parent):
+            say(f"data: removed {old}, used longest ago (LANSPEED_CACHE_GB is {cache.limit_bytes() / 1e9:g})")
     return load_tokenized(folder)
 
 
@@ -136,6 +139,7 @@ def load_tokenized(folder: Path) -> TokenizedDataset:
     """Open what `prepare_dataset` stored."""
     from datasets import load_from_disk
 
+    cache.use(folder)
     info = DatasetInfo(**json.loads((folder / "info.json").read_text()))
     train = load_from_disk(str(folder / "train"))
     evaluation = load_from_disk(str(folder / "eval")) if (folder / "eval").exists() else train.select([])

@@ -147,8 +147,10 @@ class CausalTrainer(LossTrainer):
             return fault
         if self.args.should_save:
             noting(self._faults, self._seal)(folder)
-        self._ranks.barrier()
-        return self._agree(folder, "sealed", self._faults[0] if self._faults else None)
+        fault = self._agree(folder, "sealed", self._faults[0] if self._faults else None)
+        if self.args.should_save and not fault:
+            noting(self._faults, verification.rotate)(folder.parent, self._keep)  # what can't be deleted stays
+        return fault
 
     def _agree(self, folder: Path, what: str, fault: str | None) -> str | None:
         """Return the first fault that any rank has, with its host; every rank calls it at the same place."""
@@ -158,7 +160,6 @@ class CausalTrainer(LossTrainer):
     def _seal(self, folder: Path) -> None:
         self._name_latest(folder)
         verification.write_manifest(folder, self._layout)
-        verification.rotate(folder.parent, self._keep)
         self._checkpoint_bytes = verification.folder_bytes(folder)
 
     def _name_latest(self, folder: Path) -> None:

@@ -78,7 +78,7 @@ class ProgressReport(TrainerCallback):
                 self._run.add_metrics(row)
             except OSError as error:  # a full disk ends no training
                 if not self._told:
-                    self._console.warn(f"{self._run.metrics} can't be written ({error.strerror}); the training continues")
+                    self._console.warn(f"{self._run.metrics} can't be written ({error.strerror}); the training goes on")
                 self._told = True
 
     def on_evaluate(
