@@ -23,7 +23,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed: sudo apt install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "make: $(PYTHON) cannot make virtual environments: sudo apt install python3-venv"; exit 1; }
-	@test "$$(df -Pm . | awk 'NR == 2 {print $$4}')" -ge $(ROOM_MB) || \
+	@place=$(VENV); while [ ! -d "$$place" ]; do place=$$(dirname "$$place"); done; \
+		test "$$(df -Pm "$$place" | awk 'NR == 2 {print $$4}')" -ge $(ROOM_MB) || \
 		{ echo "make: $(VENV) needs $(ROOM_MB) MB here, more with CUDA; free some, or: make VENV=/elsewhere"; exit 1; }
 	@echo "installing into $(VENV): about 2 GB, a few minutes the first time (what pip says: $(LOG))"
 	@$(PYTHON) -m venv $(VENV)

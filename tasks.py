@@ -25,10 +25,11 @@ def run_tool(tool: str, argv: Sequence[str]) -> None:
     """Run a tool in this process, after showing the command that it stands for."""
     shown = ["python", f"master/{tool}.py", *argv]
     for number, word in enumerate(shown):  # a password must not be shown
-        if shown[number - 1] == "--ssh-password" and not word.startswith("-"):
+        flag, equals, _ = word.partition("=")
+        if is_password(shown[number - 1]) and not word.startswith("-"):
             shown[number] = "***"
-        elif word.startswith("--ssh-password="):
-            shown[number] = "--ssh-password=***"
+        elif equals and is_password(flag):
+            shown[number] = f"{flag}=***"
         elif shown[number - 1] == "--env" or word.startswith("--env="):  # nor a token
             name, equals, _ = word.removeprefix("--env=").partition("=")
             shown[number] = word[: word.startswith("--env=") * 6] + name + (equals and "=***")
@@ -36,6 +37,11 @@ def run_tool(tool: str, argv: Sequence[str]) -> None:
     code = importlib.import_module(f"master.{tool}").main(list(argv))
     if code:
         raise Exit(code=code)
+
+
+def is_password(flag: str) -> bool:
+    """Return whether a flag's value is a password, however it is mistyped."""
+    return flag.replace("_", "-").startswith("--ssh-pa") and not flag.replace("_", "-").startswith("--ssh-password-")
 
 
 def after_dashes() -> list[str]:

@@ -136,8 +136,8 @@ def addresses_of(facts: Mapping[str, Mapping[str, Any]], known: Mapping[str, Any
     return found
 
 
-def save_facts(path: Path, facts: Mapping[str, Mapping[str, Any]], pairs: Sequence[Pair]) -> None:
-    """Write facts and measured pairs into cluster.json, for the hosts that stand in it."""
+def save_facts(path: Path, facts: Mapping[str, Mapping[str, Any]], pairs: Sequence[Pair]) -> str | None:
+    """Write facts and measured pairs into cluster.json, for the hosts that stand in it; return why that can't be."""
     now = round(time.time(), 3)
 
     def change(cluster: dict[str, Any]) -> dict[str, Any]:
@@ -154,8 +154,12 @@ def save_facts(path: Path, facts: Mapping[str, Mapping[str, Any]], pairs: Sequen
                 new[pair["from"], pair["to"]] = pair
         return {**cluster, "pairs": list(new.values())}
 
-    if path.exists():
-        update_cluster(path, change)
+    try:
+        if path.exists():
+            update_cluster(path, change)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
 
 
 def check(options: argparse.Namespace) -> int:
@@ -174,7 +178,7 @@ def check(options: argparse.Namespace) -> int:
         addresses = addresses_of(facts, known)
         pairs, lost = test_network(places, addresses, ssh, options.network, host_key_prompt(), say)
         findings += [*network_findings(pairs, lost, facts, addresses), firewall_finding(addresses)]
-    save_facts(path, facts, pairs)
+    unsaved = save_facts(path, facts, pairs)
     allreduce_line = ""
     hostfile = options.hostfile or Path("hostfile.txt")
     adding = [host.host for host in read_hostfile(hostfile) if host.host in facts] if hostfile.exists() else []
@@ -184,6 +188,8 @@ def check(options: argparse.Namespace) -> int:
         findings += [reason] if reason else []
     findings = sorted(grouped(findings), key=lambda finding: LEVELS.index(finding.level))
     show(facts, findings, pairs, allreduce_line, options)
+    if unsaved:
+        say(f"not saved: {unsaved}")
     return int(any(finding.level == "error" for finding in findings))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.run_cli import UsageError, run_cli
+from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import HostTable, say
 from master.inventory.cluster_file import (
     ClusterError,
@@ -168,6 +169,9 @@ def generate(options: argparse.Namespace) -> int:
         raise UsageError("--slots: 1 to 1024")
     if options.cpu_slots is not None and not 0 < options.cpu_slots <= 1024:
         raise UsageError("--cpu-slots: 1 to 1024")
+    folder = options.output.expanduser().resolve().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):  # before anybody is asked
+        raise UserError(f"{folder}: no folder that can be written: --output FILE names another")
     if options.from_reports:
         return conclude(read_reports(options.from_reports), options)
     return conclude(ask_hosts(read_nodes(options.nodes), options), options)

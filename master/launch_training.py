@@ -211,6 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def act(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     """Train, or stop a run, as the flags say; return the exit code."""
+    for word in trainer_flags:
+        if word.startswith(("--ssh", "--host-key")):  # it isn't shown with its value, which may be a password
+            raise UsageError(f"unknown flag {word.partition('=')[0]}: launch_training.py --help lists those of ssh")
     if options.stop is not None:
         from master.training.stop_run import stop
 

@@ -11,8 +11,10 @@ break the same command resumes. What lanspeed didn't put there is neither change
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -73,7 +75,9 @@ def trees_of(options: argparse.Namespace) -> list[Tree]:
         word = getattr(options, kind)
         if not word or word == "tiny":
             continue
-        if Path(word).expanduser().exists() or word.startswith((".", "/", "~")):
+        if not Path(word).expanduser().exists() and (found := glob.glob(os.path.expanduser(word), recursive=True)):
+            paths += map(Path, found)
+        elif Path(word).expanduser().exists() or word.startswith((".", "/", "~")):
             paths.append(Path(word))
         else:
             names.append((kind, word))

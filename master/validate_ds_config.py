@@ -177,7 +177,7 @@ def offer_fixes(verdict: Verdict, target: Target, ask: bool) -> Verdict:
         say(f"{verdict.name} is left as it was")
         return verdict
     try:
-        if path.read_text(encoding="utf-8") != verdict.text:
+        if path.read_bytes() != verdict.text.encode():
             say(f"{verdict.name} was changed meanwhile, and is left as it is: once more")
             return verdict
         write_atomically(path, text)

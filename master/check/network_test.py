@@ -10,7 +10,7 @@ import secrets
 import shlex
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +144,20 @@ def connect_all(peers: Sequence[Peer], addresses: Mapping[str, str], rates: bool
     return list(pairs.values())
 
 
+def rounds(up: Sequence[Peer]) -> Iterator[list[tuple[Peer, Peer]]]:
+    """Yield groups of pairs that can send side by side, as no host is in two of them; all pairs, in both directions.
+
+    One host stays, the others move on by a place (the circle method of round-robin tournaments).
+    """
+    ring: list[Peer | None] = [*up, *([None] if len(up) % 2 else [])]
+    for _ in range(len(ring) - 1):
+        half = len(ring) // 2
+        group = [(one, other) for one, other in zip(ring[:half], reversed(ring[half:]), strict=True) if one and other]
+        yield group
+        yield [(other, one) for one, other in group]
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+
+
 def measure_rates(up: Sequence[Peer], addresses: Mapping[str, str], pairs: Mapping[tuple[str, str], Pair],
                   say: Callable[[str], None]) -> None:
     """Let each pair send alone, in both directions, then every node to the next, as an all-reduce's ring does."""
@@ -152,16 +166,17 @@ def measure_rates(up: Sequence[Peer], addresses: Mapping[str, str], pairs: Mappi
         value: float | None = found["bytes_per_s"]
         return value
 
-    for (source, target), pair in pairs.items():
-        one, other = (next((peer for peer in up if peer.host == host), None) for host in (source, target))
-        if not one or not other or pair.latency_s is None or not other.ports[-1]:
-            continue
+    for side_by_side in rounds(up):
         for peer in up:
             peer.tell()
-        one.tell(send=[addresses[target], other.ports[-1]], seconds=SENDING)
-        pair.alone = rate(one)
-        if pair.alone:
-            say(f"{source} -> {target}: {pair.alone / 1e6:.1f} MB/s, {pair.latency_s * 1e3:.2f} ms")
+        sending = [(one, other, pairs[one.host, other.host]) for one, other in side_by_side
+                   if pairs[one.host, other.host].latency_s is not None and other.ports[-1]]
+        for one, other, _ in sending:
+            one.tell(send=[addresses[other.host], other.ports[-1]], seconds=SENDING)
+        for one, other, pair in sending:
+            pair.alone = rate(one)
+            if pair.alone:
+                say(f"{one.host} -> {other.host}: {pair.alone / 1e6:.1f} MB/s, {(pair.latency_s or 0) * 1e3:.2f} ms")
     ring = [(one, up[(number + 1) % len(up)]) for number, one in enumerate(up)] if len(up) > 1 else []
     ring = [(one, other) for one, other in ring if pairs[one.host, other.host].latency_s is not None]
     for one, other in ring:

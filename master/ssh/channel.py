@@ -27,6 +27,13 @@ TICK = 0.1  # seconds after which a waiting side looks at the clock: both direct
 SEND_TIMEOUT_S = 60.0  # seconds in which a peer that takes nothing is gone
 
 
+def wait_for(descriptor: int, event: int, seconds: float) -> bool:
+    """Return whether a file is ready (select.POLLIN, POLLOUT) or at its end within the time; select() ends at 1,024."""
+    watch = select.poll()
+    watch.register(descriptor, event)
+    return bool(watch.poll(seconds * 1000))
+
+
 class Channel(Protocol):
     """Raises SshError if the connection breaks."""
 
@@ -66,7 +73,7 @@ class ProcessChannel:
         rest, since = memoryview(data), time.monotonic()
         try:
             while rest:
-                if select.select([], [self._in], [], TICK)[1]:
+                if wait_for(self._in, select.POLLOUT, TICK):
                     rest, since = rest[os.write(self._in, rest[:BLOCK]) :], time.monotonic()
                 elif time.monotonic() - since > SEND_TIMEOUT_S:
                     raise SshError(self._host, "command", f"it accepted no data for {SEND_TIMEOUT_S:.0f} s")
@@ -75,7 +82,7 @@ class ProcessChannel:
 
     def receive(self, seconds: float) -> bytes | None:
         """Wait for output."""
-        ready, _, _ = select.select([self._out], [], [], seconds)
+        ready = wait_for(self._out, select.POLLIN, seconds)
         self.stderr_tail()
         return os.read(self._out, BLOCK) if ready else None
 

@@ -18,13 +18,13 @@ from typing import IO, Any
 import paramiko
 
 from master.ssh.authentication import message_of
-from master.ssh.channel import Channel, SshChannel
+from master.ssh.channel import Channel, SshChannel, wait_for
 from master.ssh.known_hosts import HostKey, KnownHost, known_kinds_first, refuse_changed_key
 from master.ssh.node_names import Node
 from master.ssh.route import NeedsOpenSsh, Route, SshError, SshOptions
 from master.ssh.session import OUTPUT_LIMIT, CommandResult
 
-BANNER_TRIES = 3  # a server that is asked by many at once (MaxStartups) closes before its banner
+BANNER_TRIES = 5  # a server that is asked by many at once (MaxStartups) closes before its banner
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # its words are in the errors raised here
 
 
@@ -85,7 +85,7 @@ def communicate(channel: paramiko.Channel, stdin: bytes, seconds: float, host: s
             raise SshError(host, "command", "the connection was cut before its end")
         if time.monotonic() >= deadline:
             raise SshError(host, "command", f"no end after {seconds:g} s", "--timeout gives it more")
-        select.select([channel], [], [], 0.02 if sent < len(stdin) or channel.eof_received else 0.5)
+        wait_for(channel.fileno(), select.POLLIN, 0.02 if sent < len(stdin) or channel.eof_received else 0.5)
     return CommandResult(channel.recv_exit_status(), out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
 
 
@@ -126,7 +126,7 @@ def handshake(route: Route, ssh: SshOptions, entries: Sequence[KnownHost]) -> tu
                     raise SshError(host, "jump host", connection.last_words, f"by hand: ssh {host}") from None
                 raise SshError(host, "handshake", message_of(error),
                                "is that an SSH server, and not overloaded?") from None
-            time.sleep(random.uniform(0.3, 1.0))  # noqa: S311, spreads the retries
+            time.sleep(attempt * random.uniform(0.3, 1.0))  # noqa: S311, spreads the retries
     remote = transport.get_remote_server_key()
     key = HostKey(remote.get_name(), remote.get_base64())
     if remote.get_name() == "ssh-rsa" and remote.get_bits() < route.min_rsa_bits:

@@ -6,6 +6,9 @@ Hosts whose keys are unknown wait for one question about all of them; the others
 from __future__ import annotations
 
 import queue
+import random
+import resource
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 AT_ONCE = 64
+FILES_A_HOST = 8  # open files: a socket, pipes of its channel, and those of ssh -W
+MANY = 16  # hosts from which on their servers may be too busy to answer in time: each is tried once more
+TRANSIENT = ("TCP", "handshake", "jump host")
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,9 @@ def run_on_all(
     nodes
     needs all of them `at_once`.
     """
+    if len(nodes) * FILES_A_HOST > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(len(nodes) * FILES_A_HOST + 256, most), most))
     results: dict[Node, T | SshError] = {}
     reached: queue.SimpleQueue[tuple[Node, Waiting | None]] = queue.SimpleQueue()
 
@@ -77,9 +86,10 @@ def run_on_all(
         done(node, result)
         return result
 
+    reach = patiently if len(nodes) > MANY else connect
     with ThreadPoolExecutor(min(at_once, max(1, len(nodes)))) as pool:
         tasks: dict[Node, Future[T | SshError | Waiting]] = {
-            node: pool.submit(finish, node, partial(connect, node, ssh, ask is not None)) for node in nodes}
+            node: pool.submit(finish, node, partial(reach, node, ssh, ask is not None)) for node in nodes}
         answers = dict(reached.get() for _ in nodes)
         waiting = {node: one for node in nodes if (one := answers[node])}
         trusted = bool(waiting) and ask is not None and ask([one.unknown for one in waiting.values()])
@@ -115,6 +125,17 @@ def connect(node: Node, ssh: SshOptions, may_ask: bool) -> Session | Waiting:
             raise unknown_key(route, key)
         add_entry(route, key)
     return authenticate(transport, route, key, ssh)
+
+
+def patiently(node: Node, ssh: SshOptions, may_ask: bool) -> Session | Waiting:
+    """Reach a node as `connect` does, with a second try."""
+    try:
+        return connect(node, ssh, may_ask)
+    except SshError as error:
+        if error.stage not in TRANSIENT:
+            raise
+    time.sleep(random.uniform(0.2, 1.0))  # noqa: S311, spreads the retries
+    return connect(node, ssh, may_ask)
 
 
 def resume_connection(waiting: Waiting, ssh: SshOptions, trusted: bool) -> Session:

@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from master.core.atomic_write import write_atomically
 from master.core.json_schema import first_error, loads
@@ -23,8 +23,8 @@ from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.inventory.node_facts import checkout_of, query_facts, start_folder
 from master.run.fetch_run import END, MARK, Fetched, Progress, unpack_stream
+from master.run.outgoing_archive import archive_to, tar_size
 from master.run.run_folder import RunError, job_prefix
-from master.ssh.channel import Channel
 from master.ssh.node_names import Node, parse_node
 from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
@@ -132,7 +132,8 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
         if lacking:
             _fetch(run, merged, views, ssh, {name for names in lacking.values() for name in names}, scratch)
         if lacking or newer:
-            _send(run, merged, views, ssh, {host.host: lacking.get(host.host, []) for host in now}, newer, scratch)
+            each = {host.host: lacking.get(host.host, []) for host in now}
+            _send_in_turn(run, merged, views, ssh, each, newer, known)
     except (OSError, tarfile.TarError) as error:
         raise RunError(f"{run}: checkpoint-{merged.step} can't be gathered: {error}") from None
     finally:
@@ -191,31 +192,25 @@ def _fetch(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], s
             raise RunError(f"{node}: {result}")
 
 
-def tar_size(sizes: Sequence[int]) -> int:
-    """Return the bytes of a tar of files of these sizes, whose names are short."""
-    block, record = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
-    size_of_all = sum(block + -(-size // block) * block for size in sizes) + 2 * block
-    return -(-size_of_all // record) * record
-
-
-class _Sink:
-    """A channel as the file that tarfile writes."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    def write(self, data: bytes) -> int:
-        self._channel.send(data)
-        return len(data)
+def _send_in_turn(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ssh: SshOptions,
+                  lacking: Mapping[str, Sequence[str]], newer: Sequence[int], known: Mapping[str, Any]) -> None:
+    """Send each host what it lacks; first to one of them: the others may see the same disk, and then lack nothing."""
+    first, *others = sorted(lacking, key=lambda host: -len(lacking[host]))
+    _send(run, merged, views, ssh, {first: lacking[first]}, newer)
+    again, _ = _ask(run, others, known, ssh) if others else ({}, [])
+    left = {host: missing_files(view.manifests.get(merged.step), merged) if lacking[host] else lacking[host]
+            for host, view in again.items()}
+    if left:
+        _send(run, merged, views, ssh, left, newer)
 
 
 def _send(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ssh: SshOptions,
-          lacking: Mapping[str, Sequence[str]], newer: Sequence[int], scratch: Path) -> None:
+          lacking: Mapping[str, Sequence[str]], newer: Sequence[int]) -> None:
     """Send each host the files it is missing and, last, the manifest of all files; also the metrics, if it has fewer.
 
     Newer, incomplete checkpoints lose their manifest. A checkpoint that was only partly copied has none.
     """
-    step, place = f"checkpoint-{merged.step}", shlex.quote(str(run))
+    step, place, scratch = f"checkpoint-{merged.step}", shlex.quote(str(run)), run / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / METRICS).write_bytes((run / METRICS).read_bytes() if (run / METRICS).exists() else b"")
     (scratch / step).mkdir(exist_ok=True)
@@ -236,7 +231,7 @@ def _send(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ss
             f"if [ $(wc -c < {coming}) -gt $(cat {METRICS} 2>/dev/null | wc -c) ]; "
             f"then mv -f {coming} {METRICS}; else rm -f {coming}; fi"])
         with contextlib.closing(session.open(f"exec sh -c {shlex.quote(f'{program}; echo {END}$?')}")) as channel:
-            with tarfile.open(fileobj=cast(IO[bytes], _Sink(channel)), mode="w|", format=tarfile.GNU_FORMAT) as archive:
+            with archive_to(channel) as archive:
                 for name in members:
                     archive.add(scratch / name, name)
             said = b""

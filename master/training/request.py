@@ -88,12 +88,19 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
     used = [str(config), model, dataset, options.script]
     return TrainingRequest(
         hosts=hosts, run=run, script=script, arguments=tuple(arguments),
-        files=tuple(str(Path(word).absolute()) for word in used if word and word != "tiny" and Path(word).exists()),
+        files=tuple(path for word in used if word and word != "tiny" for path in files_of(word)),
         environment=environment(hosts.slots[0].vendor, options.env),
         plain_command=plain_command(hosts, options.script or shown(TRAINER), arguments, options.no_local_rank),
         no_local_rank=options.no_local_rank, master_port=options.master_port,
         supervision=Supervision(options.grace, options.restarts, options.stall_timeout,
                                 options.on_lost_master == "continue", options.patience))
+
+
+def files_of(word: str) -> list[str]:
+    """Return what a path or pattern names here, as absolute paths; of many files the first hundred."""
+    if Path(word).exists():
+        return [str(Path(word).absolute())]
+    return [os.path.abspath(path) for path in sorted(glob.glob(os.path.expanduser(word), recursive=True))[:100]]
 
 
 def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
@@ -105,7 +112,9 @@ def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
         return word
     if Path(word).expanduser().exists():
         return word if hosts.are_here else str(Path(word).absolute())
-    if looks_like_path(word) and not glob.glob(word) and (hosts.are_here or not os.path.isabs(word)):
+    if glob.glob(os.path.expanduser(word), recursive=True):
+        return word if hosts.are_here else os.path.abspath(os.path.expanduser(word))
+    if looks_like_path(word) and (hosts.are_here or not os.path.isabs(word)):
         beside = Path(word).parent
         near = difflib.get_close_matches(Path(word).name, os.listdir(beside) if beside.is_dir() else [], n=1)
         raise UsageError(f"{flag} {word}: no such file or folder"
