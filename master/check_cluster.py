@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -35,6 +31,7 @@ from master.check.consistency import (
     normalized,
 )
 from master.check.network_test import RENDEZVOUS, Pair, firewall_finding, network_findings, test_network
+from master.check.slot_tests import read_speeds, run_on_slots, speed_findings, speed_lines
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, print_lines, say
@@ -69,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dataset", metavar="D", help="the same of a file, folder or Hugging Face name")
     flag("--fast", action="store_true", help="leave out the network between the hosts, and the all-reduce test")
     flag("--network", action="store_true", help="measure each pair's rate and round trip, a few seconds each")
+    flag("--speed", action="store_true", help="compare the slots: five seconds of matrix products on each, never on a "
+         "busy GPU")
     flag("--json", action="store_true", help="print what was found as JSON")
     add_ssh_flags(parser)
     return parser
@@ -164,8 +163,8 @@ def save_facts(path: Path, facts: Mapping[str, Mapping[str, Any]], pairs: Sequen
 
 def check(options: argparse.Namespace) -> int:
     """Check and show; return the exit code."""
-    if options.fast and options.network:
-        raise UsageError("--fast leaves out what --network measures: give one of them")
+    if options.fast and (options.network or options.speed):
+        raise UsageError("--fast leaves out what --network and --speed measure: give one of them")
     nodes, path = chosen_nodes(options.nodes, options.hostfile)
     cluster = read_cluster(path)
     known = known_by_name(cluster)
@@ -179,45 +178,37 @@ def check(options: argparse.Namespace) -> int:
         pairs, lost = test_network(places, addresses, ssh, options.network, host_key_prompt(), say)
         findings += [*network_findings(pairs, lost, facts, addresses), firewall_finding(addresses)]
     unsaved = save_facts(path, facts, pairs)
-    allreduce_line = ""
+    lines, speeds = list[str](), list[dict[str, Any]]()
     hostfile = options.hostfile or Path("hostfile.txt")
     adding = [host.host for host in read_hostfile(hostfile) if host.host in facts] if hostfile.exists() else []
     if adding and not options.fast and not any(finding.level == "error" for finding in findings):
         say("running the all-reduce test on all slots")
-        allreduce_line, reason = run_allreduce_test(hostfile, adding, options, ssh)
-        findings += [reason] if reason else []
+        password = {PASSWORD_VARIABLE: ssh.password} if ssh.password else {}
+        said, reason = run_on_slots("allreduce_test.py", hostfile, adding, ssh_flags(options), password)
+        lines, findings = said[-1:], [*findings, *([reason] if reason else [])]
+        busy = [host for host in adding if facts[host]["busy"] or facts[host]["jobs"]]
+        if options.speed and busy:
+            say(f"the slots' speed is not measured: other programs use the GPUs of {', '.join(busy)}")
+        elif options.speed and not reason:
+            say("measuring each slot's speed")
+            said, reason = run_on_slots("speed_test.py", hostfile, adding, ssh_flags(options), password)
+            speeds = read_speeds(said)
+            findings += [*([reason] if reason else []), *speed_findings(speeds)]
+            lines += speed_lines(speeds)
     findings = sorted(grouped(findings), key=lambda finding: LEVELS.index(finding.level))
-    show(facts, findings, pairs, allreduce_line, options)
+    show(facts, findings, pairs, lines, speeds, options)
     if unsaved:
         say(f"not saved: {unsaved}")
     return int(any(finding.level == "error" for finding in findings))
 
 
-def run_allreduce_test(hostfile: Path, hosts: Sequence[str], options: argparse.Namespace, ssh: SshOptions
-           ) -> tuple[str, Finding | None]:
-    """Have all slots of these hosts add up a number, as the trainer does; return what came of it, or the fault."""
-    words = [sys.executable, str(ROOT / "master" / "launch_training.py"), "--hostfile", str(hostfile.absolute()),
-             "--script", str(ROOT / "trainer" / "allreduce_test.py"), "--include", "@".join(hosts),
-             *ssh_flags(options)]
-    password = {PASSWORD_VARIABLE: ssh.password} if ssh.password else {}
-    with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:  # where the run's folder goes
-        done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              env={**os.environ, **password})
-    if done.returncode == 0:
-        return (done.stdout.strip().splitlines() or ["?"])[-1], None
-    said = [line.strip() for line in done.stderr.splitlines() if ": " in line and not line.startswith("output: ")]
-    what = next((line for line in said if line.startswith("error: ")), said[-1] if said else f"exit {done.returncode}")
-    return "", Finding("error", tuple(hosts), f"the all-reduce test failed: {what.removeprefix('error: ')}",
-                       "a training would fail the same way", shlex.join(words[:6]) + " shows all")
-
-
 def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pairs: Sequence[Pair],
-         allreduce_line: str,
-         options: argparse.Namespace) -> None:
+         lines: Sequence[str], speeds: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the result."""
     if options.json:
         print(json.dumps({"hosts": facts, "findings": [asdict(finding) for finding in findings],
-                          "pairs": [asdict(pair) for pair in pairs], "sum": allreduce_line or None}))
+                          "pairs": [asdict(pair) for pair in pairs], "sum": lines[0] if lines else None,
+                          "speeds": list(speeds)}))
         return
     for line in agreement(facts):
         print_lines(line)
@@ -227,8 +218,8 @@ def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pa
         print(f"network: {len(rates)} pairs, {min(rates) / 1e6:.1f} to {max(rates) / 1e6:.1f} MB/s alone" + (
             f", {min(both) / 1e6:.1f} when all send" if (both := [pair.together for pair in pairs if pair.together])
             else ""))
-    if allreduce_line:
-        print_lines(allreduce_line)
+    if lines:
+        print_lines(*lines)
     counts = [f"{sum(finding.level == level for finding in findings)} {level}s" for level in LEVELS[:2]]
     print(f"{len(facts)} hosts asked: {', '.join(counts)}")
 

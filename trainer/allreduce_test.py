@@ -20,14 +20,12 @@ ROUNDS = 5
 MEETING_S = 180  # a first start reads gigabytes of libraries, on some hosts from a slow disk
 
 
-def main() -> int:
-    """Add up; rank 0 prints the rate. Return 0, 1 if the ranks don't come together."""
+def join(ranks: Ranks) -> str | None:
+    """Have the ranks meet and start the process group; return the device type. Say why, and None, if they can't."""
     import torch
-    import torch.distributed as dist
 
     from trainer.distributed import devices
 
-    ranks = Ranks()
     try:
         ranks.rendezvous(MEETING_S)
         facts = ranks.all_gather_json("device", devices.device_facts(ranks.local_rank))
@@ -38,6 +36,18 @@ def main() -> int:
     except UserError as fault:
         if ranks.is_first or not fault.shared:
             print(f"error: {fault}", file=sys.stderr, flush=True)
+        return None
+    return device
+
+
+def main() -> int:
+    """Add up; rank 0 prints the rate. Return 0, 1 if the ranks don't come together."""
+    import torch
+    import torch.distributed as dist
+
+    ranks = Ranks()
+    device = join(ranks)
+    if device is None:
         return 1
     values = torch.ones(MEGABYTES * 1_000_000 // 4, device=device)
     times = []

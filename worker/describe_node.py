@@ -156,6 +156,40 @@ def system() -> dict[str, Any]:
             **{name: None if limit == resource.RLIM_INFINITY else limit for name, limit in limits.items()}}
 
 
+def gpu_health() -> list[dict[str, Any]]:
+    """Return of each NVIDIA GPU its slot, why it is slowed down (NVML's bits) and its PCIe lanes, now and at most."""
+    query = "index,clocks_throttle_reasons.active,pcie.link.width.current,pcie.link.width.max"
+    try:
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=TORCH_LIMIT)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = []
+    for line in done.stdout.decode("ascii", "replace").splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        with contextlib.suppress(ValueError, IndexError):
+            numbers = [int(cell, 0) if re.fullmatch("[0-9]{1,9}|0x[0-9a-fA-F]{1,16}", cell) else None for cell in cells]
+            if numbers[0] is not None:
+                found.append({"slot": numbers[0], "slowed": numbers[1], "lanes": numbers[2], "lanes_max": numbers[3]})
+    return found[:64]
+
+
+def kernel_faults() -> list[str]:
+    """Return what the kernel's log says of GPU faults (Xid), the last few; [] where this account may not read it."""
+    try:
+        done = subprocess.run(["dmesg"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    return ["".join(one for one in line if one.isprintable())[:300] for line in lines if "NVRM: Xid" in line][-5:]
+
+
+def port_range() -> list[int] | None:
+    """Return the first and last port that connections come from and that port 0 means; None if that can't be told."""
+    words = (read("/proc/sys/net/ipv4/ip_local_port_range") or "").split()
+    return [int(word) for word in words] if len(words) == 2 and all(word.isdigit() for word in words) else None
+
+
 def nccl_version() -> str | None:
     """Return the version of the NCCL that PyTorch brings along, None without one."""
     from importlib import metadata
@@ -271,6 +305,7 @@ def more(wanted: dict[str, Any], folder: str) -> dict[str, Any]:
     return {**system(), "nccl": nccl_version(), "nics": network_cards(), "names": resolved(wanted.get("names", [])),
             "content": {**{path: content(path) for path in wanted.get("paths", [])},
                         **{name: hub_content(name) for name in wanted.get("hub", [])}},
+            "gpu_health": gpu_health(), "kernel_faults": kernel_faults(), "port_range": port_range(),
             "own_name": resolved([socket.gethostname()])[socket.gethostname()],
             "disks": disks([folder, cache, *wanted.get("paths", [])])}
 

@@ -955,10 +955,25 @@ def find_intel(tools: Tools) -> Findings:
             memory_total_mib=mib_of_bytes(facts.get("memory_physical_size_byte")) or whole(facts.get("memory_mib")),
             memory_free_mib=mib_of_bytes(facts.get("memory_free_size_byte")),
             _bus=bus_of(facts.get("pci_bdf_address"))))
+    stuck = [row for row in found.gpus if in_survivability_mode(row["_bus"])]
+    leave_out(stuck)
+    if stuck:
+        found.add(*firmware_broken(len(stuck)))
     if answer.there and (tools.hung or not found.gpus):
         what = f"did not answer within {LIMIT_S:g} s" if tools.hung else "lists no GPU"
         found.add("TOOL_BAD_OUTPUT", f"xpu-smi {what}: reboot the node, or reinstall Intel's GPU driver and level-zero")
     return found
+
+
+def in_survivability_mode(bus: str | None) -> bool:
+    """Return whether the xe driver keeps an Intel GPU only for a new firmware (drm/xe, xe_survivability_mode.c)."""
+    return bus is not None and rooted(f"/sys/bus/pci/devices/{bus}/survivability_mode").exists()
+
+
+def firmware_broken(count: int) -> tuple[str, str]:
+    """Return the problem of GPUs whose firmware is broken."""
+    return "HW_WITHOUT_DRIVER", (f"{count_of(count, 'Intel GPU')} in survivability mode, with broken firmware: flash "
+                                 "it (sudo fwupdmgr update), then reboot")
 
 
 def xpu_table(text: str) -> list[dict[str, Any]]:
@@ -1010,6 +1025,8 @@ def explain_hardware(found: Findings, functions: list[PciFunction]) -> None:
                   "with --gpus all; else reinstall the driver")
     elif found.vendor == "AMD" and driver == "amdgpu":
         found.add(*AMD_NO_KFD)
+    elif found.vendor == "INTEL" and any(in_survivability_mode(function.bus) for function in silent):
+        found.add(*firmware_broken(sum(in_survivability_mode(function.bus) for function in silent)))
     elif found.vendor == "INTEL" and driver in ("i915", "xe"):
         found.add("TOOL_BAD_OUTPUT", f"{what}, and no xpu-smi to ask about it: install xpu-smi and level-zero")
     else:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from master.check.finding import Facts, Finding
+from master.check.hardware import card_findings, gpu_findings
 from master.inventory.addresses import card_of
 
 GIB = 1 << 30
@@ -20,24 +22,6 @@ MIN_FREE_BYTES, LOW_FREE_BYTES = 2 * GIB, 20 * GIB
 MIN_SHM_BYTES = 1 * GIB  # NCCL and data loaders of one node share memory there
 MIN_OPEN_FILES = 4096  # open files: a loader's workers and a rank's sockets take thousands
 MAX_CLOCK_SKEW_S = 2.0  # seconds: logs of several hosts can't be read side by side beyond it
-SLOW_MBIT = 1000  # Mbit/s: a card below it is rarely meant
-Facts = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about hosts: error (no training), warning (it will hurt) or info, its effect and how to fix it."""
-
-    level: str
-    hosts: tuple[str, ...]
-    what: str
-    effect: str
-    fix: str
-
-    def line(self) -> str:
-        """Return it as one line."""
-        text = f"{', '.join(self.hosts)}: {self.level}: {self.what}: {self.effect}"
-        return f"{text}. {self.fix}" if self.fix else text
 
 
 @dataclass(frozen=True)
@@ -151,7 +135,7 @@ def node_findings(host: str, facts: Facts, here: float | None) -> list[Finding]:
     if facts["jobs"]:
         add("warning", f"{', '.join(facts['jobs'])} runs there", "both trainings get slower, or run out of memory",
             "invoke stop, or wait")
-    return found + card_findings(host, facts)
+    return found + gpu_findings(host, facts) + card_findings(host, facts)
 
 
 def content_findings(nodes: Mapping[str, Facts], own: Mapping[str, str | None]) -> list[Finding]:
@@ -179,35 +163,6 @@ def grouped(findings: Sequence[Finding]) -> list[Finding]:
         alone = len(finding.hosts) == 1
         hosts.setdefault(replace(finding, hosts=()) if alone else finding, []).extend(finding.hosts)
     return [replace(finding, hosts=tuple(dict.fromkeys(names))) for finding, names in hosts.items()]
-
-
-def card_findings(host: str, facts: Facts) -> list[Finding]:
-    """Return what is wrong with the network card that the training will use, and with those beside it."""
-    card, found = facts["card"], []
-    if card is None:
-        return []
-    real = [each for each in facts["nics"] if each["kind"] in ("card", "wifi")]
-    if card["kind"] == "wifi":
-        found.append(Finding("warning", (host,), f"its network is Wi-Fi ({card['name']})",
-                             "every step waits for it, by the slowest moment", "plug in a cable"))
-    faster = [each for each in real if (each["mbit"] or 0) > (card["mbit"] or 0) > 0]
-    if faster:
-        found.append(Finding(
-            "warning", (host,), f"{card['name']} ({card['mbit']} Mbit/s) is used, and {faster[0]['name']} has "
-            f"{faster[0]['mbit']}", "communication takes as much longer",
-            f"name the host by its address on {faster[0]['name']} ({', '.join(faster[0]['addresses'])})"))
-    elif card["mbit"] and card["mbit"] < SLOW_MBIT:
-        found.append(Finding("warning", (host,), f"{card['name']} runs at {card['mbit']} Mbit/s",
-                             "communication takes ten times as long as on gigabit",
-                             "look at the cable and the switch's port"))
-    networks: dict[Any, str] = {}
-    for each in real:
-        for network in {ipaddress.ip_interface(address).network for address in each["addresses"]}:
-            if networks.setdefault(network, each["name"]) != each["name"]:
-                found.append(Finding(
-                    "warning", (host,), f"{networks[network]} and {each['name']} are both in {network}",
-                    "answers leave by the wrong one, often the slower", "give one of them another network"))
-    return found
 
 
 def agreement(nodes: Mapping[str, Facts]) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from master.check.consistency import Finding
+from master.check.finding import Finding
 from master.inventory.node_facts import RemoteCheckout
 from master.inventory.worker_script import open_worker
 from master.ssh.channel import Channel
@@ -193,6 +193,15 @@ def firewall_finding(addresses: Mapping[str, str]) -> Finding:
                    f"On each: sudo ufw allow ssh && {rules} && sudo ufw enable")
 
 
+def opening(pair: Pair, addresses: Mapping[str, str], target: Mapping[str, Any]) -> str:
+    """Return the firewall's command that lets a host reach another's ranks, whose ports are of its port range."""
+    command = f"sudo ufw allow from {addresses[pair.source]}"
+    if not target.get("port_range") or any(fault.startswith(f"port {RENDEZVOUS}:") for fault in pair.faults):
+        return command
+    first, last = target["port_range"]
+    return f"{command} to any port {first}:{last} proto tcp"
+
+
 def network_findings(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]],
                      addresses: Mapping[str, str]) -> list[Finding]:
     """Return which host doesn't reach which, and which pairs are slower than their cards or than the others."""
@@ -202,7 +211,7 @@ def network_findings(pairs: Sequence[Pair], lost: Mapping[str, str], facts: Mapp
             found.append(Finding("error", (pair.source,), f"{pair.target} {reason}",
                                  "the ranks can't connect, or hang at the first all-reduce",
                                  f"open {pair.target}'s firewall for {addresses[pair.source]}, as by "
-                                 f"sudo ufw allow from {addresses[pair.source]} there"))
+                                 f"{opening(pair, addresses, facts.get(pair.target, {}))} there"))
     rates = sorted(pair.alone for pair in pairs if pair.alone)
     usual = rates[len(rates) // 2] if rates else 0.0
     for pair in pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from conftest import ROOT
 
 from master.check.consistency import agreement, content_findings, differences, grouped, node_findings, normalized
-from master.check.network_test import Pair, network_findings
+from master.check.network_test import Pair, network_findings, rounds
+from master.check.slot_tests import read_speeds, speed_findings, speed_lines
 
 GOOD: dict[str, Any] = {
     "code": "c1", "packages": {"torch": "2.13.0+cu130", "deepspeed": "0.19.8"}, "python": "3.11.2", "nccl": "2.28.9",
@@ -20,7 +22,8 @@ GOOD: dict[str, Any] = {
     "names": {"gpu2": ["10.0.0.2"]}, "port": 29500, "busy": {}, "content": {"/data": "d1", "models--gpt2": "m1"},
     "disks": [{"mount": "/", "free_bytes": 500 << 30, "total_bytes": 900 << 30, "rotational": False}],
     "nics": [{"name": "eth0", "addresses": ["10.0.0.1/24"], "mbit": 10000, "mtu": 1500, "kind": "card",
-              "driver": "ixgbe"}]}
+              "driver": "ixgbe"}], "kernel": "6.1.0-44-amd64", "gpu_health": [
+        {"slot": 0, "slowed": 0x5, "lanes": 16, "lanes_max": 16}], "kernel_faults": [], "port_range": [32768, 60999]}
 
 
 def node(**changes: Any) -> dict[str, Any]:
@@ -63,6 +66,14 @@ def test_the_odd_one_stands_against_the_majority() -> None:
     ({"nics": [*GOOD["nics"], {**GOOD["nics"][0], "name": "eth1", "addresses": ["10.0.0.7/24"]}]},
      ["warning: eth0 and eth1 are both in 10.0.0.0/24"]),
     ({"nics": []}, []),
+    ({"gpu_health": [{"slot": 1, "slowed": 0xC0, "lanes": 4, "lanes_max": 16}]},
+     ["warning: slot 1 is slowed down: heat (hardware), its power supply", "warning: slot 1 has 4 of 16 PCIe lanes"]),
+    ({"gpu_health": [{"slot": 1, "slowed": None, "lanes": None, "lanes_max": 16}]}, []),
+    ({"kernel_faults": ["[1] NVRM: Xid (PCI:0000:01:00): 79, pid=1"]},
+     ["warning: its kernel reports GPU faults: [1] NVRM: Xid (PCI:0000:01:00): 79, pid=1"]),
+    ({"nics": [{**GOOD["nics"][0], "name": "docker0", "kind": "bridge"}]},
+     ["error: docker0, the bridge of its containers or virtual machines, is its network"]),
+    ({"nics": [{**GOOD["nics"][0], "name": "br0", "kind": "bridge"}]}, []),
 ])
 def test_what_is_wrong_with_a_node_is_told(changes: dict[str, Any], words: list[str]) -> None:
     assert said(changes) == words
@@ -82,6 +93,46 @@ def test_data_that_is_another_than_here_is_named() -> None:
 
 def test_clocks_that_differ_are_told_of() -> None:
     assert said({}, 1.0) == [] and said({}, -90.0) == ["warning: its clock is 90 s behind"]
+
+
+def test_a_host_behind_windows_address_translation_is_told_of() -> None:
+    facts = normalized({**GOOD, "kernel": "5.15.153.1-microsoft-standard-WSL2", "nics": [
+        {**GOOD["nics"][0], "addresses": ["172.29.1.5/20"]}]}, "172.29.1.5")
+    found = [finding for finding in node_findings("gpu1", facts, 0.0) if finding.level == "error"]
+    assert [finding.what for finding in found] == ["it is WSL2 behind Windows' address translation (172.29.1.5/20)"]
+    assert "networkingMode=mirrored" in found[0].fix
+
+
+def test_a_closed_port_range_is_opened_by_its_numbers() -> None:
+    pair = Pair("gpu1", "gpu2", None, faults=["port 41000: no answer"])
+    (finding,) = network_findings([pair], {}, {"gpu2": node()}, {"gpu1": "10.0.0.1", "gpu2": "10.0.0.2"})
+    assert "sudo ufw allow from 10.0.0.1 to any port 32768:60999 proto tcp there" in finding.fix
+    pair.faults.append("port 29500: no answer")
+    assert "sudo ufw allow from 10.0.0.1 there" in network_findings([pair], {}, {"gpu2": node()}, {
+        "gpu1": "10.0.0.1", "gpu2": "10.0.0.2"})[0].fix
+
+
+def test_pairs_send_in_rounds_in_which_no_host_is_twice() -> None:
+    for count in (2, 3, 8, 16):
+        peers = [f"gpu{number}" for number in range(count)]
+        groups = list(rounds(peers))  # type: ignore[arg-type]
+        assert len(groups) == 2 * (count - 1 + count % 2)
+        assert all(len({host for pair in group for host in pair}) == 2 * len(group) for group in groups)
+        assert sorted(pair for group in groups for pair in group) == sorted(
+            (one, other) for one in peers for other in peers if one != other)
+
+
+def test_a_slow_slot_is_named_among_its_like() -> None:
+    line = '@@SPEED ' + json.dumps([{"host": "gpu1", "slot": slot, "device": "RTX 3090", "tflops": rate}
+                                    for slot, rate in enumerate([60.0, 61.0, 40.0])]
+                                   + [{"host": "gpu2", "slot": 0, "device": "T4", "tflops": 20.0}])
+    speeds = read_speeds(["noise", line])
+    assert [finding.line() for finding in speed_findings(speeds)] == [
+        "gpu1: warning: slot 2 does 40 TFLOP/s, a usual RTX 3090 here 60: every step waits for the slowest slot. look "
+        "at its temperature, power and other programs: invoke watch"]
+    assert speed_lines(speeds) == ["speed: RTX 3090: 40 to 61 TFLOP/s on 3 slots",
+                                   "speed: T4: 20 to 20 TFLOP/s on 1 slots"]
+    assert read_speeds(["@@SPEED [5, {}]"]) == read_speeds(["@@SPEED {"]) == read_speeds([]) == []
 
 
 def test_a_pair_that_is_slower_than_its_cards_is_named() -> None:

@@ -172,6 +172,19 @@ def test_xpu_smi_tells_memory_device_by_device(machine: Machine, size: str) -> N
     assert (report.gpus[0].name, report.gpus[0].memory_total_mib) == ("Max 1100", 49136)
 
 
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "without xpu-smi"])
+def test_a_card_that_waits_for_firmware_is_no_slot(listed: bool, machine: Machine) -> None:
+    machine.pci("0000:03:00.0", 0x8086, 0xE20B, 0x0300, "xe")
+    machine.file("/sys/bus/pci/devices/0000:03:00.0/survivability_mode", "Boot\n")
+    listing = {"device_list": [{"device_id": 0, "device_name": "Arc B580", "pci_bdf_address": "0000:03:00.0",
+                                "device_function_type": "physical"}]}
+    if listed:
+        machine.tool("xpu-smi", ("*-j", json.dumps(listing), 0))
+    report = machine.report()
+    assert (report.vendor, report.status, report.slots_total) == ("INTEL", "error", 0)
+    assert codes(report) == ["HW_WITHOUT_DRIVER"] and "survivability mode" in report.problems[0].message
+
+
 def test_xpu_smis_table_serves_too(machine: Machine) -> None:
     machine.tool("xpu-smi", ("*", XPU_TABLE, 0))
     gpu = machine.report().gpus[0]
