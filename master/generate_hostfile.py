@@ -40,6 +40,7 @@ from master.inventory.slot_selection import (
     choose_vendor,
     duplicate_hosts,
     host_comment,
+    listed,
     name_problem,
     slots_of,
     with_own_address,
@@ -192,8 +193,11 @@ def conclude(answers: Sequence[HostAnswer], options: argparse.Namespace) -> int:
     if options.ssh_user or options.ssh_port or options.ssh_key:
         say("warning: plain `deepspeed` logs in as your ssh configuration says, not by --ssh-user, --ssh-port or "
             "--ssh-key: put them into ~/.ssh/config")
-    for warning in duplicate_hosts(answers) + [f"{answer.name}: {note}" for answer in answers if answer.found
-                                               for note in answer.found.notes]:
+    notes: dict[str, list[str]] = {}
+    for answer in answers:
+        for note in answer.found.notes if answer.found else ():
+            notes.setdefault(note, []).append(answer.name)
+    for warning in [*duplicate_hosts(answers), *(f"{listed(names)}: {note}" for note, names in notes.items())]:
         say(f"warning: {warning}")
     if failed:
         say(f"failed: {', '.join(answer.name for answer in failed)}")

@@ -42,10 +42,11 @@ if ! python=$(find_python); then
   python=$(find_python) || { echo "run_master_setup.sh: paramiko is still missing in $root/.venv" >&2 && exit 1; }
 fi
 
-old=$here/generate_hostfile.sh
-if [[ -f $old ]]; then
-  rm -- "$old" && echo "removed $old: generate_hostfile.py does its work"
-fi
+for old in "$here/generate_hostfile.sh" "$PWD/generate_hostfile.sh"; do
+  if grep -qs detect_gpus "$old"; then # the old one; another program of that name stays
+    rm -- "$old" && echo "removed $old: generate_hostfile.py does its work"
+  fi
+done
 
 output=hostfile.txt
 for ((n = 0; n < ${#words[@]}; n++)); do

@@ -22,13 +22,13 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.check.host_metrics import HostMetrics
-from master.core.json_schema import loads
 from master.core.run_cli import run_cli
 from master.core.terminal import is_terminal, one_line, print_lines
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
 from master.run.launcher_process import RECORD, is_active, read_launcher_record, read_object
+from master.run.metrics_file import MetricsFile
 from master.run.run_folder import find_run
 from master.ssh.node_names import parse_node
 from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
@@ -61,14 +61,13 @@ def written_at(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def look(run: Path) -> dict[str, Any]:
-    """Return the state of a run: status, step of steps, the newest figures, each host's last line and its age."""
+def look(run: Path, metrics: MetricsFile | None = None) -> dict[str, Any]:
+    """Return the state of a run: status, step of steps, the newest figures, each host's last line and its age.
+
+    `metrics`: of earlier looks, which is then read on.
+    """
     record = read_object(run / "run.json")
-    newest: dict[str, Any] = {}
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # a line may be half written
-                newest |= loads(line)
+    newest = (metrics or MetricsFile(run / "metrics.jsonl")).newest()
     launcher = read_launcher_record(run)
     status = record.get("status") if record.get("status") in KNOWN else "running" if newest else "starting"
     ended = figure(record.get("ended")) or 0
@@ -186,10 +185,10 @@ def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) 
 
     live = Live(console=Console(), auto_refresh=False) if is_terminal() and sys.stdout.isatty() and not options.once \
         else None
-    shown = ""
+    shown, file = "", MetricsFile(run / "metrics.jsonl")
     with live or contextlib.nullcontext():
         while True:
-            state = measured(metrics, look(run))
+            state = measured(metrics, look(run, file))
             if live:
                 live.update(table(state), refresh=True)
             elif (line := state_line(state)) != shown:

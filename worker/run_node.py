@@ -861,7 +861,9 @@ def main() -> int:
         return 1
     node.finish()
     os.close(pipe)
-    os.waitpid(node.guard, 0)
+    end = time.monotonic() + 15
+    while os.waitpid(node.guard, os.WNOHANG)[0] == 0 and time.monotonic() < end:  # it waits for what can't be killed
+        time.sleep(0.05)
     return 0
 
 

@@ -94,16 +94,17 @@ def duplicate_hosts(answers: Sequence[HostAnswer]) -> list[str]:
 
     Cloned disks share a host key and even the machine id, but not their network cards' addresses.
     """
-    seen: dict[tuple[str, tuple[str, ...]], str] = {}
-    warnings = []
+    names: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for answer in answers:
-        if not answer.found or not answer.found.fingerprint or not answer.found.macs:
-            continue
-        identity = (answer.found.fingerprint, answer.found.macs)
-        if identity in seen:
-            warnings.append(f"{answer.name} and {seen[identity]} are the same machine: name it once")
-        seen.setdefault(identity, answer.name)
-    return warnings
+        if answer.found and answer.found.fingerprint and answer.found.macs:
+            names.setdefault((answer.found.fingerprint, answer.found.macs), []).append(answer.name)
+    return [f"{listed(same[1:])} and {same[0]} are the same machine: name it once" for same in names.values()
+            if len(same) > 1]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a sentence, at most four of them."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def only_slots(host: dict[str, Any], use: Sequence[int]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shlex
 from pathlib import Path
@@ -13,12 +14,18 @@ from master.ssh.route import SshError
 from master.ssh.session import Session
 
 
+@functools.cache
+def source(script: Path) -> bytes:
+    """Return a script's text, which is read once for all hosts."""
+    return script.read_bytes()
+
+
 def stdin_loader(script: Path) -> str:
     """Return the words after PYTHON that run a script sent over standard input and leave the rest of the input to it.
 
     Not `python3 -`, which reads to the end of the input.
     """
-    size = len(script.read_bytes())
+    size = len(source(script))
     # the folder that it starts in holds no module of ours: others may write there
     program = (f'import sys;sys.path[:]=[p for p in sys.path if p];import os;d=b"";'
                f'exec("while len(d)<{size}:d+=os.read(0,{size}-len(d)) or os._exit(1)");exec(d)')
@@ -42,7 +49,7 @@ def open_worker(session: Session, name: str, python: str, arguments: str = "") -
     script = WORKER / name
     channel = session.open(f"exec {python} {stdin_loader(script)} {arguments}".rstrip())
     try:
-        channel.send(script.read_bytes())
+        channel.send(source(script))
     except SshError:
         channel.close()
         raise

@@ -104,7 +104,8 @@ class ProcessChannel:
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in a driver can't be killed
+                self._process.wait(timeout=5)
         if self._process.stderr:
             self._process.stderr.close()
 

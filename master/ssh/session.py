@@ -158,7 +158,8 @@ def run_process(command: Sequence[str], stdin: bytes, timeout: float, host: str)
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in a driver can't be killed
+                process.wait(timeout=5)
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe:
                 with contextlib.suppress(OSError):

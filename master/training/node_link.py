@@ -26,6 +26,7 @@ from master.training.job import HostAssignment
 
 HEARTBEAT_S = 3.0  # seconds between two heartbeats, both ways
 CONFIRM_EVENTS = 100  # events after which they are confirmed at once: the host says no more than its window
+LISTEN_S = 0.25  # seconds after which a thread that hears nothing looks for orders
 TRY_EVERY_S = 2.0  # seconds between two attempts to connect
 STOPPED_S = 5.0  # seconds without a look at the channel, after which this process itself was stopped or asleep
 
@@ -137,7 +138,7 @@ class NodeLink:
 
         while True:
             looked = time.monotonic()
-            for event in messages.receive(0.1):
+            for event in messages.receive(LISTEN_S):
                 unconfirmed += self._hear(event, speak)
             if self._over:
                 with contextlib.suppress(SshError):  # it waits for this no longer than its patience
@@ -153,9 +154,8 @@ class NodeLink:
                 messages.last_heard = now  # what has come meanwhile waits to be read
             if now - messages.last_heard > SILENCE_LIMIT_S:
                 raise SshError(self._host, "connection", f"no answer for {SILENCE_LIMIT_S:.0f} s")
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    messages.send(self._orders.get_nowait())
+            while not self._orders.empty():
+                messages.send(self._orders.get())
             speak()
 
     def _hear(self, event: dict[str, Any], speak: Callable[[], None]) -> bool:

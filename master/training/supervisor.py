@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,15 @@ from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
+from master.ssh.worker_message import check_message
 from master.training.hang_detector import HangDetector
 from master.training.job import HostAssignment, JobResult, RankOutput, Supervision, ranks_by_host
 from master.training.node_link import NodeLink, Patience
 from master.training.root_cause import RankExit
 
+TICK_S = 0.1
+# Each thread that waits for Python's lock asks for it after 5 ms, then again: with 1,000 threads that took half the time.
+MANY, SWITCH_S = 64, 0.02
 SAVE_LIMIT_MIN = 30  # minutes that a save may take once it has begun (run_node.py)
 
 Approve = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
@@ -66,6 +71,10 @@ class ClusterJob:
     def _run(self, work: Callable[[Session], None], prompt: HostKeyPrompt | None, begin: Callable[[], bool]
              ) -> JobResult | None:
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+        check_message("run_node.beat", {"event": "beat"}, "")  # loads what a thousand threads would wait for
+        interval = sys.getswitchinterval()
+        if len(self._parts) > MANY:
+            sys.setswitchinterval(SWITCH_S)
         started = time.monotonic()
         sessions = threading.Thread(target=self._reach_all, args=(work, prompt), daemon=True)
         sessions.start()
@@ -79,6 +88,7 @@ class ClusterJob:
             self._decided.set()
             self._events.close()
             sessions.join(timeout=SILENCE_LIMIT_S + 10)
+            sys.setswitchinterval(interval)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -121,16 +131,18 @@ class ClusterJob:
 
     def _supervise(self, started: float) -> None:
         """Handle what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
-        told = 0
+        told, kept = 0, -1.0
         while self._running:
             since = time.monotonic() - started
-            self._output.pass_time()
-            if stalled := self._hangs.overdue(since):
-                self._say(stalled)
+            if since - kept > TICK_S:  # looks at every host, and not for each event of each of them
+                kept = since
+                self._output.pass_time()
+                if stalled := self._hangs.overdue(since):
+                    self._say(stalled)
+                self._give_up(since)
             if self._signals > told:
                 told = self._signals
                 self._stop(told)
-            self._give_up(since)
             try:
                 host, (kind, content) = self._events.get(timeout=0.1)
             except queue.Empty:

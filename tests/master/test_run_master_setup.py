@@ -25,7 +25,7 @@ def run(folder: Path, *words: str, script: Path = SCRIPT, **variables: str) -> s
 
 
 def test_a_hostfile_and_its_command_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "generate_hostfile.sh").write_text("old")
+    (tmp_path / "generate_hostfile.sh").write_text("ssh $node bash detect_gpus.sh >> hostfile.txt\n")
     done = run(tmp_path, "--nodes", "localhost", "--cpu-slots", "2", "--output", "my hosts.txt")
     assert done.returncode == 0, done.stderr
     assert "localhost slots=2 type=CPU" in done.stdout
@@ -36,6 +36,9 @@ def test_a_hostfile_and_its_command_are_shown(tmp_path: Path) -> None:
                          "--master_addr=127.0.0.1", "trainer/train.py"]
     assert f"removed {tmp_path}/generate_hostfile.sh" in done.stdout
     assert not (tmp_path / "generate_hostfile.sh").exists()
+    (tmp_path / "generate_hostfile.sh").write_text("echo mine\n")  # another program of that name
+    again = run(tmp_path, "--nodes", "localhost", "--cpu-slots", "2")
+    assert "removed" not in again.stdout and (tmp_path / "generate_hostfile.sh").exists()
 
 
 def test_exit_codes_are_those_of_the_tool(tmp_path: Path, machine: Machine) -> None:

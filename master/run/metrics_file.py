@@ -1,0 +1,37 @@
+"""The newest figures of a run's metrics.jsonl, read on from where the last look ended: it may grow to a gigabyte."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from master.core.json_schema import loads
+
+BLOCK = 1 << 20
+
+
+class MetricsFile:
+    """What the lines so far say, the newest of each name; a file that was written anew is read anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at, self._file = path, 0, 0
+        self._rest = b""
+        self._newest: dict[str, Any] = {}
+
+    def newest(self) -> dict[str, Any]:
+        """Read what has come, and return all that is known; {} where there is no file."""
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            now = os.fstat(file.fileno())
+            if now.st_ino != self._file or now.st_size < self._at:
+                self._file, self._at, self._rest, self._newest = now.st_ino, 0, b"", {}
+            file.seek(self._at)
+            while block := file.read(BLOCK):
+                self._at += len(block)
+                *lines, self._rest = (self._rest + block).split(b"\n")
+                self._rest = self._rest[-BLOCK:]
+                for line in lines:
+                    with contextlib.suppress(ValueError, TypeError):
+                        self._newest |= loads(line.decode("utf-8", "replace"))
+        return self._newest
