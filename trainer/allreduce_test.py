@@ -12,32 +12,11 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from trainer.distributed.meeting import join
 from trainer.distributed.ranks import Ranks
-from trainer.errors import UserError
 
 MEGABYTES = 16  # as many as DeepSpeed's buckets have on a CPU; on a LAN a fraction of a second
 ROUNDS = 5
-MEETING_S = 180  # a first start reads gigabytes of libraries, on some hosts from a slow disk
-
-
-def join(ranks: Ranks) -> str | None:
-    """Have the ranks meet and start the process group; return the device type. Say why, and None, if they can't."""
-    import torch
-
-    from trainer.distributed import devices
-
-    try:
-        ranks.rendezvous(MEETING_S)
-        facts = ranks.all_gather_json("device", devices.device_facts(ranks.local_rank))
-        device = devices.common_device(facts, ranks.hosts)
-        if device != "cpu":
-            torch.accelerator.set_device_index(ranks.local_rank)
-        ranks.start_process_group(device)
-    except UserError as fault:
-        if ranks.is_first or not fault.shared:
-            print(f"error: {fault}", file=sys.stderr, flush=True)
-        return None
-    return device
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from trainer.allreduce_test import join
+from trainer.distributed.meeting import join
 from trainer.distributed.ranks import Ranks
 
 SECONDS = 5.0

@@ -20,7 +20,6 @@ from typing import Any
 from master.inventory.node_facts import query_facts, query_gpu_use
 from master.ssh.event_queue import EventQueue
 from master.ssh.json_channel import SILENCE_LIMIT_S
-from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
@@ -31,8 +30,7 @@ from master.training.node_link import NodeLink, Patience
 from master.training.root_cause import RankExit
 
 TICK_S = 0.1
-# Each thread that waits for Python's lock asks for it after 5 ms, then again: with 1,000 threads that took half the time.
-MANY, SWITCH_S = 64, 0.02
+MANY, SWITCH_S = 64, 0.02  # threads that ask for Python's lock every 5 ms: a thousand took half the time by asking
 SAVE_LIMIT_MIN = 30  # minutes that a save may take once it has begun (run_node.py)
 
 Approve = Callable[[dict[str, dict[str, Any]], dict[str, SshError]], "dict[str, Any] | None"]
@@ -73,8 +71,7 @@ class ClusterJob:
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
         check_message("run_node.beat", {"event": "beat"}, "")  # loads what a thousand threads would wait for
         interval = sys.getswitchinterval()
-        if len(self._parts) > MANY:
-            sys.setswitchinterval(SWITCH_S)
+        sys.setswitchinterval(SWITCH_S if len(self._parts) > MANY else interval)
         started = time.monotonic()
         sessions = threading.Thread(target=self._reach_all, args=(work, prompt), daemon=True)
         sessions.start()
@@ -163,15 +160,14 @@ class ClusterJob:
 
     def _stop(self, times: int) -> None:
         """Do what Ctrl-C asks for: the first one saves, the second one kills."""
-        self.result.asked_to_stop = True
-        grace = self._supervision.grace
+        self.result.asked_to_stop, grace = True, self._supervision.grace
         if times == 1:
             self._say(f"stopping: the ranks save first, {grace:.0f} s at most to begin and to end; a save that has "
                       f"begun may take {SAVE_LIMIT_MIN} min; Ctrl-C again kills them")
             self._tell(self._running, {"stop": grace, "step": 2 * self._hangs.a_step})
-        else:
-            self._say("killing them")
-            self._tell(self._running, {"kill": True})
+            return
+        self._say("killing them")
+        self._tell(self._running, {"kill": True})
 
     def _note_over(self, host: str, outcome: object, since: float) -> None:
         """Handle the end of a host's session: it has ended there, or is out of reach for too long."""
@@ -235,11 +231,8 @@ class ClusterJob:
     # -- a thread a host -----------------------------------------------------------------------------------------------
 
     def _reach_all(self, work: Callable[[Session], None], host_key_prompt: HostKeyPrompt | None) -> None:
-        def done(node: Node, result: object) -> None:
-            self._events.put(str(node), ("over", result))
-
-        run_on_all([part.node for part in self._parts.values()], self._ssh, work, host_key_prompt, done,
-                   at_once=len(self._parts))
+        run_on_all([part.node for part in self._parts.values()], self._ssh, work, host_key_prompt,
+                   lambda node, result: self._events.put(str(node), ("over", result)), at_once=len(self._parts))
 
     def _work(self, session: Session, wanted: Mapping[str, Any]) -> None:
         host = str(session.node)
