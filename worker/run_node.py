@@ -700,8 +700,10 @@ class Node:
             connection, _ = self.door.accept()
             order = first_order(connection)
             if order.get("attach") != self.job["job"]:
-                self.obey(order)
                 connection.close()
+                self.obey(order)
+                if self.reason and not self.link.is_up:
+                    self.keep_log()  # whoever stops it comes for no words
                 return
             seen = order.get("seen")
             self.link.take(connection, seen if isinstance(seen, int) else None)
@@ -728,12 +730,16 @@ class Node:
         """Have the ranks save and end, or continue if that was asked for; what they print goes to a log here."""
         why = f"no contact with the master for {self.patience:.0f} s"
         self.link.lose()
-        self.kept = KeptLog(os.path.join(self.job["folder"], self.job.get("log") or os.path.join(self.logs, "log")))
+        self.keep_log()
         alone = bool(self.job.get("continue_without_master"))
         self.say(event="line", rank=None,
                  text=f"{why}: " + ("the job continues without it" if alone else "the ranks save and end"))
         if not alone:
             self.stop(why, self.grace)
+
+    def keep_log(self) -> None:
+        """Write what is printed to the run's log here from now on."""
+        self.kept = KeptLog(os.path.join(self.job["folder"], self.job.get("log") or os.path.join(self.logs, "log")))
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 

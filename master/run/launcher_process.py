@@ -87,12 +87,20 @@ _locks: dict[str, int] = {}  # this process's, by path; they end with it
 
 
 def take_lock(run: Path) -> None:
-    """Hold a run's lock until this process ends. On a file system without locks there is none."""
+    """Hold a run's lock until this process ends. On a file system without locks there is none.
+
+    Raises RunningError if another process holds it.
+    """
     path = str((run / LOCK).resolve())
     if path not in _locks or not os.path.exists(path):
         _locks[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    with contextlib.suppress(OSError):
+    try:
         fcntl.lockf(_locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(_locks.pop(path))
+        raise RunningError(f"{run}: another process is training it: invoke watch {shlex.quote(str(run))}") from None
+    except OSError:
+        pass  # no locks here
 
 
 def lock_holder(run: Path) -> int | None:

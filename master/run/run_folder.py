@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -22,9 +23,11 @@ class RunError(UserError):
 
 
 def new_run_path(model: str) -> Path:
-    """Return runs/<time>-<model>, the folder of a run that starts now."""
+    """Return runs/<time>-<model>, the folder of a run that starts now; with a number where another began just now."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    path = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not each.exists())
 
 
 def job_prefix(run: Path) -> str:
