@@ -17,6 +17,7 @@ from master.check.finding import Finding
 from master.core.json_schema import loads
 from master.core.paths import ROOT
 
+NAMES = {"allreduce_test.py": "the all-reduce test", "speed_test.py": "the speed test"}
 SPEED_MARK = "@@SPEED "
 SLOW = 0.9  # of what slots of the same model usually do
 
@@ -36,7 +37,7 @@ def run_on_slots(script: str, hostfile: Path, hosts: Sequence[str], flags: Seque
         return done.stdout.strip().splitlines(), None
     said = [line.strip() for line in done.stderr.splitlines() if ": " in line and not line.startswith("output: ")]
     what = next((line for line in said if line.startswith("error: ")), said[-1] if said else f"exit {done.returncode}")
-    return [], Finding("error", tuple(hosts), f"{script.removesuffix('.py')} failed: {what.removeprefix('error: ')}",
+    return [], Finding("error", tuple(hosts), f"{NAMES[script]} failed: {what.removeprefix('error: ')}",
                        "a training would fail the same way", shlex.join(words[:6]) + " shows all")
 
 

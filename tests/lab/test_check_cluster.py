@@ -117,7 +117,9 @@ def test_a_firewall_is_found_in_its_direction(desk: Desk) -> None:
     (error,) = texts(found, "error")
     assert code == 1 and error.startswith("gpu2: gpu1 port ") and error.endswith(": no answer")
     (finding,) = [each for each in found["findings"] if each["level"] == "error"]
-    assert finding["fix"] == "open gpu1's firewall for 10.77.0.12, as by sudo ufw allow from 10.77.0.12 there"
+    first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    assert finding["fix"] == ("open gpu1's firewall for 10.77.0.12, as by sudo ufw allow from 10.77.0.12 to any port "
+                              f"{first}:{last} proto tcp there")
 
 
 def test_ranks_that_do_not_add_up_are_told_of(desk: Desk) -> None:
