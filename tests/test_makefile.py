@@ -52,3 +52,14 @@ def test_an_index_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "make: the package index cannot be reached" in done.stdout
     assert not (tmp_path / ".venv" / ".installed").exists()
+
+
+def test_room_is_looked_for_where_the_environment_goes(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    df = tmp_path / "bin" / "df"
+    df.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nprintf "Filesystem\\nx 1 1 5 1 /\\n"\n')
+    df.chmod(0o755)
+    done = subprocess.run(["make", "install", f"VENV={tmp_path}/not/there"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    assert done.returncode and "needs 3000 MB" in done.stdout + done.stderr
+    assert (tmp_path / "asked").read_text().split()[-1] == str(tmp_path)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ LATE = ("accelerate", "datasets.io.generator", "deepspeed.module_inject.auto_ep_
         "torch._inductor.compile_fx", "transformers.models.gpt2.modeling_gpt2",
         "transformers.models.llama.modeling_llama", "trainer.checkpoint.universal")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+MOMENT_S = 2.0  # seconds before ranks are ended because another one has failed
 GRACE_S = 30.0  # what torchrun leaves the others when a rank has failed
 
 
@@ -139,25 +141,31 @@ def start_rank(job: dict[str, Any], place: dict[str, str]) -> int:
 
 
 def wait_for(pids: list[int], connection: socket.socket) -> list[int]:
-    """Return each rank's exit code; once one has failed the others are ended, and all when nobody listens."""
+    """Return each rank's exit code; once one has failed the others are ended, and all when nobody listens.
+
+    What failed on all ranks alike ends them alike: they get a moment for it.
+    """
     running = {os.pidfd_open(pid): pid for pid in pids}
     codes: dict[int, int] = {}
     limit: float | None = None
+    numbers: Iterator[signal.Signals] = iter(())  # those that are left get these, the next one at `limit`
     while running:
         left = None if limit is None else max(limit - time.monotonic(), 0)
         ready = select.select([*running, connection.fileno()], [], [], left)[0]
+        if connection.fileno() in ready:
+            numbers = iter([signal.SIGKILL])
         if connection.fileno() in ready or (not ready and limit is not None):
-            for pid in running.values():
-                os.kill(pid, signal.SIGKILL)
-            limit = None
+            number = next(numbers, None)
+            if number:
+                for pid in running.values():
+                    os.kill(pid, number)
+            limit = time.monotonic() + GRACE_S if number == signal.SIGTERM else None
         for file in [file for file in ready if file in running]:
             pid = running.pop(file)
             os.close(file)
             codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             if codes[pid] and limit is None:
-                limit = time.monotonic() + GRACE_S
-                for other in running.values():
-                    os.kill(other, signal.SIGTERM)
+                limit, numbers = time.monotonic() + MOMENT_S, iter([signal.SIGTERM, signal.SIGKILL])
     return [codes[pid] for pid in pids]
 
 

@@ -47,6 +47,7 @@ FIRST_TICK = 0.02  # the same until every rank has been seen
 LOOK = 1.0  # seconds between two looks at what the ranks say that they do
 BEAT = 3.0  # seconds between two heartbeats
 TERM_TO_KILL = 2.0  # seconds between TERM and KILL after a failure
+END_LIMIT = 10.0  # seconds that a killed process may take to end
 SAVE_LIMIT = 1800.0  # seconds that a save may take once it has begun
 LINE_LIMIT = 5000  # characters of a printed line that are passed on: less than 64 KiB as JSON
 TAIL_BLOCK = 1 << 16
@@ -128,8 +129,8 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def end_all(job: str, own: set[int]) -> None:
-    """Kill what is left of the job, and wait until nothing is."""
-    end = time.monotonic() + 10
+    """Kill what is left of the job, and wait until nothing is; what hangs in a driver can't be killed, and is left."""
+    end = time.monotonic() + END_LIMIT
     while time.monotonic() < end:
         left = [pid for pid, state in processes(job).items() if pid not in own and state not in "ZX"]
         if not left:

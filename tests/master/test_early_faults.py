@@ -16,14 +16,16 @@ from conftest import ROOT
 from machines import Machine
 from programs import let_others_in
 
+from master import sync_nodes
 from master.check_cluster import save_facts
 from master.core.run_cli import UsageError
 from master.inventory import local_gpus
 from master.inventory.hostfile import Slots
 from master.inventory.slot_selection import HostAnswer, duplicate_hosts, listed, slots_of
 from master.inventory.worker_script import load_worker
+from master.run.launcher_process import RunningError, write_launcher_record
 from master.run.metrics_file import MetricsFile
-from master.run.run_folder import new_run_path
+from master.run.run_folder import job_prefix, new_run_path
 from master.training.request import Hosts, files_of, path_or_name
 
 TWO = Hosts((Slots("gpu1", 1, (0,)), Slots("gpu2", 1, (0,))), {}, Path("hostfile.txt"))
@@ -153,3 +155,32 @@ def test_two_runs_of_one_second_have_two_folders(tmp_path: Path, monkeypatch: py
     second.mkdir()
     assert [path.name for path in (first, second, new_run_path("tiny"))] == [
         "20260101-000000-tiny", "20260101-000000-tiny-2", "20260101-000000-tiny-3"]
+
+
+def test_runs_of_one_name_have_jobs_of_their_own(tmp_path: Path) -> None:
+    runs = [tmp_path / name / "run" for name in ("a", "b")]
+    for run in runs:
+        write_launcher_record(run)
+    first, second = map(job_prefix, runs)
+    assert first != second and first.startswith("run-") and job_prefix(runs[0]) == first
+    write_launcher_record(runs[0], f"{first}-abcdef")  # a resumed run stays itself
+    assert job_prefix(runs[0]) == first
+
+
+def test_a_second_launcher_of_a_run_is_refused(tmp_path: Path) -> None:
+    holds = ("import time; from pathlib import Path; from master.run.launcher_process import write_launcher_record;"
+             f"write_launcher_record(Path({str(tmp_path / 'run')!r})); print('up', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", holds], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "up\n"
+        with pytest.raises(RunningError, match="another process is training it"):
+            write_launcher_record(tmp_path / "run")
+        other.kill()
+
+
+def test_patterns_are_sent_to_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "c.csv"):
+        (tmp_path / name).write_text("x")
+    words = ["--nodes", "gpu1", "--no-env", "--dataset", "*.txt"]
+    trees = sync_nodes.trees_of(sync_nodes.build_parser().parse_args(words))
+    assert [tree.name for tree in trees[1:]] == [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"]

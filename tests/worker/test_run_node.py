@@ -290,6 +290,25 @@ def test_a_flood_keeps_no_order_waiting_and_fills_no_disk(tmp_path: Path) -> Non
     node.all()
 
 
+def test_a_process_that_can_not_be_killed_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = load_worker("run_node")
+    killed: list[int] = []
+    monkeypatch.setattr(node, "processes", lambda job: {4242: "D"})  # it hangs in a driver
+    monkeypatch.setattr(node, "send", lambda pid, number: killed.append(pid))
+    monkeypatch.setattr(node, "END_LIMIT", 0.3)
+    started = time.monotonic()
+    node.end_all("job", set())
+    assert set(killed) == {4242} and 0.3 <= time.monotonic() - started < 20
+
+
+def test_nccl_is_told_one_card_and_no_other_that_begins_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    job = {"environment": {}, "job": "x", "python": sys.executable, "master_addr": "127.0.0.1"}
+    found, interface = load_worker("run_node").environment(job)
+    assert (interface, found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]) == ("lo", "lo", "=lo")
+
+
 def test_the_way_to_an_address_is_known_without_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     node = load_worker("run_node")
