@@ -18,8 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from master.inventory.node_facts import RemoteCheckout  # noqa: E402
 from master.ssh.channel import wait_for  # noqa: E402
 from master.ssh.node_names import Node  # noqa: E402
 from master.ssh.route import SshOptions  # noqa: E402
-from master.training import supervisor  # noqa: E402
+from master.training import node_link, supervisor  # noqa: E402
 from master.training.job import HostAssignment, Supervision  # noqa: E402
 from master.training.rank_output import RankOutput  # noqa: E402
 
@@ -108,6 +107,9 @@ class SimulatedSession:
         """Return the channel to the host, which runs already."""
         return SocketChannel(self._connection)
 
+    def close(self) -> None:
+        """Nothing to close."""
+
 
 def measure(count: int) -> tuple[float, float]:
     """Supervise a job on so many hosts; return the CPU and wall seconds of this process."""
@@ -125,20 +127,14 @@ def measure(count: int) -> tuple[float, float]:
     nodes = [Node(f"h{number}") for number in range(count)]
     sessions = {node: SimulatedSession(node, ours) for node, (ours, _) in zip(nodes, pairs, strict=True)}
 
-    def simulated(hosts: Sequence[Node], ssh: SshOptions, work: Callable[[Any], None], ask: object,
-                  done: Callable[[Node, object], None], at_once: int) -> None:
-        with ThreadPoolExecutor(at_once) as pool:
-            for node in hosts:
-                pool.submit(lambda node: done(node, work(sessions[node])), node)  # type: ignore[func-returns-value]
-
-    supervisor.run_on_all = simulated  # type: ignore[assignment]
+    node_link.connect = lambda node, ssh, may_ask: sessions[node]  # type: ignore[assignment,return-value]
     threading.stack_size(256 << 10)
     with tempfile.TemporaryDirectory() as folder:
         parts = [HostAssignment(node, (0,), RemoteCheckout("/x", "python3")) for node in nodes]
         job = supervisor.ClusterJob(parts, SshOptions(), "job-abcdef", Supervision(60, 0, None, False, 60),
                                     RankOutput(Path(folder)), lambda text: None)
         before, started = time.process_time(), time.monotonic()
-        result = job.attach(False, None)
+        result = job.attach(False)
         used, wall = time.process_time() - before, time.monotonic() - started
     os.waitpid(child, 0)
     assert result and len(result.launcher_codes) == count and not result.lost_hosts, result and result.lost_hosts

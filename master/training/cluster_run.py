@@ -155,7 +155,7 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
             time.sleep(10)
         forget_job(training.run, result)
         code = conclude(training.place, result, ssh)
-        if code == 0 or result.asked_to_stop or attempt == restarts:
+        if code == 0 or result.asked_to_stop or result.is_unknown or attempt == restarts:
             return code
         say(f"restart {attempt + 1} of {restarts}: from the newest checkpoint that every host has")
         training.again = True

@@ -19,6 +19,11 @@ WRONG_USAGE = 2  # how a rank ends that can't take its flags
 
 def conclude(place: RunPlace, result: JobResult, ssh: SshOptions) -> int:
     """Report how a job ended and fetch its run folder; return the exit code: 0, 1 on a fault, 2 on wrong usage."""
+    if result.is_unknown:
+        say(f"no contact to {', '.join(sorted(result.out_of_reach))}: the ranks there save and end, or go on with "
+            "--on-lost-master continue. To connect again, or fetch the run folder: "
+            f"invoke watch {shlex.quote(str(place.run))}")
+        return 1
     cause = first_cause(result.exits, result.lost_hosts, {who: list(lines) for who, lines in result.output.items()})
     hosts = [str(part.node) for part in place.parts]
     told = {host: result.launcher_codes.get(host) for host in hosts if host not in result.ended_alone}

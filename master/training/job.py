@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from master.inventory.node_facts import RemoteCheckout
 from master.ssh.node_names import Node
@@ -55,18 +55,36 @@ class RunPlace:
 @dataclass
 class JobResult:
     """What happened: ends of ranks, hosts that were lost, the last lines by host and rank; by host its launcher's exit
-    code, why it ended early, and complete checkpoints there; hosts where the job ended while nobody was connected."""
+    code and complete checkpoints; hosts where the job ended while nobody was connected, and those out of reach."""
 
     exits: list[RankExit] = field(default_factory=list)
     lost_hosts: dict[str, str] = field(default_factory=dict)
     output: dict[tuple[str, int | None], deque[str]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT_LINES)))
     launcher_codes: dict[str, int] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, set[int]] = field(default_factory=dict)
     ended_alone: set[str] = field(default_factory=set)
+    out_of_reach: set[str] = field(default_factory=set)
     asked_to_stop: bool = False
     first_failure_at: float | None = None
+
+    @property
+    def is_unknown(self) -> bool:
+        """True if contact was lost to hosts whose ranks may well be training."""
+        return bool(self.out_of_reach) and self.first_failure_at is None
+
+    def note(self, host: str, event: Mapping[str, Any], at: float) -> None:
+        """Note what a host told, `at` seconds after the start."""
+        kind = event["event"]
+        if kind == "line":
+            self.output[host, event["rank"]].append(event["text"])
+        elif kind == "rank":
+            self.exits.append(RankExit(host, event["rank"], event["code"], at, event["asked"]))
+        elif kind == "ended":
+            self.launcher_codes[host] = event["code"]
+            self.checkpoints[host] = set(event["checkpoints"])
+        elif kind == "failed":
+            self.lost_hosts[host] = event["text"]
 
 
 class RankOutput(Protocol):

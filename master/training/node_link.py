@@ -39,12 +39,16 @@ class Patience:
     for_ever: bool = False
 
 
+class NoContact(SshError):
+    """A host that was out of reach for too long; what its ranks do isn't known."""
+
+
 class Absent(Exception):
     """No process supervises the job on the host any more."""
 
 
 class NodeLink:
-    """`put(kind, content)` hands on what happens: event, lost (why), back (after seconds), alone (it ended unseen).
+    """`put((kind, content))` hands on what happens: event, lost (why), back (after seconds), alone (it ended unseen).
 
     `follows`: metrics are expected of it. `put` may be given a heartbeat to call while it has to wait.
     """
@@ -73,30 +77,37 @@ class NodeLink:
         """Connect no more, should the connection be lost."""
         self._hopeless.set()
 
-    def run(self, session: Session, order: Mapping[str, Any] | None) -> None:
-        """Start the job there (None: connect to the one that runs), and hand on what it says until it has ended.
-
-        Raises SshError for a host that is lost.
-        """
+    def start(self, session: Session, order: Mapping[str, Any]) -> None:
+        """Start the job there, and hand on what it says until it has ended. Raises SshError for a host that is lost."""
         with contextlib.ExitStack() as stack:
-            messages = self._open(session, order or self._attach(), stack)
-            while True:
-                try:
-                    self._relay(messages)
-                    return
-                except Absent:
-                    if self._lost_at is None or boot_time() - self._heard >= self._patience.seconds:
-                        self._put("alone", None)
-                        return
-                    raise SshError(self._host, "connection", self._why) from None
-                except SshError as fault:
-                    if not self._started or fault.stage == "message":
-                        raise
-                    stack.close()
-                    messages = self._reconnect(fault, stack)
+            self._follow(self._open(session, order, stack), stack)
 
-    def _attach(self) -> dict[str, Any]:
-        return {"attach": self._job, "node": self._node, "seen": self._seen}
+    def attach(self) -> None:
+        """Connect to the job that runs there, and do the same. Raises SshError."""
+        self._started, self._heard = True, float("-inf")
+        with contextlib.ExitStack() as stack:
+            try:
+                messages = self._connect(stack)
+            except SshError as fault:
+                messages = self._reconnect(fault, stack)
+            self._follow(messages, stack)
+
+    def _follow(self, messages: JsonChannel, stack: contextlib.ExitStack) -> None:
+        """Relay until it has ended, over one connection after the other."""
+        while True:
+            try:
+                self._relay(messages)
+                return
+            except Absent:
+                if self._lost_at is None or boot_time() - self._heard >= self._patience.seconds:
+                    self._put(("alone", None))
+                    return
+                raise SshError(self._host, "connection", self._why) from None
+            except SshError as fault:
+                if not self._started or fault.stage == "message":
+                    raise
+                stack.close()
+                messages = self._reconnect(fault, stack)
 
     def _open(self, session: Session, order: Mapping[str, Any], stack: contextlib.ExitStack) -> JsonChannel:
         python = shlex.quote(self._part.place.python)
@@ -106,26 +117,34 @@ class NodeLink:
         return messages
 
     def _reconnect(self, fault: SshError, stack: contextlib.ExitStack) -> JsonChannel:
-        """Connect again and return the channel. Raises SshError if that can't be done in time."""
+        """Connect again and return the channel. Raises NoContact if that can't be done in time."""
+        if fault.stage == "host key":
+            raise fault
         if self._lost_at is None:
             self._lost_at, self._why = time.monotonic(), fault.reason
-            self._put("lost", fault.reason)
+            self._put(("lost", fault.reason))
         while True:
             if self._hopeless.wait(TRY_EVERY_S):
                 raise SshError(self._host, "connection", self._why)
             if time.monotonic() - self._lost_at > self._patience.seconds and not self._patience.for_ever:
-                raise SshError(self._host, "connection",
-                               f"no contact for {self._patience.seconds:.0f} s ({fault.stage}: {fault.reason})")
+                raise NoContact(self._host, "connection",
+                                f"no contact for {self._patience.seconds:.0f} s ({fault.stage}: {fault.reason})")
             try:
-                session = connect(self._part.node, self._ssh, may_ask=False)
-                assert not isinstance(session, Waiting)
-                stack.callback(session.close)
-                return self._open(session, self._attach(), stack)
+                return self._connect(stack)
             except SshError as error:
-                stack.close()
-                if error.stage == "host key":
-                    raise
                 fault = error
+
+    def _connect(self, stack: contextlib.ExitStack) -> JsonChannel:
+        """Connect to the job that runs there. Raises SshError."""
+        try:
+            session = connect(self._part.node, self._ssh, may_ask=False)
+            assert not isinstance(session, Waiting)
+            stack.callback(session.close)
+            order = {"attach": self._job, "node": self._node, "seen": self._seen}
+            return self._open(session, order, stack)
+        except SshError:
+            stack.close()
+            raise
 
     def _relay(self, messages: JsonChannel) -> None:
         """Hand on events, and orders to the host, until it has ended. Raises SshError if it is lost, Absent."""
@@ -168,12 +187,12 @@ class NodeLink:
         self._check_speaker(event)
         self._heard = boot_time()
         if self._lost_at is not None:
-            self._put("back", time.monotonic() - self._lost_at, speak)
+            self._put(("back", time.monotonic() - self._lost_at), speak)
             self._lost_at = None
         self._started = True
         self._over = kind in ("ended", "failed")
         if kind not in ("beat", "attached"):
-            self._put("event", event, speak)
+            self._put(("event", event), speak)
         self._seen = number or self._seen
         return number is not None
 

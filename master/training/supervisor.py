@@ -8,12 +8,14 @@ end.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -26,8 +28,7 @@ from master.ssh.session import Session
 from master.ssh.worker_message import check_message
 from master.training.hang_detector import HangDetector
 from master.training.job import HostAssignment, JobResult, RankOutput, Supervision, ranks_by_host
-from master.training.node_link import NodeLink, Patience
-from master.training.root_cause import RankExit
+from master.training.node_link import NoContact, NodeLink, Patience
 
 TICK_S = 0.1
 MANY, SWITCH_S = 64, 0.02  # threads that ask for Python's lock every 5 ms: a thousand took half the time by asking
@@ -59,27 +60,26 @@ class ClusterJob:
 
         `approve` is given every host's facts, and those `wanted`, and returns the job for run_node.py, or None.
         """
-        return self._run(lambda session: self._work(session, wanted), prompt, lambda: self._collect_facts(approve))
+        return self._run(lambda: self._start_all(wanted, prompt), lambda: self._collect_facts(approve))
 
-    def attach(self, follows: bool, prompt: HostKeyPrompt | None) -> JobResult | None:
+    def attach(self, follows: bool) -> JobResult | None:
         """Supervise the job that runs on the hosts, to its end. `follows`: its first host sends metrics."""
         self._make_links(follows)
-        return self._run(lambda session: self._links[str(session.node)].run(session, None), prompt, lambda: True)
+        return self._run(self._attach_all, lambda: True)
 
-    def _run(self, work: Callable[[Session], None], prompt: HostKeyPrompt | None, begin: Callable[[], bool]
-             ) -> JobResult | None:
+    def _run(self, reach: Callable[[], None], begin: Callable[[], bool]) -> JobResult | None:
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
         check_message("run_node.beat", {"event": "beat"}, "")  # loads what a thousand threads would wait for
         interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S if len(self._parts) > MANY else interval)
         started = time.monotonic()
-        sessions = threading.Thread(target=self._reach_all, args=(work, prompt), daemon=True)
+        sessions = threading.Thread(target=reach, daemon=True)
         sessions.start()
         try:
-            if not begin():
-                return None
-            self._supervise(started)
-            return self.result
+            if begin():
+                self._supervise(started)
+                return self.result
+            return None
         finally:
             self._output.close()
             self._decided.set()
@@ -96,8 +96,6 @@ class ClusterJob:
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
-
-    # -- this thread: decisions ----------------------------------------------------------------------------------------
 
     def _collect_facts(self, approve: Approve) -> bool:
         """Wait for every host's facts or error; have the job approved; let the hosts start. False: cancelled."""
@@ -120,9 +118,7 @@ class ClusterJob:
         ranks = ranks_by_host(list(self._parts.values()))
         patience = Patience(self._supervision.patience, self._supervision.survives_master)
         for node, (host, part) in enumerate(self._parts.items()):
-            def put(kind: str, content: Any, meanwhile: Callable[[], None] = lambda: None, host: str = host) -> None:
-                self._events.put(host, (kind, content), meanwhile)
-
+            put = functools.partial(self._events.put, host)
             self._links[host] = NodeLink(part, node, ranks[host], self._name, self._ssh, patience,
                                          follows and node == 0, put)
 
@@ -130,16 +126,14 @@ class ClusterJob:
         """Handle what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
         told, kept = 0, -1.0
         while self._running:
-            since = time.monotonic() - started
-            if since - kept > TICK_S:  # looks at every host, and not for each event of each of them
+            if (since := time.monotonic() - started) - kept > TICK_S:  # looks at every host, and not for each event of each of them
                 kept = since
                 self._output.pass_time()
                 if stalled := self._hangs.overdue(since):
                     self._say(stalled)
                 self._give_up(since)
             if self._signals > told:
-                told = self._signals
-                self._stop(told)
+                self._stop(told := self._signals)
             try:
                 host, (kind, content) = self._events.get(timeout=0.1)
             except queue.Empty:
@@ -176,37 +170,34 @@ class ClusterJob:
         if not isinstance(outcome, SshError) or host in self.result.launcher_codes:
             return
         self.result.lost_hosts[host] = f"{outcome.stage}: {outcome.reason}"
+        if isinstance(outcome, NoContact):
+            self.result.out_of_reach.add(host)
+            if self._running <= set(self._lost_at):
+                return  # what the ranks do isn't known, and nobody is left who could be told
         if lost_at is not None and self._hangs.active_since(lost_at, self._running) \
                 and self.result.first_failure_at is None:
             self._say(f"{host}: no contact, and the training goes on: all ranks save and end")
             self.result.first_failure_at = since
             self._tell(self._running, {"stop": self._supervision.grace, "step": 2 * self._hangs.a_step})
-            return
-        self._fail(host, since, f"connection to {host} lost")
+        else:
+            self._fail(host, since, f"connection to {host} lost")
 
     def _handle_event(self, host: str, event: dict[str, Any], since: float) -> None:
-        kind = event.get("event")
+        kind = event["event"]
+        self.result.note(host, event, since)
         if kind == "line":
             self._hangs.line(host, since)
-            self.result.output[host, event["rank"]].append(event["text"])
             self._output.show(host, event["rank"], event["text"])
         elif kind == "progress":
             self._hangs.progress(host, event["rank"], since, event["text"])
             self._output.show_progress(event["rank"], event["text"])
         elif kind == "metrics":
             self._output.add_metrics(None if event.get("fresh") else event["text"])
-        elif kind == "rank":
-            self.result.exits.append(RankExit(host, event["rank"], event["code"], since, event["asked"]))
-            if event["code"] and not event["asked"]:
-                self._fail(host, since, f"rank {event['rank']} on {host} failed")
-        elif kind == "ended":
-            self.result.launcher_codes[host] = event["code"]
-            self.result.checkpoints[host] = set(event["checkpoints"])
-            self.result.reasons[host] = event["reason"]
-            if event["code"] and not event["reason"]:
-                self._fail(host, since, f"DeepSpeed's launcher on {host} failed")
+        elif kind == "rank" and event["code"] and not event["asked"]:
+            self._fail(host, since, f"rank {event['rank']} on {host} failed")
+        elif kind == "ended" and event["code"] and not event["reason"]:
+            self._fail(host, since, f"DeepSpeed's launcher on {host} failed")
         elif kind == "failed":
-            self.result.lost_hosts[host] = event["text"]
             self._fail(host, since, f"{host}: {event['text']}")
 
     def _fail(self, host: str, since: float, why: str) -> None:
@@ -228,11 +219,20 @@ class ClusterJob:
         for host in hosts:
             self._links[host].tell(order)
 
-    # -- a thread a host -----------------------------------------------------------------------------------------------
+    def _start_all(self, wanted: Mapping[str, Any], prompt: HostKeyPrompt | None) -> None:
+        run_on_all([part.node for part in self._parts.values()], self._ssh, lambda session: self._work(session, wanted),
+                   prompt, lambda node, result: self._events.put(str(node), ("over", result)), at_once=len(self._parts))
 
-    def _reach_all(self, work: Callable[[Session], None], host_key_prompt: HostKeyPrompt | None) -> None:
-        run_on_all([part.node for part in self._parts.values()], self._ssh, work, host_key_prompt,
-                   lambda node, result: self._events.put(str(node), ("over", result)), at_once=len(self._parts))
+    def _attach_all(self) -> None:
+        def attach(host: str) -> None:
+            try:
+                self._links[host].attach()
+                self._events.put(host, ("over", None))
+            except SshError as error:
+                self._events.put(host, ("over", error))
+
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            pool.map(attach, self._parts)
 
     def _work(self, session: Session, wanted: Mapping[str, Any]) -> None:
         host = str(session.node)
@@ -243,7 +243,7 @@ class ClusterJob:
         self._decided.wait()
         if (job := self._order) is None:
             return
-        self._links[host].run(session, {
+        self._links[host].start(session, {
             **job, "job": self._name, "python": part.place.python, "patience": self._supervision.patience,
             "grace": self._supervision.grace, "node_rank": list(self._parts).index(host),
             "folder": job["folders"][host], "script": job["scripts"][host], "log": job["logs"][host],

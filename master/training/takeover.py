@@ -33,7 +33,7 @@ from master.run.launcher_process import (
 )
 from master.run.run_folder import RunError
 from master.ssh.node_names import parse_node
-from master.ssh.options import host_key_prompt, ssh_flags
+from master.ssh.options import ssh_flags
 from master.ssh.route import SshOptions
 from master.training.conclusion import conclude
 from master.training.job import HostAssignment, JobResult, RunPlace, Supervision
@@ -104,10 +104,13 @@ def take_over(run: Path, ssh: SshOptions) -> int:
     write_launcher_record(run, record["job"])
     survive_hangup(run)
     ssh = with_logins(ssh, cluster)
-    supervision = Supervision(**record["supervision"])
+    try:
+        supervision = Supervision(**record["supervision"])
+    except TypeError:
+        raise RunError(f"{run}: its job was started by another version of lanspeed") from None
     say(f"{run}: connecting to its {len(parts)} host{'s' * (len(parts) > 1)}")
     job = ClusterJob(parts, ssh, record["job"], supervision, RankOutput(run), say)
-    result = job.attach(record["follows"], host_key_prompt())
+    result = job.attach(record["follows"])
     assert result is not None
     forget_job(run, result)
     return conclude(place, result, ssh)
