@@ -23,6 +23,7 @@ def conclude(place: RunPlace, result: JobResult, ssh: SshOptions) -> int:
         say(f"no contact to {', '.join(sorted(result.out_of_reach))}: the ranks there save and end, or go on with "
             "--on-lost-master continue. To connect again, or fetch the run folder: "
             f"invoke watch {shlex.quote(str(place.run))}")
+        tell_how_to_resume(place, result)
         return 1
     cause = first_cause(result.exits, result.lost_hosts, {who: list(lines) for who, lines in result.output.items()})
     hosts = [str(part.node) for part in place.parts]

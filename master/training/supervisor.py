@@ -126,7 +126,7 @@ class ClusterJob:
         """Handle what the hosts tell until all have ended; end the others when one fails or somebody asks to."""
         told, kept = 0, -1.0
         while self._running:
-            if (since := time.monotonic() - started) - kept > TICK_S:  # looks at every host, and not for each event of each of them
+            if (since := time.monotonic() - started) - kept > TICK_S:  # what looks at every host
                 kept = since
                 self._output.pass_time()
                 if stalled := self._hangs.overdue(since):

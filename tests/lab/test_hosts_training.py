@@ -100,7 +100,7 @@ def test_one_host_out_of_reach_for_too_long_has_all_save(desk: Desk) -> None:
     desk.lab.master.network("ip route add blackhole 10.77.0.12/32")  # gpu1 still reaches it
     wait_until(lambda: not job_processes(desk))
     output, _ = job.communicate(timeout=120)
-    assert ": gpu2: connection: no contact for 15 s" in output, output
+    assert re.search("gpu2: connection: no contact for 15 s|no contact to gpu2: the ranks there save", output), output
     assert json.loads((desk.run_folder / "run.json").read_text())["status"] == "stopped"
     (saved,) = desk.run_folder.glob("checkpoints/checkpoint-*/complete.json")
     assert f"last checkpoint: step {saved.parent.name.partition('-')[2]}: invoke train --resume " in output

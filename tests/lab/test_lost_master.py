@@ -1,4 +1,4 @@
-"""A new launcher comes where the old one has gone, over a network that may be down: it never ends a healthy training."""
+"""A new launcher comes where the old one has gone, over a network that may be down: it ends no healthy training."""
 
 from __future__ import annotations
 
