@@ -22,7 +22,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.run_cli import UsageError, UserError, run_cli
-from master.core.terminal import HostTable, say
+from master.core.terminal import HostTable, listed, say
 from master.inventory.cluster_file import (
     ClusterError,
     empty_cluster,
@@ -40,7 +40,6 @@ from master.inventory.slot_selection import (
     choose_vendor,
     duplicate_hosts,
     host_comment,
-    listed,
     name_problem,
     slots_of,
     with_own_address,

@@ -49,6 +49,11 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return names for a sentence, at most four of them."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def confirm(question: str) -> bool:
     """Ask a question on the terminal; return True for yes. Anything else, the end of the input or Ctrl-C is a no."""
     print(f"{one_line(question)} [y/N] ", end="", file=sys.stderr, flush=True)

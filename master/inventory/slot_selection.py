@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from master.core.terminal import listed
 from master.inventory.addresses import own_address_towards
 from master.inventory.gpu_query import GpuAnswer
 from master.inventory.gpu_report import GpuReport
@@ -100,11 +101,6 @@ def duplicate_hosts(answers: Sequence[HostAnswer]) -> list[str]:
             names.setdefault((answer.found.fingerprint, answer.found.macs), []).append(answer.name)
     return [f"{listed(same[1:])} and {same[0]} are the same machine: name it once" for same in names.values()
             if len(same) > 1]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names for a sentence, at most four of them."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def only_slots(host: dict[str, Any], use: Sequence[int]) -> dict[str, Any]:

@@ -17,17 +17,16 @@ from master.core.paths import ROOT
 from master.core.run_cli import UsageError
 from master.core.terminal import say
 from master.inventory.addresses import own_address_towards
-from master.inventory.node_facts import checkout_of, local_facts, start_folder
+from master.inventory.node_facts import local_facts, start_folder
 from master.inventory.preflight import gpu_problems, node_problems, torch_problems
 from master.run.command_record import RECORD as COMMAND
 from master.run.command_record import write_command
 from master.run.launcher_process import LOCK, RECORD, make_private, survive_hangup, write_launcher_record
 from master.run.run_folder import job_prefix, save_hosts
-from master.ssh.node_names import parse_node
 from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.training.conclusion import conclude
-from master.training.job import HostAssignment, JobResult, RunPlace
+from master.training.job import JobResult, RunPlace, assignments
 from master.training.rank_output import RankOutput
 from master.training.request import TrainingRequest
 from master.training.supervisor import ClusterJob
@@ -48,8 +47,7 @@ class Training:
         self.stopped = False  # somebody asked for the end before it began
         self.again = False  # a restart: from the newest checkpoint that every host has
         self.name = self.new_name()
-        self.parts = tuple(HostAssignment(parse_node(host.host), host.use, checkout_of(self.known.get(host.host, {})))
-                           for host in request.hosts.slots)
+        self.parts = assignments(request.hosts.slots, self.known)
         self.place = RunPlace(self.run, self.parts, {}, is_here=False, is_ours=request.is_ours)
 
     def new_name(self) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from master.inventory.node_facts import RemoteCheckout
-from master.ssh.node_names import Node
+from master.inventory.hostfile import Slots
+from master.inventory.node_facts import RemoteCheckout, checkout_of
+from master.ssh.node_names import Node, parse_node
 from master.training.root_cause import RankExit
 
 KEPT_LINES = 200  # lines of each rank that are kept for the report of a failure
@@ -99,6 +100,12 @@ class RankOutput(Protocol):
     def pass_time(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def assignments(hosts: Sequence[Slots], known: Mapping[str, Mapping[str, Any]]) -> tuple[HostAssignment, ...]:
+    """Return what each host of a hostfile does; `known` has what cluster.json says of it."""
+    return tuple(HostAssignment(parse_node(host.host), host.use, checkout_of(known.get(host.host, {})))
+                 for host in hosts)
 
 
 def ranks_by_host(parts: Sequence[HostAssignment]) -> dict[str, range]:

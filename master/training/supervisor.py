@@ -1,8 +1,7 @@
 """One training over several hosts: a session a host, one job, one end.
 
 A thread a host holds the connection (node_link.py); this one decides. When a rank fails, every other host is told at
-once. A host that can't be reached goes on training, and is connected again; if that takes too long, all hosts save and
-end.
+once. A host that can't be reached goes on training, and is connected again; if that takes too long, all save and end.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ class ClusterJob:
             if self._signals > told:
                 self._stop(told := self._signals)
             try:
-                host, (kind, content) = self._events.get(timeout=0.1)
+                host, (kind, content) = self._events.get(timeout=TICK_S)
             except queue.Empty:
                 continue
             if kind == "over":
@@ -228,8 +227,9 @@ class ClusterJob:
             try:
                 self._links[host].attach()
                 self._events.put(host, ("over", None))
-            except SshError as error:
-                self._events.put(host, ("over", error))
+            except Exception as error:  # as in run_on_all: a host whose thread died silently would be waited for
+                lost = error if isinstance(error, SshError) else SshError(host, "internal", repr(error))
+                self._events.put(host, ("over", lost))
 
         with ThreadPoolExecutor(len(self._parts)) as pool:
             pool.map(attach, self._parts)

@@ -22,7 +22,6 @@ from master.core.paths import ROOT
 from master.core.terminal import say
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
-from master.inventory.node_facts import checkout_of
 from master.run.command_record import is_signed, signature
 from master.run.launcher_process import (
     ensure_not_running,
@@ -32,11 +31,10 @@ from master.run.launcher_process import (
     write_launcher_record,
 )
 from master.run.run_folder import RunError
-from master.ssh.node_names import parse_node
 from master.ssh.options import ssh_flags
 from master.ssh.route import SshOptions
 from master.training.conclusion import conclude
-from master.training.job import HostAssignment, JobResult, RunPlace, Supervision
+from master.training.job import JobResult, RunPlace, Supervision, assignments
 from master.training.rank_output import RankOutput
 from master.training.supervisor import ClusterJob
 
@@ -97,9 +95,7 @@ def take_over(run: Path, ssh: SshOptions) -> int:
     ensure_not_running(run)
     record = read_job_record(run)
     cluster = read_cluster(run / "cluster.json")
-    known = known_by_name(cluster)
-    parts = tuple(HostAssignment(parse_node(host.host), host.use, checkout_of(known.get(host.host, {})))
-                  for host in read_hostfile(run / "hostfile.txt"))
+    parts = assignments(read_hostfile(run / "hostfile.txt"), known_by_name(cluster))
     place = RunPlace(run, parts, record["folders"], record["is_here"], record["is_ours"])
     write_launcher_record(run, record["job"])
     survive_hangup(run)

@@ -19,9 +19,10 @@ from programs import let_others_in
 from master import sync_nodes
 from master.check_cluster import save_facts
 from master.core.run_cli import UsageError
+from master.core.terminal import listed
 from master.inventory import local_gpus
 from master.inventory.hostfile import Slots
-from master.inventory.slot_selection import HostAnswer, duplicate_hosts, listed, slots_of
+from master.inventory.slot_selection import HostAnswer, duplicate_hosts, slots_of
 from master.inventory.worker_script import load_worker
 from master.run.launcher_process import RunningError, write_launcher_record
 from master.run.metrics_file import MetricsFile

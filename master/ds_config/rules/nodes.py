@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from master.core.terminal import listed
 from master.ds_config.problem import INIT, Config, Problem, Rules
 
 RULES = Rules()
@@ -15,11 +16,6 @@ ZERO = "zero_optimization"
 def gpus_of(host: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a host's usable GPUs, as its report has them."""
     return [gpu for gpu in host["report"].get("gpus", []) if gpu.get("usable")]
-
-
-def listed(names: list[str]) -> str:
-    """Return names for a sentence, at most four of them."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @RULES.add
