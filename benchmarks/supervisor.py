@@ -131,8 +131,8 @@ def measure(count: int) -> tuple[float, float]:
     threading.stack_size(256 << 10)
     with tempfile.TemporaryDirectory() as folder:
         parts = [HostAssignment(node, (0,), RemoteCheckout("/x", "python3")) for node in nodes]
-        job = supervisor.ClusterJob(parts, SshOptions(), "job-abcdef", Supervision(60, 0, None, False, 60),
-                                    RankOutput(Path(folder)), lambda text: None)
+        job = supervisor.ClusterJob(parts, SshOptions(), "job-abcdef", Supervision(60, 0, None, False, 60, False),
+                                    Path(folder), RankOutput(Path(folder)), lambda text: None)
         before, started = time.process_time(), time.monotonic()
         result = job.attach(False)
         used, wall = time.process_time() - before, time.monotonic() - started

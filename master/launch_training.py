@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
          help="resume a run from its newest valid checkpoint, with the flags it was started with")
     flag("--restarts", type=int, default=0, metavar="N", help="restart after a failure, at most N times (0)")
     flag("--stall-timeout", type=float, metavar="S",
-         help="report a hang after so many seconds without progress (default: 300, or 10 steps if longer; 0: never)")
+         help="report a hang and its cause after so long without progress (300, or 10 steps if longer; 0: never)")
+    flag("--on-stall", choices=["report", "end"], default="report",
+         help="after a hang, only report its cause, or end the ranks too; --restarts then applies (report)")
     flag("--on-lost-master", choices=["end", "continue"], default="end",
          help="what the hosts do after --patience: save and end, or continue (end)")
     flag("--patience", type=float, default=60, metavar="S",

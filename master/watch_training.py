@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.check.host_metrics import HostMetrics
 from master.core.run_cli import run_cli
 from master.core.terminal import is_terminal, one_line, print_lines
+from master.diagnosis.host_metrics import HostMetrics
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
@@ -32,6 +32,7 @@ from master.run.metrics_file import MetricsFile
 from master.run.run_folder import find_run
 from master.ssh.node_names import parse_node
 from master.ssh.options import add_ssh_flags, host_key_prompt, ssh_options
+from master.training.rank_stacks import show_stacks
 from master.training.takeover import is_abandoned, take_over_in_background
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ def look(run: Path, metrics: MetricsFile | None = None) -> dict[str, Any]:
         status = "not running any more"
     hosts = {}
     for path in sorted((run / "logs").glob("*.log")):
-        age = round(time.time() - path.stat().st_mtime)
-        hosts[path.stem] = {"last": last_line(path), "seconds_ago": age}
+        hosts[path.stem] = {"last": last_line(path), "seconds_ago": round(time.time() - path.stat().st_mtime)}
     figures = {key: figure(newest.get(key)) for key in (
         "step", "loss", "eval_loss", "tokens_per_second", "learning_rate")}
     return {"run": str(run), "status": status, "launcher": launcher.host if launcher.is_elsewhere else None,
@@ -208,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="watch_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
     parser.add_argument("--once", action="store_true", help="print the state once")
+    parser.add_argument("--stacks", action="store_true", help="print where each rank is, and whom others wait for")
     parser.add_argument("--json", action="store_true", help="print the state as JSON, once")
     add_ssh_flags(parser)
     return parser
@@ -224,6 +225,8 @@ def watch(options: argparse.Namespace) -> int:
     metrics = None
     try:
         run = find_run(options.run)
+        if options.stacks:
+            return show_stacks(run, options)
         if is_abandoned(run) and not (options.once or options.json):
             take_over_in_background(run, options)
         status = look(run)["status"]

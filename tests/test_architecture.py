@@ -13,8 +13,8 @@ FOLDERS = [ROOT / name for name in ("master", "worker", "trainer", "benchmarks",
 # Packages, lowest first: each imports from those in the lists before its own, none from one in the same list. "top" is
 # what stands beside the packages: the tools of the master; of the trainer, its program.
 LAYERS = {
-    "master": [["core"], ["ssh"], ["inventory"], ["run"], ["keys", "sync", "check", "training", "ds_config", "plan"],
-               ["top"]],
+    "master": [["core"], ["ssh"], ["inventory"], ["run"], ["diagnosis"],
+               ["keys", "sync", "check", "training", "ds_config", "plan"], ["top"]],
     "trainer": [["errors"], ["flags", "bounds", "cache"], ["options"], ["distributed", "estimate"], ["model", "data"],
                 ["checkpoint"], ["results"], ["training"], ["top"]]}
 LEVEL = {(folder, package): level for folder, layers in LAYERS.items()

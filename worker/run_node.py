@@ -447,6 +447,17 @@ def launcher_words(job: dict[str, Any], logs: str) -> list[str]:
             *(["--no_local_rank"] if job.get("no_local_rank") else []), job["script"]] + job["arguments"]
 
 
+def make_observable(variables: dict[str, str], observer: str, folder: str) -> None:
+    """Have every Python that starts with these variables load observe_rank.py first; `folder` is the job's own."""
+    code, stacks = os.path.join(folder, "python"), os.path.join(folder, "stacks")
+    os.mkdir(code)
+    os.mkdir(stacks)
+    with open(os.path.join(code, "sitecustomize.py"), "w", encoding="utf-8") as file:  # site.py imports it
+        file.write(observer)
+    variables["LANSPEED_STACKS"] = stacks
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [code, variables.get("PYTHONPATH")]))
+
+
 class Tail:
     """A rank's log file, handed on line by line; a carriage return ends a line too (progress bars)."""
 
@@ -554,6 +565,8 @@ class Node:
         job = self.job
         variables, interface = environment(job)
         variables["LANSPEED_PROGRESS"] = self.progress
+        if job.get("observer"):
+            make_observable(variables, job["observer"], self.logs)
         command = launcher_words(job, self.logs)
 
         def die_with_parent() -> None:

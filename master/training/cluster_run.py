@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from master.core.paths import ROOT
+from master.core.paths import ROOT, WORKER
 from master.core.run_cli import UsageError
 from master.core.terminal import say
 from master.inventory.addresses import own_address_towards
 from master.inventory.node_facts import local_facts, start_folder
 from master.inventory.preflight import gpu_problems, node_problems, torch_problems
+from master.inventory.worker_script import source
 from master.run.command_record import RECORD as COMMAND
 from master.run.command_record import write_command
 from master.run.launcher_process import LOCK, RECORD, make_private, survive_hangup, write_launcher_record
@@ -94,6 +95,7 @@ class Training:
         write_job_record(self.place, self.name, self.request.supervision, follow is not None)
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "secret": secrets.token_hex(32),
+                "observer": source(WORKER / "observe_rank.py").decode(),
                 "environment": self.variables, "arguments": self._arguments(),
                 "continue_without_master": self.request.supervision.survives_master,
                 "no_local_rank": self.request.no_local_rank,
@@ -163,7 +165,8 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
 def run_once(training: Training, ssh: SshOptions) -> JobResult | None:
     """Run the job to its end; None if it couldn't begin."""
     name = training.new_name()
-    job = ClusterJob(training.parts, ssh, name, training.request.supervision, RankOutput(training.run), say)
+    job = ClusterJob(training.parts, ssh, name, training.request.supervision, training.run, RankOutput(training.run),
+                     say)
     try:
         return job.start(training.wanted(), training.approve, host_key_prompt())
     finally:

@@ -42,7 +42,8 @@ def conclude(place: RunPlace, result: JobResult, ssh: SshOptions) -> int:
     mark_failed(place.run, 1)
     usage = cause is not None and cause.code == WRONG_USAGE and place.is_ours
     if not usage:
-        say(f"training failed after {result.first_failure_at or 0:.0f} s" + (f": {cause}" if cause else ""))
+        why = cause or (f"it hung: {result.hang}" if result.hang else "")
+        say(f"training failed after {result.first_failure_at or 0:.0f} s" + (f": {why}" if why else ""))
     if cause:
         explain(cause, place.run)
     if not usage:

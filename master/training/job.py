@@ -31,7 +31,8 @@ class Supervision:
 
     `grace`: to save in after Ctrl-C; `restarts`: how often to start again after a failure; `stall_timeout`: without
     progress until that is reported (0 never, None the default); `survives_master`: the hosts continue without us;
-    `patience`: without contact until a host counts as lost, and, on the host, until the ranks save and end.
+    `patience`: without contact until a host counts as lost, and, on the host, until the ranks save and end;
+    `ends_hangs`: a hang that was reported ends the training.
     """
 
     grace: float
@@ -39,6 +40,7 @@ class Supervision:
     stall_timeout: float | None
     survives_master: bool
     patience: float
+    ends_hangs: bool
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class RunPlace:
 @dataclass
 class JobResult:
     """What happened: ends of ranks, hosts that were lost, the last lines by host and rank; by host its launcher's exit
-    code and complete checkpoints; hosts where the job ended while nobody was connected, and those out of reach."""
+    code and complete checkpoints; hosts where the job ended while nobody was connected, and those out of reach; why it
+    hung, where that ended it."""
 
     exits: list[RankExit] = field(default_factory=list)
     lost_hosts: dict[str, str] = field(default_factory=dict)
@@ -68,6 +71,7 @@ class JobResult:
     out_of_reach: set[str] = field(default_factory=set)
     asked_to_stop: bool = False
     first_failure_at: float | None = None
+    hang: str = ""
 
     @property
     def is_unknown(self) -> bool:

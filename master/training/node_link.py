@@ -14,6 +14,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class NodeLink:
         self._part, self._node, self._ranks, self._job, self._ssh = part, node, ranks, job, ssh
         self._host = str(part.node)
         self._patience, self._follows, self._put = patience, follows, put
+        self.session: Session | None = None  # while there is a connection
         self._orders: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
         self._hopeless = threading.Event()  # no more attempts to connect
         self._seen: int | None = None  # the last event that has come
@@ -110,6 +112,7 @@ class NodeLink:
                 messages = self._reconnect(fault, stack)
 
     def _open(self, session: Session, order: Mapping[str, Any], stack: contextlib.ExitStack) -> JsonChannel:
+        self.session = session
         python = shlex.quote(self._part.place.python)
         channel = stack.enter_context(contextlib.closing(open_worker(session, "run_node.py", python)))
         messages = JsonChannel(channel, self._host, "run_node")
@@ -120,6 +123,7 @@ class NodeLink:
         """Connect again and return the channel. Raises NoContact if that can't be done in time."""
         if fault.stage == "host key":
             raise fault
+        self.session = None
         if self._lost_at is None:
             self._lost_at, self._why = time.monotonic(), fault.reason
             self._put(("lost", fault.reason))
@@ -203,6 +207,19 @@ class NodeLink:
             raise SshError(self._host, "message", "it sends metrics that nobody asked for")
         if rank is not None and not metrics and rank not in self._ranks:
             raise SshError(self._host, "message", f"it speaks for rank {rank}, which is not its own")
+
+
+def attach_all(links: Mapping[str, NodeLink], put: Callable[[str, tuple[str, Any]], None]) -> None:
+    """Connect to a job on all of its hosts, and do as `attach` does until all have ended."""
+    def attach(host: str) -> None:
+        try:
+            links[host].attach()
+            put(host, ("over", None))
+        except Exception as error:  # as in run_on_all: a host whose thread died silently would be waited for
+            put(host, ("over", error if isinstance(error, SshError) else SshError(host, "internal", repr(error))))
+
+    with ThreadPoolExecutor(len(links)) as pool:
+        pool.map(attach, links)
 
 
 def boot_time() -> float:

@@ -93,7 +93,8 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
         plain_command=plain_command(hosts, options.script or shown(TRAINER), arguments, options.no_local_rank),
         no_local_rank=options.no_local_rank, master_port=options.master_port,
         supervision=Supervision(options.grace, options.restarts, options.stall_timeout,
-                                options.on_lost_master == "continue", options.patience))
+                                options.on_lost_master == "continue", options.patience,
+                                options.on_stall == "end"))
 
 
 def files_of(word: str) -> list[str]:

@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from master.diagnosis.hang_watch import HangWatch, WatchedJob
 from master.inventory.node_facts import query_facts, query_gpu_use
 from master.ssh.event_queue import EventQueue
 from master.ssh.json_channel import SILENCE_LIMIT_S
@@ -25,9 +26,9 @@ from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import HostKeyPrompt, run_on_all
 from master.ssh.session import Session
 from master.ssh.worker_message import check_message
-from master.training.hang_detector import HangDetector
 from master.training.job import HostAssignment, JobResult, RankOutput, Supervision, ranks_by_host
-from master.training.node_link import NoContact, NodeLink, Patience
+from master.training.node_link import NoContact, NodeLink, Patience, attach_all
+from master.training.root_cause import describe_exit
 
 TICK_S = 0.1
 MANY, SWITCH_S = 64, 0.02  # threads that ask for Python's lock every 5 ms: a thousand took half the time by asking
@@ -40,11 +41,12 @@ class ClusterJob:
     """A job to start (`start`), or one that runs and has lost its launcher (`attach`), to be supervised to its end."""
 
     def __init__(self, parts: Sequence[HostAssignment], ssh: SshOptions, name: str, supervision: Supervision,
-                 output: RankOutput, say: Callable[[str], None]) -> None:
+                 run: Path, output: RankOutput, say: Callable[[str], None]) -> None:
         self._parts = {str(part.node): part for part in parts}
         self._ssh, self._name, self._supervision = ssh, name, supervision
         self._output, self._say = output, say
-        self._hangs = HangDetector(supervision.stall_timeout)
+        self._hangs = HangWatch(supervision.stall_timeout, WatchedJob(
+            name, run, ranks_by_host(parts), {host: part.place.python for host, part in self._parts.items()}))
         self._events: EventQueue[tuple[str, Any]] = EventQueue(self._parts)
         self._decided = threading.Event()
         self._order: Mapping[str, Any] | None = None
@@ -64,7 +66,7 @@ class ClusterJob:
     def attach(self, follows: bool) -> JobResult | None:
         """Supervise the job that runs on the hosts, to its end. `follows`: its first host sends metrics."""
         self._make_links(follows)
-        return self._run(self._attach_all, lambda: True)
+        return self._run(lambda: attach_all(self._links, self._events.put), lambda: True)
 
     def _run(self, reach: Callable[[], None], begin: Callable[[], bool]) -> JobResult | None:
         before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -128,8 +130,7 @@ class ClusterJob:
             if (since := time.monotonic() - started) - kept > TICK_S:  # what looks at every host
                 kept = since
                 self._output.pass_time()
-                if stalled := self._hangs.overdue(since):
-                    self._say(stalled)
+                self._look_for_hang(since)
                 self._give_up(since)
             if self._signals > told:
                 self._stop(told := self._signals)
@@ -150,6 +151,17 @@ class ClusterJob:
                 self._say(f"{host}: connected again after {content:.0f} s")
             elif kind == "alone":
                 self.result.ended_alone.add(host)
+
+    def _look_for_hang(self, since: float) -> None:
+        """Have the ranks asked where they are when nothing has moved for too long; tell it, and end them if that is
+        wanted."""
+        if stalled := self._hangs.overdue(since):
+            self._say(stalled)
+            self._hangs.examine({host: link.session for host, link in self._links.items()},
+                                {end.rank: describe_exit(end.code) for end in self.result.exits})
+        if (report := self._hangs.take(self._say)) and self._supervision.ends_hangs:
+            self.result.hang = report.cause.sentence
+            self._fail("", since, "the training hangs")
 
     def _stop(self, times: int) -> None:
         """Do what Ctrl-C asks for: the first one saves, the second one kills."""
@@ -221,18 +233,6 @@ class ClusterJob:
     def _start_all(self, wanted: Mapping[str, Any], prompt: HostKeyPrompt | None) -> None:
         run_on_all([part.node for part in self._parts.values()], self._ssh, lambda session: self._work(session, wanted),
                    prompt, lambda node, result: self._events.put(str(node), ("over", result)), at_once=len(self._parts))
-
-    def _attach_all(self) -> None:
-        def attach(host: str) -> None:
-            try:
-                self._links[host].attach()
-                self._events.put(host, ("over", None))
-            except Exception as error:  # as in run_on_all: a host whose thread died silently would be waited for
-                lost = error if isinstance(error, SshError) else SshError(host, "internal", repr(error))
-                self._events.put(host, ("over", lost))
-
-        with ThreadPoolExecutor(len(self._parts)) as pool:
-            pool.map(attach, self._parts)
 
     def _work(self, session: Session, wanted: Mapping[str, Any]) -> None:
         host = str(session.node)

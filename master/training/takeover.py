@@ -105,7 +105,7 @@ def take_over(run: Path, ssh: SshOptions) -> int:
     except TypeError:
         raise RunError(f"{run}: its job was started by another version of lanspeed") from None
     say(f"{run}: connecting to its {len(parts)} host{'s' * (len(parts) > 1)}")
-    job = ClusterJob(parts, ssh, record["job"], supervision, RankOutput(run), say)
+    job = ClusterJob(parts, ssh, record["job"], supervision, run, RankOutput(run), say)
     result = job.attach(record["follows"])
     assert result is not None
     forget_job(run, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from master.training.hang_detector import LEAST, HangDetector
+from master.diagnosis.hang_detector import LEAST, HangDetector
 
 
 def test_signs_of_life_put_it_off() -> None:

@@ -19,6 +19,17 @@ from master.ssh.session import Session
 
 MARK = b"@@MEASURED "
 HEARTBEAT_S = 5.0  # seconds between two heartbeats to the host
+ONE_LOOK_S = 2.5  # seconds in which nvidia-smi answers, where it does
+
+
+def measure_once(session: Session, python: str) -> dict[str, Any]:
+    """Return how busy a host is. Raises SshError."""
+    host, measured = str(session.node), dict[str, Any]()
+    with contextlib.closing(open_worker(session, "measure_node.py", shlex.quote(python), "1")) as channel:
+        messages, end = JsonChannel(channel, host, "measured", "gpus", MARK), time.monotonic() + ONE_LOOK_S
+        while time.monotonic() < end and not (messages.ended or measured.get("gpus") or measured.get("problem")):
+            measured = (messages.receive(0.2) or [measured])[-1]  # the first comes before nvidia-smi's answer
+    return measured
 
 
 class HostMetrics:

@@ -1,0 +1,328 @@
+#!/usr/bin/env python3
+"""Tell what the ranks of a job do on this node: each one's stack, collectives and connections, as a line of JSON.
+
+    python3 worker/inspect_ranks.py JOB [--all-threads]
+
+`invoke watch --stacks` and a launcher whose training hangs stream this file over SSH. The ranks answer by what
+observe_rank.py has set up in them, and go on with what they do; one that gives no answer in time is told of by what the
+kernel says of it. Standard library only, Python 3.8+.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import Any, Dict, NamedTuple, Tuple
+
+MARK = "@@RANKS "
+MAIN_THREAD, ALL_THREADS, OBSERVER = 10, 11, "tell_collectives"  # as in observe_rank.py
+ANSWER_S = 3.0  # seconds in which a rank answers: a dump takes milliseconds, where the node isn't swamped
+SETTLED_S = 0.1  # seconds without growth after which a dump is complete
+MOST_FRAMES, MOST_THREADS, MOST_HELPERS = 60, 20, 16
+HISTORY = 8  # collectives of each group that are told of
+MOST_CONNECTIONS = 64
+FRAME = re.compile(r'\s*File "(.*)", line (\d+|\?\?\?) in (.*)')
+TCPDIAG, DUMP, REQUEST, DONE, ERROR = 20, 0x300, 1, 3, 2  # SOCK_DIAG_BY_FAMILY; NLM_F_*; NLMSG_* (sock_diag(7))
+NETLINK_SOCK_DIAG, INFO, ESTABLISHED = 4, 2, 1 << 1  # INET_DIAG_INFO; TCPF_ESTABLISHED
+Frame = Tuple[str, int, str]  # file, line, function
+Sockets = Dict[int, Dict[str, Any]]  # by inode
+
+
+class Process(NamedTuple):
+    """A process of the job: its parent, its state (proc(5): R S D T Z ...), its variables by name."""
+
+    pid: int
+    parent: int
+    state: str
+    variables: dict
+
+
+def processes(job: str) -> dict[int, Process]:
+    """Return this user's processes that carry the job's name."""
+    found = {}
+    for path in glob.glob("/proc/[0-9]*"):
+        try:
+            with open(path + "/environ", "rb") as file:
+                words = file.read().decode("utf-8", "replace").split("\0")
+            if f"LANSPEED_JOB={job}" not in words:
+                continue
+            with open(path + "/stat") as file:
+                state, parent = file.read().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # ended, or somebody else's
+        pid = int(path.rpartition("/")[2])
+        found[pid] = Process(pid, int(parent), state, dict(word.split("=", 1) for word in words if "=" in word))
+    return found
+
+
+def ranks_of(found: dict[int, Process]) -> dict[int, list[Process]]:
+    """Return by rank its process, and behind it those that it has started."""
+    ranks = {pid: process for pid, process in found.items() if process.variables.get("RANK", "").isdigit()}
+    first = {pid: [process] for pid, process in ranks.items() if process.parent not in ranks}
+    for pid, process in ranks.items():
+        above = process.parent
+        while above in ranks and above not in first:
+            above = ranks[above].parent
+        if pid not in first and above in first:
+            first[above].append(process)
+    return {int(every[0].variables["RANK"]): every for every in first.values()}
+
+
+# -- stacks ------------------------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """What a process was asked, and where its answers will be."""
+
+    def __init__(self, process: Process, all_threads: bool) -> None:
+        folder = process.variables.get("LANSPEED_STACKS", "")
+        self.dump, self.recorder = os.path.join(folder, str(process.pid)), os.path.join(folder, f"{process.pid}.json")
+        self.before = self.size()
+        self.recorded = self.written()
+        number = signal.SIGRTMIN + (ALL_THREADS if all_threads else MAIN_THREAD)
+        self.is_expected = os.path.exists(self.dump) and process.state not in "TtZX" and catches(process.pid, number)
+        self.is_recorded = False
+        if self.is_expected:  # any other process would die of the signal
+            with contextlib.suppress(OSError):
+                os.kill(process.pid, number)
+            self.is_recorded = ask(self.dump + ".ask")
+        self.last, self.since = self.before, time.monotonic()
+
+    def size(self) -> int:
+        """Return the bytes of its dumps."""
+        return os.path.getsize(self.dump) if os.path.exists(self.dump) else 0
+
+    def written(self) -> int:
+        """Return when its collectives were written."""
+        return os.stat(self.recorder).st_mtime_ns if os.path.exists(self.recorder) else 0
+
+    def is_answered(self) -> bool:
+        """Return whether all is there that was asked for."""
+        now = self.size()
+        if now != self.last:
+            self.last, self.since = now, time.monotonic()
+        there = not self.is_expected or (now > self.before and time.monotonic() - self.since > SETTLED_S)
+        return there and (not self.is_recorded or self.written() != self.recorded)
+
+    def stacks(self) -> list[list[Frame]]:
+        """Return the stacks that have come, the main thread's first."""
+        if not self.is_expected or self.size() == self.before:
+            return []
+        with open(self.dump, encoding="utf-8", errors="replace") as file:
+            file.seek(self.before)
+            return parse_stacks(file.read())
+
+    def collectives(self) -> list[dict[str, Any]]:
+        """Return the last collectives of each process group, the newest last."""
+        if not self.is_recorded or self.written() == self.recorded:
+            return []
+        with open(self.recorder, encoding="utf-8", errors="replace") as file:
+            return parse_recorder(file.read(), time.time())
+
+
+def catches(pid: int, number: int) -> bool:
+    """Return whether a process has a handler for a signal (proc(5): SigCgt)."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
+        found = re.search(r"^SigCgt:\s*([0-9a-f]+)", file.read(), re.M)
+        return bool(found and int(found[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def ask(pipe: str) -> bool:
+    """Write a byte into a pipe; return whether anybody reads it."""
+    try:
+        file = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):
+        os.write(file, b"?")
+    os.close(file)
+    return True
+
+
+def parse_stacks(text: str) -> list[list[Frame]]:
+    """Return faulthandler's stacks, innermost frame first; the thread that got the signal, the main one, is first."""
+    found: list[list[Frame]] = []
+    current = 0
+    for line in text.splitlines():
+        if line.endswith("(most recent call first):"):
+            if line.startswith("Current thread"):
+                current = len(found)
+            found.append([])
+        elif found and (frame := FRAME.match(line)) and len(found[-1]) < MOST_FRAMES:
+            number = int(frame[2]) if frame[2].isdigit() else 0
+            found[-1].append((frame[1][:300], number, frame[3][:100]))
+    ordered = [found[current], *found[:current], *found[current + 1 :]] if found else []
+    return [stack for stack in ordered if not any(name == OBSERVER for _, _, name in stack)][:MOST_THREADS]
+
+
+def parse_recorder(text: str, now: float) -> list[dict[str, Any]]:
+    """Return the last collectives of each group from what torch's flight recorders say, a line each."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            for entry in json.loads(line).get("entries", []):
+                with contextlib.suppress(KeyError, TypeError, ValueError, IndexError):
+                    backend, _, operation = str(entry["profiling_name"]).partition(":")
+                    group = str(entry["process_group"][0])
+                    groups.setdefault((backend, group), []).append({
+                        "group": group[:40], "backend": backend[:20], "operation": operation[:60],
+                        "is_default": entry["process_group"][1] == "default_pg",
+                        "sequence": int(entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"]),
+                        "is_p2p": bool(entry["is_p2p"]), "is_over": bool(entry["retired"]),
+                        "sizes": json.dumps(entry["input_sizes"])[:100],
+                        "seconds": max(0.0, round(now - entry["time_created_ns"] / 1e9, 1))})
+    return [entry for entries in groups.values() for entry in sorted(entries, key=lambda each: -each["seconds"])
+            [-HISTORY:]][:200]
+
+
+# -- what the kernel knows ---------------------------------------------------------------------------------------------
+
+
+def waits_in(pid: int) -> str:
+    """Return the kernel's function that a process waits in, '' where it doesn't, or that isn't told."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/wchan") as file:
+        name = file.read(60)
+        return "" if name == "0" else name
+    return ""
+
+
+def state_of(pid: int) -> str:
+    """Return a process's state, X if it has ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+    return "X"
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the time of the CPU that a process has had."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        words = file.read().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def sockets_of(pid: int) -> set[int]:
+    """Return the inodes of a process's sockets."""
+    found = set()
+    for path in glob.glob(f"/proc/{pid}/fd/*"):
+        with contextlib.suppress(OSError, ValueError):
+            name = os.readlink(path)
+            if name.startswith("socket:["):
+                found.add(int(name[8:-1]))
+    return found
+
+
+def connections() -> Sockets:
+    """Return this node's TCP connections to others, as the kernel tells anybody (what `ss -ti` shows)."""
+    found: Sockets = {}
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as diag:
+            diag.settimeout(2)
+            body = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 1 << (INFO - 1), 0, ESTABLISHED)
+            diag.send(struct.pack("=IHHII", 16 + len(body), TCPDIAG, REQUEST | DUMP, 1, 0) + body)
+            while read_answers(diag.recv(1 << 20), family, found):
+                pass
+    return found
+
+
+def read_answers(data: bytes, family: int, found: Sockets) -> bool:
+    """Add the connections of one answer; return whether there will be another."""
+    at = 0
+    while at + 16 <= len(data):
+        length, kind = struct.unpack_from("=IH", data, at)
+        if kind in (DONE, ERROR) or length < 16:
+            return False
+        read_connection(data[at + 16 : at + length], family, found)
+        at += -(-length // 4) * 4
+    return True
+
+
+def read_connection(data: bytes, family: int, found: Sockets) -> None:
+    """Add a connection: a struct inet_diag_msg (72 bytes), behind it attributes, among them a struct tcp_info."""
+    size = 4 if family == socket.AF_INET else 16
+    ports = struct.unpack_from("!HH", data, 4)
+    own, peer = (socket.inet_ntop(family, data[start : start + size]) for start in (8, 24))
+    waiting, _, inode = struct.unpack_from("=III", data, 60)  # bytes that aren't acknowledged; user; inode
+    if own == peer or own.startswith("127.") or own == "::1":
+        return
+    at = 72
+    while at + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, at)
+        if kind == INFO and length >= 4 + 136:
+            acknowledged, received = struct.unpack_from("=QQ", data, at + 4 + 120)
+            found[inode] = {"own": f"{plain(own)} {ports[0]}", "peer": f"{plain(peer)} {ports[1]}", "waiting": waiting,
+                            "repeats": data[at + 4 + 2], "acknowledged": acknowledged, "received": received}
+        at += max(4, -(-length // 4) * 4)
+
+
+def plain(address: str) -> str:
+    """Return an IPv4 address that stands in an IPv6 one as itself."""
+    return address[7:] if address.startswith("::ffff:") and "." in address else address
+
+
+def node_state(folder: str) -> dict[str, Any]:
+    """Return load, memory and the free disk space of a folder."""
+    memory: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        memory = dict(re.findall(r"(\w+):\s+(\d+) kB", file.read()))
+    free = None
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+    return {"load": round(os.getloadavg()[0], 1), "cores": os.cpu_count() or 1, "disk_free_bytes": free,
+            **{name: int(memory[key]) * 1024 if key in memory else None
+               for name, key in (("ram_bytes", "MemTotal"), ("ram_available_bytes", "MemAvailable"))}}
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+
+def inspect(job: str, all_threads: bool) -> dict[str, Any]:
+    """Return what every rank of a job on this node does."""
+    ranks = ranks_of(processes(job))
+    every = [process for group in ranks.values() for process in group[: 1 + MOST_HELPERS]]
+    cpu = {process.pid: cpu_seconds(process.pid) for process in every}
+    started = time.monotonic()
+    asked = {process.pid: Asked(process, all_threads) for process in every}
+    while time.monotonic() - started < ANSWER_S and not all(one.is_answered() for one in asked.values()):
+        time.sleep(0.02)
+    passed = time.monotonic() - started
+    sockets = connections()
+
+    def described(process: Process) -> dict[str, Any]:
+        used = (cpu_seconds(process.pid) - cpu[process.pid]) / max(passed, 0.1)
+        return {"pid": process.pid, "state": state_of(process.pid), "waits_in": waits_in(process.pid),
+                "cpu_percent": round(100 * max(used, 0)), "stacks": asked[process.pid].stacks()}
+
+    found = []
+    for rank, (process, *helpers) in sorted(ranks.items()):
+        mine = [sockets[inode] for inode in sockets_of(process.pid) & set(sockets)]
+        mine.sort(key=lambda each: (-each["repeats"], -each["waiting"], each["own"]))
+        found.append({"rank": rank, **described(process), "collectives": asked[process.pid].collectives(),
+                      "helpers": [described(helper) for helper in helpers[:MOST_HELPERS]],
+                      "connections": mine[:MOST_CONNECTIONS]})
+    folder = next((os.path.realpath(f"/proc/{group[0].pid}/cwd") for group in ranks.values()), "/")
+    return {"ranks": found, "node": node_state(folder)}
+
+
+def main() -> int:
+    """Print what is known of the job that is named."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    if len(words) != 1:
+        print("usage: inspect_ranks.py JOB [--all-threads]", file=sys.stderr)
+        return 2
+    print("\n" + MARK + json.dumps(inspect(words[0], "--all-threads" in sys.argv)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
