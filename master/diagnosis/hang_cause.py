@@ -34,10 +34,12 @@ REPEATS = 2  # of a packet, from which a connection is in trouble
 
 @dataclass(frozen=True)
 class Cause:
-    """The ranks that the others wait for (none: the network, or nobody waits), and the sentence."""
+    """The ranks that the others wait for (none: the network, or nobody waits), and the sentence. `is_hang` is False
+    where nobody waits, or where those that are waited for compute: that may only be slow."""
 
     ranks: tuple[int, ...]
     sentence: str
+    is_hang: bool = True
 
 
 def find_cause(rows: Sequence[RankRow], states: Mapping[int, RankState], clock: float) -> Cause:
@@ -49,9 +51,10 @@ def find_cause(rows: Sequence[RankRow], states: Mapping[int, RankState], clock: 
     unknown = [row for row in rows if row.state == UNKNOWN]
     if not waiting:
         return Cause(ranks_of(missing), "no rank waits for another: " + "; ".join(described(row) for row in rows[:4])
-                     + (" ..." if len(rows) > 4 else ""))
+                     + (" ..." if len(rows) > 4 else ""), is_hang=False)
     if missing:
-        return Cause(ranks_of(missing), except_for(waiting, missing, len(rows), clock))
+        return Cause(ranks_of(missing), except_for(waiting, missing, len(rows), clock),
+                     is_hang=not all(row.is_busy for row in missing))
     if unknown:
         return Cause(ranks_of(unknown), except_for(waiting, unknown, len(rows), clock))
     return (behind(waiting, states, clock) or mismatch(waiting, states) or Cause(

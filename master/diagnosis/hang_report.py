@@ -79,8 +79,8 @@ class HangReport:
                   for who, process in ((f"rank {rank} on {host}", state.process),
                                        *((f"its data worker on {host}", helper) for helper in state.helpers))
                   for line in stack_lines(who, process)]
-        write_atomically(path, "\n".join([*self.lines(), *stacks]) + "\n")
         write_atomically(path.with_suffix(".json"), json.dumps(self.record(), indent=1) + "\n")
+        write_atomically(path, "\n".join([*self.lines(), *stacks]) + "\n")
         return path
 
     def record(self) -> dict[str, Any]:

@@ -16,6 +16,9 @@ WAITING = (COLLECTIVE, RENDEZVOUS)
 LIBRARIES = re.compile(r"/(torch|deepspeed)/")
 STANDARD = re.compile(r"/lib/python3[0-9.]*/(?!site-packages|dist-packages)|^<frozen ")
 C10D = "/torch/distributed/distributed_c10d.py"
+COLLECTIVES = {"all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter",
+               "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier", "monitored_barrier", "gather",
+               "scatter", "send", "recv"}
 MEETING = ("/torch/distributed/rendezvous.py", "/trainer/distributed/store.py")  # ranks wait at a store, not in one
 BUSY_PERCENT = 50  # of a CPU: a rank that computes waits for nobody, but for NCCL, which spins
 CHILD = "_bootstrap"  # multiprocessing's: what is outside of it is a copy of the parent's stack
@@ -24,7 +27,8 @@ CHILD = "_bootstrap"  # multiprocessing's: what is outside of it is a copy of th
 @dataclass(frozen=True)
 class RankRow:
     """Where a rank is: its state (one of the above), operation and its sequence number, since how many seconds, the
-    first frame outside torch and deepspeed, and what else there is to say; `pid` of who is meant."""
+    first frame outside torch and deepspeed, and what else there is to say; `pid` of who is meant; whether it computes.
+    """
 
     rank: int
     host: str
@@ -35,6 +39,7 @@ class RankRow:
     frame: str = ""
     note: str = ""
     pid: int = 0
+    is_busy: bool = False
 
     @property
     def where(self) -> str:
@@ -45,7 +50,9 @@ class RankRow:
 def own_frame(stack: Sequence[Frame]) -> Frame | None:
     """Return the first frame outside torch, deepspeed and, if there is one, Python's own library."""
     outside = [frame for frame in stack if not LIBRARIES.search(frame[0])]
-    return next((frame for frame in outside if not STANDARD.search(frame[0])), outside[0] if outside else None)
+    wanted = [*(frame for frame in outside if not STANDARD.search(frame[0])),
+              *(frame for frame in outside if not frame[0].startswith("<")), *outside]
+    return wanted[0] if wanted else None
 
 
 def shown(frame: Frame | None) -> str:
@@ -78,7 +85,8 @@ def under_way(rank: RankState) -> Collective | None:
 def row_of(host: str, rank: RankState) -> RankRow:
     """Return where a rank is."""
     process = rank.process
-    row = RankRow(rank.rank, host, PYTHON, pid=process.pid, frame=shown(own_frame(process.stack)))
+    row = RankRow(rank.rank, host, PYTHON, pid=process.pid, frame=shown(own_frame(process.stack)),
+                  is_busy=process.cpu_percent >= BUSY_PERCENT)
     if process.state in "Tt":
         return replace(row, state=STOPPED, note=f"kill -CONT {process.pid} there continues it")
     if process.state in "ZX":
@@ -89,16 +97,17 @@ def row_of(host: str, rank: RankState) -> RankRow:
     if active and (process.cpu_percent < BUSY_PERCENT or active.backend == "nccl"):
         return replace(row, state=COLLECTIVE, operation=named(active.operation), sequence=active.sequence,
                        seconds=active.seconds)
-    for file, _, name in process.stack:
-        if file.endswith(MEETING):
-            return replace(row, state=RENDEZVOUS, operation="the rendezvous")
-        if file.endswith(C10D):
-            return replace(row, state=COLLECTIVE, operation=named(name))
+    in_torch = [name for file, _, name in process.stack if file.endswith(C10D)]
+    if found := [name for name in in_torch if name in COLLECTIVES]:
+        return replace(row, state=COLLECTIVE, operation=named(found[0]))
+    if in_torch or any(file.endswith(MEETING) for file, _, _ in process.stack):
+        return replace(row, state=RENDEZVOUS, operation="the rendezvous")
     if not process.stack:
         return replace(row, state=SILENT, operation=process.waits_in)
-    if found := busy_helper(rank.helpers):
-        helper, frame = found
-        row = replace(row, frame=shown(frame), note=f"its data worker, process {helper.pid}", pid=helper.pid)
+    if held := busy_helper(rank.helpers):
+        helper, frame = held
+        row = replace(row, frame=shown(frame), note=f"its data worker, process {helper.pid}", pid=helper.pid,
+                      is_busy=helper.cpu_percent >= BUSY_PERCENT)
         if helper.state in "Tt":
             row = replace(row, note=f"{row.note}, is stopped: kill -CONT {helper.pid} there continues it")
     if process.state == "D":
@@ -171,4 +180,5 @@ def described(row: RankRow) -> str:
         COLLECTIVE: f"which waits in {row.where}{at}", RENDEZVOUS: f"which waits at {row.where}"}
     if row.state != PYTHON:
         return f"{who}, {said[row.state]}"
-    return f"{who}, {f'{row.note}, is' if row.note else 'which is'}{at or ' in Python'}"
+    return (f"{who}, {f'{row.note}, is' if row.note else 'which is'}{at or ' in Python'}"
+            + (" and computes" if row.is_busy else ""))

@@ -159,7 +159,7 @@ class ClusterJob:
             self._say(stalled)
             self._hangs.examine({host: link.session for host, link in self._links.items()},
                                 {end.rank: describe_exit(end.code) for end in self.result.exits})
-        if (report := self._hangs.take(self._say)) and self._supervision.ends_hangs:
+        if (report := self._hangs.take(self._say)) and report.cause.is_hang and self._supervision.ends_hangs:
             self.result.hang = report.cause.sentence
             self._fail("", since, "the training hangs")
 
