@@ -7,7 +7,6 @@ isn't the same on all ranks; else, where all are in the same one, the network.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,10 +20,10 @@ from master.diagnosis.rank_rows import (
     WAITING,
     RankRow,
     described,
+    named,
     named_ranks,
     placed,
     together,
-    under_way,
 )
 from master.diagnosis.rank_states import Connection, RankState
 
@@ -66,36 +65,38 @@ def ranks_of(rows: Sequence[RankRow]) -> tuple[int, ...]:
     return tuple(row.rank for row in rows)
 
 
-def progress(states: Mapping[int, RankState]) -> dict[tuple[str, str], dict[int, int]]:
-    """Return each process group's newest sequence number by rank, of the groups that somebody waits in."""
-    found: dict[tuple[str, str], dict[int, int]] = {}
-    active = set[tuple[str, str]]()
-    for rank, state in states.items():
+def open_groups(states: Mapping[int, RankState]) -> dict[tuple[str, str], int]:
+    """Return the process groups that somebody waits in, each with the lowest sequence number that isn't over."""
+    found: dict[tuple[str, str], int] = {}
+    for state in states.values():
         for one in state.collectives:
-            if not one.is_p2p:
-                numbers = found.setdefault((one.backend, one.group), {})
-                numbers[rank] = max(numbers.get(rank, 0), one.sequence)
-                if not one.is_over:
-                    active.add((one.backend, one.group))
-    return {group: found[group] for group in found if group in active}
+            if not (one.is_over or one.is_p2p):
+                key = one.backend, one.group
+                found[key] = min(found.get(key, one.sequence), one.sequence)
+    return found
+
+
+def newest(state: RankState, group: tuple[str, str]) -> int | None:
+    """Return the last sequence number that a rank has begun in a group, None if it has none there."""
+    return max((one.sequence for one in state.collectives if (one.backend, one.group) == group and not one.is_p2p),
+               default=None)
 
 
 def lowest(rows: Sequence[RankRow], states: Mapping[int, RankState]) -> list[RankRow]:
     """Return those rows whose ranks have begun the fewest collectives; others may wait for them, or be computing."""
     if len(rows) < 2:
         return list(rows)
-    groups = progress(states).values()
-    count = {row.rank: sum(numbers.get(row.rank, 0) for numbers in groups) for row in rows}
+    groups = open_groups(states)
+    count = {row.rank: sum(newest(states[row.rank], group) or 0 for group in groups) for row in rows}
     return [row for row in rows if count[row.rank] == min(count.values())]
 
 
 def behind(waiting: Sequence[RankRow], states: Mapping[int, RankState], clock: float) -> Cause | None:
     """Return the cause where some ranks in collectives haven't begun what others wait in."""
-    for numbers in progress(states).values():
-        late = [row for row in waiting if numbers.get(row.rank, max(numbers.values())) < max(numbers.values())]
+    for group, sequence in open_groups(states).items():
+        last = {row.rank: newest(states[row.rank], group) if row.rank in states else None for row in waiting}
+        late = [row for row in waiting if (number := last[row.rank]) is not None and number < sequence]
         if late:
-            least = min(numbers[row.rank] for row in late)
-            late = [row for row in late if numbers[row.rank] == least]
             ahead = [row for row in waiting if row not in late]
             return Cause(ranks_of(late), f"ranks are in different collectives: {placed(ahead, clock)}; {placed(late)}. "
                          "Each rank must call the same ones in the same order")
@@ -103,24 +104,30 @@ def behind(waiting: Sequence[RankRow], states: Mapping[int, RankState], clock: f
 
 
 def mismatch(waiting: Sequence[RankRow], states: Mapping[int, RankState]) -> Cause | None:
-    """Return the cause where ranks wait in different operations, sizes or groups; the fewer ranks are blamed."""
-    def kind(row: RankRow) -> tuple[str, ...]:
-        active = under_way(states[row.rank]) if row.rank in states else None
-        if active is None:
-            return row.where, "", ""
-        return row.where, active.group, active.sizes if active.operation in SAME_SIZES else ""
+    """Return the cause where ranks have begun different operations, or sizes, under one number; the fewer are blamed."""
+    for group, sequence in open_groups(states).items():
+        kinds: dict[tuple[str, str], list[RankRow]] = {}
+        for row in waiting:
+            for one in states[row.rank].collectives if row.rank in states else ():
+                if (one.backend, one.group) == group and one.sequence == sequence and not one.is_p2p:
+                    sizes = one.sizes if one.operation in SAME_SIZES else ""
+                    kinds.setdefault((f"{named(one.operation)} {sequence}", sizes), []).append(row)
+        if len(kinds) > 1:
+            return differing(kinds)
+    kinds = {}
+    for row in waiting:
+        if row.sequence is None:  # its stack says it, its flight recorder nothing
+            kinds.setdefault((row.where, ""), []).append(row)
+    return differing(kinds) if len(kinds) > 1 else None
 
-    kinds = Counter(map(kind, waiting))
-    if len(kinds) < 2:
-        return None
-    usual = kinds.most_common(1)[0][0]
-    odd = [row for row in waiting if kind(row) != usual]
-    sizes = len({each[:2] for each in kinds}) == 1
-    parts = []
-    for each in kinds:
-        rows = [row for row in waiting if kind(row) == each]
-        parts.append(f"{named_ranks(rows)} in {each[0]}" + (f" of {each[2]}" if sizes else "")
-                     + (f" at {rows[0].frame}" if rows[0].frame else ""))
+
+def differing(kinds: Mapping[tuple[str, str], Sequence[RankRow]]) -> Cause:
+    """Return the cause where ranks are in different operations, each (its name, its sizes)."""
+    usual = max(kinds.values(), key=len)
+    sizes = len({name for name, _ in kinds}) == 1
+    parts = [f"{named_ranks(rows)} in {name}" + (f" of {size}" if sizes else "")
+             + (f" at {rows[0].frame}" if rows[0].frame else "") for (name, size), rows in kinds.items()]
+    odd = [row for rows in kinds.values() if rows is not usual for row in rows]
     return Cause(ranks_of(odd), f"ranks are in different collectives: {'; '.join(parts)}. Each rank must call the same "
                  "ones in the same order, with the same sizes")
 
