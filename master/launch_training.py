@@ -39,6 +39,7 @@ from master.ssh.route import SshOptions
 from master.training.deepspeed_command import default_config, is_only_here
 from master.training.request import Hosts, TrainingRequest, request_of, shown
 
+RESTARTS_WITH_SPARE_HOSTS = 10
 LEAST_PATIENCE_S = 5.0  # hosts and master speak every few seconds
 
 
@@ -62,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--exclude", default="", metavar="E", help="all hosts and slots but these")
     flag("--resume", metavar="RUN",
          help="resume a run from its newest valid checkpoint, with the flags it was started with")
-    flag("--restarts", type=int, default=0, metavar="N", help="restart after a failure, at most N times (0)")
+    flag("--restarts", type=int, metavar="N", help="restart after a failure, at most N times (0; with --min-hosts 10)")
+    flag("--min-hosts", type=int, metavar="N",
+         help="when hosts are lost for good, continue with the others, N at least, from the newest checkpoint")
     flag("--stall-timeout", type=float, metavar="S",
          help="report a hang and its cause after so long without progress (300, or 10 steps if longer; 0: never)")
     flag("--on-stall", choices=["report", "end"], default="report",
@@ -163,7 +166,7 @@ def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOption
 
     `before` is the hostfile that it ran on. Raises RunError where the checkpoint can't be had.
     """
-    from master.training.checkpoint_transfer import gather_and_send
+    from master.run.checkpoint_transfer import gather_and_send
 
     hosts = read_hostfile(before)
     known = known_by_name(read_cluster(before.with_name("cluster.json")))
@@ -179,7 +182,7 @@ def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOption
 
 def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     """Run the training that the flags ask for and return its exit code. Raises UserError."""
-    from master.training.cluster_run import train
+    from master.training.attempts import train
 
     run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
     ssh = ssh_options(options) if options.nodes or not options.dry_run else None
@@ -231,6 +234,10 @@ def act(options: argparse.Namespace, trainer_flags: list[str]) -> int:
         raise UsageError("which model? invoke train --model tiny (or a Hugging Face name, or a folder)")
     if options.patience < LEAST_PATIENCE_S:
         raise UsageError(f"--patience {options.patience:g}: at least {LEAST_PATIENCE_S:g} s")
+    if options.min_hosts is not None and (options.min_hosts < 1 or options.script):
+        raise UsageError(f"--min-hosts {options.min_hosts}: at least 1, and only for lanspeed's own trainer")
+    if options.restarts is None:
+        options.restarts = RESTARTS_WITH_SPARE_HOSTS if options.min_hosts else 0
     if options.slots is not None and options.slots < 1:
         raise UsageError(f"--slots {options.slots}: at least 1")
     if options.nodes and options.hostfile:

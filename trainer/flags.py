@@ -176,8 +176,12 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     flag("--save_steps", type=every, default=500, metavar="N",
          help="steps between checkpoints, or a share below 1 (500; 0: none but the last)")
     flag("--save_total_limit", type=positive, default=2, metavar="N", help="valid checkpoints to keep (2)")
+    flag("--checkpoint_copies", type=natural, default=0, metavar="N",
+         help="hosts that get a copy of each host's part of a checkpoint: as many may be lost (0)")
     flag("--resume_from_checkpoint", metavar="auto|PATH",
          help="auto: the newest valid checkpoint of the run folder, if any; or a checkpoint or run folder")
+    flag("--flexible_batch", action="store_true",
+         help="resume with a number of ranks that can't keep the global batch, with the nearest one")
     flag("--num_samples", type=natural, default=3, metavar="N",
          help="continuations written to samples/ at each evaluation (3; 0: none)")
     flag("--report_to", nargs="+", default=[], choices=["tensorboard", "wandb", "trackio"], metavar="L",

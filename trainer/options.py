@@ -73,7 +73,9 @@ class Options:
     eval_steps: float
     save_steps: float
     save_total_limit: int
+    checkpoint_copies: int
     resume_from_checkpoint: str | None
+    flexible_batch: bool
     num_samples: int
     report_to: list[str]
     cache_dir: str | None

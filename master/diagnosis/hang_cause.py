@@ -104,7 +104,7 @@ def behind(waiting: Sequence[RankRow], states: Mapping[int, RankState], clock: f
 
 
 def mismatch(waiting: Sequence[RankRow], states: Mapping[int, RankState]) -> Cause | None:
-    """Return the cause where ranks have begun different operations, or sizes, under one number; the fewer are blamed."""
+    """Return the cause where ranks began different operations, or sizes, under one number; the fewer are blamed."""
     for group, sequence in open_groups(states).items():
         kinds: dict[tuple[str, str], list[RankRow]] = {}
         for row in waiting:

@@ -1,6 +1,6 @@
-"""A training from the preflight check of each host to the run folder on this machine, which may be the only host.
+"""What a training needs to start: each host's facts, the preflight check, and the job for run_node.py.
 
-`launch_training.py` calls `train`; supervisor.py runs the job, conclusion.py says how it ended.
+attempts.py starts it; supervisor.py runs the job, conclusion.py says how it ended.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 import shlex
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,35 +18,26 @@ from master.core.run_cli import UsageError
 from master.core.terminal import say
 from master.inventory.addresses import own_address_towards
 from master.inventory.node_facts import local_facts, start_folder
-from master.inventory.preflight import gpu_problems, node_problems, torch_problems
+from master.inventory.preflight import NodeProblem, gpu_problems, node_problems, torch_problems
 from master.inventory.worker_script import source
-from master.run.command_record import RECORD as COMMAND
-from master.run.command_record import write_command
-from master.run.launcher_process import LOCK, RECORD, make_private, survive_hangup, write_launcher_record
-from master.run.run_folder import job_prefix, save_hosts
-from master.ssh.options import host_key_prompt
-from master.ssh.route import SshError, SshOptions
-from master.training.conclusion import conclude
-from master.training.job import JobResult, RunPlace, assignments
-from master.training.rank_output import RankOutput
+from master.run.launcher_process import make_private, write_launcher_record
+from master.run.run_folder import job_prefix
+from master.ssh.route import SshError
+from master.training.job import RunPlace, assignments
 from master.training.request import TrainingRequest
-from master.training.supervisor import ClusterJob
-from master.training.takeover import RECORD as JOB
-from master.training.takeover import forget_job, write_job_record
-
-RESTART_WAIT = 300  # seconds that a restart waits for the hosts to be back
+from master.training.takeover import write_job_record
 
 
 class Training:
-    """What runs where; the hosts' facts decide the rest."""
+    """What runs where; the hosts' facts decide the rest. `resume`: the trainer's flags of a restart."""
 
-    def __init__(self, request: TrainingRequest) -> None:
-        self.request = request
+    def __init__(self, request: TrainingRequest, resume: Sequence[str] = ()) -> None:
+        self.request, self.resume = request, resume
         self.known = request.hosts.known
         self.variables = {**request.environment, "LANSPEED_PLAIN": request.plain_command}
         self.run = request.run
         self.stopped = False  # somebody asked for the end before it began
-        self.again = False  # a restart: from the newest checkpoint that every host has
+        self.failing: set[str] = set()  # hosts that prevented the start
         self.name = self.new_name()
         self.parts = assignments(request.hosts.slots, self.known)
         self.place = RunPlace(self.run, self.parts, {}, is_here=False, is_ours=request.is_ours)
@@ -69,20 +60,21 @@ class Training:
     def approve(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
         """Return the job, or None after telling what prevents it."""
         mark = self.run.absolute() / f".{self.name}"
-        found = [str(error) for error in unreached.values()]
-        found += [str(reason) for reason in node_problems(facts, local_facts({"folder": str(ROOT)}))]
-        found += [str(reason) for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
+        found: list[NodeProblem | SshError] = [*unreached.values()]
+        found += node_problems(facts, local_facts({"folder": str(ROOT)}))
+        found += [reason for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
                   for reason in gpu_problems(str(part.node), part.slots, gpus)]
-        found += [str(reason) for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
+        found += [reason for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
                   for reason in torch_problems(str(part.node), part.slots, torch)]
         mark.unlink(missing_ok=True)
         for host, each in facts.items():  # it may have been started from elsewhere, or outlived its launcher
             mine = [job for job in each["jobs"] if re.fullmatch(re.escape(job_prefix(self.run)) + "-[0-9a-f]{6}", job)]
-            found += [f"{host}: {job} is still running there: invoke stop {shlex.quote(str(self.run))}"
+            found += [NodeProblem(host, f"{job} is still running there: invoke stop {shlex.quote(str(self.run))}")
                       for job in mine]
+        self.failing = {problem.host for problem in found}
         if found:
-            for line in found:
-                say(line)
+            for problem in found:
+                say(str(problem))
             return None
         first = str(self.parts[0].node)
         address = self._address(facts[first])
@@ -96,16 +88,12 @@ class Training:
         return {"world": {str(part.node): list(part.slots) for part in self.parts}, "master_addr": address,
                 "master_port": port, "secret": secrets.token_hex(32),
                 "observer": source(WORKER / "observe_rank.py").decode(),
-                "environment": self.variables, "arguments": self._arguments(),
+                "environment": self.variables, "arguments": [*self.request.arguments, *self.resume],
                 "continue_without_master": self.request.supervision.survives_master,
                 "no_local_rank": self.request.no_local_rank,
                 "follow": follow, "folders": folders, "checkpoints": str(self.run / "checkpoints"),
                 "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
                 "scripts": {str(part.node): part.place.translate_path(str(self.request.script)) for part in self.parts}}
-
-    def _arguments(self) -> list[str]:
-        again = ["--resume_from_checkpoint", "auto"] if self.again and self.request.is_ours else []
-        return [*self.request.arguments, *again]
 
     def _address(self, facts: dict[str, Any]) -> str:
         """Return rank 0's address for the others: from cluster.json, as it was reached, or this machine's."""
@@ -133,53 +121,3 @@ class Training:
                 say(f"{host}: also runs {', '.join(each['jobs'])}")
             for slot, mib in (each["gpus"] or {"busy": {}})["busy"].items():
                 say(f"{host}: other programs hold {mib / 1024:.1f} GiB on slot {slot}")
-
-
-def train(request: TrainingRequest, ssh: SshOptions) -> int:
-    """Train and return 0, 1 on a fault, 2 if the ranks can't take their flags. Raises UsageError."""
-    training = Training(request)
-    restarts = request.supervision.restarts
-    write_launcher_record(training.run)
-    save_hosts(training.run, request.hosts.slots, request.hosts.cluster)
-    if request.is_ours:
-        write_command(training.run, request.arguments)
-    survive_hangup(training.run)
-    for attempt in range(restarts + 1):
-        patience = time.monotonic() + (RESTART_WAIT if attempt else 0)
-        while (result := run_once(training, ssh)) is None:
-            if training.stopped or time.monotonic() >= patience:
-                say("stopped: nothing was started" if training.stopped else "nothing was started")
-                if not training.again:
-                    _forget(training.run)
-                return 1
-            time.sleep(10)
-        forget_job(training.run, result)
-        code = conclude(training.place, result, ssh)
-        if code == 0 or result.asked_to_stop or result.is_unknown or attempt == restarts:
-            return code
-        say(f"restart {attempt + 1} of {restarts}: from the newest checkpoint that every host has")
-        training.again = True
-    return 1
-
-
-def run_once(training: Training, ssh: SshOptions) -> JobResult | None:
-    """Run the job to its end; None if it couldn't begin."""
-    name = training.new_name()
-    job = ClusterJob(training.parts, ssh, name, training.request.supervision, training.run, RankOutput(training.run),
-                     say)
-    try:
-        return job.start(training.wanted(), training.approve, host_key_prompt())
-    finally:
-        training.stopped = job.stop_requested
-        (training.run / f".{name}").unlink(missing_ok=True)
-
-
-def _forget(run: Path) -> None:
-    """Remove the folder of a run that never began."""
-    if any((run / name).exists() for name in ("run.json", "metrics.jsonl")):
-        return
-    for name in (RECORD, LOCK, COMMAND, JOB, "hostfile.txt", "cluster.json"):
-        (run / name).unlink(missing_ok=True)
-    for folder in (run / "logs", run):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

@@ -32,7 +32,8 @@ class Supervision:
     `grace`: to save in after Ctrl-C; `restarts`: how often to start again after a failure; `stall_timeout`: without
     progress until that is reported (0 never, None the default); `survives_master`: the hosts continue without us;
     `patience`: without contact until a host counts as lost, and, on the host, until the ranks save and end;
-    `ends_hangs`: a hang that was reported ends the training.
+    `ends_hangs`: a hang that was reported ends the training; `min_hosts`: with how many hosts it continues when others
+    are lost for good (None: with all of them).
     """
 
     grace: float
@@ -41,6 +42,7 @@ class Supervision:
     survives_master: bool
     patience: float
     ends_hangs: bool
+    min_hosts: int | None = None
 
 
 @dataclass(frozen=True)

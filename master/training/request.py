@@ -8,7 +8,7 @@ import glob
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
         arguments = list(trainer_flags)
     else:
         run, place = place_of_run(options, trainer_flags, run)
-        arguments = [*arguments_of(options, run, model, dataset, config, trainer_flags), *trainer_flags, *place]
+        arguments = [*arguments_of(options, run, model, dataset, config, trainer_flags),
+                     *survival_flags(options, hosts), *trainer_flags, *place]
     used = [str(config), model, dataset, options.script]
     return TrainingRequest(
         hosts=hosts, run=run, script=script, arguments=tuple(arguments),
@@ -93,8 +94,22 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
         plain_command=plain_command(hosts, options.script or shown(TRAINER), arguments, options.no_local_rank),
         no_local_rank=options.no_local_rank, master_port=options.master_port,
         supervision=Supervision(options.grace, options.restarts, options.stall_timeout,
-                                options.on_lost_master == "continue", options.patience,
-                                options.on_stall == "end"))
+                                options.on_lost_master == "continue", options.patience, options.on_stall == "end",
+                                options.min_hosts))
+
+
+def on_hosts(request: TrainingRequest, slots: Sequence[Slots]) -> TrainingRequest:
+    """Return the same training on other hosts. Raises ClusterError."""
+    hosts = replace(request.hosts, slots=tuple(slots))
+    script = shown(request.script) if request.is_ours else str(request.script)
+    return replace(request, hosts=hosts, plain_command=plain_command(hosts, script, request.arguments,
+                                                                     request.no_local_rank))
+
+
+def survival_flags(options: argparse.Namespace, hosts: Hosts) -> list[str]:
+    """Return the trainer's flags by which a checkpoint outlives as many hosts as --min-hosts lets go."""
+    spare = len(hosts.slots) - options.min_hosts if options.min_hosts else 0
+    return ["--checkpoint_copies", str(spare), "--flexible_batch"] if spare > 0 else []
 
 
 def files_of(word: str) -> list[str]:

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from master.inventory.hostfile import Slots
-from master.run.run_folder import RunError, memory_advice
-from master.ssh.route import SshOptions
-from master.training.checkpoint_transfer import (
+from master.run.checkpoint_transfer import (
     MANIFEST_MARK,
     gather_and_send,
     missing_files,
@@ -21,6 +19,8 @@ from master.training.checkpoint_transfer import (
     read_manifests,
     tar_size,
 )
+from master.run.run_folder import RunError, memory_advice
+from master.ssh.route import SshOptions
 
 PARTS = "global_step{step}/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 

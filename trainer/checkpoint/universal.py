@@ -26,12 +26,15 @@ COPIES = 3  # of the states that the conversion writes before it is done: fragme
 def keep_global_batch(options: Options, rows: int, world_size: int) -> Options:
     """Return options whose micro batch and accumulation give `rows` a step, the micro batch no larger than asked for.
 
-    Raises UserError where so many ranks can't share them.
+    Where so many ranks can't share them, --flexible_batch takes the nearest number that they can; without it that
+    raises UserError.
     """
     if options.batch_per_rank * world_size == rows:
         return options
     each, rest = divmod(rows, world_size)
-    if rest:
+    if rest and options.flexible_batch:
+        each = max(1, round(rows / world_size))
+    elif rest:
         fitting = [str(count) for count in range(1, rows + 1) if rows % count == 0][:8]
         raise UserError(f"a step has {rows} sequences in this run, which {world_size} ranks can't share evenly: "
                         f"resume with {', '.join(fitting)} ranks", shared=True)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer.checkpoint import verification
+from trainer.checkpoint import copies, verification
 from trainer.checkpoint.noted_faults import Faults, noted_faults, noting
 from trainer.checkpoint.verification import Layout
 from trainer.data import streaming
@@ -36,19 +36,20 @@ class CausalTrainer(LossTrainer):
     """A Trainer whose batches are `packing.PackedSequences`, evaluated by tokens, with verified checkpoints.
 
     `eval_bytes` is the UTF-8 size of the evaluation's text (None if unknown), `layout` what a checkpoint must share
-    with the training that continues it, `keep` the number of good checkpoints to keep; `warn` tells what went wrong.
+    with the training that continues it, `keep` the number of good checkpoints to keep, `copies` that of other hosts
+    that get a copy of each host's part; `warn` tells what went wrong.
     """
 
     def __init__(
         self, *, ranks: Ranks, eval_sequences: PackedSequences, eval_bytes: int | None, layout: Layout, keep: int,
-        warn: Callable[[str], None], **others: Any,
+        copies: int, warn: Callable[[str], None], **others: Any,
     ) -> None:
         super().__init__(eval_dataset=eval_sequences, **others)
         self._eval_sequences = eval_sequences
         self._ranks = ranks
         self._eval_bytes = eval_bytes
         self._layout = layout
-        self._keep = keep
+        self._keep, self._copies = keep, copies
         self._checkpoint_bytes = 0
         self._warn = warn
         self._faults: Faults = []  # what this rank could not write of the checkpoint at hand
@@ -145,7 +146,10 @@ class CausalTrainer(LossTrainer):
         self._ranks.barrier()
         if fault := self._agree(folder, "written", self._faults[0] if self._faults else None):
             return fault
-        if self.args.should_save:
+        if self._copies:
+            copies.spread(folder, self._ranks, self._copies, self._faults)
+            self._ranks.barrier()
+        if self.args.should_save and not self._faults:
             noting(self._faults, self._seal)(folder)
         fault = self._agree(folder, "sealed", self._faults[0] if self._faults else None)
         if self.args.should_save and not fault:

@@ -70,8 +70,10 @@ def adapt_to_ranks(folder: Path, options: Options, config: dict[str, Any] | None
         universal.free_batch(config)
     same = written.world_size == ranks.world_size
     who = "resumes as before" if same else f"was written by {written.world_size} ranks, {ranks.world_size} resume it"
-    console.say(f"{folder.name} {who}: global batch {written.batch} as before, "
-                f"{options.per_device_train_batch_size} micro x {options.gradient_accumulation_steps} accumulation")
+    batch = options.batch_per_rank * ranks.world_size
+    kept = f"{batch} as before" if batch == written.batch else f"{batch} from now on, {written.batch} before"
+    console.say(f"{folder.name} {who}: global batch {kept}, {options.per_device_train_batch_size} micro x "
+                f"{options.gradient_accumulation_steps} accumulation")
     if same:
         return options, False
     lacking = universal.missing_shards(folder, written.world_size) if ranks.is_first_here else None

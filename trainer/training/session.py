@@ -119,8 +119,8 @@ class Session:
         self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak)
         self.trainer = CausalTrainer(
             ranks=ranks, eval_sequences=PackedSequences(setup.data.evaluation, capacity),
-            eval_bytes=setup.data.info.eval_bytes,
-            layout=setup.layout, keep=options.save_total_limit, warn=setup.console.warn,
+            eval_bytes=setup.data.info.eval_bytes, layout=setup.layout, keep=options.save_total_limit,
+            copies=options.checkpoint_copies, warn=setup.console.warn,
             finite=FiniteCheck(ranks, setup.precision, options.learning_rate),
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
             train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
@@ -223,7 +223,8 @@ def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
     interval = options.save_steps or workload.steps
     saves = workload.steps / (interval if interval >= 1 else max(interval * workload.steps, 1))
     together = min(options.save_total_limit + 1, int(saves) + 1)
-    one = verification.expected_bytes(workload.trained, weight, ranks.local_world_size, ranks.world_size)
+    parts = min(ranks.local_world_size * (1 + options.checkpoint_copies), ranks.world_size)
+    one = verification.expected_bytes(workload.trained, weight, parts, ranks.world_size)
     needed, free = together * one + weight * workload.parameters, verification.free_bytes(path)
     short = (f"{ranks.host}: {path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and the model, and "
              f"{free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")

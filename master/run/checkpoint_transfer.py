@@ -107,11 +107,12 @@ def missing_files(manifest: Mapping[str, Any] | None, merged: MergedCheckpoint) 
 
 
 def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], known: Mapping[str, Any],
-                    ssh: SshOptions) -> Path | None:
+                    ssh: SshOptions, may_lose: bool = False) -> Path | None:
     """Have every host that trains `now` hold the newest whole checkpoint of a run that `before` trained.
 
-    `known` has what cluster.json says of each host. Return the checkpoint's path, None where there is nothing to do.
-    Raises RunError where parts are missing or can't be moved.
+    `known` has what cluster.json says of each host; `may_lose`: a newer checkpoint, parts of which are on hosts that
+    can't be reached. Return the checkpoint's path, None where there is nothing to do. Raises RunError where parts are
+    missing or can't be moved.
     """
     if [(host.host, host.use) for host in before] == [(host.host, host.use) for host in now]:
         return None
@@ -119,7 +120,7 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
     manifests = {host: view.manifests for host, view in views.items()}
     merged = newest_complete(manifests)
     newer = sorted({step for each in manifests.values() for step in each if merged is None or step > merged.step})
-    if merged is None or (newer and unreached) or any(host.host not in views for host in now):
+    if merged is None or (newer and unreached and not may_lose) or any(host.host not in views for host in now):
         why = "; ".join(unreached) or "no host has a complete one"
         raise RunError(f"{run}: the checkpoint's shards can't be copied to other hosts or slots: {why}")
     if newer:
@@ -131,7 +132,7 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
     try:
         if lacking:
             _fetch(run, merged, views, ssh, {name for names in lacking.values() for name in names}, scratch)
-        if lacking or newer:
+        if lacking or newer or now[0].host != before[0].host:  # rank 0's host has the metrics
             each = {host.host: lacking.get(host.host, []) for host in now}
             _send_in_turn(run, merged, views, ssh, each, newer, known)
     except (OSError, tarfile.TarError) as error:
