@@ -7,7 +7,7 @@ isn't the same on all ranks; else, where all are in the same one, the network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from master.diagnosis.rank_rows import (
@@ -24,6 +24,7 @@ from master.diagnosis.rank_rows import (
     named_ranks,
     placed,
     together,
+    under_way,
 )
 from master.diagnosis.rank_states import Connection, RankState
 
@@ -53,10 +54,10 @@ def find_cause(rows: Sequence[RankRow], states: Mapping[int, RankState], clock: 
                      + (" ..." if len(rows) > 4 else ""), is_hang=False)
     if missing:
         return Cause(ranks_of(missing), except_for(waiting, missing, len(rows), clock),
-                     is_hang=not all(row.is_busy for row in missing))
+                     is_hang=not any(row.is_busy for row in missing))
     if unknown:
         return Cause(ranks_of(unknown), except_for(waiting, unknown, len(rows), clock))
-    return (behind(waiting, states, clock) or mismatch(waiting, states) or Cause(
+    return (mismatch(waiting, states) or behind(waiting, states, clock) or Cause(
         (), f"{together(waiting, len(rows), clock)}, and none is missing: {network(states, rows)}"))
 
 
@@ -82,6 +83,18 @@ def newest(state: RankState, group: tuple[str, str]) -> int | None:
                default=None)
 
 
+def is_attended(states: Mapping[int, RankState], group: tuple[str, str], sequence: int) -> bool:
+    """Return whether every rank of a group has begun a collective, as far as they tell: then it's the network's."""
+    begun = [number for state in states.values() if (number := newest(state, group)) is not None]
+    return len(begun) > 1 and min(begun) >= sequence
+
+
+def waits_in(state: RankState, groups: Collection[tuple[str, str]]) -> bool:
+    """Return whether a rank waits in one of these groups."""
+    active = under_way(state)
+    return active is not None and (active.backend, active.group) in groups
+
+
 def lowest(rows: Sequence[RankRow], states: Mapping[int, RankState]) -> list[RankRow]:
     """Return those rows whose ranks have begun the fewest collectives; others may wait for them, or be computing."""
     if len(rows) < 2:
@@ -93,9 +106,12 @@ def lowest(rows: Sequence[RankRow], states: Mapping[int, RankState]) -> list[Ran
 
 def behind(waiting: Sequence[RankRow], states: Mapping[int, RankState], clock: float) -> Cause | None:
     """Return the cause where some ranks in collectives haven't begun what others wait in."""
-    for group, sequence in open_groups(states).items():
+    groups = open_groups(states)
+    whole = {group for group, sequence in groups.items() if is_attended(states, group, sequence)}
+    for group, sequence in groups.items():
         last = {row.rank: newest(states[row.rank], group) if row.rank in states else None for row in waiting}
-        late = [row for row in waiting if (number := last[row.rank]) is not None and number < sequence]
+        late = [row for row in waiting if (number := last[row.rank]) is not None and number < sequence
+                and not waits_in(states[row.rank], whole)]
         if late:
             ahead = [row for row in waiting if row not in late]
             return Cause(ranks_of(late), f"ranks are in different collectives: {placed(ahead, clock)}; {placed(late)}. "

@@ -13,7 +13,7 @@ from master.diagnosis.rank_states import Collective, Frame, ProcessState, RankSt
 GONE, STOPPED, SYSTEM_CALL, SILENT = "gone", "stopped", "in a system call", "no answer"
 COLLECTIVE, RENDEZVOUS, PYTHON, UNKNOWN = "in a collective", "at the rendezvous", "in Python", "unknown"
 WAITING = (COLLECTIVE, RENDEZVOUS)
-LIBRARIES = re.compile(r"/(torch|deepspeed)/")
+LIBRARIES = re.compile(r"/(torch|deepspeed)/|/trainer/distributed/communication_time\.py$")  # it wraps torch's
 STANDARD = re.compile(r"/lib/python3[0-9.]*/(?!site-packages|dist-packages)|^<frozen ")
 C10D = "/torch/distributed/distributed_c10d.py"
 COLLECTIVES = {"all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter",
