@@ -14,7 +14,7 @@ FOLDERS = [ROOT / name for name in ("master", "worker", "trainer", "benchmarks",
 # what stands beside the packages: the tools of the master; of the trainer, its program.
 LAYERS = {
     "master": [["core"], ["ssh"], ["inventory"], ["run"], ["diagnosis"],
-               ["keys", "sync", "check", "training", "ds_config", "plan"], ["top"]],
+               ["keys", "sync", "check", "training", "drill", "ds_config", "plan"], ["top"]],
     "trainer": [["errors"], ["flags", "bounds", "cache"], ["options"], ["distributed", "estimate"], ["model", "data"],
                 ["checkpoint"], ["results"], ["training"], ["top"]]}
 LEVEL = {(folder, package): level for folder, layers in LAYERS.items()
