@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tell what the ranks of a job do on this node: each one's stack, collectives and connections, as a line of JSON.
 
-    python3 worker/inspect_ranks.py JOB [--all-threads]
+    python3 worker/inspect_ranks.py JOB
 
 `invoke watch --stacks` and a launcher whose training hangs stream this file over SSH. The ranks answer by what
 observe_rank.py has set up in them, and go on with what they do; one that gives no answer in time is told of by what the
@@ -24,8 +24,10 @@ import time
 from typing import Any, Dict, NamedTuple, Tuple
 
 MARK = "@@RANKS "
-MAIN_THREAD, ALL_THREADS, OBSERVER = 10, 11, "tell_collectives"  # as in observe_rank.py
-ANSWER_S = 3.0  # seconds in which a rank answers: a dump takes milliseconds, where the node isn't swamped
+STACK_SIGNAL = signal.SIGRTMIN + 10  # as in observe_rank.py
+ANSWER_S = 4.0  # seconds in which a rank answers: it takes milliseconds, where the node isn't swamped
+THREAD_S = 1.5  # seconds until a thread that doesn't answer is taken for one that waits for Python's lock
+LOOK_S = 0.5  # seconds over which the use of the CPU is measured
 SETTLED_S = 0.1  # seconds without growth after which a dump is complete
 MOST_FRAMES, MOST_THREADS, MOST_HELPERS = 100, 20, 16
 HISTORY = 8  # collectives of each group that are told of
@@ -83,50 +85,68 @@ def ranks_of(found: dict[int, Process]) -> dict[int, list[Process]]:
 class Asked:
     """What a process was asked, and where its answers will be."""
 
-    def __init__(self, process: Process, all_threads: bool) -> None:
+    def __init__(self, process: Process) -> None:
         folder = process.variables.get("LANSPEED_STACKS", "")
-        self.dump, self.recorder = os.path.join(folder, str(process.pid)), os.path.join(folder, f"{process.pid}.json")
-        self.before = self.size()
-        self.recorded = self.written()
-        number = signal.SIGRTMIN + (ALL_THREADS if all_threads else MAIN_THREAD)
-        self.is_expected = os.path.exists(self.dump) and process.state not in "TtZX" and catches(process.pid, number)
-        self.is_recorded = False
-        if self.is_expected:  # any other process would die of the signal
-            with contextlib.suppress(OSError):
-                os.kill(process.pid, number)
-            self.is_recorded = ask(self.dump + ".ask")
-        self.last, self.since = self.before, time.monotonic()
+        self.process = process
+        self.dump, self.told = os.path.join(folder, str(process.pid)), os.path.join(folder, f"{process.pid}.json")
+        self.before = self.last = self.size()
+        self.written = self.time_written()
+        self.since = self.began = time.monotonic()
+        self.is_able = os.path.exists(self.dump) and process.state not in "TtZX"
+        self.has_thread = self.is_able and ask(self.dump + ".ask")
+        self.is_signalled = False
 
     def size(self) -> int:
         """Return the bytes of its dumps."""
-        return os.path.getsize(self.dump) if os.path.exists(self.dump) else 0
+        with contextlib.suppress(OSError):
+            return os.stat(self.dump).st_size
+        return 0
 
-    def written(self) -> int:
-        """Return when its collectives were written."""
-        return os.stat(self.recorder).st_mtime_ns if os.path.exists(self.recorder) else 0
+    def time_written(self) -> int:
+        """Return when its thread answered last."""
+        with contextlib.suppress(OSError):
+            return os.stat(self.told).st_mtime_ns
+        return 0
+
+    def has_told(self) -> bool:
+        """Return whether its thread has answered."""
+        return self.has_thread and self.time_written() != self.written
 
     def is_answered(self) -> bool:
-        """Return whether all is there that was asked for."""
+        """Return whether there is an answer, or none to be had. A thread that can't answer is replaced by the signal.
+        """
+        if not self.is_able or self.has_told():
+            return True
+        if not self.is_signalled and (not self.has_thread or time.monotonic() - self.began > THREAD_S):
+            self.is_signalled = catches(self.process.pid, STACK_SIGNAL)  # any other process would die of it
+            if not self.is_signalled:
+                return not self.has_thread
+            with contextlib.suppress(OSError):
+                os.kill(self.process.pid, STACK_SIGNAL)
         now = self.size()
         if now != self.last:
             self.last, self.since = now, time.monotonic()
-        there = not self.is_expected or (now > self.before and time.monotonic() - self.since > SETTLED_S)
-        return there and (not self.is_recorded or self.written() != self.recorded)
+        return now > self.before and time.monotonic() - self.since > SETTLED_S
 
-    def stacks(self) -> list[list[Frame]]:
-        """Return the stacks that have come, the main thread's first."""
-        if not self.is_expected or self.size() == self.before:
-            return []
+    def answer(self) -> tuple[list[list[Frame]], list[dict[str, Any]]]:
+        """Return the stacks that have come, the main thread's first, and the last collectives of each group."""
+        with contextlib.suppress(OSError, ValueError):  # the job has ended meanwhile
+            return self.read_answer()
+        return [], []
+
+    def read_answer(self) -> tuple[list[list[Frame]], list[dict[str, Any]]]:
+        """Return the same. Raises OSError, ValueError."""
+        if self.has_told():
+            with open(self.told, encoding="utf-8", errors="replace") as file:
+                first, *rest = file.read().split("\n")
+            stacks = [[(str(path)[:300], int(line), str(name)[:100]) for path, line, name in stack[:MOST_FRAMES]]
+                      for stack in json.loads(first)][:MOST_THREADS]
+            return stacks, parse_recorder(rest, time.time())
+        if self.size() == self.before:
+            return [], []
         with open(self.dump, encoding="utf-8", errors="replace") as file:
             file.seek(self.before)
-            return parse_stacks(file.read())
-
-    def collectives(self) -> list[dict[str, Any]]:
-        """Return the last collectives of each process group, the newest last."""
-        if not self.is_recorded or self.written() == self.recorded:
-            return []
-        with open(self.recorder, encoding="utf-8", errors="replace") as file:
-            return parse_recorder(file.read(), time.time())
+            return [parse_stack(file.read())], []
 
 
 def catches(pid: int, number: int) -> bool:
@@ -149,26 +169,21 @@ def ask(pipe: str) -> bool:
     return True
 
 
-def parse_stacks(text: str) -> list[list[Frame]]:
-    """Return faulthandler's stacks, innermost frame first; the thread that got the signal, the main one, is first."""
-    found: list[list[Frame]] = []
-    current = 0
+def parse_stack(text: str) -> list[Frame]:
+    """Return faulthandler's stack, innermost frame first; of several the last."""
+    found: list[Frame] = []
     for line in text.splitlines():
         if line.endswith("(most recent call first):"):
-            if line.startswith("Current thread"):
-                current = len(found)
-            found.append([])
-        elif found and (frame := FRAME.match(line)) and len(found[-1]) < MOST_FRAMES:
-            number = int(frame[2]) if frame[2].isdigit() else 0
-            found[-1].append((frame[1][:300], number, frame[3][:100]))
-    ordered = [found[current], *found[:current], *found[current + 1 :]] if found else []
-    return [stack for stack in ordered if not any(name == OBSERVER for _, _, name in stack)][:MOST_THREADS]
+            found = []
+        elif (frame := FRAME.match(line)) and len(found) < MOST_FRAMES:
+            found.append((frame[1][:300], int(frame[2]) if frame[2].isdigit() else 0, frame[3][:100]))
+    return found
 
 
-def parse_recorder(text: str, now: float) -> list[dict[str, Any]]:
+def parse_recorder(lines: list[str], now: float) -> list[dict[str, Any]]:
     """Return the last collectives of each group from what torch's flight recorders say, a line each."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in text.splitlines():
+    for line in lines:
         with contextlib.suppress(ValueError):
             for entry in json.loads(line).get("entries", []):
                 with contextlib.suppress(KeyError, TypeError, ValueError, IndexError):
@@ -286,41 +301,44 @@ def node_state(folder: str) -> dict[str, Any]:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def inspect(job: str, all_threads: bool) -> dict[str, Any]:
+def inspect(job: str) -> dict[str, Any]:
     """Return what every rank of a job on this node does."""
     ranks = ranks_of(processes(job))
     every = [process for group in ranks.values() for process in group[: 1 + MOST_HELPERS]]
     cpu = {process.pid: cpu_seconds(process.pid) for process in every}
     started = time.monotonic()
-    asked = {process.pid: Asked(process, all_threads) for process in every}
-    while time.monotonic() - started < ANSWER_S and not all(one.is_answered() for one in asked.values()):
+    asked = {process.pid: Asked(process) for process in every}
+    while time.monotonic() - started < ANSWER_S and not all([one.is_answered() for one in asked.values()]):
         time.sleep(0.02)
-    passed = time.monotonic() - started
+    time.sleep(max(0.0, LOOK_S - (time.monotonic() - started)))
+    passed, answers = time.monotonic() - started, {pid: one.answer() for pid, one in asked.items()}
     sockets = connections()
 
     def described(process: Process) -> dict[str, Any]:
         used = (cpu_seconds(process.pid) - cpu[process.pid]) / max(passed, 0.1)
         return {"pid": process.pid, "state": state_of(process.pid), "waits_in": waits_in(process.pid),
-                "cpu_percent": round(100 * max(used, 0)), "stacks": asked[process.pid].stacks()}
+                "cpu_percent": round(100 * max(used, 0)), "stacks": answers[process.pid][0]}
 
     found = []
     for rank, (process, *helpers) in sorted(ranks.items()):
         mine = [sockets[inode] for inode in sockets_of(process.pid) & set(sockets)]
         mine.sort(key=lambda each: (-each["repeats"], -each["waiting"], each["own"]))
-        found.append({"rank": rank, **described(process), "collectives": asked[process.pid].collectives(),
+        found.append({"rank": rank, **described(process), "collectives": answers[process.pid][1],
                       "helpers": [described(helper) for helper in helpers[:MOST_HELPERS]],
                       "connections": mine[:MOST_CONNECTIONS]})
-    folder = next((os.path.realpath(f"/proc/{group[0].pid}/cwd") for group in ranks.values()), "/")
+    folder = "/"
+    for group in ranks.values():
+        with contextlib.suppress(OSError):
+            folder = os.readlink(f"/proc/{group[0].pid}/cwd")
     return {"ranks": found, "node": node_state(folder)}
 
 
 def main() -> int:
     """Print what is known of the job that is named."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--")]
-    if len(words) != 1:
-        print("usage: inspect_ranks.py JOB [--all-threads]", file=sys.stderr)
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("usage: inspect_ranks.py JOB", file=sys.stderr)
         return 2
-    print("\n" + MARK + json.dumps(inspect(words[0], "--all-threads" in sys.argv)), flush=True)
+    print("\n" + MARK + json.dumps(inspect(sys.argv[1])), flush=True)
     return 0
 
 

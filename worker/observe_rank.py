@@ -1,26 +1,29 @@
 """Lets a rank show where it is: loaded by Python itself, before the program that a rank runs, whichever that is.
 
 run_node.py writes this file as `sitecustomize.py` into a folder of the ranks' PYTHONPATH, and names another folder in
-LANSPEED_STACKS; inspect_ranks.py asks. Two signals have the stack of the main thread, or of all threads, appended to
-the file LANSPEED_STACKS/<pid>, also while Python's lock is held elsewhere. A byte in LANSPEED_STACKS/<pid>.ask has a
-thread write torch's flight recorder, the collectives that this rank has begun, to <pid>.json. Python 3.6+; a rank that
-nobody asks about pays nothing.
+LANSPEED_STACKS; inspect_ranks.py asks. A byte in LANSPEED_STACKS/<pid>.ask has a thread write <pid>.json: the stacks of
+the other threads, and what torch's flight recorder has of this rank's collectives. Where Python's lock is held, or
+there is no such thread, a signal has the main thread's stack appended to the file LANSPEED_STACKS/<pid>. That shows no
+other thread: reading the stack of one that runs can crash it. Python 3.8+; a rank that nobody asks pays nothing.
 """
 
 import faulthandler
+import json
 import os
 import signal
 import sys
+import threading
+from typing import Any
 
 FOLDER = os.environ.get("LANSPEED_STACKS", "")
-MAIN_THREAD, ALL_THREADS = 10, 11  # signals, counted from SIGRTMIN: nobody else's
+STACK_SIGNAL = 10  # counted from SIGRTMIN: nobody else's
+MOST_FRAMES = 100
 
 
-def show_stacks() -> None:
-    """Have the signals write this process's stacks; called again in each process that is forked from this one."""
+def show_stack() -> None:
+    """Have the signal write this process's stack; called again in each process that is forked from this one."""
     file = os.open(os.path.join(FOLDER, str(os.getpid())), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    faulthandler.register(signal.SIGRTMIN + MAIN_THREAD, file=file, all_threads=False)
-    faulthandler.register(signal.SIGRTMIN + ALL_THREADS, file=file, all_threads=True)
+    faulthandler.register(signal.SIGRTMIN + STACK_SIGNAL, file=file, all_threads=False)
 
 
 def is_rank() -> bool:
@@ -32,14 +35,30 @@ def is_rank() -> bool:
         return False
 
 
-def tell_collectives() -> None:
-    """Write the flight recorder's entries whenever somebody asks for them."""
+def stacks() -> list:
+    """Return the stacks of all threads but this one, the main thread's first, each with its innermost frame first."""
+    main, own = threading.main_thread().ident, threading.get_ident()
+    found: list = []
+    for thread, innermost in sys._current_frames().items():
+        lines: list = []
+        frame: Any = innermost
+        while frame and len(lines) < MOST_FRAMES:
+            lines.append((frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name))
+            frame = frame.f_back
+        if thread != own:
+            found.insert(0 if thread == main else len(found), lines)
+    return found
+
+
+def answer() -> None:
+    """Write where this rank is, whenever somebody asks."""
     path = os.path.join(FOLDER, str(os.getpid()))
     os.mkfifo(path + ".ask", 0o600)
     asked = os.open(path + ".ask", os.O_RDWR)  # a reader that is its own writer waits for ever
     while os.read(asked, 1):
         torch = sys.modules.get("torch._C._distributed_c10d")
         with open(path + ".part", "w") as file:
+            file.write(json.dumps(stacks()) + "\n")
             for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # all that the build of torch has
                 if hasattr(torch, name):
                     said = getattr(torch, name)(True, False)  # collectives; not only those under way
@@ -49,12 +68,10 @@ def tell_collectives() -> None:
 
 def start() -> None:
     """Make this process observable."""
-    show_stacks()
-    os.register_at_fork(after_in_child=show_stacks)
+    show_stack()
+    os.register_at_fork(after_in_child=show_stack)
     if is_rank():
-        import threading
-
-        threading.Thread(target=tell_collectives, name="lanspeed", daemon=True).start()
+        threading.Thread(target=answer, name="lanspeed", daemon=True).start()
 
 
 def run_hidden() -> None:

@@ -90,16 +90,16 @@ class HangReport:
         return {"at": self.at, "cause": asdict(self.cause), "ranks": [asdict(row) for row in self.rows], "hosts": told}
 
 
-def ask(session: Session, python: str, job: str, all_threads: bool) -> HostAnswer:
+def ask(session: Session, python: str, job: str) -> HostAnswer:
     """Return what a host tells of a job's ranks and of itself. Raises SshError."""
-    state = query_ranks(session, python, job, all_threads)
+    state = query_ranks(session, python, job)
     try:
         return HostAnswer(state, measure_once(session, python))
     except SshError:
         return HostAnswer(state, {})
 
 
-def ask_all(sessions: Mapping[str, Session | None], pythons: Mapping[str, str], job: str, all_threads: bool
+def ask_all(sessions: Mapping[str, Session | None], pythons: Mapping[str, str], job: str
             ) -> dict[str, HostAnswer | SshError]:
     """Return what each host tells, all asked at once over sessions that are there (None: no connection)."""
     def one(host: str) -> HostAnswer | SshError:
@@ -107,7 +107,7 @@ def ask_all(sessions: Mapping[str, Session | None], pythons: Mapping[str, str], 
         try:
             if session is None:
                 raise SshError(host, "connection", "none now")
-            return ask(session, pythons[host], job, all_threads)
+            return ask(session, pythons[host], job)
         except SshError as error:
             return error
         except Exception as error:  # as in run_on_all: a host must not cost the others

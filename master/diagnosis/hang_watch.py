@@ -34,7 +34,7 @@ class HangWatch(HangDetector):
     def examine(self, sessions: Mapping[str, Session | None], ended: Mapping[int, str]) -> None:
         """Ask every rank, in a thread of its own; `ended`: how ranks have ended."""
         def ask() -> None:
-            answers = ask_all(sessions, self._job.pythons, self._job.name, all_threads=True)
+            answers = ask_all(sessions, self._job.pythons, self._job.name)
             self._found = explain(answers, self._job.ranks, ended)
 
         if self._thread is None or not self._thread.is_alive():

@@ -84,14 +84,10 @@ class HostState:
     node: Mapping[str, Any]
 
 
-def query_ranks(session: Session, python: str, job: str, all_threads: bool) -> HostState:
-    """Return what the ranks of a job do on a host. Raises SshError.
-
-    `all_threads`: their stacks too, which is safe where nothing moves; a busy rank is asked for its main thread alone.
-    """
+def query_ranks(session: Session, python: str, job: str) -> HostState:
+    """Return what the ranks of a job do on a host. Raises SshError."""
     script, host = WORKER / "inspect_ranks.py", str(session.node)
-    words = [job, *(["--all-threads"] if all_threads else [])]
-    done = session.run(f"exec {shlex.quote(python)} {stdin_loader(script)} {shlex.join(words)}", source(script),
+    done = session.run(f"exec {shlex.quote(python)} {stdin_loader(script)} {shlex.quote(job)}", source(script),
                        timeout=PATIENCE)
     line = next((line for line in done.out.splitlines() if line.startswith(MARK)), None)
     if line is None:

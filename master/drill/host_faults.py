@@ -77,7 +77,7 @@ def hosts_of(slots: Sequence[Slots], cluster: Mapping[str, Any], ssh: SshOptions
 
 def last_rank(session: Session, hosts: DrillHosts, job: str) -> tuple[int, int]:
     """Return the last rank of a job on a host, and its process. Raises SshError."""
-    found = query_ranks(session, hosts.places[session.node].python, job, all_threads=False).ranks
+    found = query_ranks(session, hosts.places[session.node].python, job).ranks
     if not found:
         raise SshError(str(session.node), "drill", "no rank runs there")
     return max(found), found[max(found)].process.pid

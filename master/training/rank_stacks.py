@@ -35,7 +35,7 @@ def show_stacks(run: Path, options: argparse.Namespace) -> int:
     pythons = {str(part.node): part.place.python for part in parts}
 
     def work(session: Session) -> HostAnswer:
-        return ask(session, pythons[str(session.node)], job, all_threads=False)
+        return ask(session, pythons[str(session.node)], job)
 
     found = run_on_all([part.node for part in parts], with_logins(ssh_options(options), cluster), work,
                        host_key_prompt())
