@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,9 @@ import pytest
 from conftest import ROOT, TRAINER, WARM
 from ssh_server import free_port
 from warm_trainer import Job
+
+from trainer.checkpoint.universal import optimizer_shards
+from trainer.checkpoint.verification import find_damage
 
 
 def train_on_two(environment: dict[str, str], root: Path, *words: str, torchrun: bool = False) -> list[str]:
@@ -67,6 +71,25 @@ def test_each_keeps_its_shards_and_both_resume_from_what_both_have(
     outputs = train_on_two(environment, tmp_path, *config, "--resume_from_checkpoint", "auto")
     assert "checkpoint-6 is half-written" in outputs[0]
     assert re.search(r"world size +2", outputs[0])
+    assert "resuming after 4" in outputs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["zero1", "zero3"])
+def test_a_checkpoint_with_copies_is_whole_on_either_machine(
+    environment: dict[str, str], tmp_path: Path, preset: str
+) -> None:
+    config = ["--deepspeed_config", str(ROOT / "trainer" / "configs" / f"{preset}.json"), "--checkpoint_copies", "1",
+              "--max_steps"]
+    train_on_two(environment, tmp_path, *config, "4")
+    sums = []
+    for node in range(2):
+        folder = tmp_path / f"machine-{node}" / "run" / "checkpoints" / "checkpoint-4"
+        assert find_damage(folder) is None and optimizer_shards(folder) == {0, 1}
+        files = json.loads((folder / "complete.json").read_text())["files"]
+        sums.append({name: files[name] for name in files if "zero_pp_rank_" in name})
+    assert sums[0] == sums[1] and len(sums[0]) >= 2
+    outputs = train_on_two(environment, tmp_path, *config, "6", "--resume_from_checkpoint", "auto")
     assert "resuming after 4" in outputs[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def test_a_step_keeps_its_rows(micro: int, accumulation: int, rows: int, world: 
 def test_rows_that_cannot_be_shared_are_told() -> None:
     with pytest.raises(UserError, match=r"16 sequences in this run, which 3 ranks .* resume with 1, 2, 4, 8, 16 ranks"):
         universal.keep_global_batch(options(8, 1), 16, 3)
+
+
+@pytest.mark.parametrize(("rows", "world", "batch"), [(8, 3, 9), (16, 3, 15), (2, 4, 4), (9, 4, 8), (16, 4, 16)])
+def test_a_flexible_batch_is_the_nearest_that_the_ranks_can_share(rows: int, world: int, batch: int) -> None:
+    found = universal.keep_global_batch(replace(options(8, 1), flexible_batch=True), rows, world)
+    assert found.batch_per_rank * world == batch and found.per_device_train_batch_size <= 8
 
 
 def test_parts_that_are_elsewhere_are_named(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
 
 BLOCK = 16 << 20  # bytes of a message
-NAME = re.compile(r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # in the checkpoint's folder, or one below it
+PART = "[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # of a path: no dot comes first
+NAME = re.compile(f"({PART}/){{0,8}}{PART}")
 
 
 def files_of(folder: Path) -> dict[str, int]:
@@ -46,8 +47,9 @@ def spread(folder: Path, ranks: Ranks, copies: int, faults: Faults) -> None:
 def lacking(there: dict[str, int], here: dict[str, int]) -> dict[str, int]:
     """Return the files of one host that another hasn't. Raises UserError for a name that could lead elsewhere."""
     found = {name: size for name, size in sorted(there.items()) if name not in here}
-    if odd := next((name for name in found if not NAME.fullmatch(name)), None):
-        raise UserError(f"{odd!r} is no file of a checkpoint")
+    for name in found:
+        if not NAME.fullmatch(name):
+            raise UserError(f"{name!r} is no file of a checkpoint")
     return found
 
 
