@@ -32,6 +32,8 @@ from master.inventory.cluster_file import read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile, select
 from master.ssh.options import add_ssh_flags, ssh_flags, ssh_options
 
+LAST_LINES = 6  # of the launcher's output that are shown after a failure
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this tool's flags."""
@@ -83,8 +85,7 @@ def run_drill(options: argparse.Namespace) -> int:
         run.end()
         left = wait_until_clean(hosts, run.prefix, options.limit)
     is_fine = not left and all(result.is_fine for result in results)
-    if left:
-        say(f"left behind: {problem(left)}")
+    say(f"left behind: {problem(left)}" if left else "nothing is left on the hosts")
     if is_fine and not options.keep:
         remove_run(hosts, path)
         shutil.rmtree(path, ignore_errors=True)
@@ -92,7 +93,8 @@ def run_drill(options: argparse.Namespace) -> int:
         with contextlib.suppress(OSError):
             path.parent.rmdir()  # if it is empty
     else:
-        say(f"what the launcher printed: {path}.log; the run folder: {path}")
+        say(*(f"  {line}" for line in run.output().splitlines()[-LAST_LINES:] if not is_fine),
+            f"what the launcher printed: {path}.log; the run folder: {path}")
     if options.json:
         print(json.dumps({"results": [asdict(result) for result in results], "left": left}, indent=1))
     return int(not is_fine)

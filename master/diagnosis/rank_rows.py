@@ -106,10 +106,10 @@ def row_of(host: str, rank: RankState) -> RankRow:
         return replace(row, state=SILENT, operation=process.waits_in)
     if held := busy_helper(rank.helpers):
         helper, frame = held
-        row = replace(row, frame=shown(frame), note=f"its data worker, process {helper.pid}", pid=helper.pid,
+        row = replace(row, frame=shown(frame), note=f"whose data worker (process {helper.pid})", pid=helper.pid,
                       is_busy=helper.cpu_percent >= BUSY_PERCENT)
         if helper.state in "Tt":
-            row = replace(row, note=f"{row.note}, is stopped: kill -CONT {helper.pid} there continues it")
+            row = replace(row, operation=f"stopped (kill -CONT {helper.pid} there continues it)")
     if process.state == "D":
         return replace(row, state=SYSTEM_CALL, operation=process.waits_in)
     return row
@@ -180,5 +180,5 @@ def described(row: RankRow) -> str:
         COLLECTIVE: f"which waits in {row.where}{at}", RENDEZVOUS: f"which waits at {row.where}"}
     if row.state != PYTHON:
         return f"{who}, {said[row.state]}"
-    return (f"{who}, {f'{row.note}, is' if row.note else 'which is'}{at or ' in Python'}"
-            + (" and computes" if row.is_busy else ""))
+    does = f" {row.operation}" if row.operation else at or " in Python"
+    return f"{who}, {row.note or 'which'} is{does}" + (" and computes" if row.is_busy else "")

@@ -89,8 +89,8 @@ def test_a_data_worker_that_hangs_is_named_with_its_rank(desk: Desk) -> None:
     rank, step = chosen("worker")
     ranks, sentence, _ = run_script(desk, "worker", rank, step)
     assert ranks == [rank], sentence
-    assert f"except {place(rank)}, its data worker, process " in sentence
-    assert ", is in read_slowly (tests/hanging.py:" in sentence
+    assert f"except {place(rank)}, whose data worker (process " in sentence
+    assert ") is in read_slowly (tests/hanging.py:" in sentence
 
 
 def test_a_rank_of_a_script_that_never_joins_is_named(desk: Desk) -> None:

@@ -152,9 +152,10 @@ def test_a_data_worker_is_told_with_its_rank() -> None:
     idle = (("/usr/lib/python3.11/multiprocessing/queues.py", 103, "get"), *child[1:])
     rank = replace(elsewhere(3), helpers=(process(idle), replace(process(child), pid=4001)))
     found = cause_of(waiting(0), waiting(1), waiting(2), rank)
-    assert "rank 3 on gpu2, its data worker, process 4001, is in decode (me/rows.py:7)" in found.sentence
+    assert "rank 3 on gpu2, whose data worker (process 4001) is in decode (me/rows.py:7)" in found.sentence
     held = replace(elsewhere(3), helpers=(replace(process((), state="T"), pid=4001),))
-    assert "process 4001, is stopped: kill -CONT 4001" in cause_of(waiting(0), waiting(1), waiting(2), held).sentence
+    found = cause_of(waiting(0), waiting(1), waiting(2), held)
+    assert "(process 4001) is stopped (kill -CONT 4001 there continues it)" in found.sentence
 
 
 def test_ranks_that_agree_share_a_line_of_the_table_and_the_cause_comes_first() -> None:
