@@ -68,7 +68,7 @@ def run_drill(options: argparse.Namespace) -> int:
     hosts = hosts_of(slots, cluster, with_logins(ssh_options(options), cluster))
     path = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-drill-{secrets.token_hex(4)}"
     flags = ["--hostfile", str(options.hostfile), "--include", options.include, "--exclude", options.exclude]
-    run = DrilledRun(path, [*flags, *ssh_flags(options)], options.limit)
+    run = DrilledRun(path, [*flags, *ssh_flags(options)], hosts.ssh.password, options.limit)
     results: list[FaultResult] = []
     say(f"drill on {len(hosts.nodes)} host{'s' * (len(hosts.nodes) > 1)}: up to {options.limit:.0f} s for each of "
         f"{3 + 3 * len(hosts.nodes)} steps; Ctrl-C ends it")

@@ -24,6 +24,7 @@ from master.ssh.route import SshError
 from master.ssh.session import Session
 
 FOLDER = "hangs"  # in the run folder
+MOST_KEPT = 20  # reports
 GIB = 1 << 30
 
 
@@ -61,7 +62,7 @@ class HangReport:
 
     def hosts(self) -> list[str]:
         """Return a line for each host: load, memory, disk, GPUs; or why it can't be asked."""
-        return [one_line(f"  {host}: {described(answer)}") for host, answer in self.answers.items()]
+        return [one_line(f"  {host}: {host_state(answer)}") for host, answer in self.answers.items()]
 
     def lines(self) -> list[str]:
         """Return the sentence and both tables."""
@@ -81,6 +82,8 @@ class HangReport:
                   for line in stack_lines(who, process)]
         write_atomically(path.with_suffix(".json"), json.dumps(self.record(), indent=1) + "\n")
         write_atomically(path, "\n".join([*self.lines(), *stacks]) + "\n")
+        for old in sorted(path.parent.glob("*-*.*"))[: -2 * MOST_KEPT]:  # a hang that nobody ends is reported all night
+            old.unlink(missing_ok=True)
         return path
 
     def record(self) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def explain(answers: Mapping[str, HostAnswer | SshError], ranks: Mapping[str, Se
     return HangReport(find_cause(rows, states, at), tuple(rows), answers, at)
 
 
-def described(answer: HostAnswer | SshError) -> str:
+def host_state(answer: HostAnswer | SshError) -> str:
     """Return the state of a host in a line."""
     if isinstance(answer, SshError):
         return f"{answer.stage}: {answer.reason}"

@@ -16,6 +16,7 @@ from master.core.run_cli import UserError
 from master.run.launcher_process import read_launcher_record
 from master.run.metrics_file import MetricsFile
 from master.run.run_folder import job_prefix
+from master.ssh.options import PASSWORD_VARIABLE
 
 SETTINGS = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--eval_steps",
             "0", "--num_samples", "0", "--save_steps", "100", "--max_steps", "10000000", "--lr_scheduler_type",
@@ -31,10 +32,12 @@ class DrillError(UserError):
 
 
 class DrilledRun:
-    """`run` is the run folder, `base` the launcher's flags for hosts and ssh. Raises DrillError where nothing comes."""
+    """`run` is the run folder, `base` the launcher's flags for hosts and ssh, `password` that of the hosts, if there is
+    one; `limit`: seconds to wait for anything. Raises DrillError where nothing comes."""
 
-    def __init__(self, run: Path, base: Sequence[str], limit: float) -> None:
+    def __init__(self, run: Path, base: Sequence[str], password: str | None, limit: float) -> None:
         self.run, self._base, self._limit = run, list(base), limit
+        self._variables = {**os.environ, **({PASSWORD_VARIABLE: password} if password else {})}
         self._metrics = MetricsFile(run / "metrics.jsonl")
         self._log = run.with_name(f"{run.name}.log")
         self._from = 0  # where the output of the launcher at hand begins
@@ -48,7 +51,8 @@ class DrilledRun:
             self._from = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, str(ROOT / "master" / "launch_training.py"), *words, *self._base, *flags],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env=self._variables)
 
     @property
     def pid(self) -> int:
@@ -78,12 +82,12 @@ class DrilledRun:
             log.seek(self._from)
             return log.read().decode("utf-8", "replace")
 
-    def wait(self, condition: Callable[[], object], what: str) -> float:
+    def wait(self, condition: Callable[[], object], what: str, times: int = 1) -> float:
         """Wait until a condition holds and return the seconds; raise DrillError after too many, or if it has ended."""
-        started = time.monotonic()
+        started, limit = time.monotonic(), times * self._limit
         while not condition():
-            if time.monotonic() - started > self._limit:
-                raise DrillError(f"{what}: not within {self._limit:.0f} s")
+            if time.monotonic() - started > limit:
+                raise DrillError(f"{what}: not within {limit:.0f} s")
             if not self.is_running and not condition():
                 raise DrillError(f"{what}: the launcher has ended: {self.last_line()}")
             time.sleep(POLL_S)

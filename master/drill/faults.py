@@ -13,6 +13,7 @@ from master.drill.host_faults import DrillHosts, break_connection, kill_rank, wa
 from master.ssh.node_names import Node
 from master.ssh.route import SshError
 
+FIRST_START = 5  # times the limit: from a cold disk, and with operators to be compiled
 ENOUGH = 120  # steps before a fault: more than --save_steps, so that there is a checkpoint
 
 
@@ -52,7 +53,7 @@ def started(run: DrilledRun) -> FaultResult:
     """Start the training."""
     run.start("--model", "tiny")
     began = time.monotonic()
-    run.wait(lambda: run.step > 0, "the first step")
+    run.wait(lambda: run.step > 0, "the first step", FIRST_START)
     seconds = time.monotonic() - began
     run.wait(lambda: run.step > ENOUGH, "the first checkpoint")
     return FaultResult("start", "trains", seconds)

@@ -15,6 +15,7 @@ from master.run.command_record import RECORD as COMMAND
 from master.run.command_record import write_command
 from master.run.launcher_process import LOCK, RECORD, survive_hangup, write_launcher_record
 from master.run.run_folder import RunError, save_hosts
+from master.ssh.node_names import parse_node
 from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
@@ -102,8 +103,7 @@ def start_again(request: TrainingRequest, last: Training, ssh: SshOptions) -> tu
 
 def unreachable(request: TrainingRequest, ssh: SshOptions) -> dict[str, SshError]:
     """Return why hosts of a training can't be reached now."""
-    nodes = [part.node for part in Training(request).parts]
-    found = run_on_all(nodes, ssh, lambda session: None)
+    found = run_on_all([parse_node(host.host) for host in request.hosts.slots], ssh, lambda session: None)
     return {str(node): error for node, error in found.items() if isinstance(error, SshError)}
 
 

@@ -42,7 +42,7 @@ def conclude(place: RunPlace, result: JobResult, ssh: SshOptions) -> int:
     mark_failed(place.run, 1)
     usage = cause is not None and cause.code == WRONG_USAGE and place.is_ours
     if not usage:
-        why = cause or (f"it hung: {result.hang}" if result.hang else "")
+        why = cause or (f"it hung: {result.hang}" if result.hang else launchers_words(result))
         say(f"training failed after {result.first_failure_at or 0:.0f} s" + (f": {why}" if why else ""))
     if cause:
         explain(cause, place.run)
@@ -50,6 +50,13 @@ def conclude(place: RunPlace, result: JobResult, ssh: SshOptions) -> int:
         say(f"output: {shlex.quote(str(place.run / 'logs'))}")
         tell_how_to_resume(place, result)
     return WRONG_USAGE if usage else 1
+
+
+def launchers_words(result: JobResult) -> str:
+    """Return the last words of a launcher of DeepSpeed that failed before it had started a rank, '' if there are
+    none."""
+    return next((f"{host}: {lines[-1]}" for (host, rank), lines in result.output.items()
+                 if rank is None and lines and result.launcher_codes.get(host)), "")
 
 
 def tell_what_was_missed(place: RunPlace, result: JobResult) -> int:

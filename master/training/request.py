@@ -107,8 +107,14 @@ def on_hosts(request: TrainingRequest, slots: Sequence[Slots]) -> TrainingReques
 
 
 def survival_flags(options: argparse.Namespace, hosts: Hosts) -> list[str]:
-    """Return the trainer's flags by which a checkpoint outlives as many hosts as --min-hosts lets go."""
+    """Return the trainer's flags by which a checkpoint outlives as many hosts as --min-hosts lets go.
+
+    Raises UsageError where there aren't so many hosts.
+    """
     spare = len(hosts.slots) - options.min_hosts if options.min_hosts else 0
+    if spare < 0:
+        raise UsageError(f"--min-hosts {options.min_hosts}: there {'is' if len(hosts.slots) == 1 else 'are'} only "
+                         f"{len(hosts.slots)}")
     return ["--checkpoint_copies", str(spare), "--flexible_batch"] if spare > 0 else []
 
 
