@@ -193,7 +193,8 @@ def parse_recorder(lines: list[str], now: float) -> list[dict[str, Any]]:
                         "group": group[:40], "backend": backend[:20], "operation": operation[:60],
                         "is_default": entry["process_group"][1] == "default_pg",
                         "sequence": int(entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"]),
-                        "is_p2p": bool(entry["is_p2p"]), "is_over": bool(entry["retired"]),
+                        "is_p2p": bool(entry["is_p2p"]),
+                        "is_over": bool(entry["retired"]) or entry["state"] == "completed",
                         "sizes": json.dumps(entry["input_sizes"])[:100],
                         "seconds": max(0.0, round(now - entry["time_created_ns"] / 1e9, 1))})
     return [entry for entries in groups.values() for entry in sorted(entries, key=lambda each: -each["seconds"])

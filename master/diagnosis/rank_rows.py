@@ -20,6 +20,7 @@ COLLECTIVES = {"all_reduce", "reduce", "broadcast", "all_gather", "all_gather_in
                "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier", "monitored_barrier", "gather",
                "scatter", "send", "recv"}
 MEETING = ("/torch/distributed/rendezvous.py", "/trainer/distributed/store.py")  # ranks wait at a store, not in one
+NCCL = "nccl"
 BUSY_PERCENT = 50  # of a CPU: a rank that computes waits for nobody, but for NCCL, which spins
 CHILD = "_bootstrap"  # multiprocessing's: what is outside of it is a copy of the parent's stack
 
@@ -77,8 +78,14 @@ def busy_helper(helpers: Sequence[ProcessState]) -> tuple[ProcessState, Frame | 
 
 
 def under_way(rank: RankState) -> Collective | None:
-    """Return the collective that a rank waits in, by its flight recorder."""
+    """Return the collective that a rank waits in, by its flight recorder.
+
+    A GPU does what it was given in order, so it's in the oldest one; on CPUs older ones go on beside the newest.
+    """
     found = [one for one in rank.collectives if not one.is_over]
+    on_gpu = [one for one in found if one.backend == NCCL]
+    if on_gpu:
+        return max(on_gpu, key=lambda one: one.seconds)
     return min(found, key=lambda one: one.seconds) if found else None
 
 
@@ -94,7 +101,7 @@ def row_of(host: str, rank: RankState) -> RankRow:
     if process.state == "D" and not process.stack:
         return replace(row, state=SYSTEM_CALL, operation=process.waits_in)
     active = under_way(rank)
-    if active and (process.cpu_percent < BUSY_PERCENT or active.backend == "nccl"):
+    if active and (process.cpu_percent < BUSY_PERCENT or active.backend == NCCL):
         return replace(row, state=COLLECTIVE, operation=named(active.operation), sequence=active.sequence,
                        seconds=active.seconds)
     in_torch = [name for file, _, name in process.stack if file.endswith(C10D)]

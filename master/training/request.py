@@ -21,7 +21,7 @@ from master.training.deepspeed_command import first_address, is_only_here, launc
 from master.training.job import Supervision
 
 # What the hosts get of this shell's environment: settings of the libraries, never all of it.
-SENT = ("NCCL_", "TORCH_NCCL_", "GLOO_", "DS_", "DEEPSPEED_")
+SENT = ("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_", "DS_", "DEEPSPEED_")
 SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
 ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 

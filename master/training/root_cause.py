@@ -28,6 +28,7 @@ HINTS: list[tuple[str, str]] = [
     (r"Permission denied", "the account there may not read or write that"),
 ]
 KILLED = "if you didn't kill it, the kernel ran out of memory: sudo dmesg | tail on that host"
+EARLY = "exited with code 0 while the others still trained"
 TAIL = 12  # lines of a failing rank that are shown
 
 
@@ -87,6 +88,9 @@ def first_cause(exits: Sequence[RankExit], lost_hosts: Mapping[str, str],
     failed = sorted((end for end in exits if end.code and not end.asked), key=lambda end: end.at)
     causes = [end for end in failed if not COLLATERAL.search("\n".join(output.get((end.host, end.rank), [])[-40:]))
               or end.code < 0]
+    left = [end for end in exits if failed and end.code == 0 and not end.asked and end.at < failed[0].at]
+    if left and not causes and not lost_hosts:
+        return Cause(left[0].host, left[0].rank, EARLY, 0, (), "each rank must do as many steps as the others")
     if causes or (failed and not lost_hosts):
         end = (causes or failed)[0]
         if not output.get((end.host, end.rank)):  # what goes wrong on all ranks alike is printed by the first one

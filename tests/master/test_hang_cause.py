@@ -140,6 +140,13 @@ def test_a_collective_that_one_rank_has_finished_is_the_networks() -> None:
     assert cause_of(others[0], others[1], apart, others[2]).ranks == ()
 
 
+def test_a_gpu_is_in_the_oldest_collective_that_it_was_given() -> None:
+    given = [replace(collective(number), backend="nccl", seconds=100.0 - number) for number in (16, 17, 18)]
+    ahead = [replace(waiting(rank, *given), process=process(cpu=100)) for rank in (0, 1, 2)]
+    found = cause_of(*ahead, elsewhere(3))
+    assert found.ranks == (3,) and found.sentence.startswith("all ranks wait in all-reduce 16 since ")
+
+
 def test_ranks_that_all_compute_wait_for_nobody() -> None:
     found = cause_of(*[elsewhere(rank, cpu=99) for rank in range(4)])
     assert not found.is_hang

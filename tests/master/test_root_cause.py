@@ -23,6 +23,10 @@ BUG = ["loading", "Traceback (most recent call last):", "  File \"mine.py\", lin
     ([RankExit("a", 0, 1, 2.0)], {"b": "connection: no answer for 12 s"}, {("a", 0): LOST_PEER},
      "b: connection: no answer for 12 s"),
     ([RankExit("a", 0, 1, 2.0)], {}, {("a", 0): LOST_PEER}, "a, rank 0: exited with code 1"),
+    # Who has left the loop early took the connections of the others along.
+    ([RankExit("b", 1, 0, 1.9), RankExit("a", 0, 1, 2.0)], {}, {("a", 0): LOST_PEER},
+     "b, rank 1: exited with code 0 while the others still trained"),
+    ([RankExit("b", 1, 0, 1.9), RankExit("a", 0, 1, 2.0)], {}, {("a", 0): BUG}, "a, rank 0: exited with code 1"),
     ([RankExit("a", 0, -64, 2.0)], {}, {}, "a, rank 0: killed by SIGRTMAX"),
     ([], {"b": "TCP: refused"}, {("b", None): ["sh: no python"]}, "b: TCP: refused"),
 ])
