@@ -21,9 +21,17 @@ MOST_FRAMES = 100
 
 
 def show_stack() -> None:
-    """Have the signal write this process's stack; called again in each process that is forked from this one."""
+    """Have the signal write this process's stack."""
     file = os.open(os.path.join(FOLDER, str(os.getpid())), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     faulthandler.register(signal.SIGRTMIN + STACK_SIGNAL, file=file, all_threads=False)
+
+
+def show_stack_of_child() -> None:
+    """Do the same in a process that was forked from this one; the folder may be gone by now."""
+    try:
+        show_stack()
+    except OSError:
+        faulthandler.unregister(signal.SIGRTMIN + STACK_SIGNAL)
 
 
 def is_rank() -> bool:
@@ -69,7 +77,7 @@ def answer() -> None:
 def start() -> None:
     """Make this process observable."""
     show_stack()
-    os.register_at_fork(after_in_child=show_stack)
+    os.register_at_fork(after_in_child=show_stack_of_child)
     if is_rank():
         threading.Thread(target=answer, name="lanspeed", daemon=True).start()
 
