@@ -20,8 +20,7 @@ COLLECTIVES = {"all_reduce", "reduce", "broadcast", "all_gather", "all_gather_in
                "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier", "monitored_barrier", "gather",
                "scatter", "send", "recv"}
 MEETING = ("/torch/distributed/rendezvous.py", "/trainer/distributed/store.py")  # ranks wait at a store, not in one
-NCCL = "nccl"
-BUSY_PERCENT = 50  # of a CPU: a rank that computes waits for nobody, but for NCCL, which spins
+NCCL = "nccl"  # whose ranks spin while they wait
 CHILD = "_bootstrap"  # multiprocessing's: what is outside of it is a copy of the parent's stack
 
 
@@ -93,7 +92,7 @@ def row_of(host: str, rank: RankState) -> RankRow:
     """Return where a rank is."""
     process = rank.process
     row = RankRow(rank.rank, host, PYTHON, pid=process.pid, frame=shown(own_frame(process.stack)),
-                  is_busy=process.cpu_percent >= BUSY_PERCENT)
+                  is_busy=process.is_busy)
     if process.state in "Tt":
         return replace(row, state=STOPPED, note=f"kill -CONT {process.pid} there continues it")
     if process.state in "ZX":
@@ -101,7 +100,7 @@ def row_of(host: str, rank: RankState) -> RankRow:
     if process.state == "D" and not process.stack:
         return replace(row, state=SYSTEM_CALL, operation=process.waits_in)
     active = under_way(rank)
-    if active and (process.cpu_percent < BUSY_PERCENT or active.backend == NCCL):
+    if active and (not process.is_busy or active.backend == NCCL):
         return replace(row, state=COLLECTIVE, operation=named(active.operation), sequence=active.sequence,
                        seconds=active.seconds)
     in_torch = [name for file, _, name in process.stack if file.endswith(C10D)]
@@ -114,7 +113,7 @@ def row_of(host: str, rank: RankState) -> RankRow:
     if held := busy_helper(rank.helpers):
         helper, frame = held
         row = replace(row, frame=shown(frame), note=f"whose data worker (process {helper.pid})", pid=helper.pid,
-                      is_busy=helper.cpu_percent >= BUSY_PERCENT)
+                      is_busy=helper.is_busy)
         if helper.state in "Tt":
             row = replace(row, operation=f"stopped (kill -CONT {helper.pid} there continues it)")
     if process.state == "D":

@@ -16,6 +16,7 @@ from master.ssh.worker_message import check_message
 
 MARK = "@@RANKS "
 PATIENCE = 20.0  # seconds for a host's answer: a node that swaps is slow
+BUSY_PERCENT = 50  # of a CPU
 Frame = tuple[str, int, str]  # file, line, function
 
 
@@ -45,6 +46,11 @@ class ProcessState:
     waits_in: str
     cpu_percent: float
     stacks: tuple[tuple[Frame, ...], ...]
+
+    @property
+    def is_busy(self) -> bool:
+        """True if it computes, or would on a node with a CPU to spare."""
+        return self.state == "R" or self.cpu_percent >= BUSY_PERCENT
 
     @property
     def stack(self) -> tuple[Frame, ...]:
