@@ -16,7 +16,7 @@ ESCAPES = "\x1b[2J\x1b]52;c;QUFB\x07\r\n12:00:00 [0] forged [link=https://evil]x
 # A text for each pattern and format that schemas have, as odd as it allows.
 PATTERNS = {
     r"^/[^\u0000-\u001f\u007f]*$": "/[bold]$(id);\u202e/..", r"^[A-Za-z0-9_.+:-]+$": "x86_64:+",
-    "^[0-9a-f]{16}$": "0" * 16,
+    "^[0-9a-f]{16}$": "0" * 16, "^[A-Za-z]$": "T",
     r"^[A-Za-z0-9_.-]+$": "..", r"^[0-9]+\.[0-9]+(\.[0-9]+)?[0-9A-Za-z.+-]*$": "99999.0",
     r"^(sm_[0-9]{1,5}|(?!sm_)[A-Za-z0-9_.:-]+)$": "gfx:..", r"^(?!.*\.\.)\w[\w./-]*$": "a/./-"}
 FORMATS = {"ip-address": "fe80::1", "ip-interface": "10.0.0.1/0"}

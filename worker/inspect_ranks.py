@@ -318,15 +318,16 @@ def inspect(job: str) -> dict[str, Any]:
     def described(process: Process) -> dict[str, Any]:
         used = (cpu_seconds(process.pid) - cpu[process.pid]) / max(passed, 0.1)
         return {"pid": process.pid, "state": state_of(process.pid), "waits_in": waits_in(process.pid),
-                "cpu_percent": round(100 * max(used, 0)), "stacks": answers[process.pid][0]}
+                "cpu_percent": round(100 * max(used, 0)),
+                "stacks": [[{"file": file, "line": line, "name": name} for file, line, name in stack]
+                           for stack in answers[process.pid][0]]}
 
     found = []
-    for rank, (process, *helpers) in sorted(ranks.items()):
-        mine = [sockets[inode] for inode in sockets_of(process.pid) & set(sockets)]
+    for rank, group in sorted(ranks.items()):
+        mine = [sockets[inode] for inode in sockets_of(group[0].pid) & set(sockets)]
         mine.sort(key=lambda each: (-each["repeats"], -each["waiting"], each["own"]))
-        found.append({"rank": rank, **described(process), "collectives": answers[process.pid][1],
-                      "helpers": [described(helper) for helper in helpers[:MOST_HELPERS]],
-                      "connections": mine[:MOST_CONNECTIONS]})
+        found.append({"rank": rank, "processes": [described(process) for process in group[: 1 + MOST_HELPERS]],
+                      "collectives": answers[group[0].pid][1], "connections": mine[:MOST_CONNECTIONS]})
     folder = "/"
     for group in ranks.values():
         with contextlib.suppress(OSError):

@@ -165,5 +165,5 @@ def stack_lines(who: str, process: ProcessState) -> list[str]:
              + (f" in {process.waits_in}" if process.waits_in else "") + f", {process.cpu_percent} % of a CPU"]
     for number, stack in enumerate(process.stacks):
         lines += [f"  thread {number}:"] if len(process.stacks) > 1 else []
-        lines += [one_line(f"    {file}:{line} in {name}") for file, line, name in stack]
-    return lines if process.stacks else [*lines, "    no answer"]
+        lines += [f"    {file}:{line} in {name}" for file, line, name in stack]
+    return list(map(one_line, lines if process.stacks else [*lines, "    no answer"]))

@@ -108,12 +108,13 @@ def query_ranks(session: Session, python: str, job: str) -> HostState:
 
 def rank_of(told: Mapping[str, Any]) -> RankState:
     """Return a rank as a host tells of it; the message is checked."""
-    return RankState(told["rank"], process_of(told), tuple(map(process_of, told["helpers"])),
+    process, *helpers = map(process_of, told["processes"])
+    return RankState(told["rank"], process, tuple(helpers),
                      tuple(Collective(**entry) for entry in told["collectives"]),
                      tuple(Connection(**each) for each in told["connections"]))
 
 
 def process_of(told: Mapping[str, Any]) -> ProcessState:
     """Return a process as a host tells of it."""
-    stacks = tuple(tuple((str(file), int(line), str(name)) for file, line, name in stack) for stack in told["stacks"])
+    stacks = tuple(tuple((frame["file"], frame["line"], frame["name"]) for frame in stack) for stack in told["stacks"])
     return ProcessState(told["pid"], told["state"], told["waits_in"], told["cpu_percent"], stacks)

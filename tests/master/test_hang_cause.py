@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from hostile import extreme
 
 from master.diagnosis.hang_cause import Cause, find_cause
 from master.diagnosis.hang_report import HangReport, explain
 from master.diagnosis.rank_rows import RankRow, own_frame, ranges, row_of
-from master.diagnosis.rank_states import Collective, Connection, Frame, HostState, ProcessState, RankState
+from master.diagnosis.rank_states import Collective, Connection, Frame, HostState, ProcessState, RankState, rank_of
 from master.ssh.route import SshError
+from master.ssh.worker_message import SCHEMA, check_message
 
 TORCH = "/v/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py"
 IN_TORCH: tuple[Frame, ...] = ((TORCH, 3252, "all_reduce"), ("/home/me/mine.py", 10, "train"))
@@ -174,6 +178,18 @@ def test_ranks_that_agree_share_a_line_of_the_table_and_the_cause_comes_first() 
 def test_what_a_host_says_cannot_move_the_cursor() -> None:
     lines = report_of(waiting(0), waiting(1), waiting(2), elsewhere(3, (("/x/\x1b[2J.py", 1, "f\x1b[31m"),))).lines()
     assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("high", [True, False])
+def test_the_worst_that_a_host_may_say_is_told_and_kept(high: bool, tmp_path: Path) -> None:
+    from master.diagnosis.hang_report import HostAnswer
+
+    said = extreme(json.loads(SCHEMA.read_text())["$defs"]["ranks"], high)
+    check_message("ranks", said, "evil")
+    state = HostState({rank["rank"]: rank_of(rank) for rank in said["ranks"]}, said["node"])
+    report = explain({"evil": HostAnswer(state, {})}, {"evil": (0, *state.ranks)})
+    assert all(line.isprintable() for line in report.lines())
+    assert all(line.isprintable() for line in report.keep(tmp_path).read_text().splitlines())
 
 
 def test_frames_and_ranges_as_a_person_reads_them() -> None:

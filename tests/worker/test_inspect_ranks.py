@@ -90,59 +90,65 @@ def inspect(job: str = JOB) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-I", str(ROOT / "worker" / "inspect_ranks.py"), job], capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.partition("@@RANKS ")[2])
-    assert first_error(SCHEMA, told, "ranks") is None
-    return told
+    found = json.loads(done.stdout.partition("@@RANKS ")[2])
+    assert first_error(SCHEMA, found, "ranks") is None
+    return found
+
+
+def told() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is told of the one rank, and of its own process."""
+    (rank,) = inspect()["ranks"]
+    return rank, rank["processes"][0]
 
 
 def innermost(process: dict[str, Any]) -> str:
-    return process["stacks"][0][0][2]
+    return process["stacks"][0][0]["name"]
 
 
 def test_a_rank_shows_its_stack_again_and_again(ranks: list[Rank], tmp_path: Path) -> None:
     ranks.append(Rank(tmp_path, "wait()"))
     for _ in range(3):
-        (rank,) = inspect()["ranks"]
-        assert (rank["rank"], rank["pid"], rank["state"]) == (3, ranks[0].process.pid, "S")
-        assert [frame[2] for frame in rank["stacks"][0]] == ["wait", "<module>"] and len(rank["stacks"]) == 1
+        rank, own = told()
+        assert (rank["rank"], own["pid"], own["state"]) == (3, ranks[0].process.pid, "S")
+        assert [frame["name"] for frame in own["stacks"][0]] == ["wait", "<module>"] and len(own["stacks"]) == 1
 
 
 @pytest.mark.parametrize(("program", "name"), [(HOLDS_LOCK, "hold"), (COMPUTES, "count")])
 def test_a_rank_that_keeps_pythons_lock_or_computes_answers_too(
         program: str, name: str, ranks: list[Rank], tmp_path: Path) -> None:
     ranks.append(Rank(tmp_path, program))
-    (rank,) = inspect()["ranks"]
-    assert innermost(rank) == name
-    assert (rank["state"] == "R") == (name == "count")
+    _, own = told()
+    assert innermost(own) == name
+    assert (own["state"] == "R") == (name == "count")
 
 
 def test_a_stopped_rank_costs_no_wait_and_is_not_disturbed(ranks: list[Rank], tmp_path: Path) -> None:
     ranks.append(Rank(tmp_path, "wait()"))
     os.kill(ranks[0].process.pid, signal.SIGSTOP)
     started = time.monotonic()
-    (rank,) = inspect()["ranks"]
-    assert rank["state"] == "T" and rank["stacks"] == [] and time.monotonic() - started < 3
+    _, own = told()
+    assert own["state"] == "T" and own["stacks"] == [] and time.monotonic() - started < 3
     os.kill(ranks[0].process.pid, signal.SIGCONT)
-    assert innermost(inspect()["ranks"][0]) == "wait"
+    assert innermost(told()[1]) == "wait"
 
 
 def test_what_a_rank_has_forked_is_told_beside_it(ranks: list[Rank], tmp_path: Path) -> None:
     ranks.append(Rank(tmp_path, FORKS))
-    (rank,) = inspect()["ranks"]
-    (helper,) = rank["helpers"]
-    assert innermost(rank) == "wait" and innermost(helper) == "serve" and helper["pid"] != rank["pid"]
+    rank, own = told()
+    (helper,) = rank["processes"][1:]
+    assert innermost(own) == "wait" and innermost(helper) == "serve" and helper["pid"] != own["pid"]
 
 
 def test_a_process_that_was_not_prepared_is_not_signalled(ranks: list[Rank], tmp_path: Path) -> None:
     ranks.append(Rank(tmp_path, "wait()", PYTHONNOUSERSITE="1", PYTHONPATH=""))  # without the file: it would die of it
     (ranks[0].stacks / str(ranks[0].process.pid)).write_text("")
-    (rank,) = inspect()["ranks"]
-    assert rank["stacks"] == [] and ranks[0].process.poll() is None
+    _, own = told()
+    assert own["stacks"] == [] and ranks[0].process.poll() is None
 
 
 def test_the_collectives_are_those_of_torchs_flight_recorder(ranks: list[Rank], tmp_path: Path) -> None:
     ranks.append(Rank(tmp_path, COLLECTIVES, str(tmp_path / "meeting")))
-    (rank,) = inspect()["ranks"]
+    rank, _ = told()
     assert [one["sequence"] for one in rank["collectives"]] == list(range(5, 13))  # the last eight
     last = rank["collectives"][-1]
     assert (last["operation"], last["backend"], last["is_over"], last["sizes"]) == ("all_reduce", "gloo", True, "[[3]]")
@@ -164,5 +170,5 @@ def test_a_start_up_file_of_the_users_own_still_runs(ranks: list[Rank], tmp_path
 
 
 def test_of_a_job_that_is_not_there_nothing_is_told() -> None:
-    told = inspect("another-job")
-    assert told["ranks"] == [] and told["node"]["cores"] >= 1
+    found = inspect("another-job")
+    assert found["ranks"] == [] and found["node"]["cores"] >= 1
