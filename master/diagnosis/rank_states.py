@@ -16,7 +16,7 @@ from master.ssh.worker_message import check_message
 
 MARK = "@@RANKS "
 PATIENCE = 20.0  # seconds for a host's answer: a node that swaps is slow
-BUSY_PERCENT = 50  # of a CPU
+BUSY_PERCENT = 15  # of a CPU: what an answer costs is less, what a swamped node leaves is more
 Frame = tuple[str, int, str]  # file, line, function
 
 

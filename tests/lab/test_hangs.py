@@ -22,7 +22,7 @@ from lab.hosts import Lab
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 SEED = int(os.environ.get("LANSPEED_HANG_SEED", "1"))
-QUICKLY = ["--stall-timeout", "6", "--on-stall", "end", "--patience", "20"]
+QUICKLY = ["--stall-timeout", "12", "--on-stall", "end", "--patience", "20"]
 
 
 @pytest.fixture
