@@ -76,9 +76,9 @@ def taken_over(run: DrilledRun) -> FaultResult:
     """Kill the launcher; another one takes the running job over."""
     run.signal(signal.SIGKILL)
     run.wait_for_end()
-    before, began = run.step, time.monotonic()
+    began = time.monotonic()
     run.start("--attach", str(run.run), train=False)
-    run.wait(lambda: run.step > before, "steps under a new launcher")
+    run.wait(run.first_step, "steps under a new launcher")
     return FaultResult("kill the launcher, start another", "the new one supervises the same ranks",
                        time.monotonic() - began, 0)
 
