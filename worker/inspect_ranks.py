@@ -191,7 +191,6 @@ def parse_recorder(lines: list[str], now: float) -> list[dict[str, Any]]:
                     group = str(entry["process_group"][0])
                     groups.setdefault((backend, group), []).append({
                         "group": group[:40], "backend": backend[:20], "operation": operation[:60],
-                        "is_default": entry["process_group"][1] == "default_pg",
                         "sequence": int(entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"]),
                         "is_p2p": bool(entry["is_p2p"]),
                         "is_over": bool(entry["retired"]) or entry["state"] == "completed",
@@ -212,19 +211,12 @@ def waits_in(pid: int) -> str:
     return ""
 
 
-def state_of(pid: int) -> str:
-    """Return a process's state, X if it has ended."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
-    return "X"
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the time of the CPU that a process has had."""
+def state_and_cpu(pid: int) -> tuple[str, float]:
+    """Return a process's state, X if it has ended, and the seconds of the CPU that it has had."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         words = file.read().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
+        return words[0], (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return "X", 0.0
 
 
 def sockets_of(pid: int) -> set[int]:
@@ -306,7 +298,7 @@ def inspect(job: str) -> dict[str, Any]:
     """Return what every rank of a job on this node does."""
     ranks = ranks_of(processes(job))
     every = [process for group in ranks.values() for process in group[: 1 + MOST_HELPERS]]
-    cpu = {process.pid: cpu_seconds(process.pid) for process in every}
+    before = {process.pid: state_and_cpu(process.pid)[1] for process in every}
     started = time.monotonic()
     asked = {process.pid: Asked(process) for process in every}
     while time.monotonic() - started < ANSWER_S and not all([one.is_answered() for one in asked.values()]):
@@ -316,8 +308,9 @@ def inspect(job: str) -> dict[str, Any]:
     sockets = connections()
 
     def described(process: Process) -> dict[str, Any]:
-        used = (cpu_seconds(process.pid) - cpu[process.pid]) / max(passed, 0.1)
-        return {"pid": process.pid, "state": state_of(process.pid), "waits_in": waits_in(process.pid),
+        state, cpu = state_and_cpu(process.pid)
+        used = (cpu - before[process.pid]) / max(passed, 0.1)
+        return {"pid": process.pid, "state": state, "waits_in": waits_in(process.pid),
                 "cpu_percent": round(100 * max(used, 0)),
                 "stacks": [[{"file": file, "line": line, "name": name} for file, line, name in stack]
                            for stack in answers[process.pid][0]]}

@@ -30,7 +30,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class HostAnswer:
-    """What a host tells: its ranks, and how busy it is ({} where only that can't be told)."""
+    """What a host tells: its ranks, and how busy it is, or the "problem" that only that can't be told."""
 
     state: HostState
     measured: Mapping[str, Any]
@@ -98,8 +98,8 @@ def ask(session: Session, python: str, job: str) -> HostAnswer:
     state = query_ranks(session, python, job)
     try:
         return HostAnswer(state, measure_once(session, python))
-    except SshError:
-        return HostAnswer(state, {})
+    except SshError as error:
+        return HostAnswer(state, {"problem": f"how busy it is can't be told: {error.reason}"})
 
 
 def ask_all(sessions: Mapping[str, Session | None], pythons: Mapping[str, str], job: str

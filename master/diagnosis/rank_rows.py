@@ -27,8 +27,7 @@ CHILD = "_bootstrap"  # multiprocessing's: what is outside of it is a copy of th
 @dataclass(frozen=True)
 class RankRow:
     """Where a rank is: its state (one of the above), operation and its sequence number, since how many seconds, the
-    first frame outside torch and deepspeed, and what else there is to say; `pid` of who is meant; whether it computes.
-    """
+    first frame outside torch and deepspeed, and what else there is to say; whether it computes."""
 
     rank: int
     host: str
@@ -38,7 +37,6 @@ class RankRow:
     seconds: float | None = None
     frame: str = ""
     note: str = ""
-    pid: int = 0
     is_busy: bool = False
 
     @property
@@ -91,7 +89,7 @@ def under_way(rank: RankState) -> Collective | None:
 def row_of(host: str, rank: RankState) -> RankRow:
     """Return where a rank is."""
     process = rank.process
-    row = RankRow(rank.rank, host, PYTHON, pid=process.pid, frame=shown(own_frame(process.stack)),
+    row = RankRow(rank.rank, host, PYTHON, frame=shown(own_frame(process.stack)),
                   is_busy=process.is_busy)
     if process.state in "Tt":
         return replace(row, state=STOPPED, note=f"kill -CONT {process.pid} there continues it")
@@ -112,7 +110,7 @@ def row_of(host: str, rank: RankState) -> RankRow:
         return replace(row, state=SILENT, operation=process.waits_in)
     if held := busy_helper(rank.helpers):
         helper, frame = held
-        row = replace(row, frame=shown(frame), note=f"whose data worker (process {helper.pid})", pid=helper.pid,
+        row = replace(row, frame=shown(frame), note=f"whose data worker (process {helper.pid})",
                       is_busy=helper.is_busy)
         if helper.state in "Tt":
             row = replace(row, operation=f"stopped (kill -CONT {helper.pid} there continues it)")

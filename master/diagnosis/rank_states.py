@@ -28,7 +28,6 @@ class Collective:
     group: str
     backend: str
     operation: str
-    is_default: bool
     sequence: int
     is_p2p: bool
     is_over: bool

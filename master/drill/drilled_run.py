@@ -55,12 +55,6 @@ class DrilledRun:
                 env=self._variables)
 
     @property
-    def pid(self) -> int:
-        """The launcher's process."""
-        assert self._process
-        return self._process.pid
-
-    @property
     def job(self) -> str:
         """The job's name on its hosts."""
         return read_launcher_record(self.run).job or ""
@@ -82,8 +76,8 @@ class DrilledRun:
             log.seek(self._from)
             return log.read().decode("utf-8", "replace")
 
-    def wait(self, condition: Callable[[], object], what: str, times: int = 1) -> float:
-        """Wait until a condition holds and return the seconds; raise DrillError after too many, or if it has ended."""
+    def wait(self, condition: Callable[[], object], what: str, times: int = 1) -> None:
+        """Wait until a condition holds; raise DrillError if it takes too long, or the launcher has ended."""
         started, limit = time.monotonic(), times * self._limit
         while not condition():
             if time.monotonic() - started > limit:
@@ -91,12 +85,11 @@ class DrilledRun:
             if not self.is_running and not condition():
                 raise DrillError(f"{what}: the launcher has ended: {self.last_line()}")
             time.sleep(POLL_S)
-        return time.monotonic() - started
 
-    def wait_for_steps(self, count: int) -> float:
-        """Wait until so many more steps have come; return the seconds."""
+    def wait_for_steps(self, count: int) -> None:
+        """Wait until so many more steps have come."""
         before = self.step
-        return self.wait(lambda: self.step >= before + count, "steps")
+        self.wait(lambda: self.step >= before + count, "steps")
 
     def wait_for_end(self) -> int:
         """Wait for the launcher to end and return its exit code. Raises DrillError."""
@@ -113,7 +106,8 @@ class DrilledRun:
 
     def signal(self, number: signal.Signals) -> None:
         """Send the launcher a signal."""
-        os.kill(self.pid, number)
+        assert self._process
+        self._process.send_signal(number)
 
     def last_line(self) -> str:
         """Return the last line of the launcher's output."""

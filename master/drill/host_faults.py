@@ -56,9 +56,8 @@ echo @@CLEAN
 
 @dataclass(frozen=True)
 class DrillHosts:
-    """The hosts of a drill: lines of the hostfile, how to reach them, where lanspeed lives there."""
+    """The hosts of a drill: how to reach them, where lanspeed lives there."""
 
-    slots: tuple[Slots, ...]
     ssh: SshOptions
     places: Mapping[Node, RemoteCheckout]
 
@@ -72,7 +71,7 @@ def hosts_of(slots: Sequence[Slots], cluster: Mapping[str, Any], ssh: SshOptions
     """Return the hosts of a hostfile; `cluster` is what cluster.json says."""
     known = known_by_name(cluster)
     places = {parse_node(host.host): checkout_of(known.get(host.host, {})) for host in slots}
-    return DrillHosts(tuple(slots), ssh, places)
+    return DrillHosts(ssh, places)
 
 
 def last_rank(session: Session, hosts: DrillHosts, job: str) -> tuple[int, int]:

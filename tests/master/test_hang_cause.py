@@ -29,7 +29,7 @@ def process(stack: Sequence[Frame] = IN_TORCH, state: str = "S", cpu: int = 0, w
 
 def collective(sequence: int, operation: str = "all_reduce", is_over: bool = False, group: str = "0",
                sizes: str = "[[8]]") -> Collective:
-    return Collective(group, "gloo", operation, group == "0", sequence, False, is_over, sizes, 60.0)
+    return Collective(group, "gloo", operation, sequence, False, is_over, sizes, 60.0)
 
 
 def waiting(rank: int, *collectives: Collective, connections: Sequence[Connection] = ()) -> RankState:

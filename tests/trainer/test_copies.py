@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint.copies import BLOCK, Writer, blocks, files_of, lacking, read
+from trainer.checkpoint.copies import BLOCK, Writer, blocks, lacking, read
+from trainer.checkpoint.verification import file_sizes
 from trainer.errors import UserError
 
 
@@ -29,10 +30,10 @@ def test_files_come_over_in_blocks(tmp_path: Path) -> None:
     (source / "small").write_bytes(b"small")
     faults: list[str] = []
     writer = Writer(target, faults)
-    for name, start, size in blocks(files_of(source)):
+    for name, start, size in blocks(file_sizes(source)):
         writer.write(name, bytes(read(source / name, start, size)))
     writer.close()
-    assert faults == [] and files_of(target) == files_of(source)
+    assert faults == [] and file_sizes(target) == file_sizes(source)
     assert (target / "deep" / "large").read_bytes() == (source / "deep" / "large").read_bytes()
 
 

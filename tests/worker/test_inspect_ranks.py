@@ -153,7 +153,7 @@ def test_the_collectives_are_those_of_torchs_flight_recorder(ranks: list[Rank], 
     assert [one["sequence"] for one in rank["collectives"]] == list(range(5, 13))  # the last eight
     last = rank["collectives"][-1]
     assert (last["operation"], last["backend"], last["is_over"], last["sizes"]) == ("all_reduce", "gloo", True, "[[3]]")
-    assert last["is_default"] and not last["is_p2p"]
+    assert last["group"] == "0" and not last["is_p2p"]
 
 
 def test_a_start_up_file_of_the_users_own_still_runs(ranks: list[Rank], tmp_path: Path) -> None:

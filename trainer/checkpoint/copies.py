@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.checkpoint.noted_faults import Faults, reason_of
+from trainer.checkpoint.verification import file_sizes
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
@@ -21,20 +22,15 @@ PART = "[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # of a path: no dot comes first
 NAME = re.compile(f"({PART}/){{0,8}}{PART}")
 
 
-def files_of(folder: Path) -> dict[str, int]:
-    """Return the bytes of every file below a folder."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-
-
 def spread(folder: Path, ranks: Ranks, copies: int, faults: Faults) -> None:
     """Send this host's part of a checkpoint to the next `copies` hosts, and take theirs; every rank calls it.
 
     What can't be written is noted in `faults`. Raises UserError for a file name that no checkpoint has.
     """
-    own = files_of(folder) if ranks.is_first_here and folder.is_dir() else {}
+    own = file_sizes(folder) if ranks.is_first_here and folder.is_dir() else {}
     listed = ranks.all_gather_json(f"files/{folder.name}", own)
     first = list(dict.fromkeys(ranks.nodes.index(node) for node in ranks.nodes))  # a rank of each host, in their order
-    if not ranks.is_first_here or ranks.rank not in first:
+    if ranks.rank not in first:
         return
     here = first.index(ranks.rank)
     for step in range(1, min(copies, len(first) - 1) + 1):

@@ -169,9 +169,14 @@ def expected_bytes(parameters: int, weight_bytes: int, ranks_here: int, world_si
     return int(parameters * (2 * weight_bytes + STATE_BYTES * ranks_here / world_size))
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of every file below a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(file_sizes(folder).values())
 
 
 def free_bytes(folder: Path) -> int:
