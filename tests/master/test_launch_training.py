@@ -166,6 +166,8 @@ def test_a_dry_run_prints_both_commands_and_starts_nothing(environment: dict[str
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--slots", "0"], "--slots 0: at least 1"),
+    (["--min-hosts", "0"], "--min-hosts 0: at least 1"),
+    (["--min-hosts", "3"], "--min-hosts 3: there is only 1"),
     (["--config", "nowhere.json"], "nowhere.json: no such file. Presets: "),
     (["--dataset", "notez/"], "error: --dataset notez/: no such file or folder: did you mean notes?\n"),
     (["--dataset", "./nothing.txt"], "--dataset ./nothing.txt: no such file or folder\n"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from master.inventory.preflight import gpu_problems, node_problems
+from master.training.conclusion import launchers_words
+from master.training.job import JobResult
 from master.training.root_cause import KILLED, RankExit, excerpt, first_cause
 
 LOST_PEER = ["Traceback (most recent call last):", "  File ...", "RuntimeError: [../gloo/transport/tcp/pair.cc:534] "
@@ -58,6 +60,14 @@ def test_of_a_long_traceback_the_ends_are_shown() -> None:
     lines = ["before", "Traceback (most recent call last):", *(f"  line {number}" for number in range(40)), "Error: x"]
     shown = excerpt(lines)
     assert shown[0].startswith("Traceback") and shown[1] == "  ..." and shown[-1] == "Error: x" and len(shown) == 12
+
+
+def test_a_launcher_that_fails_before_its_ranks_is_quoted() -> None:
+    result = JobResult(launcher_codes={"a": 0, "b": 1})
+    result.output["a", None].append("fine")
+    result.output["b", None].extend(["Traceback", "No module named 'deepspeed'"])
+    assert launchers_words(result) == "b: No module named 'deepspeed'"
+    assert launchers_words(JobResult()) == ""
 
 
 def test_gpus_that_are_gone_stop_a_start() -> None:
