@@ -52,6 +52,7 @@ class Options:
     eval_dataset: str | None
     eval_config: str | None
     eval_split: str | None
+    eval_max_sequences: int | None
     eval_on_train: bool
     num_epochs: int
     max_steps: int

@@ -159,4 +159,4 @@ def test_rows_of_conversations_have_labels_where_loss_is(tmp_path: Path) -> None
     saved = own_tokenizer([""]).__class__.from_pretrained(str(made.folder / "tokenizer"))
     learnt = saved.decode([int(token) for row in labels for token in row if token != IGNORED])
     assert "how are you" not in learnt and "user" not in learnt and "very fine<|end|>" in learnt
-    assert made.info.eval_bytes
+    assert PackedSequences(made.evaluation, 48).text_bytes()

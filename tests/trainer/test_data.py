@@ -112,7 +112,7 @@ def test_the_cache_hangs_on_content_and_settings(prepare: Prepare, texts: Path, 
 def test_few_long_documents_are_held_out_in_pieces(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"Sentence number {n} of a long book. " for n in range(3000)))
     made = prepare("--dataset_path", str(tmp_path / "book.txt"))
-    assert made.info.eval_by_pieces and made.info.eval_bytes
+    assert made.info.eval_by_pieces and PackedSequences(made.evaluation, 32).text_bytes()
     assert made.info.gzip_bits_per_byte and 0 < made.info.gzip_bits_per_byte < 8
     assert len(made.evaluation) == pytest.approx(0.02 * (len(made.train) + len(made.evaluation)), rel=0.1)
 
@@ -120,9 +120,10 @@ def test_few_long_documents_are_held_out_in_pieces(prepare: Prepare, tmp_path: P
 def test_one_short_document_is_enough(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("A short note.")
     made = prepare("--dataset_path", str(tmp_path / "note.txt"))
-    assert (len(made.train), len(made.evaluation), made.info.eval_bytes) == (1, 0, None)
+    assert (len(made.train), len(made.evaluation)) == (1, 0)
     assert len(PackedSequences(made.train, 32)) == 1
     assert len(PackedSequences(made.evaluation, 32)) == 0
+    assert PackedSequences(made.evaluation, 32).text_bytes() is None
 
 
 def test_nothing_is_held_out_if_nothing_is_asked_for(prepare: Prepare, texts: Path) -> None:
@@ -134,7 +135,7 @@ def test_an_evaluation_set_of_its_own(prepare: Prepare, texts: Path, tmp_path: P
     (tmp_path / "eval.jsonl").write_text('{"text": "A held out text."}\n')
     made = prepare("--dataset_path", str(texts), "--eval_dataset", str(tmp_path / "eval.jsonl"))
     assert (made.info.documents, made.info.eval_documents) == (60, 1)
-    assert made.info.eval_bytes == len("A held out text.")
+    assert PackedSequences(made.evaluation, 32).text_bytes() == len("A held out text.")
 
 
 def test_python_s_own_text_is_there() -> None:

@@ -58,9 +58,8 @@ def test_a_seven_billion_model_needs_what_the_papers_say() -> None:
     assert (found["weights"], found["gradients"], found["optimizer states"]) == (14e9, 14e9, 84e9)
     assert found["gradient copies"] == 0
     assert bytes_needed(replace(SEVEN_B, stage=1))["gradient copies"] == (2 + 4) * 7e9 / 4
-    two = replace(SEVEN_B, stage=None, number=4)
-    assert bytes_needed(two)["gradient copies"] == bytes_needed(two)["gradients"] == 28e9
-    assert bytes_needed(replace(two, ranks=1))["gradient copies"] == 0
+    plain = bytes_needed(replace(SEVEN_B, stage=None, number=4))
+    assert (plain["gradients"], plain["gradient copies"]) == (28e9, 0)
     split = bytes_needed(replace(SEVEN_B, stage=3))
     assert (split["weights"], split["gradients"], split["optimizer states"]) == (3.5e9, 3.5e9, 21e9)
     assert bytes_needed(replace(SEVEN_B, stage=2, offloads=True))["optimizer states"] == 0

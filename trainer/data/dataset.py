@@ -28,7 +28,7 @@ from trainer.errors import UserError
 from trainer.options import Options
 
 SAMPLE_DOCUMENTS = 2000  # documents of a stream, or as many as train a tokenizer if those are fewer
-FORMAT = 5  # part of the cache's key: raise it when what is stored changes
+FORMAT = 6  # part of the cache's key: raise it when what is stored changes
 
 
 @dataclass
@@ -44,7 +44,6 @@ class DatasetInfo:
     cut: int = 0
     eval_documents: int = 0
     eval_by_pieces: bool = False
-    eval_bytes: int | None = None
     gzip_bits_per_byte: float | None = None
     notes: dict[str, int] = field(default_factory=dict)  # what was left out or replaced, and in how many rows
     held_out: list[str] = field(default_factory=list)  # digests of held-out documents, for data that is streamed
@@ -186,8 +185,6 @@ def build(
             info.gzip_bits_per_byte = gzip_bits(tokenizer.batch_decode(order["test"]["input_ids"][:], True))
     if not len(train):
         raise UserError(f"{source.name}: nothing to train on: {info.documents} documents, none with two tokens or more")
-    sizes = held_out_pieces["bytes"][:]
-    info.eval_bytes = sum(sizes) if sizes and None not in sizes else None
     made = scratch / "made"
     train.save_to_disk(str(made / "train"))
     if len(held_out_pieces):  # datasets cannot load a table without rows

@@ -8,6 +8,7 @@ masked. transformers then builds an attention mask that keeps them apart, but on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,25 +64,45 @@ FILLER = PackedSequence([])
 class PackedSequences(torch.utils.data.Dataset[PackedSequence]):
     """Rows over a table of tokenized pieces, made when they are asked for.
 
-    `pieces` has the columns input_ids and length, and of conversations loss_mask and loss_tokens. The number of
-    sequences is a
-    multiple of `multiple_of`: filler sequences without documents are added, so that no sequence is repeated and every
-    rank has
-    the same work.
+    `pieces` has the columns input_ids, length and bytes, and of conversations loss_mask and loss_tokens. The number of
+    sequences is a multiple of `multiple_of`: filler sequences without documents are added, so that no sequence is
+    repeated and every rank has the same work.
     """
 
-    def __init__(self, pieces: Any, capacity: int | None, multiple_of: int = 1) -> None:
-        """Pack to `capacity` tokens per sequence, or with None put one piece in each."""
-        lengths = pieces.with_format("numpy")["length"][:] if len(pieces) else []
-        order = best_fit(lengths, capacity) if capacity else [[number] for number in range(len(lengths))]
+    def __init__(self, pieces: Any, capacity: int | None, multiple_of: int = 1, order: list[list[int]] | None = None
+                 ) -> None:
+        """Pack to `capacity` tokens per sequence, or with None put one piece in each.
+
+        `order`: the numbers of each sequence's pieces, where they were packed before.
+        """
+        self._table = pieces.with_format("numpy") if len(pieces) else pieces
+        lengths: Any = self._table["length"][:] if len(pieces) else np.zeros(0, dtype=np.int64)
+        if order is None:
+            order = best_fit(lengths, capacity) if capacity else [[number] for number in range(len(lengths))]
+        self._order, self.filled = order, len(order)
         self._masked = len(pieces) > 0 and "loss_mask" in pieces.column_names
         self._pieces = pieces.with_format("numpy", columns=["input_ids", *(["loss_mask"] if self._masked else [])])
-        self._order = order
-        self.tokens = int(np.sum(lengths))
-        self.loss_tokens = int(np.sum(pieces.with_format("numpy")["loss_tokens"][:])) if self._masked else \
-            self.tokens - len(lengths)  # the first token of each piece has nothing before it
-        self.filled = len(order)
+        chosen = self._chosen()
+        self.tokens = int(lengths[chosen].sum())
+        self.loss_tokens = int(self._table["loss_tokens"][:][chosen].sum()) if self._masked else \
+            self.tokens - len(chosen)  # the first token of each piece has nothing before it
         self._count = -(-len(order) // multiple_of) * multiple_of
+
+    def _chosen(self) -> np.ndarray:
+        """Return the numbers of all pieces of the sequences."""
+        return np.fromiter(itertools.chain.from_iterable(self._order), dtype=np.int64)
+
+    def spread(self, most: int) -> PackedSequences:
+        """Return `most` of the sequences, evenly spread (the first ones have the longest documents), or all."""
+        if self.filled <= most:
+            return self
+        return PackedSequences(self._table, None, order=[self._order[at * self.filled // most] for at in range(most)])
+
+    def text_bytes(self) -> int | None:
+        """Return the UTF-8 bytes of what is trained, None if they are unknown."""
+        every = self._table.with_format(None)["bytes"][:] if self.filled else []
+        sizes = [every[number] for number in self._chosen()]
+        return int(sum(sizes)) if sizes and None not in sizes else None
 
     def __len__(self) -> int:
         return self._count

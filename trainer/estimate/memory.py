@@ -53,8 +53,8 @@ def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     tokens = inputs.micro * inputs.sequence
     numbers = layer + inputs.hidden * inputs.layers if inputs.checkpoints else layer * inputs.layers
     logits = (8 + 2 * inputs.number) * tokens * inputs.vocabulary  # they, their log-softmax, its gradient, their own
-    if inputs.stage is None:  # DistributedDataParallel's buckets
-        copies = kept * inputs.trained if inputs.ranks > 1 else 0.0
+    if inputs.stage is None:  # DistributedDataParallel's buckets are the gradients
+        copies = 0.0
     else:  # ZeRO's own part of them: as it was reduced, where the others stay too, and in 32 bits
         each = (kept if stage == 1 else 0) + (0 if inputs.offloads else 4)
         copies = each * inputs.trained * split if stage else 0.0

@@ -77,6 +77,7 @@ class Setup:
 class Workload:
     """What is trained: the model's configuration, its parameters and those that are trained, sequences, steps.
 
+    `evaluated`: sequences that each evaluation takes of those that are `held_out`.
     `adapter_share`: of the linear weights, how many have an adapter.
     """
 
@@ -85,6 +86,8 @@ class Workload:
     trained: int
     sequences: PackedSequences
     steps: int
+    evaluated: int
+    held_out: int
     adapter_share: float | None = None
 
 

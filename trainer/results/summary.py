@@ -31,13 +31,16 @@ def describe(setup: Setup, workload: Workload) -> None:
     fill = packed.tokens / (packed.filled * setup.sequence_length)
     layout = "padded" if o.no_packing else f"packed, {fill:.1%} full"
     held_out = f"{info.eval_documents:,} documents" if not info.eval_by_pieces else "pieces of few documents"
+    taken = "" if workload.evaluated == workload.held_out else (
+        f"; each evaluation takes {workload.evaluated:,} of their {workload.held_out:,} sequences, the same each time "
+        "(--eval_max_sequences)")
     dropped = f", {info.dropped:,} empty ones left out" if info.dropped else ""
     where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
     setup.console.block("lanspeed", {
         "model": f"{o.model_name_or_path}, {short(workload.parameters)} parameters{adapter}",
         "data": f"{'streamed; the first ' if o.streaming else ''}{info.documents:,} documents{dropped}, {share}",
         "sequences": f"{packed.filled:,} of {setup.sequence_length} tokens, {layout}; {info.cut:,} documents cut",
-        "evaluation": f"{held_out} held out" if len(setup.data.evaluation) else "none",
+        "evaluation": f"{held_out} held out{taken}" if len(setup.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
         "global batch": f"{batch} sequences = {o.per_device_train_batch_size} micro x "
                  f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, "
@@ -105,7 +108,7 @@ def last_evaluation(trainer: Any) -> dict[str, Any]:
     return (evaluations(trainer) or [{"step": None}])[-1]
 
 
-def summary(setup: Setup, trainer: Any, seconds: float, tokens: int) -> dict[str, Any]:
+def summary(setup: Setup, workload: Workload, trainer: Any, seconds: float, tokens: int) -> dict[str, Any]:
     """Return the figures of the result, for run.json and the console."""
     rows = evaluations(trainer)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -117,6 +120,7 @@ def summary(setup: Setup, trainer: Any, seconds: float, tokens: int) -> dict[str
         found |= {"eval_loss_first": rows[0]["eval_loss"], "eval_loss_last": rows[-1]["eval_loss"],
                   "bits_per_byte_first": rows[0].get("eval_bits_per_byte"),
                   "bits_per_byte_last": rows[-1].get("eval_bits_per_byte"),
+                  "eval_sequences": workload.evaluated, "held_out_sequences": workload.held_out,
                   "gzip_bits_per_byte": setup.data.info.gzip_bits_per_byte}
     return found
 
@@ -124,6 +128,7 @@ def summary(setup: Setup, trainer: Any, seconds: float, tokens: int) -> dict[str
 def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[str, Any] | None) -> None:
     """Print the result, what of the steps' time went by in waiting, and the paths that a person opens next."""
     say, run = setup.console.result, setup.run
+    part = found.get("eval_sequences") != found.get("held_out_sequences")
     say("")
     say(f"trained {step:,} steps, {short(found['tokens'])} tokens "
         f"in {duration(found['seconds'])}")
@@ -131,10 +136,11 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
         say(f"  training loss    {found['loss_first']:.3f} -> {found['loss_last']:.3f} "
             "(means of the first and last tenth)")
     if "eval_loss_last" in found:
-        say(f"  evaluation loss  {found['eval_loss_first']:.3f} -> {found['eval_loss_last']:.3f}")
+        say(f"  evaluation loss  {found['eval_loss_first']:.3f} -> {found['eval_loss_last']:.3f}"
+            + (f" ({found['eval_sequences']:,} of {found['held_out_sequences']:,} held-out sequences)" if part else ""))
     if found.get("bits_per_byte_last") is not None:
         gzip = found["gzip_bits_per_byte"]
-        beside = f" (gzip -9 of the same text: {gzip:.2f})" if gzip else ""
+        beside = f" (gzip -9 of {'all of it' if part else 'the same text'}: {gzip:.2f})" if gzip else ""
         say(f"  bits per byte    {found['bits_per_byte_first']:.2f} -> {found['bits_per_byte_last']:.2f} "
             f"on held-out text{beside}")
     if waited:

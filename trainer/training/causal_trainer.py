@@ -35,19 +35,19 @@ from trainer.training.loss_trainer import LossTrainer
 class CausalTrainer(LossTrainer):
     """A Trainer whose batches are `packing.PackedSequences`, evaluated by tokens, with verified checkpoints.
 
-    `eval_bytes` is the UTF-8 size of the evaluation's text (None if unknown), `layout` what a checkpoint must share
-    with the training that continues it, `keep` the number of good checkpoints to keep, `copies` that of other hosts
-    that get a copy of each host's part; `warn` tells what went wrong.
+    `eval_sequences` are evaluated each time; `layout` is what a checkpoint must share with the training that continues
+    it, `keep` the number of good checkpoints to keep, `copies` that of other hosts that get a copy of each host's part;
+    `warn` tells what went wrong.
     """
 
     def __init__(
-        self, *, ranks: Ranks, eval_sequences: PackedSequences, eval_bytes: int | None, layout: Layout, keep: int,
-        copies: int, warn: Callable[[str], None], **others: Any,
+        self, *, ranks: Ranks, eval_sequences: PackedSequences, layout: Layout, keep: int, copies: int,
+        warn: Callable[[str], None], **others: Any,
     ) -> None:
         super().__init__(eval_dataset=eval_sequences, **others)
         self._eval_sequences = eval_sequences
         self._ranks = ranks
-        self._eval_bytes = eval_bytes
+        self._eval_bytes = eval_sequences.text_bytes()
         self._layout = layout
         self._keep, self._copies = keep, copies
         self._checkpoint_bytes = 0
@@ -74,14 +74,15 @@ class CausalTrainer(LossTrainer):
     def token_loss(self, sequences: PackedSequences) -> tuple[float, int]:
         """Return the summed loss in nats and the number of tokens that count, over all sequences and ranks.
 
-        Every rank does as many batches as the others, the last ones possibly empty: ZeRO-3 gathers at each.
+        Every rank does as many batches of the same size as the others: ZeRO-3 gathers at each.
         """
-        size, world, rank = self.args.per_device_train_batch_size, self._ranks.world_size, self._ranks.rank
-        batches = -(-len(sequences) // (size * world))
+        world, rank, done = self._ranks.world_size, self._ranks.rank, 0
         nats, tokens = 0.0, 0
-        for batch in range(batches):
-            heartbeat.report(f"evaluation, batch {batch + 1}/{batches}", often=True)
-            first = (batch * world + rank) * size
+        while done < len(sequences):
+            heartbeat.report(f"evaluation, sequence {done + 1}/{len(sequences)}", often=True)
+            size = min(self.args.per_device_train_batch_size, -(-(len(sequences) - done) // world))
+            first = done + rank * size
+            done += world * size
             chosen = [sequences[number] if number < len(sequences) else FILLER for number in range(first, first + size)]
             inputs = self._collate(chosen)
             labels = inputs["labels"][:, 1:].to(self.args.device)

@@ -5,6 +5,7 @@ The same for every model, whatever it does with labels itself; packed documents 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ class LossTrainer(Trainer):
         self.summed_loss, self.text_config = summed_loss, model.config.get_text_config()
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
         self.way = "varlen" if "flash" in str(model.config._attn_implementation) else "positions"
+
+        if self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled:
+            # else one rank, too, would be wrapped in DistributedDataParallel, whose buckets copy all gradients
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def _build_accelerator_args(self, **more: Any) -> dict[str, Any]:
+        """Return accelerate's arguments; gradients are views of the all-reduce's buckets, not copied into them."""
+        found: dict[str, Any] = super()._build_accelerator_args(**more)
+        for handler in found["kwargs_handlers"]:
+            handler.gradient_as_bucket_view = True
+        return found
 
     @property
     def way(self) -> Way:

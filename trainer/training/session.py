@@ -29,6 +29,7 @@ from trainer.results.setup import Setup, Workload
 from trainer.training import memory_report
 from trainer.training.arguments import compile_model, training_arguments
 from trainer.training.causal_trainer import CausalTrainer, StopOnSignal
+from trainer.training.evaluation import affordable_sequences
 from trainer.training.finite import FiniteCheck
 from trainer.training.preflight import Preflight, check_world_sizes
 from trainer.training.preparation import prepare
@@ -113,13 +114,16 @@ class Session:
         micro_steps = len(sequences) // (options.per_device_train_batch_size * ranks.world_size)
         epoch_steps = micro_steps // options.gradient_accumulation_steps
         steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
-        self.workload = Workload(config, parameters, trained, sequences, steps, share)
+        most = affordable_sequences(options, steps, setup.global_batch_size)
+        held_out = PackedSequences(setup.data.evaluation, capacity)
+        evaluated = held_out.spread(most)
+        self.workload = Workload(config, parameters, trained, sequences, steps, evaluated.filled, held_out.filled,
+                                 share)
         self.stop = StopOnSignal(ranks)
         flops = flops_per_token(config, active, setup.sequence_length, frozen=bool(options.lora))
         self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak)
         self.trainer = CausalTrainer(
-            ranks=ranks, eval_sequences=PackedSequences(setup.data.evaluation, capacity),
-            eval_bytes=setup.data.info.eval_bytes, layout=setup.layout, keep=options.save_total_limit,
+            ranks=ranks, eval_sequences=evaluated, layout=setup.layout, keep=options.save_total_limit,
             copies=options.checkpoint_copies, warn=setup.console.warn,
             finite=FiniteCheck(ranks, setup.precision, options.learning_rate),
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
@@ -169,7 +173,8 @@ class Session:
             self._save()
             if setup.ranks.is_first:
                 draw_curve(run)
-                found = summary.summary(setup, self.trainer, time.monotonic() - self._started, self._report.tokens)
+                found = summary.summary(setup, self.workload, self.trainer, time.monotonic() - self._started,
+                                        self._report.tokens)
                 run.finish("finished", 0, step=step, waiting=waited, summary=found)
                 summary.print_summary(setup, found, step, waited)
         setup.ranks.barrier()  # no rank waits for one that has exited
