@@ -83,7 +83,8 @@ def test_one_rank_and_two_give_the_same_losses(train: Train) -> None:
 
 
 def test_packing_and_padding_give_the_same_loss(train: Train, texts: Path) -> None:
-    common = ("--max_steps", "1", "--sequence_length", "64", "--eval_dataset", str(texts), "--eval_on_train")
+    common = ("--max_steps", "1", "--sequence_length", "64", "--eval_dataset", str(texts), "--eval_on_train",
+              "--eval_max_sequences", "1000")
     packed = train(*common, name="packed")
     padded = train(*common, "--no_packing", "--per_device_train_batch_size", "3", name="padded")
     assert packed.losses("eval_loss")[0] == pytest.approx(padded.losses("eval_loss")[0], rel=1e-4)

@@ -129,7 +129,8 @@ def varlen_bounds(positions: torch.Tensor) -> dict[str, Any]:
 
 
 class Collator:
-    """Make tensors of sequences: input_ids, position_ids and labels, each [sequences, width]; tokens, how many. int64.
+    """Make tensors of sequences: input_ids, position_ids and labels, each [sequences, width]; tokens, how many;
+    trained, the numbers (counted over all sequences) of the tokens whose next one is trained. int64.
 
     `width` pads every sequence to the same width; None pads to the longest of the batch. Padding comes last, counts
     positions of its own and isn't trained, so it needs no attention mask.
@@ -159,7 +160,8 @@ class Collator:
                 positions[number, start:end] = np.arange(end - start)
                 start = end
             positions[number, start:] = np.arange(width - start)
-        arrays = {"input_ids": tokens, "position_ids": positions, "labels": labels}
+        trained = np.flatnonzero(np.pad(labels[:, 1:] != IGNORED, ((0, 0), (0, 1))))
+        arrays = {"trained": trained, "input_ids": tokens, "position_ids": positions, "labels": labels}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         tensors["tokens"] = torch.tensor(sum(len(each) for sequence in sequences for each in sequence.documents))
         return tensors | (varlen_bounds(tensors["position_ids"]) if self.varlen else {})

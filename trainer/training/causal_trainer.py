@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -22,7 +21,7 @@ from trainer.checkpoint import copies, verification
 from trainer.checkpoint.noted_faults import Faults, noted_faults, noting
 from trainer.checkpoint.verification import Layout
 from trainer.data import streaming
-from trainer.data.packing import FILLER, IGNORED, PackedSequences
+from trainer.data.packing import FILLER, PackedSequences
 from trainer.data.streaming import Stream
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
@@ -84,13 +83,9 @@ class CausalTrainer(LossTrainer):
             first = done + rank * size
             done += world * size
             chosen = [sequences[number] if number < len(sequences) else FILLER for number in range(first, first + size)]
-            inputs = self._collate(chosen)
-            labels = inputs["labels"][:, 1:].to(self.args.device)
-            logits = self.logits(inputs["input_ids"], inputs["position_ids"])
-            for row in range(size):  # one by one: float32 logits are large
-                nats += functional.cross_entropy(
-                    logits[row, :-1].float(), labels[row], ignore_index=IGNORED, reduction="sum").item()
-            tokens += int((labels != IGNORED).sum())
+            inputs = self.collate(chosen)
+            tokens += len(inputs["trained"])
+            nats += self.summed_nats(inputs)
         total_nats, total_tokens = self._ranks.all_reduce_sum(nats, tokens)
         return total_nats, int(total_tokens)
 

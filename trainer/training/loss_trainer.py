@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import Trainer
 
 from trainer.data.packing import IGNORED, Collator, varlen_bounds
+from trainer.model.head_loss import HeadLoss
 from trainer.model.isolation import Way, document_mask
 from trainer.training.finite import FiniteCheck, local_parts
 from trainer.training.gradient_check import GradientCheck
@@ -32,10 +33,11 @@ class LossTrainer(Trainer):
     def __init__(self, *, collate: Collator, finite: FiniteCheck, **others: Any) -> None:
         super().__init__(data_collator=collate, **others)
         model: Any = self.model
-        self._collate, self.finite = collate, finite
+        self.collate, self.finite = collate, finite
         self.gradients: GradientCheck | None = None
         self.own_tokens = self.read_tokens = 0  # trained, and all that aren't padding
-        self.summed_loss, self.text_config = summed_loss, model.config.get_text_config()
+        self.text_config = model.config.get_text_config()
+        self.head_loss: HeadLoss | None = None
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
         self.way = "varlen" if "flash" in str(model.config._attn_implementation) else "positions"
 
@@ -57,7 +59,7 @@ class LossTrainer(Trainer):
 
     @way.setter
     def way(self, way: Way) -> None:
-        self._way, self._collate.varlen = way, way == "varlen"
+        self._way, self.collate.varlen = way, way == "varlen"
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move inputs to the device, and add there the mask of the documents where the model needs one."""
@@ -77,16 +79,10 @@ class LossTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: torch.Tensor | int | None = None) -> Any:
-        """Return the loss of all trained tokens divided by their number in all micro batches and ranks, for any model.
-
-        Only Liger's fused loss stays the model's own: it makes no logits.
-        """
-        if self.args.use_liger_kernel:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
+        """Return the loss of all trained tokens, divided by their number in all micro batches and ranks."""
+        labels = inputs["labels"]
+        outputs, summed = self._outputs_and_sum(model, inputs)
         ranks, count = self.accelerator.num_processes, torch.as_tensor(num_items_in_batch).clamp(min=1)
-        summed = self.summed_loss(outputs.logits, labels)
         if self.gradients and self.gradients.pending:
             self.gradients.note_loss(summed, labels)
         loss = summed * ranks / count  # ranks average their gradients
@@ -94,6 +90,23 @@ class LossTrainer(Trainer):
             weight = getattr(self.text_config, "router_aux_loss_coef", 0.0)
             loss = loss + weight * router / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _outputs_and_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+        """Return a model's outputs for a micro batch, and the summed loss in nats: its head's own, or of all logits."""
+        labels, trained = inputs.pop("labels"), inputs.pop("trained")
+        if self.head_loss is None:
+            outputs = model(**inputs)
+            return outputs, summed_loss(outputs.logits, labels)
+        with self.head_loss.of(labels, trained):
+            outputs = model(**inputs)
+        return outputs, outputs.logits.sum()
+
+    def summed_nats(self, inputs: dict[str, Any]) -> float:
+        """Return the summed loss of a batch without gradients; under ZeRO-3 all ranks must call it."""
+        self.model_wrapped.eval()
+        inputs = self._prepare_inputs({name: each for name, each in inputs.items() if name != "tokens"})
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+            return self._outputs_and_sum(partial(self.model_wrapped, use_cache=False), inputs)[1].item()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Count this rank's tokens, all and those that are trained, while they are still on the CPU."""

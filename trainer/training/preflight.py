@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback
 
 from trainer.checkpoint import universal
+from trainer.data.packing import PackedSequence
 from trainer.distributed import deepspeed_config
 from trainer.errors import UserError
 from trainer.model import document_attention, isolation
@@ -38,6 +40,7 @@ class Preflight(TrainerCallback):
         device, rows = trainer.args.device, setup.options.per_device_train_batch_size
         vocabulary = min(len(setup.tokenizer), trainer.text_config.vocab_size)
         document_attention.fall_back_unless_equal(trainer.model, trainer.logits, vocabulary, device)
+        settle_head_loss(trainer, vocabulary, setup.precision)
         isolation.check_causal(trainer.logits, vocabulary, device, rows, setup.precision)
         if not setup.options.no_packing:
             keep_documents_apart(setup, trainer, vocabulary)
@@ -79,6 +82,27 @@ def keep_documents_apart(setup: Setup, trainer: CausalTrainer, vocabulary: int) 
         trainer.way = "positions"
         isolation.settle(trainer, *rest)
         setup.console.say("flash attention lets this model's packed documents see each other: training with sdpa")
+
+
+def settle_head_loss(trainer: CausalTrainer, vocabulary: int, precision: str) -> None:
+    """Have the model make all logits if its loss at the head isn't that of them: where it changes them afterwards.
+
+    On ZeRO-3 every rank must call this.
+    """
+    if trainer.head_loss is None:
+        return
+    documents = [each.numpy() for each in isolation.samples(vocabulary, 1).flatten(0, 1)]
+    inputs = trainer.collate([PackedSequence(documents[:2]), PackedSequence(documents[2:])])
+    try:
+        found = trainer.summed_nats(inputs)
+    except (ValueError, TypeError, RuntimeError):
+        found = math.nan
+    at_head, trainer.head_loss = trainer.head_loss, None
+    expected = trainer.summed_nats(inputs)
+    if abs(found - expected) <= isolation.TOLERANCE[precision] * abs(expected):
+        trainer.head_loss = at_head
+    else:
+        at_head.remove()
 
 
 def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:

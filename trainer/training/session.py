@@ -20,6 +20,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
 from trainer.estimate.flops import flops_per_token
 from trainer.model import document_attention, from_config, loading, lora
+from trainer.model.head_loss import HeadLoss
 from trainer.options import Options
 from trainer.results import export, samples, summary
 from trainer.results.console import Console
@@ -102,7 +103,8 @@ class Session:
         active = lora.active_parameters(model, parameters)
         if document_attention.can_use_varlen(model, options, setup.device, setup.sequence_length):
             document_attention.set_attention(model, document_attention.NAME)
-        share = None
+        head, share = model.get_output_embeddings(), None
+        head_loss = HeadLoss(head) if type(head) is torch.nn.Linear else None
         if options.lora:
             transformers.set_seed(options.seed)
             model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"))
@@ -129,8 +131,7 @@ class Session:
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
             train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
             processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._communication])
-        if options.torch_compile:
-            self.trainer.summed_loss = torch.compile(self.trainer.summed_loss)
+        self.trainer.head_loss = head_loss
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
         for added in (Preflight(setup, self.trainer), Samples(setup, self.trainer)):
