@@ -107,8 +107,10 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
          help="sdpa, flash_attention_2, eager, ... (flash attention where installed; by documents on a CPU; sdpa)")
     flag("--activation_checkpointing", "--gradient_checkpointing", action="store_true",
          help="less memory for about a third more compute")
-    flag("--torch_compile", action="store_true", help="compile the model: minutes before the first step, then faster")
-    flag("--liger", action="store_true", help="Liger's kernels: less memory, on GPUs (pip install liger-kernel)")
+    flag("--torch_compile", action="store_true", help="compile each layer: seconds before the first step, then faster")
+    flag("--liger", action="store_true", default=None,
+         help="insist on Liger's kernels: faster, less memory (on a modern GPU the default where installed)")
+    flag("--no_liger", action="store_false", dest="liger", help="leave Liger's kernels out")
     flag("--lora", type=positive, nargs="?", const=16, metavar="RANK",
          help="train an adapter of this rank (16) and leave the model as it is; model/ holds it then")
     flag("--qlora", type=positive, nargs="?", const=16, metavar="RANK",

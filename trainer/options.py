@@ -34,7 +34,7 @@ class Options:
     attn_implementation: str | None
     activation_checkpointing: bool
     torch_compile: bool
-    liger: bool
+    liger: bool | None
     lora: int | None
     qlora: int | None
     merge_lora: bool

@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.model.from_config import overridden
 from trainer.model.loading import load_config
 from trainer.options import parse_options, with_defaults
-from trainer.training.arguments import check_packages, compile_model
+from trainer.training.arguments import check_compiler, check_packages
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2")
 SHAPE = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 128, "n_embd": 768, "n_layer": 12, "n_head": 12}
@@ -76,7 +76,7 @@ def test_overrides_carry_what_hangs_on_them() -> None:
 def test_without_a_compiler_nothing_is_compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
-        compile_model(None, "cpu", one_shape=True)
+        check_compiler(parse_options(["--model_name_or_path", "x", "--torch_compile"]), "cpu")
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class HeadLoss:
 
     def __init__(self, head: torch.nn.Linear, kernel: Kernel | None = None) -> None:
         """Take a head over. `kernel`: what computes the loss of all tokens, instead of chunks of plain torch."""
-        self._head, self._logits_of, self._kernel = head, head.forward, kernel
+        self._head, self._logits_of, self.kernel = head, head.forward, kernel
         self._targets: tuple[torch.Tensor, torch.Tensor] | None = None
         head.forward = self._forward  # type: ignore[assignment, method-assign]
 
@@ -54,9 +54,9 @@ class HeadLoss:
             return self._logits_of(hidden)
         trained, targets = self._targets
         flat, weight, bias = hidden.flatten(0, -2), self._head.weight, self._head.bias
-        if self._kernel is not None:
+        if self.kernel is not None:
             kind = compute_dtype(weight)
-            summed = self._kernel(flat.index_select(0, trained).to(kind), weight.to(kind), targets, bias)
+            summed = self.kernel(flat.index_select(0, trained).to(kind), weight.to(kind), targets, bias)
         else:
             summed = ChunkedLoss.apply(flat, weight, bias, trained, targets)
         return summed.reshape(1, 1, 1)
@@ -128,9 +128,9 @@ def add_gradients(grads: list[torch.Tensor | None], shares: torch.Tensor, number
         bias.add_(slopes.sum(0, dtype=torch.float32))
 
 
-def liger_kernel(label_ignored: int = -100) -> Kernel:
+def liger_kernel() -> Kernel:
     """Return Liger's fused linear cross entropy, summed."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=label_ignored, reduction="sum")
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
     return lambda hidden, weight, targets, bias: loss(weight, hidden, targets, bias)

@@ -77,7 +77,8 @@ class Setup:
 class Workload:
     """What is trained: the model's configuration, its parameters and those that are trained, sequences, steps.
 
-    `evaluated`: sequences that each evaluation takes of those that are `held_out`.
+    `evaluated`: sequences that each evaluation takes of those that are `held_out`; `liger`: with its
+    kernels.
     `adapter_share`: of the linear weights, how many have an adapter.
     """
 
@@ -88,6 +89,7 @@ class Workload:
     steps: int
     evaluated: int
     held_out: int
+    liger: bool
     adapter_share: float | None = None
 
 

@@ -36,7 +36,7 @@ def training_arguments(setup: Setup) -> TrainingArguments:
             weight_decay=o.weight_decay, adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2,
             adam_epsilon=o.adam_epsilon, max_grad_norm=o.max_grad_norm, bf16=setup.precision == "bf16",
             fp16=setup.precision == "fp16", activation_checkpointing=o.activation_checkpointing,
-            use_liger_kernel=o.liger, seed=o.seed, use_cpu=setup.device == "cpu", logging_steps=o.logging_steps,
+            seed=o.seed, use_cpu=setup.device == "cpu", logging_steps=o.logging_steps,
             logging_first_step=True, logging_nan_inf_filter=False,
             eval_strategy="steps" if setup.evaluates else "no", eval_steps=o.eval_steps or NEVER,
             eval_on_start=setup.evaluates and not setup.resume_step, save_steps=o.save_steps or NEVER,
@@ -68,12 +68,8 @@ def place_loggers(path: Any) -> None:
         os.environ.setdefault(name, value)
 
 
-def compile_model(model: Any, device: str, one_shape: bool) -> None:
-    """Have torch compile the model at its first step; `one_shape`: all sequences have the same width.
-
-    Raises UserError where a compiler is missing.
-    """
-    if device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
+def check_compiler(options: Options, device: str) -> None:
+    """Raise a UserError for --torch_compile on a CPU without a C++ compiler."""
+    if options.torch_compile and device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
         raise UserError("--torch_compile on a CPU needs a C++ compiler: install g++, or leave the flag out",
                         shared=True)
-    model.compile(dynamic=False if one_shape else None)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import Trainer
 
 from trainer.data.packing import IGNORED, Collator, varlen_bounds
+from trainer.model import document_attention
 from trainer.model.head_loss import HeadLoss
 from trainer.model.isolation import Way, document_mask
 from trainer.training.finite import FiniteCheck, local_parts
@@ -39,7 +40,7 @@ class LossTrainer(Trainer):
         self.text_config = model.config.get_text_config()
         self.head_loss: HeadLoss | None = None
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
-        self.way = "varlen" if "flash" in str(model.config._attn_implementation) else "positions"
+        self._note_attention()
 
         if self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled:
             # else one rank, too, would be wrapped in DistributedDataParallel, whose buckets copy all gradients
@@ -51,6 +52,17 @@ class LossTrainer(Trainer):
         for handler in found["kwargs_handlers"]:
             handler.gradient_as_bucket_view = True
         return found
+
+    def _note_attention(self) -> None:
+        model: Any = self.model
+        bounds = any(name in str(model.config._attn_implementation) for name in document_attention.TOLD_BOUNDS)
+        self.way = "varlen" if bounds else "positions"
+
+    def attend_by(self, name: str) -> None:
+        """Have the model attend by the implementation of this name."""
+        model: Any = self.model
+        model.set_attn_implementation(name)
+        self._note_attention()
 
     @property
     def way(self) -> Way:

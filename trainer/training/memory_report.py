@@ -29,7 +29,7 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
         sequence=setup.sequence_length, micro=o.per_device_train_batch_size,
         accumulation=o.gradient_accumulation_steps, ranks=setup.ranks.world_size, stage=stage,
         number=number, weight=NF4 if o.qlora else number if o.lora else 0.0,
-        offloads=device in ("cpu", "nvme"), checkpoints=o.activation_checkpointing, liger=o.liger)
+        offloads=device in ("cpu", "nvme"), checkpoints=o.activation_checkpointing, liger=workload.liger)
 
 
 def explained(ranks: Ranks, setup: Setup | None, workload: Workload | None, step: int) -> str:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers import TrainerCallback
 
 from trainer.checkpoint import universal
-from trainer.data.packing import PackedSequence
 from trainer.distributed import deepspeed_config
 from trainer.errors import UserError
 from trainer.model import document_attention, isolation
 from trainer.results import export
 from trainer.results.setup import Setup
+from trainer.training import kernels
 from trainer.training.causal_trainer import CausalTrainer
 from trainer.training.gradient_check import GradientCheck
+from trainer.training.kernels import KernelTrial, compile_layers
 
 
 class Preflight(TrainerCallback):
     """Before the first step, with the engine built: do ranks agree on their number, and documents stay apart?"""
 
-    def __init__(self, setup: Setup, trainer: CausalTrainer) -> None:
-        self._setup, self._trainer = setup, trainer
+    def __init__(self, setup: Setup, trainer: CausalTrainer, with_liger: bool) -> None:
+        self._setup, self._trainer, self._with_liger = setup, trainer, with_liger
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Raise a UserError if not; keep the config as DeepSpeed got it; tidy up what it was resumed from."""
@@ -39,12 +39,22 @@ class Preflight(TrainerCallback):
                           engine=getattr(trainer.model_wrapped, "dp_world_size", setup.ranks.world_size))
         device, rows = trainer.args.device, setup.options.per_device_train_batch_size
         vocabulary = min(len(setup.tokenizer), trainer.text_config.vocab_size)
-        document_attention.fall_back_unless_equal(trainer.model, trainer.logits, vocabulary, device)
-        settle_head_loss(trainer, vocabulary, setup.precision)
+        trial = KernelTrial(trainer, vocabulary, setup.precision)
+        trial.attention()
+        if self._with_liger:
+            trial.apply_liger()
+        trial.loss()
         isolation.check_causal(trainer.logits, vocabulary, device, rows, setup.precision)
         if not setup.options.no_packing:
             keep_documents_apart(setup, trainer, vocabulary)
-        if not (setup.options.no_gradient_check or setup.options.liger):  # Liger's loss is scaled inside the model
+        compiled = setup.options.torch_compile
+        if compiled:
+            compile_layers(trainer.model)
+        running = kernels.described(trainer, self._with_liger, compiled)
+        setup.console.say(running)
+        if setup.ranks.is_first:
+            setup.run.note(kernels=running)
+        if not setup.options.no_gradient_check:
             self._check_gradients()
 
     def _check_gradients(self) -> None:
@@ -78,31 +88,9 @@ def keep_documents_apart(setup: Setup, trainer: CausalTrainer, vocabulary: int) 
     except UserError:
         if trainer.way != "varlen" or options.attn_implementation:
             raise
-        document_attention.set_attention(trainer.model, document_attention.USUAL)
-        trainer.way = "positions"
+        trainer.attend_by(document_attention.USUAL)
         isolation.settle(trainer, *rest)
         setup.console.say("flash attention lets this model's packed documents see each other: training with sdpa")
-
-
-def settle_head_loss(trainer: CausalTrainer, vocabulary: int, precision: str) -> None:
-    """Have the model make all logits if its loss at the head isn't that of them: where it changes them afterwards.
-
-    On ZeRO-3 every rank must call this.
-    """
-    if trainer.head_loss is None:
-        return
-    documents = [each.numpy() for each in isolation.samples(vocabulary, 1).flatten(0, 1)]
-    inputs = trainer.collate([PackedSequence(documents[:2]), PackedSequence(documents[2:])])
-    try:
-        found = trainer.summed_nats(inputs)
-    except (ValueError, TypeError, RuntimeError):
-        found = math.nan
-    at_head, trainer.head_loss = trainer.head_loss, None
-    expected = trainer.summed_nats(inputs)
-    if abs(found - expected) <= isolation.TOLERANCE[precision] * abs(expected):
-        trainer.head_loss = at_head
-    else:
-        at_head.remove()
 
 
 def check_world_sizes(launcher: int, transformers: int, engine: int) -> None:

@@ -27,7 +27,7 @@ from trainer.options import Options, with_defaults
 from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run, make_private
 from trainer.results.setup import Setup, global_batch_size, writes
-from trainer.training.arguments import check_packages
+from trainer.training.arguments import check_compiler, check_packages
 from trainer.training.resume import adapt_to_ranks, choose_checkpoint
 
 
@@ -48,6 +48,7 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     check_packages(options, ranks.is_first)
     lora.check(options, ds_config)
     options, hardware = agree_on_hardware(options, ranks, ds_config)
+    check_compiler(options, hardware.device)
     config = loading.load_config(options)
     if options.config_overrides:
         config = from_config.overridden(config, options.config_overrides)

@@ -19,16 +19,15 @@ from trainer.distributed.communication_time import time_shares
 from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
 from trainer.estimate.flops import flops_per_token
-from trainer.model import document_attention, from_config, loading, lora
-from trainer.model.head_loss import HeadLoss
+from trainer.model import from_config, loading, lora
 from trainer.options import Options
 from trainer.results import export, samples, summary
 from trainer.results.console import Console
 from trainer.results.loss_curve import draw_curve
 from trainer.results.samples import Samples
 from trainer.results.setup import Setup, Workload
-from trainer.training import memory_report
-from trainer.training.arguments import compile_model, training_arguments
+from trainer.training import kernels, memory_report
+from trainer.training.arguments import training_arguments
 from trainer.training.causal_trainer import CausalTrainer, StopOnSignal
 from trainer.training.evaluation import affordable_sequences
 from trainer.training.finite import FiniteCheck
@@ -101,16 +100,11 @@ class Session:
         config = model.config.get_text_config()
         parameters = model.num_parameters() if options.qlora else lora.trained(model)
         active = lora.active_parameters(model, parameters)
-        if document_attention.can_use_varlen(model, options, setup.device, setup.sequence_length):
-            document_attention.set_attention(model, document_attention.NAME)
-        head, share = model.get_output_embeddings(), None
-        head_loss = HeadLoss(head) if type(head) is torch.nn.Linear else None
+        with_liger, head_loss, share = kernels.choose(model, setup), kernels.head_loss_of(model), None
         if options.lora:
             transformers.set_seed(options.seed)
             model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"))
         trained = lora.trained(model)
-        if options.torch_compile:
-            compile_model(model, setup.device, one_shape=not options.no_packing)
         capacity = None if options.no_packing else setup.sequence_length
         sequences = PackedSequences(setup.data.train, capacity, multiple_of=setup.global_batch_size)
         micro_steps = len(sequences) // (options.per_device_train_batch_size * ranks.world_size)
@@ -120,7 +114,7 @@ class Session:
         held_out = PackedSequences(setup.data.evaluation, capacity)
         evaluated = held_out.spread(most)
         self.workload = Workload(config, parameters, trained, sequences, steps, evaluated.filled, held_out.filled,
-                                 share)
+                                 with_liger, share)
         self.stop = StopOnSignal(ranks)
         flops = flops_per_token(config, active, setup.sequence_length, frozen=bool(options.lora))
         self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak)
@@ -134,7 +128,7 @@ class Session:
         self.trainer.head_loss = head_loss
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
-        for added in (Preflight(setup, self.trainer), Samples(setup, self.trainer)):
+        for added in (Preflight(setup, self.trainer, with_liger), Samples(setup, self.trainer)):
             self.trainer.add_callback(added)
 
     # -- training and after ----------------------------------------------------------------------------------------
