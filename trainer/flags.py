@@ -167,6 +167,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
          help="don't compare the first step's gradients with the sum of all ranks' own")
     flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
          help="auto: bf16 where every rank's device is fast at it, else fp16, fp32 on CPU")
+    flag("--dataloader_workers", type=natural, metavar="N",
+         help="processes of each rank that make its batches (2 on a GPU; 0 on a CPU and with --streaming)")
     flag("--seed", type=int, default=42, metavar="N", help="same seed, data and world size: same losses (42)")
 
 

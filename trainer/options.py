@@ -68,6 +68,7 @@ class Options:
     max_grad_norm: float
     no_gradient_check: bool
     precision: str
+    dataloader_workers: int | None
     seed: int
     output_dir: str | None
     logging_steps: int
@@ -118,6 +119,8 @@ def check(options: Options) -> None:
                           "isn't tiny")
     if not options.eval_dataset and (options.eval_config or options.eval_split):
         raise usage_error("--eval_config and --eval_split are of --eval_dataset D, which isn't given")
+    if options.streaming and options.dataloader_workers:
+        raise usage_error("--streaming reads in the rank itself: leave out --dataloader_workers")
     if options.streaming and ((options.max_steps or 0) < 1 or options.dataset_path is None):
         raise usage_error("--streaming reads without end: say --dataset_path D and --max_steps N")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from trainer.distributed.devices import choose_precision, common_device, device_facts, device_peak, peak_flops
 from trainer.errors import UserError
 
-CPU: dict[str, Any] = {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False,
-                       "flash": False}
+CPU: dict[str, Any] = {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0, "memory": 8 << 30, "bf16": False,
+                       "fp16": False, "flash": False}
 CARD: dict[str, Any] = {"type": "cuda", "backend": "cuda", "flash": False}
 V100: dict[str, Any] = CARD | {"name": "Tesla V100-SXM2-32GB", "count": 1, "bf16": False, "fp16": True}
 H100: dict[str, Any] = CARD | {"name": "NVIDIA H100 80GB HBM3", "count": 8, "bf16": True, "fp16": True}
@@ -24,7 +25,7 @@ def test_this_machine_s_device_is_what_torch_finds() -> None:
     accelerator = torch.accelerator.current_accelerator()
     assert found["type"] == (accelerator.type if accelerator else "cpu")
     if found["type"] == "cpu":
-        assert found == CPU
+        assert found == CPU | {"memory": found["memory"]} and found["memory"] > 1 << 28
 
 
 def test_ranks_share_one_kind_of_device() -> None:
@@ -42,8 +43,10 @@ def test_each_rank_asks_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: cards[number][0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: cards[number][1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=24 << 30))
     ampere, turing, none = (device_facts(number) for number in range(3))
     assert (ampere["name"], ampere["bf16"], ampere["flash"]) == ("NVIDIA GeForce RTX 3090", True, True)
+    assert (ampere["memory"], none["memory"]) == (24 << 30, 0)
     assert (turing["name"], turing["bf16"], turing["fp16"], turing["flash"]) == (
         "NVIDIA GeForce RTX 2080 Ti", False, True, False)
     assert choose_precision("auto", [ampere, turing]) == "fp16"

@@ -18,7 +18,7 @@ from patience import steps_made, wait_until
 from warm_trainer import Job
 
 from trainer.checkpoint.verification import list_checkpoints, step_of
-from trainer.distributed.signals import Interrupted, SignalWatch
+from trainer.distributed.signals import ASKING, Interrupted, SignalWatch
 
 SMALL = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--eval_fraction", "0.1")
 
@@ -47,6 +47,24 @@ def test_a_signal_saves_and_the_run_goes_on_later(number: signal.Signals, enviro
     step = max(int(folder.name.split("-")[1]) for folder in (path / "checkpoints").iterdir())
     again = train(*SMALL, "--max_steps", str(step + 2), "--resume_from_checkpoint", str(path), expect=None)
     assert f"resuming after {step}" in again.output
+
+
+def test_the_processes_that_make_batches_leave_a_request_to_stop_to_the_rank(
+        environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
+    path = tmp_path / "run"
+    with running(environment, path, texts, "--max_steps", "2000", "--dataloader_workers", "2") as process:
+        wait_until(lambda: steps_made(path) >= 3)
+        workers = Path(f"/proc/{process.pids[0]}/task/{process.pids[0]}/children").read_text().split()
+        assert len(workers) >= 2
+        for pid in map(int, workers):  # as Ctrl-C in a terminal does, or a signal to the process group
+            for number in ASKING:
+                os.kill(pid, number)
+        made = steps_made(path)
+        wait_until(lambda: steps_made(path) > made + 20)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    assert json.loads((path / "run.json").read_text())["status"] == "stopped"
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 def test_a_signal_before_the_first_step_says_that_nothing_was_saved(environment: dict[str, str], tmp_path: Path,

@@ -160,7 +160,7 @@ def complete_config(config: dict[str, Any], on_cpu: bool) -> list[str]:
     if "optimizer" not in config:
         config["zero_force_ds_cpu_optimizer"] = False
         return []
-    offloaded = lookup(zero, "offload_optimizer.device") in ("cpu", "nvme") or zero.get("cpu_offload") is True
+    offloaded = offloads_optimizer(config)
     name = str(config["optimizer"].get("type", "")).lower()
     if name in ("adam", "adamw"):
         params = config["optimizer"].setdefault("params", {})
@@ -172,8 +172,10 @@ def complete_config(config: dict[str, Any], on_cpu: bool) -> list[str]:
     return [COMPILED_OPTIMIZERS[name]] if compiled else []
 
 
-def set_environment(on_cpu: bool, local_world_size: int) -> None:
+def set_environment(on_cpu: bool, offloads: bool, local_world_size: int) -> None:
     """Set what DeepSpeed and accelerate read from the environment; call it before they are imported.
+
+    Where the CPU computes, all of it or (`offloads`) the optimizer's steps, each rank gets its share of the cores.
 
     The environment's own bin folder goes first on PATH, since a non-login shell hides ninja. A node whose GPU
     driver is broken must fail, not train on its CPU in silence, so the accelerator is named.
@@ -185,6 +187,7 @@ def set_environment(on_cpu: bool, local_world_size: int) -> None:
         os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", "")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if on_cpu or offloads:
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_world_size)))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -202,6 +205,13 @@ def adopt_process_group() -> None:
     import deepspeed
 
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def offloads_optimizer(ds_config: dict[str, Any] | None) -> bool:
+    """Return whether a config keeps the optimizer's states on the host or its disk."""
+    config = ds_config or {}
+    return lookup(config, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme") or \
+        lookup(config, "zero_optimization.cpu_offload") is True
 
 
 def engine_name(ds_config: dict[str, Any] | None) -> str:

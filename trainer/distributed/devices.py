@@ -5,6 +5,7 @@ Peaks are dense bf16/fp16 tensor-core TFLOP/s with fp32 accumulation, from the v
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -25,23 +26,28 @@ PEAK_TFLOPS = {
 def device_facts(local_rank: int) -> dict[str, Any]:
     """Return what the rank of this number on its host computes on, as JSON.
 
-    Keys: type, torch's name of the device; backend (cuda, rocm, xpu, cpu); name; count of this host's; bf16 and fp16,
-    whether they are fast; flash, whether the card can run flash attention.
+    Keys: type, torch's name of the device; backend (cuda, rocm, xpu, cpu); name; count of this host's; memory in bytes;
+    bf16 and fp16, whether they are fast; flash, whether the card can run flash attention.
     """
     import torch
 
     if torch.cuda.is_available():
         rocm, count = bool(torch.version.hip), torch.cuda.device_count()
         if local_rank >= count:
-            return {"type": "cuda", "backend": "rocm" if rocm else "cuda", "name": "", "count": count, "bf16": False,
-                    "fp16": False, "flash": False}
+            return {"type": "cuda", "backend": "rocm" if rocm else "cuda", "name": "", "count": count, "memory": 0,
+                    "bf16": False, "fp16": False, "flash": False}
         modern = rocm or torch.cuda.get_device_capability(local_rank)[0] >= AMPERE
         return {"type": "cuda", "backend": "rocm" if rocm else "cuda", "name": torch.cuda.get_device_name(local_rank),
-                "count": count, "bf16": modern, "fp16": True, "flash": modern}
+                "count": count, "memory": torch.cuda.get_device_properties(local_rank).total_memory, "bf16": modern,
+                "fp16": True, "flash": modern}
     if torch.xpu.is_available():
         return {"type": "xpu", "backend": "xpu", "name": torch.xpu.get_device_name(local_rank),
-                "count": torch.xpu.device_count(), "bf16": True, "fp16": True, "flash": False}
-    return {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0, "bf16": False, "fp16": False, "flash": False}
+                "count": torch.xpu.device_count(),
+                "memory": torch.xpu.get_device_properties(local_rank).total_memory, "bf16": True, "fp16": True,
+                "flash": False}
+    return {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0,
+            "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "bf16": False, "fp16": False,
+            "flash": False}
 
 
 def common_device(facts: list[dict[str, Any]], hosts: Sequence[str]) -> str:

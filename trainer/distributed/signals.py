@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from trainer.distributed.shared_flag import SharedFlag
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ASKING = (signal.SIGINT, signal.SIGTERM)  # what asks a rank to save and stop
 
 
 class Interrupted(BaseException):
@@ -31,7 +32,7 @@ class SignalWatch:
         self._finishing = False
 
     def __enter__(self) -> SignalWatch:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ASKING:
             signal.signal(number, self._handle)
         follow_launcher()
         return self

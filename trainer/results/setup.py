@@ -22,8 +22,8 @@ class Setup:
     """A training as all its ranks have agreed on it.
 
     `device`: cuda, xpu or cpu; `precision`: bf16, fp16 or fp32; `peak`: all devices' FLOP/s together, if known;
-    `spare_devices`: of this machine, that no rank has; `flash`:
-    every rank's card can run flash attention; `ds_config`: DeepSpeed's, None without it; `config`: the
+    `spare_devices`: of this machine, that no rank has; `memory`: bytes of the smallest rank's device; `flash`: every
+    rank's card can run flash attention; `ds_config`: DeepSpeed's, None without it; `config`: the
     model's, None for tiny; `shared_disk`: all hosts see the same run folder; `checkpoint`: to continue from,
     `universal` if it is in DeepSpeed's universal form.
     """
@@ -35,6 +35,7 @@ class Setup:
     precision: str
     peak: float | None
     spare_devices: int
+    memory: int
     flash: bool
     ds_config: dict[str, Any] | None
     config: Any

@@ -42,14 +42,21 @@ def training_arguments(setup: Setup) -> TrainingArguments:
             eval_on_start=setup.evaluates and not setup.resume_step, save_steps=o.save_steps or NEVER,
             save_on_each_node=not setup.shared_disk, report_to=o.report_to or "none", run_name=path.name,
             ignore_data_skip=o.streaming, project="lanspeed", disable_tqdm=True, remove_unused_columns=False,
-            dataloader_pin_memory=setup.device != "cpu", ddp_find_unused_parameters=False,
-            deepspeed=setup.ds_config, log_level="error", log_level_replica="error")
+            dataloader_num_workers=dataloader_workers(o, setup.device), dataloader_pin_memory=setup.device != "cpu",
+            ddp_find_unused_parameters=False, deepspeed=setup.ds_config, log_level="error", log_level_replica="error")
     except ValueError as error:
         raise UserError(first_line(error), exit_code=2, shared=True) from None
     if setup.ds_config is not None and (differ := made.hf_deepspeed_config.mismatches):
         raise UserError(f"{o.deepspeed}: differs from what the trainer does: {'; '.join(differ)}: write \"auto\" there",
                         shared=True)
     return made
+
+
+def dataloader_workers(options: Options, device: str) -> int:
+    """Return how many processes make a rank's batches: on a GPU the next ones are made while it computes."""
+    if options.dataloader_workers is not None:
+        return options.dataloader_workers
+    return 0 if device == "cpu" or options.streaming else 2
 
 
 def check_packages(options: Options, is_first: bool) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from trainer.data.streaming import Stream
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.shared_flag import SharedFlag
+from trainer.distributed.signals import ASKING
 from trainer.errors import UserError
 from trainer.model import weights
 from trainer.training.loss_trainer import LossTrainer
@@ -59,7 +62,10 @@ class CausalTrainer(LossTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return batches of sequences; a stream is this rank's own already, and not to be shared out again."""
         if not isinstance(self.train_dataset, Stream):
-            return super().get_train_dataloader()
+            loader: Any = super().get_train_dataloader()
+            inner = getattr(loader, "base_dataloader", loader)
+            inner.worker_init_fn = partial(begin_data_worker, inner.worker_init_fn)
+            return loader
         return DataLoader(self.train_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator,
                           pin_memory=self.args.dataloader_pin_memory)
 
@@ -174,6 +180,13 @@ class CausalTrainer(LossTrainer):
         if not self.args.should_save or free >= self._checkpoint_bytes:
             return None
         return f"it takes {self._checkpoint_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
+
+
+def begin_data_worker(seed: Callable[[int], None], number: int) -> None:
+    """Leave requests to stop to the rank, which still wants batches then, and ends its workers itself."""
+    for each in ASKING:
+        signal.signal(each, signal.SIG_IGN)
+    seed(number)
 
 
 class StopOnSignal(TrainerCallback):

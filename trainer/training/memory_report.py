@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from trainer.distributed.deepspeed_config import lookup
+from trainer.distributed.deepspeed_config import lookup, offloads_optimizer
 from trainer.distributed.ranks import Ranks
 from trainer.estimate.memory import NF4, MemoryInputs, bytes_needed, gigabytes, report_lines
 from trainer.results.setup import Setup, Workload
@@ -20,7 +20,6 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
     size = getattr(config, "head_dim", None) or hidden // heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     stage = None if setup.ds_config is None else int(lookup(setup.ds_config, "zero_optimization.stage") or 0)
-    device = lookup(setup.ds_config or {}, "zero_optimization.offload_optimizer.device")
     number = 4 if setup.precision == "fp32" else 2
     return MemoryInputs(
         weights=workload.parameters, trained=workload.trained, layers=config.num_hidden_layers, hidden=hidden,
@@ -29,7 +28,7 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
         sequence=setup.sequence_length, micro=o.per_device_train_batch_size,
         accumulation=o.gradient_accumulation_steps, ranks=setup.ranks.world_size, stage=stage,
         number=number, weight=NF4 if o.qlora else number if o.lora else 0.0,
-        offloads=device in ("cpu", "nvme"), checkpoints=o.activation_checkpointing, liger=workload.liger)
+        offloads=offloads_optimizer(setup.ds_config), checkpoints=o.activation_checkpointing, liger=workload.liger)
 
 
 def explained(ranks: Ranks, setup: Setup | None, workload: Workload | None, step: int) -> str:

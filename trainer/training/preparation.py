@@ -39,6 +39,7 @@ class Hardware:
     precision: str
     peak: float | None
     spare_devices: int
+    memory: int
     flash: bool
 
 
@@ -75,8 +76,8 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     own = tokenizer.load_tokenizer(options, data.folder / "tokenizer")
     tokenizer.check_rows(own, config, options, data.largest_token)
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
-                 hardware.flash, ds_config, config, data, own, length, run, layout, shared_disk, checkpoint,
-                 universal), waiting
+                 hardware.memory, hardware.flash, ds_config, config, data, own, length, run, layout, shared_disk,
+                 checkpoint, universal), waiting
 
 
 def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] | None
@@ -89,13 +90,17 @@ def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] 
     device = devices.common_device(facts, ranks.hosts)
     if device != "cpu":
         torch.accelerator.set_device_index(ranks.local_rank)
-    deepspeed_config.set_environment(device == "cpu", ranks.local_world_size)
+    deepspeed_config.set_environment(device == "cpu", deepspeed_config.offloads_optimizer(ds_config),
+                                     ranks.local_world_size)
     if ds_config is not None:
         options = deepspeed_config.adopt_values(options, ds_config, ranks.world_size)
     options = with_defaults(options)
     precision = devices.choose_precision(options.precision, facts)
+    if device == "cuda" and precision != "fp32":  # float32 products that are left in a training in 16 bits
+        torch.set_float32_matmul_precision("high")
+    memory = min(entry["memory"] // (ranks.local_world_size if device == "cpu" else 1) for entry in facts)
     return options, Hardware(device, precision, devices.peak_flops(facts, precision),
-                             facts[ranks.rank]["count"] - ranks.local_world_size,
+                             facts[ranks.rank]["count"] - ranks.local_world_size, memory,
                              all(entry["flash"] for entry in facts))
 
 

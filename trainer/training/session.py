@@ -5,6 +5,7 @@ The model is built last: DeepSpeed's config must be known to transformers before
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -137,6 +138,8 @@ class Session:
         """Train."""
         setup, workload = self.setup, self.workload
         self._began = True
+        gc.collect()
+        gc.freeze()  # else a step would wait now and then until model, data and libraries were looked through
         if setup.ranks.is_first:
             facts = summary.run_facts(setup, workload, memory_report.described(setup, workload))
             setup.run.start(facts, setup.resume_step)
