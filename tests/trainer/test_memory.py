@@ -15,7 +15,7 @@ from conftest import TRAINER, WARM, Train
 from warm_trainer import Job
 
 from trainer.errors import is_out_of_memory
-from trainer.estimate.memory import MemoryInputs, bytes_needed, report_lines, savings
+from trainer.estimate.memory import MemoryInputs, bytes_needed, fitting, report_lines, savings, total
 
 SEVEN_B = MemoryInputs(weights=7e9, trained=7e9, layers=32, hidden=4096, intermediate=11008, keys=4096,
                        vocabulary=32000,
@@ -66,21 +66,54 @@ def test_a_seven_billion_model_needs_what_the_papers_say() -> None:
 
 
 def test_advice_goes_from_gentle_to_hard_and_leaves_out_what_is_done() -> None:
-    words = [words for words, _ in savings(SEVEN_B, on_gpu=True)]
+    words = [words for words, _ in savings(SEVEN_B, True, 100e9)]
     assert words[0] == "--per_device_train_batch_size 4 --gradient_accumulation_steps 4"
     assert [word.split("/")[-1] for word in words[1:]] == [
         "--liger", "zero2.json", "--activation_checkpointing", "zero2_offload.json", "zero3.json",
         "zero3_offload.json", "--lora", "--qlora", "--sequence_length 512"]
-    saved = dict(savings(SEVEN_B, on_gpu=True))
+    saved = dict(savings(SEVEN_B, True, 100e9))
     # The others' gradients, and a second copy of its own.
     assert saved["--deepspeed_config trainer/configs/zero2.json"] == pytest.approx(14e9 * 3 / 4 + 14e9 / 4)
-    first, _ = savings(replace(SEVEN_B, micro=5), on_gpu=True)[0]
-    assert first.startswith("--per_device_train_batch_size 1 --gradient_"
-                                                                          "accumulation_steps 10")
+    first, _ = savings(replace(SEVEN_B, micro=5), True, 100e9)[0]
+    assert first.startswith("--per_device_train_batch_size 1 --gradient_accumulation_steps 10")
     done = replace(SEVEN_B, checkpoints=True, stage=3, trained=5e7, micro=1)
-    left = [words for words, _ in savings(done, on_gpu=False)]
+    left = [words for words, _ in savings(done, False, 1e9)]
     assert not any("zero" in words or "lora" in words or "checkpointing" in words for words in left)
-    assert report_lines(SEVEN_B, on_gpu=True)[0].startswith("a rank needs about ")
+    assert report_lines(SEVEN_B, True, 80e9)[0].startswith("a rank needs about ")
+
+
+# The model of 1.1 billion weights whose 128 rows of 2,048 tokens a card of 141 GB couldn't hold.
+ONE_B = MemoryInputs(weights=1.1e9, trained=1.1e9, layers=22, hidden=2048, intermediate=5632, keys=256,
+                     vocabulary=32000, sequence=2048, micro=128, accumulation=1, ranks=1, stage=None, number=2)
+
+
+def test_one_command_is_named_that_fits() -> None:
+    advice = report_lines(ONE_B, True, 141e9)[1]
+    assert "the same command with --per_device_train_batch_size 16 --gradient_accumulation_steps 8 (about" in advice
+    for memory in (24e9, 48e9, 80e9, 141e9):
+        found = fitting(ONE_B, True, memory)
+        assert found and total(found[1]) <= memory
+        assert found[1].micro * found[1].accumulation == 128
+    tight = fitting(replace(SEVEN_B, ranks=1, stage=0), True, 48e9)
+    assert tight and tight[0].startswith(("--lora", "--deepspeed_config")), tight
+    assert fitting(replace(SEVEN_B, ranks=1), True, 1e9) is None
+    assert "no single change" in report_lines(replace(SEVEN_B, ranks=1), True, 1e9)[1]
+
+
+def test_what_seemed_to_fit_and_did_not_gets_less() -> None:
+    """Another process may hold a card's memory: the advice is smaller than what failed."""
+    small = replace(ONE_B, micro=8)
+    found = report_lines(small, True, 141e9)[1]
+    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 2" in found
+
+
+def test_chunks_of_logits_and_liger_need_less() -> None:
+    whole, chunked = bytes_needed(ONE_B), bytes_needed(replace(ONE_B, chunk=2048))
+    assert chunked["logits"] == 2048 * 32000 * 12 + 4 * 32000 * 2048 < whole["logits"] / 50
+    adapter = replace(ONE_B, chunk=2048, trained=1e7)
+    assert bytes_needed(adapter)["logits"] == 2048 * 32000 * 12
+    saved = whole["activations"] - bytes_needed(replace(ONE_B, liger=True))["activations"]
+    assert saved == 22 * 2 * 5632 * 128 * 2048 * 2
 
 
 def test_which_errors_say_so() -> None:
@@ -114,6 +147,7 @@ def test_a_rank_that_runs_out_ends_the_training_and_says_what_saves_memory(
         code, said = job.wait(200), (tmp_path / "log").read_text()
     assert code == 1 and said.count("ran out of memory") == 1, said
     assert f"rank {limited} ran out of memory after step 0 of 2\n" in said, said
-    assert "what would save memory, least intrusive first:\n  --per_device_train_batch_size 750" in said
+    assert "what would save memory, least intrusive first:\n  --per_device_train_batch_size " in said
+    assert "this fits: the same command with --per_device_train_batch_size " in said
     assert "Traceback" not in said
     assert json.loads((tmp_path / "large" / "run.json").read_text())["status"] == "failed"

@@ -68,9 +68,9 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def tokens_at_once(weight: torch.Tensor) -> int:
+def chunk_tokens(vocabulary: int, on_cpu: bool) -> int:
     """Return the tokens of a chunk."""
-    return CPU_TOKENS if weight.device.type == "cpu" else max(CPU_TOKENS, GPU_LOGITS // weight.shape[0] // 64 * 64)
+    return CPU_TOKENS if on_cpu else max(CPU_TOKENS, GPU_LOGITS // vocabulary // 64 * 64)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -89,7 +89,7 @@ class ChunkedLoss(torch.autograd.Function):
                      torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None,
                      torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants[2] else None]
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            size = tokens_at_once(weight)
+            size = chunk_tokens(len(weight), weight.device.type == "cpu")
             for numbers, wanted in zip(trained.split(size), targets.split(size), strict=True):
                 part = hidden.index_select(0, numbers).to(kind)
                 logits = (part @ matrix.t()).float()

@@ -8,6 +8,7 @@ from typing import Any
 from trainer.distributed.deepspeed_config import lookup, offloads_optimizer
 from trainer.distributed.ranks import Ranks
 from trainer.estimate.memory import NF4, MemoryInputs, bytes_needed, gigabytes, report_lines
+from trainer.model.head_loss import chunk_tokens
 from trainer.results.setup import Setup, Workload
 
 UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
@@ -28,7 +29,14 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
         sequence=setup.sequence_length, micro=o.per_device_train_batch_size,
         accumulation=o.gradient_accumulation_steps, ranks=setup.ranks.world_size, stage=stage,
         number=number, weight=NF4 if o.qlora else number if o.lora else 0.0,
-        offloads=offloads_optimizer(setup.ds_config), checkpoints=o.activation_checkpointing, liger=workload.liger)
+        offloads=offloads_optimizer(setup.ds_config), checkpoints=o.activation_checkpointing, liger=workload.liger,
+        chunk=None if changes_logits(config) else chunk_tokens(config.vocab_size, setup.device == "cpu"))
+
+
+def changes_logits(config: Any) -> bool:
+    """Return whether a model changes its logits after the head, so that its loss needs all of them."""
+    return any(getattr(config, name, None) not in (None, 0, 1, 1.0)
+               for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
 
 
 def explained(ranks: Ranks, setup: Setup | None, workload: Workload | None, step: int) -> str:
@@ -40,7 +48,7 @@ def explained(ranks: Ranks, setup: Setup | None, workload: Workload | None, step
         return f"{where} as it loaded the model: fewer ranks a host, or ZeRO-3, which loads it in parts"
     where += f" after step {step} of {workload.steps}"
     try:
-        return "\n".join([where, *report_lines(memory_inputs(setup, workload), setup.device != "cpu")])
+        return "\n".join([where, *report_lines(memory_inputs(setup, workload), setup.device != "cpu", setup.memory)])
     except UNKNOWN_SHAPE:
         return f"{where}: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps"
 
@@ -54,7 +62,7 @@ def described(setup: Setup, workload: Workload) -> dict[str, Any] | None:
         load = memory_inputs(setup, workload)
     except UNKNOWN_SHAPE:
         return None
-    host = report_lines(load, on_gpu=False) if setup.device == "cpu" else []
+    host = report_lines(load, False, setup.memory) if setup.device == "cpu" else []
     if host:
         host.append(f"and fewer slots a host: {setup.ranks.local_world_size} ranks share the memory of "
                     f"{setup.ranks.host}")
