@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -27,6 +27,9 @@ from trainer.distributed.signals import Interrupted, SignalWatch
 from trainer.errors import UserError, is_out_of_memory
 from trainer.options import Options, parse_options
 from trainer.results.console import Console, clean
+
+if TYPE_CHECKING:
+    from trainer.training.session import Session
 
 CAUSE_FIRST_S = 3  # a launcher looks at its ranks once a second, and should find the one that failed first
 # What gloo, NCCL and torch's store say when the process at the other end has ended.
@@ -91,14 +94,7 @@ def train(options: Options, ranks: Ranks, console: Console, signals: SignalWatch
     stay_offline(options)
     console.say("lanspeed: loading torch, transformers and deepspeed")
     heartbeat.report("loading torch, transformers and deepspeed")
-    # Only now: these imports take seconds, and a wrong flag should be told before. What they make stays: looking
-    # through it for garbage costs seconds before the first step, and a pause of 0.3 s and more after it.
-    gc.disable()
-    from trainer.training.session import Session
-
-    gc.freeze()
-    gc.enable()
-    session = Session(options, ranks, console, config)
+    session = load_session()(options, ranks, console, config)  # only now: a wrong flag should be told before
     try:
         session.prepare()
         signals.steps_begin(session.stop.flag)
@@ -111,6 +107,16 @@ def train(options: Options, ranks: Ranks, console: Console, signals: SignalWatch
             console.keep(traceback.format_exc())
             raise UserError(session.out_of_memory()) from None
         raise
+
+
+def load_session() -> type[Session]:
+    """Import what trains, which takes seconds; what that makes stays, so that it isn't looked through for garbage."""
+    gc.disable()
+    from trainer.training.session import Session
+
+    gc.freeze()
+    gc.enable()
+    return Session
 
 
 def leave(code: int) -> NoReturn:

@@ -8,13 +8,24 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROW = 1024  # tokens, what each peer takes by default
-ROWS = 2  # a step
-RATE, WARMUP, CLIP = 3e-3, 20, 1.0
-UNCOUNTED = 10  # first steps, in which memory is got and caches fill
+CLIP = 1.0
+UNCOUNTED = 5  # first steps of the steady rate, in which memory is got and caches fill
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all train: the model and the documents of a folder, so many rows of so many tokens a step, on a device."""
+
+    folder: Path
+    row: int = 1024
+    rows: int = 2
+    rate: float = 3e-3
+    warmup: int = 20
+    device: str = "cpu"
 
 
 class Enough(Exception):
@@ -31,6 +42,19 @@ class Clock:
         self._steps, self._wanted, self.seed = steps, tokens, seed
         self.tokens: list[int] = []  # of each batch that was made; one may be ahead of the steps
         self.marks: list[tuple[float, float]] = []
+        self.began: tuple[float, float] | None = None  # when the first step did
+
+    def begin(self) -> None:
+        """Note the beginning of a step."""
+        self.began = self.began or self.now()
+
+    def now(self) -> tuple[float, float]:
+        """Return the time, and the process' CPU seconds; what the device was given is done by then."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
 
     def counting(self, collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
         """Return a collator that has its labels counted."""
@@ -43,24 +67,28 @@ class Clock:
 
     def step(self) -> bool:
         """Note the end of a step; return whether it was the last."""
-        self.marks.append((time.perf_counter(), time.process_time()))
+        self.marks.append(self.now())
         done = len(self.marks)
         return sum(self.tokens[:done]) >= self._wanted if self._wanted else done >= self._steps
 
-    def rates(self) -> tuple[float, float, float]:
-        """Return useful tokens per wall second and per CPU second, and per step."""
+    def rates(self) -> dict[str, float]:
+        """Return useful tokens per second of the steady steps (wall, cpu), CPU seconds before the first step (startup),
+        useful tokens per CPU second of all of it (whole), and tokens per step (step).
+        """
         first, last = UNCOUNTED - 1, min(self._steps, len(self.marks)) - 1
         tokens = sum(self.tokens[UNCOUNTED : last + 1])
         wall, cpu = (self.marks[last][kind] - self.marks[first][kind] for kind in (0, 1))
-        return tokens / wall, tokens / cpu, tokens / (last - first)
+        return {"wall": tokens / wall, "cpu": tokens / cpu, "startup": (self.began or self.marks[0])[1],
+                "whole": sum(self.tokens[: last + 1]) / self.marks[last][1], "step": tokens / (last - first)}
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Return tokenizer and model."""
+def load(course: Course, **more: Any) -> tuple[Any, Any]:
+    """Return tokenizer and model, its weights in 32 bits."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return (AutoTokenizer.from_pretrained(folder / "model"),
-            AutoModelForCausalLM.from_pretrained(folder / "model", use_cache=False))
+    return (AutoTokenizer.from_pretrained(course.folder / "model"),
+            AutoModelForCausalLM.from_pretrained(course.folder / "model", use_cache=False, dtype=torch.float32, **more))
 
 
 def texts_of(folder: Path, name: str) -> list[str]:
@@ -68,20 +96,24 @@ def texts_of(folder: Path, name: str) -> list[str]:
     return [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def loss_of(model: Any, tokenizer: Any, folder: Path) -> float:
+def loss_of(model: Any, course: Course) -> float:
     """Return the loss a token of the held-out documents, whole, each by itself; of long ones row by row."""
     import torch
+    from transformers import AutoTokenizer
 
     from trainer.data.tokenization import cut_document
 
+    tokenizer = AutoTokenizer.from_pretrained(course.folder / "model")
     model.eval()
     nats, count = 0.0, 0
-    with torch.no_grad():
-        for text in texts_of(folder, "eval"):
+    with torch.no_grad(), torch.autocast(course.device, torch.bfloat16, enabled=course.device != "cpu"):
+        for text in texts_of(course.folder, "eval"):
             whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-            for start, end in cut_document(len(whole), ROW):
-                ids = torch.tensor([whole[start:end]])
-                nats += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * (end - start - 1)
+            for start, end in cut_document(len(whole), course.row):
+                ids = torch.tensor([whole[start:end]], device=course.device)
+                positions = torch.arange(end - start, device=course.device)[None]
+                logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1]
+                nats += torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
                 count += end - start - 1
     return nats / count
 
@@ -91,6 +123,9 @@ def callback(clock: Clock) -> Any:
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.begin()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if clock.step():
                 control.should_training_stop = True
@@ -107,23 +142,26 @@ def until_enough(train: Callable[[], Any]) -> None:
         return
 
 
-def ours(folder: Path, clock: Clock, engine: Path | None) -> Any:
-    """Train with trainer/train.py's own course."""
+def ours(course: Course, clock: Clock, *flags: str) -> Any:
+    """Train with trainer/train.py's own course, its defaults and these flags."""
     from trainer.distributed import deepspeed_config
     from trainer.distributed.ranks import Ranks
     from trainer.options import parse_options
     from trainer.results.console import Console
-    from trainer.training.session import Session
+    from trainer.train import load_session
 
-    words = ["--model_name_or_path", str(folder / "model"), "--dataset_path", str(folder / "train.jsonl"),
-             "--eval_dataset", str(folder / "eval.jsonl"), "--output_dir", str(folder / f"run-{os.getpid()}"),
-             "--cache_dir", str(folder / "cache"), "--sequence_length", str(ROW), "--max_steps", "100000",
-             "--per_device_train_batch_size", str(ROWS), "--learning_rate", str(RATE), "--warmup_steps", str(WARMUP),
-             "--lr_scheduler_type", "constant_with_warmup", "--max_grad_norm", str(CLIP), "--eval_steps", "0",
-             "--save_steps", "0", "--num_samples", "0", "--seed", str(clock.seed)]
-    options = parse_options([*words, *(["--deepspeed", str(engine)] if engine else [])])
+    folder = course.folder
+    options = parse_options([
+        "--model_name_or_path", str(folder / "model"), "--dataset_path", str(folder / "train.jsonl"),
+        "--eval_dataset", str(folder / "eval.jsonl"), "--output_dir", str(folder / f"run-{os.getpid()}"),
+        "--cache_dir", str(folder / "cache"), "--sequence_length", str(course.row), "--max_steps", "100000",
+        "--per_device_train_batch_size", str(course.rows), "--learning_rate", str(course.rate),
+        "--warmup_steps", str(course.warmup), "--lr_scheduler_type", "constant_with_warmup",
+        "--max_grad_norm", str(CLIP), "--eval_steps", "0", "--save_steps", "0", "--num_samples", "0",
+        "--seed", str(clock.seed), *flags])
     ranks = Ranks()
-    session = Session(options, ranks, Console(ranks), deepspeed_config.read_config(engine) if engine else None)
+    engine = deepspeed_config.read_config(options.deepspeed) if options.deepspeed else None
+    session = load_session()(options, ranks, Console(ranks), engine)
     session.prepare()
     session.trainer.data_collator = clock.counting(session.trainer.data_collator)
     session.trainer.add_callback(callback(clock))
@@ -131,48 +169,55 @@ def ours(folder: Path, clock: Clock, engine: Path | None) -> Any:
     return session.trainer.model
 
 
-def arguments(kind: Any, folder: Path, clock: Clock, rows: int = ROWS, **more: Any) -> Any:
+def arguments(kind: Any, course: Course, clock: Clock, rows: int | None = None, **more: Any) -> Any:
     """Return a peer's TrainingArguments."""
-    return kind(output_dir=str(folder / f"peer-{os.getpid()}"), max_steps=100000, per_device_train_batch_size=rows,
-                learning_rate=RATE, warmup_steps=WARMUP, lr_scheduler_type="constant_with_warmup", max_grad_norm=CLIP,
-                save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=clock.seed, **more)
+    return kind(output_dir=str(course.folder / f"peer-{os.getpid()}"), max_steps=100000,
+                per_device_train_batch_size=rows or course.rows, learning_rate=course.rate, warmup_steps=course.warmup,
+                lr_scheduler_type="constant_with_warmup", max_grad_norm=CLIP, save_strategy="no", report_to="none",
+                disable_tqdm=True, use_cpu=course.device == "cpu", bf16=course.device != "cpu", seed=clock.seed, **more)
 
 
-def cut(folder: Path, clock: Clock) -> Any:
+def cut(course: Course, clock: Clock, **more: Any) -> Any:
     """Train as run_clm.py does: all tokens one after the other, cut into rows."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments, default_data_collator
 
-    tokenizer, model = load(folder)
+    tokenizer, model = load(course)
     ids = list(itertools.chain.from_iterable(
-        [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts_of(folder, "train")))
-    rows = [ids[at : at + ROW] for at in range(0, len(ids) - ROW + 1, ROW)]
-    table = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * ROW] * len(rows), "labels": rows})
-    trainer = Trainer(model=model, args=arguments(TrainingArguments, folder, clock), train_dataset=table,
+        [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts_of(course.folder, "train")))
+    rows = [ids[at : at + course.row] for at in range(0, len(ids) - course.row + 1, course.row)]
+    table = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * course.row] * len(rows), "labels": rows})
+    trainer = Trainer(model=model, args=arguments(TrainingArguments, course, clock, **more), train_dataset=table,
                       data_collator=clock.counting(default_data_collator), callbacks=[callback(clock)])
     until_enough(trainer.train)
     return model
 
 
-def trl(folder: Path, clock: Clock) -> Any:
-    """Train with TRL's SFTTrainer; of its defaults only what is the same for all is set otherwise."""
+def trl(course: Course, clock: Clock, attention: str | None = None, **more: Any) -> Any:
+    """Train with TRL's SFTTrainer; of its defaults only what is the same for all, and `more`, is set otherwise.
+
+    Where it doesn't pack, it takes so many documents a step that they have as many tokens.
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer, model = load(folder)
-    texts = texts_of(folder, "train")
-    mean = statistics.fmean(min(len(ids), ROW) - 1 for ids in tokenizer(texts)["input_ids"])
+    tokenizer, model = load(course, **({"attn_implementation": attention} if attention else {}))
+    texts = texts_of(course.folder, "train")
+    documents = [[*ids[: course.row - 1], tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    mean = statistics.fmean(len(ids) - 1 for ids in documents)
+    rows = course.rows if more.get("packing") else max(1, round(course.rows * course.row / mean))
+    cuts = not more.get("padding_free")  # which wants rows that are cut already
+    table = Dataset.from_dict({"text": texts} if cuts else {"input_ids": documents})
     trainer = SFTTrainer(
-        model=model, processing_class=tokenizer, train_dataset=Dataset.from_dict({"text": texts}),
-        args=arguments(SFTConfig, folder, clock, rows=round(ROWS * ROW / mean), max_length=ROW, bf16=False,
-                       gradient_checkpointing=False),
-        callbacks=[callback(clock)])
+        model=model, processing_class=tokenizer, train_dataset=table, callbacks=[callback(clock)],
+        args=arguments(SFTConfig, course, clock, rows=rows, max_length=course.row if cuts else None,
+                       gradient_checkpointing=False, **more))
     trainer.data_collator = clock.counting(trainer.data_collator)
     until_enough(trainer.train)
     return model
 
 
-def by_hand(folder: Path, clock: Clock) -> Any:
+def by_hand(course: Course, clock: Clock) -> Any:
     """Train with a loop around deepspeed.initialize, over our packed rows."""
     import deepspeed
     import torch
@@ -186,25 +231,28 @@ def by_hand(folder: Path, clock: Clock) -> Any:
 
     Ranks()  # sets RANK and the like
     deepspeed_config.skip_shared_memory_operator()
-    tokenizer, model = load(folder)
+    tokenizer, model = load(course)
     torch.manual_seed(clock.seed)
-    options = parse_options(["--model_name_or_path", "x", "--dataset_path", str(folder / "train.jsonl"),
-                             "--eval_dataset", str(folder / "eval.jsonl"), "--cache_dir", str(folder / "cache")])
-    rows = PackedSequences(prepare_dataset(options, tokenizer_id(tokenizer), lambda _: tokenizer, ROW,
-                                           say=lambda _: None).train,
-                           ROW)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True, weight_decay=0.0)
-    config = {"train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": CLIP, "zero_optimization": {"stage": 1},
-              "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
-              "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": RATE, "warmup_num_steps": WARMUP,
-                                                           "warmup_type": "linear"}}}
+    options = parse_options(["--model_name_or_path", "x", "--dataset_path", str(course.folder / "train.jsonl"),
+                             "--eval_dataset", str(course.folder / "eval.jsonl"),
+                             "--cache_dir", str(course.folder / "cache")])
+    rows = PackedSequences(prepare_dataset(options, tokenizer_id(tokenizer), lambda _: tokenizer, course.row,
+                                           say=lambda _: None).train, course.row)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.rate, fused=True, weight_decay=0.0)
+    config = {"train_micro_batch_size_per_gpu": course.rows, "gradient_clipping": CLIP,
+              "zero_optimization": {"stage": 1}, "zero_force_ds_cpu_optimizer": False,
+              "zero_allow_untested_optimizer": True,
+              "scheduler": {"type": "WarmupLR", "params": {
+                  "warmup_max_lr": course.rate, "warmup_num_steps": course.warmup, "warmup_type": "linear"}}}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=True)
-    batches = torch.utils.data.DataLoader(rows, ROWS, shuffle=True, drop_last=True,
-                                          collate_fn=clock.counting(Collator(tokenizer.pad_token_id, ROW)))
+    collate = Collator(tokenizer.pad_token_id, course.row)
+    batches = torch.utils.data.DataLoader(rows, course.rows, shuffle=True, drop_last=True,
+                                          collate_fn=clock.counting(collate))
     engine.train()
     for batch in forever(batches):
-        loss = engine(**batch, use_cache=False).loss
-        engine.backward(loss)
+        clock.begin()
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
+        engine.backward(engine(**inputs, use_cache=False).loss)
         engine.step()
         if clock.step():
             break
