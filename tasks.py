@@ -182,11 +182,12 @@ def test(c: Context, all=False):  # type: ignore[no-untyped-def]
         raise Exit(code=done.exited if done else 1)
 
 
-@task(auto_shortflags=False)
-def bench(c: Context) -> None:
+@task(auto_shortflags=False, help={"gpu": "the one of a GPU's speed, alone"})
+def bench(c: Context, gpu=False):  # type: ignore[no-untyped-def]
     """Run the benchmarks: each prints ratios against a named peer."""
+    on_gpu = ROOT / "benchmarks" / "gpu.py"
     with c.cd(ROOT):
-        for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        for path in [on_gpu] if gpu else sorted({*(ROOT / "benchmarks").glob("*.py")} - {on_gpu}):
             print(f"\n{path.name}", flush=True)
             c.run(shlex.join([sys.executable, str(path)]))
 

@@ -29,6 +29,7 @@ WARM = "LANSPEED_WARM_TRAINER"  # the socket of the trainer that is loaded, for 
 CONFIG = tempfile.TemporaryDirectory(prefix="lanspeed-config-")
 os.environ["XDG_CONFIG_HOME"] = CONFIG.name  # the secret that signs runs is not the user's own
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests fetch nothing
+NO_GPU = "needs a GPU"
 SLOW, NO_ROOT, MOUNTS = "slow", "needs root", "needs root that may mount (docker run --privileged)"
 
 
@@ -76,6 +77,8 @@ def why_skipped(item: pytest.Item, with_slow: bool) -> str | None:
     root = lab or item.get_closest_marker("root")
     needs = [name for mark in item.iter_markers("needs") for name in mark.args] + list(LAB if lab else ())
     missing = sorted({name for name in needs if not find_program(name)})
+    if item.get_closest_marker("gpu") and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd"))):
+        return NO_GPU
     if item.get_closest_marker("slow") and not with_slow:
         return SLOW
     if root and os.geteuid():
@@ -88,13 +91,16 @@ def why_skipped(item: pytest.Item, with_slow: bool) -> str | None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say in one line what was skipped, why, and the command that runs it all."""
     reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
-    kinds = Counter("programs" if reason.startswith("needs ") and reason not in (NO_ROOT, MOUNTS) else reason
+    kinds = Counter("programs" if reason.startswith("needs ") and reason not in (NO_ROOT, MOUNTS, NO_GPU) else reason
                     for reason in reasons)
     missing = missing_programs()
     names = {SLOW: "are slow", "programs": f"need programs that are missing here ({', '.join(missing)})",
-             NO_ROOT: NO_ROOT.replace("needs", "need"), MOUNTS: MOUNTS.replace("needs", "need")}
+             NO_GPU: "need a GPU", NO_ROOT: NO_ROOT.replace("needs", "need"), MOUNTS: MOUNTS.replace("needs", "need")}
     if kinds:
         told = ", ".join(f"{count:,} {names.get(kind, kind)}" for kind, count in kinds.most_common())
+        if set(kinds) == {NO_GPU}:
+            terminalreporter.write_line(f"skipped: {told}. On a machine that has one: python -m pytest tests/gpu -n 8")
+            return
         command = f"{install_command(missing)} && " if missing else ""
         terminalreporter.write_line(f"skipped: {told}. Run all: {command}{as_root()}make test ALL=1")
 
@@ -122,12 +128,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def environment(cache: Path) -> dict[str, str]:
-    """An environment for programs under test: no GPU, no hub, a cache of their own, no leftovers of a launcher."""
+def environment(cache: Path, request: pytest.FixtureRequest) -> dict[str, str]:
+    """An environment for programs under test: no hub, a cache of their own, no leftovers of a launcher, no GPU.
+
+    Tests of tests/gpu see the GPUs.
+    """
     kept = {name: value for name, value in os.environ.items()
             if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return {**kept, "LANSPEED_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+    hidden = {} if request.node.get_closest_marker("gpu") else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {**kept, **hidden, "LANSPEED_CACHE": str(cache), "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 

@@ -108,6 +108,8 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     flag("--activation_checkpointing", "--gradient_checkpointing", action="store_true",
          help="less memory for about a third more compute")
     flag("--torch_compile", action="store_true", help="compile each layer: seconds before the first step, then faster")
+    flag("--bf16_residual", action="store_true",
+         help="what passes from layer to layer in bf16 too, as DeepSpeed has it: fewer casts (without it float32)")
     flag("--liger", action="store_true", default=None,
          help="insist on Liger's kernels: faster, less memory (on a modern GPU the default where installed)")
     flag("--no_liger", action="store_false", dest="liger", help="leave Liger's kernels out")

@@ -34,6 +34,7 @@ class Options:
     attn_implementation: str | None
     activation_checkpointing: bool
     torch_compile: bool
+    bf16_residual: bool
     liger: bool | None
     lora: int | None
     qlora: int | None

@@ -27,8 +27,9 @@ PLACE = {"--output_dir", "--resume_from_checkpoint", "--local_rank"}  # the laun
 ALWAYS_TYPED = {"--trust_remote_code", "--allow_pickle"}  # they run code of whoever made a model
 # What is taken from a run folder of unknown origin: flags without a value, with a number, with a name.
 SWITCHES = {"--from_config", "--resize_embeddings", "--activation_checkpointing", "--gradient_checkpointing",
-            "--torch_compile", "--liger", "--no_liger", "--merge_lora", "--streaming", "--no_packing",
-            "--eval_on_train", "--no_gradient_check", "--flexible_batch", "--deepspeed", "--lora", "--qlora"}
+            "--torch_compile", "--bf16_residual", "--liger", "--no_liger", "--merge_lora", "--streaming",
+            "--no_packing", "--eval_on_train", "--no_gradient_check", "--flexible_batch", "--deepspeed",
+            "--lora", "--qlora"}
 NUMBERS = {"--vocab_size", "--lora", "--qlora", "--sequence_length", "--eval_fraction", "--num_epochs", "--max_steps",
            "--per_device_train_batch_size", "--gradient_accumulation_steps", "--learning_rate", "--warmup_steps",
            "--weight_decay", "--adam_beta1", "--adam_beta2", "--adam_epsilon", "--max_grad_norm", "--seed",

@@ -143,6 +143,8 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
         beside = f" (gzip -9 of {'all of it' if part else 'the same text'}: {gzip:.2f})" if gzip else ""
         say(f"  bits per byte    {found['bits_per_byte_first']:.2f} -> {found['bits_per_byte_last']:.2f} "
             f"on held-out text{beside}")
+    where = "of a rank" if setup.device == "cpu" else f"of {setup.memory / 1e9:.0f} GB on a GPU"
+    say(f"  peak memory      {found['peak_bytes'] / 1e9:.2g} GB {where}")
     if waited:
         ranks_here = setup.ranks.on_one_machine
         slow = f", {waited['slowest']:.0%} for rank {waited['slowest_rank']} on {waited['slowest_host']}"

@@ -87,6 +87,19 @@ class KernelTrial:
             at_head.remove()
 
 
+def keep_residual(model: Any, setup: Setup) -> None:
+    """With --bf16_residual have the embedding give bf16, which every layer then adds to.
+
+    Raises UserError where nothing is computed in bf16.
+    """
+    if not setup.options.bf16_residual:
+        return
+    if setup.precision != "bf16":
+        raise UserError(f"--bf16_residual: this training computes in {setup.precision}: --precision bf16", exit_code=2,
+                        shared=True)
+    model.get_input_embeddings().register_forward_hook(lambda module, given, found: found.to(torch.bfloat16))
+
+
 def compile_layers(model: Any) -> None:
     """Have torch compile each layer of a model at its first step: equal layers are compiled once, in seconds."""
     repeated = is_repeated_blocks(model)

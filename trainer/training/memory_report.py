@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from trainer.distributed.deepspeed_config import lookup, offloads_optimizer
 from trainer.distributed.ranks import Ranks
@@ -37,6 +40,15 @@ def changes_logits(config: Any) -> bool:
     """Return whether a model changes its logits after the head, so that its loss needs all of them."""
     return any(getattr(config, name, None) not in (None, 0, 1, 1.0)
                for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+
+
+def peak_bytes(setup: Setup) -> int:
+    """Return the most bytes that a rank has held at once: on its GPU, or without one in the host's memory."""
+    if setup.device == "cpu":
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        own = torch.get_device_module(setup.device).max_memory_allocated()
+    return max(setup.ranks.all_gather_json("peak", own))
 
 
 def explained(ranks: Ranks, setup: Setup | None, workload: Workload | None, step: int) -> str:

@@ -101,6 +101,7 @@ class Session:
         config = model.config.get_text_config()
         parameters = model.num_parameters() if options.qlora else lora.trained(model)
         active = lora.active_parameters(model, parameters)
+        kernels.keep_residual(model, setup)
         with_liger, head_loss, share = kernels.choose(model, setup), kernels.head_loss_of(model), None
         if options.lora:
             transformers.set_seed(options.seed)
@@ -158,6 +159,7 @@ class Session:
         waited = None
         if setup.ds_config is not None:
             waited = time_shares([time[0] for time in times], [time[1] for time in times], setup.ranks.hosts)
+        peak = memory_report.peak_bytes(setup)
         lost = self.stop.stopped and self.trainer.saved_step != step
         if self.stop.stopped:
             if setup.ranks.is_first:
@@ -172,7 +174,7 @@ class Session:
             if setup.ranks.is_first:
                 draw_curve(run)
                 found = summary.summary(setup, self.workload, self.trainer, time.monotonic() - self._started,
-                                        self._report.tokens)
+                                        self._report.tokens) | {"peak_bytes": peak}
                 run.finish("finished", 0, step=step, waiting=waited, summary=found)
                 summary.print_summary(setup, found, step, waited)
         setup.ranks.barrier()  # no rank waits for one that has exited
