@@ -144,7 +144,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     flag("--eval_config", metavar="NAME", help="its configuration (that of --dataset_config for the same name)")
     flag("--eval_split", metavar="NAME", help="its split, like validation or test")
     flag("--eval_max_sequences", type=positive, metavar="N",
-         help="sequences of an evaluation (as many as cost about 5 %% of the training between two, two steps at most)")
+         help="sequences of an evaluation (as many as cost about 5 %% of the training between two, a step at most)")
     flag("--eval_on_train", action="store_true", help="evaluate on the data that is trained on, on purpose")
 
 

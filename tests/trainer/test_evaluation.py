@@ -21,12 +21,12 @@ def affordable(steps: int, batch: int, *words: str) -> int:
 
 @pytest.mark.parametrize(("steps", "batch", "words", "expected"), [
     (100, 8, [], 24),  # 5 % of 20 steps is one step: 8 sequences forward and back, or 24 forward alone
-    (1000, 8, [], 48),  # the one before step 1 may cost two steps
-    (1000, 8, ["--eval_steps", "0"], 48),
+    (1000, 8, [], 24),  # the one before step 1 may cost a step
+    (1000, 8, ["--eval_steps", "0"], 24),
     (1000, 8, ["--eval_steps", "10"], 12),
     (5, 8, [], 2),  # a quarter of a batch at least
     (1000, 8, ["--eval_max_sequences", "500"], 500),
-    (1000, 1, [], 6),
+    (1000, 1, [], 3),
 ])
 def test_an_evaluation_costs_a_share_of_the_training(steps: int, batch: int, words: list[str], expected: int) -> None:
     assert affordable(steps, batch, *words) == expected

@@ -7,7 +7,7 @@ import math
 from trainer.options import Options
 
 SHARE = 0.05  # of the training up to the next evaluation
-FIRST_STEPS = 2  # that the evaluation before step 1 may cost
+FIRST_STEPS = 1  # that the evaluation before step 1 may cost
 # A backward pass computes twice what a forward pass does (Kaplan et al., arXiv 2001.08361, section 2.1).
 FORWARDS = 3
 LEAST = 0.25  # of a global batch, even where a training is that short

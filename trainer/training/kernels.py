@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils.other import is_repeated_blocks
 
-from trainer.data.packing import PackedSequence
+from trainer.data.packing import Collator, PackedSequence
 from trainer.errors import UserError
 from trainer.model import document_attention, isolation, liger
 from trainer.model.head_loss import HeadLoss, liger_kernel
@@ -74,7 +74,9 @@ class KernelTrial:
         if trainer.head_loss is None:
             return
         documents = [each.numpy() for each in isolation.samples(self._vocabulary, 1).flatten(0, 1)]
-        inputs = trainer.collate([PackedSequence(documents[:2]), PackedSequence(documents[2:])])
+        collate = Collator(0, None)  # rows as short as they can be
+        collate.varlen = trainer.collate.varlen
+        inputs = collate([PackedSequence(documents[:2]), PackedSequence(documents[2:])])
         try:
             found = trainer.summed_nats(inputs)
         except (ValueError, TypeError, RuntimeError):
