@@ -155,3 +155,25 @@ def test_only_the_rank_that_writes_holds_weights_to_save() -> None:
     adapted, _ = lora.add_adapter(model, parse_options(["--model_name_or_path", "x", "--lora", "4"]), split=False)
     found = weights.to_save(adapted, adapted, writes=True)
     assert found and all("lora" in name for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [None, "ds_config", "configs/zero1", "configs/zero2"])
+def test_an_adapter_beside_weights_of_4_bits_is_trained_merged_and_resumed(config: str | None, train: Train,
+                                                                           tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, whose kernels run on a CPU too")
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text(json.dumps({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "vocab_size": 400}))
+    base = str(train("--from_config", "--max_steps", "3", "--sequence_length", "64", name="base",
+                     model=str(tmp_path / "shape")).path / "model")
+    words = ("--qlora", "8", "--merge_lora", "--sequence_length", "64", "--save_steps", "2", "--max_steps", "4",
+             "--lr_scheduler_type", "constant", "--per_device_train_batch_size", "2")
+    run = train(*words, model=base, ranks=2, config=config, name="adapter")
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (run.path / name).stat().st_size > 0
+    again = train(*words, "--resume_from_checkpoint", str(run.path / "checkpoints/checkpoint-2"), model=base, ranks=2,
+                  config=config, name="adapter")
+    for step in (3, 4):
+        assert again.losses()[step] == pytest.approx(run.losses()[step], rel=1e-4)
