@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 STAMP := $(VENV)/.installed
 LOG := $(VENV)/install.log
+# Faster kernels, where an NVIDIA GPU is found.
+GPU = $(shell bash worker/detect_gpus.sh --json 2>/dev/null | grep -q '"vendor": "NVIDIA"' && echo ,gpu)
 ROOM_MB := 3000
 
 .PHONY: demo test install fuzz
@@ -29,7 +31,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV): about 2 GB, a few minutes the first time (what pip says: $(LOG))"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
-		-e '.[train,dev]' -c constraints.txt >$(LOG) 2>&1 || { \
+		-e '.[train,dev$(GPU)]' -c constraints.txt >$(LOG) 2>&1 || { \
 		if grep -q 'No space left' $(LOG); then echo "make: no space left on the disk of $(VENV): make VENV=/elsewhere"; \
 		elif grep -qE 'Retrying|ConnectionError|Temporary failure|Network is unreachable' $(LOG); then \
 			echo "make: the package index cannot be reached: is there a network? (proxy: export HTTPS_PROXY=...)"; \

@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # Python puts this script's folder there, in which `trainer` is a file
 
-from benchmarks.contenders.training import Clock, Course, cut, loss_of, ours, trl  # noqa: E402
+from benchmarks.contenders.peers import cut, trl  # noqa: E402
+from benchmarks.contenders.training import Clock, Course, loss_of, ours  # noqa: E402
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
          "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False}

@@ -32,7 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # Python puts this script's folder there, in which `trainer` is this file
 
-from benchmarks.contenders.training import Clock, Course, by_hand, cut, loss_of, ours, trl  # noqa: E402
+from benchmarks.contenders.peers import by_hand, cut, trl  # noqa: E402
+from benchmarks.contenders.training import Clock, Course, loss_of, ours  # noqa: E402
 
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": False}

@@ -37,11 +37,12 @@ from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
 from master.sync.chunks import Chunks
-from master.sync.environments import DISK_BYTES, EnvironmentSpec, fill_wheelhouse, install_environment, tools, wheels
+from master.sync.environments import DISK_BYTES, EnvironmentSpec, install_environment, tools
 from master.sync.file_trees import Tree, collect
 from master.sync.progress import SyncProgress
 from master.sync.relay import Relay, RelayPeer
 from master.sync.report import HostResult, result_line, result_of
+from master.sync.wheelhouse import fill_wheelhouse, wheels
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,7 +100,8 @@ def environments(nodes: Sequence[Node], peers: Mapping[str, RelayPeer], ssh: Ssh
     """Make the environments side by side; note what came of each."""
     names = ",".join(sorted(path.name for path in options.wheelhouse.glob("*.whl"))) if options.wheelhouse else ""
     short = hashlib.sha256(names.encode()).hexdigest()[:16] if names else ""
-    spec, stop = EnvironmentSpec(options.python, options.index_url, short), threading.Event()
+    spec = EnvironmentSpec(options.python, options.index_url, short, not names or "liger_kernel" in names)
+    stop = threading.Event()
     with SyncProgress() as progress:
         def work(session: Session) -> tuple[str, str]:
             host = str(session.node)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from machines import Machine, nvidia_gpu
 
 
 def make(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +45,19 @@ def test_what_is_missing_is_told_in_one_line(words: list[str], message: str, tmp
     assert done.returncode == 2
     assert message in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_faster_kernels_are_installed_where_a_gpu_is_found(machine: Machine) -> None:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+    def planned() -> str:
+        environment = {**own, "PATH": f"{machine.bin}:{os.environ['PATH']}", "GPU_DETECT_SYSROOT": str(machine.root)}
+        return subprocess.run(["make", "-n", "--always-make", "install"], cwd=ROOT, capture_output=True, text=True,
+                              check=True, env=environment).stdout
+
+    assert "[train,dev]" in planned()
+    machine.nvidia(nvidia_gpu(0))
+    assert "[train,dev,gpu]" in planned()
 
 
 def test_an_index_that_cannot_be_reached_is_told(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ fits. Nothing is changed that lanspeed didn't make.
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import functools
 import hashlib
@@ -14,7 +13,6 @@ import json
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import threading
 import time
@@ -30,16 +28,16 @@ from master.inventory.node_facts import RemoteCheckout, local_facts, query_facts
 from master.inventory.preflight import torch_problems, version_problems
 from master.ssh.route import SshError
 from master.ssh.session import OUTPUT_LIMIT, Session, last_words, sh_command
-from master.sync.file_trees import FileEntry, Tree, TreeError
+from master.sync.file_trees import FileEntry, Tree
+from master.sync.wheelhouse import ERROR_PREFIXES, find_uv, requirements
 
 GB = 1_000_000_000
 # Bytes of an environment: 1.3 GB was measured with a CPU's PyTorch; of the others it is a guess.
 DISK_BYTES = {"NONE": 3 * GB, "other": 10 * GB}
 PATIENCE = 1800.0  # seconds: gigabytes over a slow line
 MARK = "@@ENV "
-ERROR_PREFIXES = ("ERROR", "error", "\N{MULTIPLICATION SIGN}")  # how pip's and uv's lines begin that say what is wrong
 NO_PYTHON = re.compile("No interpreter found|python-build-standalone")  # that is from where uv would fetch one
-TOOLS, WHEELS = "~/.lanspeed/tools", "~/.lanspeed/wheels"
+TOOLS = "~/.lanspeed/tools"
 # $1: the checkout, $2: uv, $3: which Python, $4: what is wanted, in short; the rest: arguments of uv pip install.
 SCRIPT = r"""
 root=$1 uv=$2 python=$3 wanted=$4; shift 4
@@ -79,67 +77,13 @@ class EnvironmentSpec:
     python: str
     index_url: str = ""
     wheels: str = ""  # digest of the wheels' names, where they come from here
-
-
-def requirements() -> list[str]:
-    """Return what a node needs, from setup.cfg."""
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg")
-    lines = parser["options"]["install_requires"] + parser["options.extras_require"]["train"]
-    return [line for line in lines.split("\n") if line]
-
-
-def find_uv() -> str:
-    """Return the path of uv here; raise TreeError if there is none."""
-    with contextlib.suppress(ImportError, FileNotFoundError):
-        import uv
-
-        return str(uv.find_uv_bin())
-    raise TreeError("uv is missing here: make install")
+    has_gpu_extra: bool = True  # they include that extra's
 
 
 def tools() -> Tree:
     """Return uv as it goes to the nodes."""
     path = find_uv()
     return Tree("tools", [TOOLS], items=[FileEntry("uv", path, 0o755, Path(path).stat().st_size)])
-
-
-def wheels(folder: Path) -> Tree:
-    """Return a folder of wheels as it goes to the nodes."""
-    tree = Tree("wheels", [WHEELS], whole=True)
-    for path in sorted(folder.glob("*.whl")):
-        tree.add(path.name, str(path), str(folder))
-    return tree
-
-
-def fill_wheelhouse(folder: Path, index_url: str, say: Callable[[str], None]) -> None:
-    """Fetch what a folder of wheels lacks, for this machine's kind and Python. Raises TreeError."""
-    if not missing_wheels(folder):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    say(f"fetching wheels into {folder}")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "-w", str(folder),
-               "--find-links", str(folder), "-c", str(ROOT / "constraints.txt"), *requirements(),
-               *(["--index-url", index_url] if index_url else [])]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        raise TreeError(f"--wheelhouse {folder}: {last_line(done.stderr)}")
-    if why := missing_wheels(folder):
-        raise TreeError(f"--wheelhouse {folder}: {why}")
-
-
-def missing_wheels(folder: Path) -> str:
-    """Return why a folder of wheels is not enough, "" if it is."""
-    command = [find_uv(), "pip", "compile", "--no-config", "--quiet", "--no-index", "--find-links", str(folder),
-               "-c", str(ROOT / "constraints.txt"), "--python", sys.executable, "-o", "/dev/null", "-"]
-    done = subprocess.run(command, input="\n".join(requirements()), capture_output=True, text=True)
-    return last_line(done.stderr) if done.returncode else ""
-
-
-def last_line(text: str) -> str:
-    """Return the error line of a program that failed."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith(ERROR_PREFIXES)), lines[-1] if lines else "?")[:300]
 
 
 def install_environment(session: Session, spec: EnvironmentSpec, roots: Mapping[str, str], hello: Mapping[str, Any],
@@ -199,7 +143,8 @@ def install_words(spec: EnvironmentSpec, roots: Mapping[str, str], vendor: str) 
         source = ["--default-index", spec.index_url]
     else:  # uv knows PyTorch's indices, and finds the driver's CUDA, ROCm or XPU
         source = ["--torch-backend", "cpu" if vendor == "NONE" else "auto"]
-    words = [*source, "-c", f"{roots['checkout']}/constraints.txt", *requirements()]
+    words = [*source, "-c", f"{roots['checkout']}/constraints.txt",
+             *requirements(vendor == "NVIDIA" and spec.has_gpu_extra)]
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     short = hashlib.sha256(json.dumps([words, constraints, spec.python, spec.wheels]).encode()).hexdigest()[:16]
     return [short, *words]

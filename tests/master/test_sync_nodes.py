@@ -19,7 +19,7 @@ from master.inventory.node_facts import RemoteCheckout, checkout_of
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.session import LocalSession
-from master.sync import environments
+from master.sync import environments, wheelhouse
 from master.sync.file_trees import TreeError
 
 TOOL = str(ROOT / "master" / "sync_nodes.py")
@@ -92,7 +92,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalSession:
 
 
 def run(session: LocalSession, root: Path, *words: str, python: str = sys.executable) -> tuple[str, str]:
-    return environments.run(session, [str(root), environments.find_uv(), python, "wanted1", *words], lambda line: None,
+    return environments.run(session, [str(root), wheelhouse.find_uv(), python, "wanted1", *words], lambda line: None,
                             threading.Event())
 
 
@@ -151,12 +151,22 @@ def test_a_wheelhouse_that_can_not_be_filled_is_told_of(tmp_path: Path, monkeypa
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     said: list[str] = []
     with pytest.raises(TreeError, match=r"--wheelhouse .*wheels: "):
-        environments.fill_wheelhouse(tmp_path / "wheels", (tmp_path / "no index").as_uri(), said.append)
+        wheelhouse.fill_wheelhouse(tmp_path / "wheels", (tmp_path / "no index").as_uri(), said.append)
     assert said == [f"fetching wheels into {tmp_path / 'wheels'}"]
 
 
 def test_what_nodes_get_is_what_setup_cfg_names() -> None:
-    names = [line.split(">")[0] for line in environments.requirements()]
-    assert {"torch", "deepspeed", "transformers", "rich"} < set(names) and "pytest" not in names
+    plain, names = ([line.split(">")[0] for line in wheelhouse.requirements(gpu)] for gpu in (False, True))
+    assert {"torch", "deepspeed", "transformers", "rich"} < set(plain) and "pytest" not in names
+    assert set(names) - set(plain) == {"bitsandbytes", "liger-kernel"}
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert set(names) <= pinned
+
+
+@pytest.mark.parametrize(("vendor", "wheels", "in_them", "expected"), [
+    ("NVIDIA", "", True, True), ("NONE", "", True, False), ("AMD", "", True, False),  # whose Triton is another package
+    ("NVIDIA", "some", False, False), ("NVIDIA", "some", True, True)])
+def test_faster_kernels_go_where_an_nvidia_gpu_is(vendor: str, wheels: str, in_them: bool, expected: bool) -> None:
+    spec = environments.EnvironmentSpec("3.11", "", wheels, in_them)
+    words = environments.install_words(spec, {"checkout": "/x", "wheels": "/w"}, vendor)
+    assert any(word.startswith("liger-kernel") for word in words) == expected

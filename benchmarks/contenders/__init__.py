@@ -1,0 +1,1 @@
+"""Who trains on a course of benchmarks/trainer.py and benchmarks/gpu.py."""
