@@ -113,7 +113,7 @@ def test_chunks_of_logits_and_liger_need_less() -> None:
     adapter = replace(ONE_B, chunk=2048, trained=1e7)
     assert bytes_needed(adapter)["logits"] == 2048 * 32000 * 12
     saved = whole["activations"] - bytes_needed(replace(ONE_B, liger=True))["activations"]
-    assert saved == 22 * 2 * 5632 * 128 * 2048 * 2
+    assert saved == 22 * (2 * 5632 + 2 * 2048) * 128 * 2048 * 2
 
 
 def test_which_errors_say_so() -> None:

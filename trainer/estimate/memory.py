@@ -3,7 +3,7 @@
 Bytes for each weight: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 in 16 bits with Adam). Activations: what torch
 keeps of a Llama's layer for its gradients, counted with saved_tensors_hooks: 8 h + 4 i + 2 k numbers a token (h hidden
 size, i intermediate size, k of keys), and in 16 bits 2 h more for the norms, which compute in 32. Liger's gated layer
-computes two of the 4 i anew. Other models differ.
+computes two of the 4 i anew, and its norms keep 16 bits. Other models differ.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     kept = 4 if inputs.stage is None else inputs.number  # plain PyTorch keeps 32 bits
     states = (8 if inputs.stage is None else 12) * inputs.trained * (split if stage >= 1 else 1)
     weights = inputs.weights * (inputs.weight or kept) * (split if stage == 3 else 1)
-    layer = 8 * inputs.hidden + (2 if inputs.liger else 4) * inputs.intermediate + 2 * inputs.keys + (
-        2 * inputs.hidden if inputs.number == 2 else 0)
+    wide = 2 * inputs.hidden if inputs.number == 2 and not inputs.liger else 0
+    layer = 8 * inputs.hidden + (2 if inputs.liger else 4) * inputs.intermediate + 2 * inputs.keys + wide
     tokens = inputs.micro * inputs.sequence
     numbers = layer + inputs.hidden * inputs.layers if inputs.checkpoints else layer * inputs.layers
     if inputs.stage is None:  # DistributedDataParallel's buckets are the gradients
