@@ -74,8 +74,9 @@ def make_data(folder: Path, shape: dict[str, Any]) -> None:
     tokenizer.save_pretrained(folder / "model")
     set_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model: Any = LlamaForCausalLM(LlamaConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                                                  pad_token_id=tokenizer.pad_token_id, **shape))
+        model: Any = LlamaForCausalLM(LlamaConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, **shape))
     model.to(torch.bfloat16).save_pretrained(folder / "model")
 
 

@@ -154,7 +154,7 @@ def report_lines(inputs: MemoryInputs, on_gpu: bool, memory: float) -> list[str]
     what = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
     room = USABLE * min(memory, total(inputs))  # where it seems to fit and didn't, something else takes memory
     fits = fitting(inputs, on_gpu, room)
-    lines = [f"a rank needs about {gigabytes(total(inputs))} GB of {gigabytes(memory)}: {what}",
+    lines = [f"a rank needs about {gigabytes(total(inputs))} GB and has {gigabytes(memory)}: {what}",
              f"this fits: the same command with {fits[0]} (about {gigabytes(total(fits[1]))} GB)" if fits else
              "no single change makes it fit: a smaller model, or more machines with ZeRO-3",
              "what would save memory, least intrusive first:"]
