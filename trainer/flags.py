@@ -104,7 +104,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     flag("--resize_embeddings", action="store_true",
          help="give the model rows for tokens of the tokenizer that it has none for")
     flag("--attn_implementation", metavar="NAME",
-         help="sdpa, flash_attention_2, eager, ... (flash attention where installed; by documents on a CPU; sdpa)")
+         help="sdpa, flex_attention, eager, ... (flash-attn where installed, else torch's own kernel on a modern GPU)")
     flag("--activation_checkpointing", "--gradient_checkpointing", action="store_true",
          help="less memory for about a third more compute")
     flag("--torch_compile", action="store_true", help="compile each layer: seconds before the first step, then faster")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trainer.distributed import compilation, deepspeed_config
 from trainer.errors import UserError
@@ -142,3 +143,20 @@ def test_presets_leave_to_the_trainer_what_it_can_fill() -> None:
         config = json.loads(path.read_text())
         assert config["train_micro_batch_size_per_gpu"] == config["fp16"]["enabled"] == "auto", path
         deepspeed_config.adopt_values(options(), config, 1)
+
+
+@pytest.mark.parametrize(("on_cpu", "offload", "expected"), [
+    (True, None, "2"), (False, "cpu", "2"), (False, "nvme", "2"), (False, "none", None), (False, None, None)])
+def test_ranks_share_the_cores_where_the_cpu_computes(on_cpu: bool, offload: str | None, expected: str | None,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    zero: dict[str, Any] = {} if offload is None else {"offload_optimizer": {"device": offload}}
+    offloads = deepspeed_config.offloads_optimizer({"zero_optimization": {"stage": 2, **zero}})
+    deepspeed_config.set_environment(on_cpu, offloads, 4)
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+    assert threads == ([2] if expected else [])
