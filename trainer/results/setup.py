@@ -79,7 +79,7 @@ class Workload:
     """What is trained: the model's configuration, its parameters and those that are trained, sequences, steps.
 
     `evaluated`: sequences that each evaluation takes of those that are `held_out`; `liger`: with its
-    kernels.
+    kernels; `attention`: by the name that transformers has for it.
     `adapter_share`: of the linear weights, how many have an adapter.
     """
 
@@ -91,6 +91,7 @@ class Workload:
     evaluated: int
     held_out: int
     liger: bool
+    attention: str
     adapter_share: float | None = None
 
 

@@ -14,6 +14,7 @@ from trainer.estimate.memory import NF4, MemoryInputs, bytes_needed, gigabytes, 
 from trainer.model.head_loss import chunk_tokens
 from trainer.results.setup import Setup, Workload
 
+REPEATS_KEYS = ("sdpa", "eager")  # attention that gets keys and values for every head, however few the model has
 UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
 
 
@@ -22,13 +23,14 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
     o, config = setup.options, workload.config
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
+    grouped = getattr(config, "num_key_value_heads", None) or heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     stage = None if setup.ds_config is None else int(lookup(setup.ds_config, "zero_optimization.stage") or 0)
     number = 4 if setup.precision == "fp32" else 2
     return MemoryInputs(
         weights=workload.parameters, trained=workload.trained, layers=config.num_hidden_layers, hidden=hidden,
         intermediate=max(inner) if isinstance(inner, list) else inner,
-        keys=size * (getattr(config, "num_key_value_heads", None) or heads), vocabulary=config.vocab_size,
+        keys=size * (grouped if workload.attention not in REPEATS_KEYS else heads), vocabulary=config.vocab_size,
         sequence=setup.sequence_length, micro=o.per_device_train_batch_size,
         accumulation=o.gradient_accumulation_steps, ranks=setup.ranks.world_size, stage=stage,
         number=number, weight=NF4 if o.qlora else number if o.lora else 0.0,

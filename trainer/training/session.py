@@ -116,7 +116,7 @@ class Session:
         held_out = PackedSequences(setup.data.evaluation, capacity)
         evaluated = held_out.spread(most)
         self.workload = Workload(config, parameters, trained, sequences, steps, evaluated.filled, held_out.filled,
-                                 with_liger, share)
+                                 with_liger, str(model.config._attn_implementation), share)
         self.stop = StopOnSignal(ranks)
         flops = flops_per_token(config, active, setup.sequence_length, frozen=bool(options.lora))
         self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak)
