@@ -2,10 +2,10 @@
 
 Bytes for each weight: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 in 16 bits with Adam). Activations: what torch
 keeps of a Llama's layer for its gradients, counted with saved_tensors_hooks: 8 h + 4 i + 2 k numbers a token (h hidden
-size, i intermediate size, k of keys as attention gets them), and in 16 bits 2 h more for the norms, which compute in 32.
-Liger's gated layer computes two of the 4 i anew, and its norms keep 16 bits. Autocast keeps the weights in 16 bits until
-the backward pass. On an H200 a Llama of 1.1 billion weights took 40.1 GB, with Liger 32.4, where this gives 39.9 and 31.7
-with the copy of the gradients that was made then. Other models differ.
+size, i intermediate size, k of keys as attention gets them), and in 16 bits 2 h more for the norms, which compute in
+32. Liger's gated layer computes two of the 4 i anew, and its norms keep 16 bits. Autocast keeps the weights in 16 bits
+until the backward pass. On an H200 a Llama of 1.1 billion weights took 40.1 GB, with Liger 32.4, where this gives 39.9
+and 31.7 with the copy of the gradients that was made then. Other models differ.
 """
 
 from __future__ import annotations
@@ -58,12 +58,10 @@ def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     layer = 8 * inputs.hidden + (2 if inputs.liger else 4) * inputs.intermediate + 2 * inputs.keys + wide
     tokens = inputs.micro * inputs.sequence
     numbers = layer + inputs.hidden * inputs.layers if inputs.checkpoints else layer * inputs.layers
-    activations, logits = numbers * tokens * inputs.number, logits_bytes(inputs)
-    copies = 0.0
+    activations, logits, copies = float(numbers * tokens * inputs.number), logits_bytes(inputs), 0.0
     gradients: float = inputs.trained * kept * (split if stage >= 2 else 1)
     if inputs.stage is None:  # DistributedDataParallel's buckets are the gradients
-        cast = inputs.number * inputs.weights if inputs.number == 2 and not inputs.weight else 0.0  # by autocast
-        activations += cast
+        activations += inputs.number * inputs.weights if inputs.number == 2 and not inputs.weight else 0  # autocast's
         if inputs.ranks == inputs.accumulation == 1:  # gradients come as activations go
             gradients = max(0.0, gradients - activations - logits)
     else:  # ZeRO's own part of them: as it was reduced, where the others stay too, and in 32 bits
