@@ -75,7 +75,7 @@ def test_all_ranks_use_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = "liger-kernel isn't installed (pip install liger-kernel)"
     attention, with_liger, said = chosen(monkeypatch, theirs={"liger": missing})
     assert (attention, with_liger) == ("varlen", False)
-    assert said == [f"not the fastest way: gpu2: {missing}"]
+    assert said == [f"not the fastest way: gpu2: {missing}; --torch_compile fuses what it can"]
 
 
 def test_what_was_asked_for_and_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def choose(model: Any, setup: Setup) -> bool:
     if found and o.liger:
         raise UserError(f"--liger: {found}", shared=True)
     if found:
-        setup.console.say(f"not the fastest way: {found}")
+        setup.console.say(f"not the fastest way: {found}; --torch_compile fuses what it can")
     return found is None
 
 
