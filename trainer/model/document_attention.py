@@ -79,6 +79,7 @@ def attend_varlen(module: Any, query: torch.Tensor, key: torch.Tensor, value: to
     return found.reshape(rows, width, heads, -1), None
 
 
+@torch.compiler.disable  # a layer is compiled around it
 def varlen_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
                   scale: float | None, window: int | None) -> torch.Tensor:
     """Call torch's varlen_attn on states [tokens, heads, size], causally; `window`: tokens that one sees, itself too.

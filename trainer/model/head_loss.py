@@ -20,7 +20,7 @@ import torch
 
 CPU_TOKENS = 256  # of a chunk: more is no faster there (measured with 49,152 tokens in the vocabulary)
 GPU_LOGITS = 1 << 26  # numbers of a chunk's logits: 256 MiB in 32 bits
-FP16_SCALE = 1024.0  # of the logits' gradients, most of which 16 bits of fp16 would round to 0
+FP16_SCALE = 16.0  # of the logits' gradients, many of which fp16 would round to 0; more, and their sums overflow
 # What computes it: (hidden, weight, targets, bias) -> the sum
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -123,7 +123,9 @@ def add_gradients(grads: list[torch.Tensor | None], shares: torch.Tensor, number
     if weight is not None and part.dtype == weight.dtype:
         weight.addmm_(slopes.t(), part)
     elif weight is not None:
-        weight.add_(slopes.t() @ part)
+        found = slopes.t() @ part
+        limit = torch.finfo(torch.float16).max
+        weight.add_(found.clamp_(-limit, limit) if part.dtype == torch.float16 else found)  # no scale could cure inf
     if bias is not None:
         bias.add_(slopes.sum(0, dtype=torch.float32))
 
