@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.needs("/usr/bin/pyt
 @pytest.fixture
 def wheels(tmp_path: Path) -> Path:
     """A folder of all wheels, fetched where there is a network: the lab's machines have none."""
-    code = ("import sys; from pathlib import Path; from master.sync.environments import fill_wheelhouse; "
+    code = ("import sys; from pathlib import Path; from master.sync.wheelhouse import fill_wheelhouse; "
             "fill_wheelhouse(Path(sys.argv[1]), '', lambda line: None)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "wheels")], cwd=ROOT, text=True,
                           capture_output=True)
