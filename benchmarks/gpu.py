@@ -1,6 +1,6 @@
 """What a GPU gets done: each of our attentions and kernels, and what people use today, on the same model and documents.
 
-    python benchmarks/gpu.py                # a 1.1 B Llama, 4 rows of 2,048 tokens: 5 minutes on one GPU
+    python benchmarks/gpu.py                # a 1.1 B Llama, 4 rows of 2,048 tokens
     python benchmarks/gpu.py --small        # a small one, to try this script, on a CPU too
 
 Peers: transformers' Trainer on text that is concatenated and cut (documents see each other there), and TRL's

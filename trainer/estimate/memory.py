@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 LORA_SHARE = 0.01  # of a model's weights in an adapter of rank 16, about
 NF4 = 0.55  # bytes of a weight in 4 bits with its doubly quantized scales (arXiv 2305.14314)
 MIN_SAVING = 0.02  # of what is needed: less isn't worth a word
-USABLE = 0.9  # of a device's memory: its libraries, and what lies between blocks, take the rest
+USABLE = 0.9  # of a device's memory, a guess: its libraries, and what lies between blocks, take the rest
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,10 @@ def fitting(inputs: MemoryInputs, on_gpu: bool, room: float) -> tuple[str, Memor
 
     Smaller micro batches come first, alone and with each alternative in turn.
     """
-    first = smaller_batch(inputs, room)
-    if total(first) <= room and first != inputs:
-        return batch_flags(first), first
-    for words, other in list(alternatives(inputs, on_gpu, room))[1 if inputs.micro > 1 else 0:]:
-        if total(other) <= room:
-            return words, other
-        load = smaller_batch(other, room)
+    for words, other in alternatives(inputs, on_gpu, room):
+        load = other if total(other) <= room else smaller_batch(other, room)
         if total(load) <= room:
-            return f"{words} {batch_flags(load)}", load
+            return words if load is other else f"{words} {batch_flags(load)}", load
     return None
 
 

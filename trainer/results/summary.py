@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.data.rows import TEXT
 from trainer.distributed import deepspeed_config
+from trainer.estimate.memory import gigabytes
 from trainer.model import lora
 from trainer.results.console import duration, short
 from trainer.results.setup import Setup, Workload
@@ -144,7 +145,7 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
         say(f"  bits per byte    {found['bits_per_byte_first']:.2f} -> {found['bits_per_byte_last']:.2f} "
             f"on held-out text{beside}")
     where = "of a rank" if setup.device == "cpu" else f"of {setup.memory / 1e9:.0f} GB on a GPU"
-    say(f"  peak memory      {found['peak_bytes'] / 1e9:.2g} GB {where}")
+    say(f"  peak memory      {gigabytes(found['peak_bytes'])} GB {where}")
     if waited:
         ranks_here = setup.ranks.on_one_machine
         slow = f", {waited['slowest']:.0%} for rank {waited['slowest_rank']} on {waited['slowest_host']}"

@@ -16,7 +16,8 @@ from trainer.model.head_loss import HeadLoss, liger_kernel
 from trainer.results.setup import Setup
 from trainer.training.causal_trainer import CausalTrainer
 
-WORDS = {"documents": "document by document", "varlen": "torch's varlen kernel", "sdpa": "sdpa with a mask"}
+WORDS = {document_attention.DOCUMENTS: "document by document", document_attention.VARLEN: "torch's varlen kernel",
+         document_attention.USUAL: "sdpa with a mask"}
 
 
 def choose(model: Any, setup: Setup) -> bool:
