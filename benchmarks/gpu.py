@@ -107,8 +107,8 @@ def contend(name: str, course: Course, steps: int) -> None:
     import torch
     import transformers
 
-    from trainer.distributed.devices import device_peak
     from trainer.estimate.flops import flops_per_token
+    from trainer.estimate.peaks import device_peak
 
     transformers.logging.set_verbosity_error()
     register_flash()

@@ -153,8 +153,12 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     flag = group.add_argument
     flag("--num_epochs", type=positive, metavar="N", help="epochs, passes over the data (1)")
     flag("--max_steps", type=int, metavar="N", help="optimizer steps; overrides epochs if > 0")
-    flag("--per_device_train_batch_size", type=positive, metavar="N", help="sequences per rank and micro step (8)")
-    flag("--gradient_accumulation_steps", type=positive, metavar="N", help="micro steps per optimizer step (1)")
+    flag("--per_device_train_batch_size", type=positive, metavar="N",
+         help="sequences per rank and micro step (as many as fit and are useful)")
+    flag("--gradient_accumulation_steps", type=positive, metavar="N",
+         help="micro steps per optimizer step (what the global batch needs; 1 beside --per_device_train_batch_size)")
+    flag("--global_batch_size", type=positive, metavar="N",
+         help="sequences of all ranks per optimizer step (65,536 tokens, or what gives an epoch 50 steps)")
     flag("--learning_rate", type=float, metavar="R",
          help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
     flag("--lr_scheduler_type", metavar="NAME",

@@ -23,7 +23,7 @@ class Options:
     """What the flags of the same names say; `deepspeed` is the config's path, None without DeepSpeed.
 
     Those from `num_epochs` to `max_grad_norm` are None until `with_defaults`, so that a DeepSpeed config can settle
-    them.
+    them; the batch's until the data, the model's shape and the ranks' memory are known (`memory_report.settle_batch`).
     """
 
     model_name_or_path: str
@@ -59,6 +59,7 @@ class Options:
     max_steps: int
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    global_batch_size: int | None
     learning_rate: float
     lr_scheduler_type: str  # 'config': that of the DeepSpeed config
     warmup_steps: float
@@ -88,6 +89,7 @@ class Options:
     def batch_per_rank(self) -> int:
         """Sequences of one rank in an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Parse `argv` (default: sys.argv). Raises UserError (exit code 2) with the nearest known flag."""
@@ -120,6 +122,9 @@ def check(options: Options) -> None:
                           "isn't tiny")
     if not options.eval_dataset and (options.eval_config or options.eval_split):
         raise usage_error("--eval_config and --eval_split are of --eval_dataset D, which isn't given")
+    if options.global_batch_size and options.per_device_train_batch_size and options.gradient_accumulation_steps:
+        raise usage_error("--global_batch_size is what --per_device_train_batch_size and --gradient_accumulation_steps "
+                          "and the ranks make: give two of the three")
     if options.streaming and options.dataloader_workers:
         raise usage_error("--streaming reads in the rank itself: leave out --dataloader_workers")
     if options.streaming and ((options.max_steps or 0) < 1 or options.dataset_path is None):
@@ -130,10 +135,10 @@ def with_defaults(options: Options) -> Options:
     """Return the options with a default for what neither the user nor a DeepSpeed config has settled."""
     tiny, new = options.model_name_or_path == "tiny", options.from_config
     rate = 3e-3 if tiny else 6e-4 if new else 2e-4 if options.lora else 2e-5
-    defaults: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
-                                "learning_rate": rate, "warmup_steps": 0.2 if tiny else 0.05, "max_grad_norm": 1.0,
-                                "adam_beta2": 0.95 if tiny or new else 0.999, "adam_beta1": 0.9, "adam_epsilon": 1e-8,
-                                "num_epochs": 1, "max_steps": -1, "lr_scheduler_type": "cosine"}
+    defaults: dict[str, Any] = {"weight_decay": 0.0, "learning_rate": rate, "warmup_steps": 0.2 if tiny else 0.05,
+                                "max_grad_norm": 1.0, "adam_beta2": 0.95 if tiny or new else 0.999,
+                                "adam_beta1": 0.9, "adam_epsilon": 1e-8, "num_epochs": 1, "max_steps": -1,
+                                "lr_scheduler_type": "cosine"}
     return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
 

@@ -31,9 +31,9 @@ SWITCHES = {"--from_config", "--resize_embeddings", "--activation_checkpointing"
             "--no_packing", "--eval_on_train", "--no_gradient_check", "--flexible_batch", "--deepspeed",
             "--lora", "--qlora"}
 NUMBERS = {"--vocab_size", "--lora", "--qlora", "--sequence_length", "--eval_fraction", "--num_epochs", "--max_steps",
-           "--per_device_train_batch_size", "--gradient_accumulation_steps", "--learning_rate", "--warmup_steps",
-           "--weight_decay", "--adam_beta1", "--adam_beta2", "--adam_epsilon", "--max_grad_norm", "--seed",
-           "--logging_steps", "--eval_max_sequences", "--eval_steps", "--save_steps", "--save_total_limit",
+           "--per_device_train_batch_size", "--gradient_accumulation_steps", "--global_batch_size", "--learning_rate",
+           "--warmup_steps", "--weight_decay", "--adam_beta1", "--adam_beta2", "--adam_epsilon", "--max_grad_norm",
+           "--seed", "--logging_steps", "--eval_max_sequences", "--eval_steps", "--save_steps", "--save_total_limit",
            "--checkpoint_copies", "--num_samples"}
 WORDS = {"--precision", "--lr_scheduler_type", "--dataset_config", "--dataset_split", "--text_column", "--eval_config",
          "--eval_split"}

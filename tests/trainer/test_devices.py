@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from trainer.distributed.devices import choose_precision, common_device, device_facts, device_peak, peak_flops
+from trainer.distributed.devices import choose_precision, common_device, device_facts, peak_flops
 from trainer.errors import UserError
+from trainer.estimate.peaks import device_peak
 
 CPU: dict[str, Any] = {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0, "memory": 8 << 30, "bf16": False,
                        "fp16": False, "flash": False}
@@ -76,11 +77,13 @@ def test_fp16_is_refused_where_one_rank_has_no_gpu() -> None:
     ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.0),
     ("Tesla V100-SXM2-32GB", 125.0), ("NVIDIA A100-SXM4-80GB", 312.0),
     ("NVIDIA A10G", 70.0), ("NVIDIA A10", 125.0), ("NVIDIA L40S", 362.0),
-    ("NVIDIA L4", 121.0), ("NVIDIA GeForce RTX 3090", 71.0), ("NVIDIA GeForce RTX 3090 Ti", 80.0),
+    ("NVIDIA L4", 121.0), ("NVIDIA GeForce RTX 3090", 71.2), ("NVIDIA GeForce RTX 3090 Ti", 80.0),
     ("NVIDIA GeForce RTX 4070 Ti", 80.2), ("NVIDIA RTX A6000", 154.8), ("AMD Instinct MI300X", 1307.4),
     # Other chips than those of nearly the same name.
-    ("NVIDIA GeForce RTX 4080 SUPER", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3080 Ti", None), ("NVIDIA T400", None),
+    ("NVIDIA GeForce RTX 4080", 97.5), ("NVIDIA GeForce RTX 4080 SUPER", 104.4), ("NVIDIA GeForce RTX 5090", 209.5),
+    ("NVIDIA RTX 6000 Ada Generation", 364.2), ("NVIDIA GeForce RTX 2080 Ti", 53.8), ("AMD Instinct MI250X", 191.5),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 2080 SUPER", None), ("NVIDIA T400", None), ("Intel(R) Arc(TM) A770 Graphics", None),
     ("NVIDIA A1000", None), ("CPU", None), ("Some GPU", None)])
 def test_a_device_s_peak_is_that_of_its_data_sheet_or_unknown(name: str, peak: float | None) -> None:
     assert device_peak(name) == peak

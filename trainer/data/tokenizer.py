@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.errors import UserError, first_line, is_out_of_memory
+from trainer.estimate.shape import TINY_VOCABULARY
 from trainer.options import Options
 
 LARGEST_VOCABULARY = 32_000
-TINY_VOCABULARY = 2048
 TOKENIZER_CHARACTERS = 20_000_000  # characters; more only takes longer
 # How it is shown conversations: each turn ends with the end token, so that it learns where its own end; after a line's
 # end a word is the same tokens whether it is read or to be said.

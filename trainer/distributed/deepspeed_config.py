@@ -129,6 +129,10 @@ def adopt_global_batch(options: Options, config: dict[str, Any], world_size: int
     total = config.get("train_batch_size")
     if total in (None, "auto"):
         return options
+    if options.global_batch_size not in (None, total):
+        raise UserError(f"{options.deepspeed}: $.train_batch_size is {total}, but --global_batch_size "
+                        f'{options.global_batch_size} was given: drop the flag, or write "auto" in the config',
+                        exit_code=2, shared=True)
     micro: int | None = options.per_device_train_batch_size
     accumulation: int | None = options.gradient_accumulation_steps
     if micro is None:

@@ -1,26 +1,15 @@
-"""What this rank computes on: CUDA or ROCm GPU, Intel GPU or CPU; which precision is fast; the device's peak.
-
-Peaks are dense bf16/fp16 tensor-core TFLOP/s with fp32 accumulation, from the vendors' data sheets.
-"""
+"""What this rank computes on: CUDA or ROCm GPU, Intel GPU or CPU; which precision is fast; all devices' peak."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.estimate.peaks import device_peak
 
 AMPERE = 8  # compute capability; before it bf16 is emulated, and there is no flash attention
-# Longest name first where one contains another: the first that occurs in the device's name counts.
-PEAK_TFLOPS = {
-    "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "A800": 312.0,
-    "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A40": 149.7, "A30": 165.0, "A10G": 70.0, "A10": 125.0,
-    "RTX A6000": 154.8, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 4070 Ti": 80.2,
-    "RTX 3090 Ti": 80.0, "RTX 3090": 71.0, "RTX 3080": 59.5, "V100": 125.0, "T4": 65.0,
-    "MI300X": 1307.4, "MI250X": 383.0, "MI210": 181.0,
-}
 
 
 def device_facts(local_rank: int) -> dict[str, Any]:
@@ -88,11 +77,3 @@ def peak_flops(facts: list[dict[str, Any]], precision: str) -> float | None:
     peaks = [device_peak(entry["name"]) for entry in facts]
     known = [peak for peak in peaks if peak is not None]
     return sum(known) * 1e12 if len(known) == len(peaks) else None
-
-
-def device_peak(name: str) -> float | None:
-    """Return the TFLOP/s of a device by its name; a variant that isn't in the table (Laptop, Ti, ...) is unknown."""
-    for key, peak in PEAK_TFLOPS.items():
-        if re.search(rf"\b{key}(?! (Ti|SUPER|D|Laptop|Max-Q)\b)(?![A-Za-z0-9])", name):
-            return peak
-    return None

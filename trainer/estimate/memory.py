@@ -1,6 +1,7 @@
-"""Estimates what a rank's memory is used for and what would save some of it; reported when memory runs out.
+"""Estimates what a rank's memory is used for, on its device and on its host; `advice.py` says what would save some.
 
-Bytes for each weight: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 in 16 bits with Adam). Activations: what torch
+Bytes for each weight: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 in 16 bits with Adam), and what the engines of
+DeepSpeed 0.19.8 hold beyond it (stages 0 to 3, 1 to 4 ranks, with and without offload: counted). Activations: what torch
 keeps of a Llama's layer for its gradients, counted with saved_tensors_hooks: 8 h + 4 i + 2 k numbers a token (h hidden
 size, i intermediate size, k of keys as attention gets them), and in 16 bits 2 h more for the norms, which compute in
 32. Liger's gated layer computes two of the 4 i anew, and its norms keep 16 bits. Autocast keeps the weights in 16 bits
@@ -10,13 +11,13 @@ and 31.7 with the copy of the gradients that was made then. Other models differ.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-LORA_SHARE = 0.01  # of a model's weights in an adapter of rank 16, about
+from trainer.estimate.shape import Shape
+
 NF4 = 0.55  # bytes of a weight in 4 bits with its doubly quantized scales (arXiv 2305.14314)
-MIN_SAVING = 0.02  # of what is needed: less isn't worth a word
+MOST_LIVE = 1e9  # weights that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)
 USABLE = 0.9  # of a device's memory, a guess: its libraries, and what lies between blocks, take the rest
 
 
@@ -25,7 +26,9 @@ class MemoryInputs:
     """What is trained how: weights, those trained, shape of the model, of a micro batch, of ZeRO (stage None: without).
 
     `number`: bytes of a weight and an activation, `weight`: of a frozen weight where that is kept smaller; `chunk`: the
-    tokens whose logits are held at once, None: all.
+    tokens whose logits are held at once, None: all; `offloads`: the optimizer's states are on the host,
+    `offloads_weights` the weights too (ZeRO-3); `largest`: numbers of the largest weight; `bucket`: of gradients that
+    are sent together.
     """
 
     weights: float
@@ -46,14 +49,26 @@ class MemoryInputs:
     checkpoints: bool = False
     liger: bool = False
     chunk: int | None = None
+    offloads_weights: bool = False
+    largest: float = 0.0
+    bucket: float = 0.0
+
+
+def inputs_of(shape: Shape, trained: float, repeats_keys: bool = False, **others: Any) -> MemoryInputs:
+    """Return what a model of this shape puts on a rank; `others` are the fields of MemoryInputs that it doesn't have.
+
+    `repeats_keys`: its attention gets keys and values for every head, however few the model has.
+    """
+    return MemoryInputs(
+        weights=shape.parameters, trained=trained, layers=shape.layers, hidden=shape.hidden,
+        intermediate=shape.intermediate, vocabulary=shape.vocabulary, largest=float(shape.vocabulary * shape.hidden),
+        keys=shape.head_size * (shape.heads if repeats_keys else shape.kv_heads), **others)
 
 
 def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
-    """Return the bytes of one rank on its device, by what takes them."""
+    """Return the bytes of one rank on its device at its fullest moment, by what takes them."""
     stage, split = inputs.stage or 0, 1 / inputs.ranks
     kept = 4 if inputs.stage is None else inputs.number  # plain PyTorch keeps 32 bits
-    states = (8 if inputs.stage is None else 12) * inputs.trained * (split if stage >= 1 else 1)
-    weights = inputs.weights * (inputs.weight or kept) * (split if stage == 3 else 1)
     wide = 2 * inputs.hidden if inputs.number == 2 and not inputs.liger else 0
     layer = 8 * inputs.hidden + (2 if inputs.liger else 4) * inputs.intermediate + 2 * inputs.keys + wide
     tokens = inputs.micro * inputs.sequence
@@ -67,8 +82,64 @@ def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     else:  # ZeRO's own part of them: as it was reduced, where the others stay too, and in 32 bits
         each = (kept if stage == 1 else 0) + (0 if inputs.offloads else 4)
         copies = each * inputs.trained * split if stage else 0.0
-    return {"weights": weights, "gradients": gradients, "gradient copies": copies,
-            "optimizer states": 0.0 if inputs.offloads else states, "activations": activations, "logits": logits}
+    states = optimizer_bytes(inputs)
+    return {"weights": weights_bytes(inputs), "gradients": gradients, "gradient copies": copies,
+            "optimizer states": 0.0 if inputs.offloads else states, "activations": activations, "logits": logits,
+            "buffers": buffer_bytes(inputs)}
+
+
+def weights_bytes(inputs: MemoryInputs) -> float:
+    """Return the bytes of a rank's weights on its device; under ZeRO-3 its part, and those that are gathered."""
+    kept = 4 if inputs.stage is None else inputs.number
+    if inputs.stage != 3:
+        return inputs.weights * (inputs.weight or kept)
+    own = 0.0 if inputs.offloads_weights else inputs.weights * (inputs.weight or kept) / inputs.ranks
+    return own + (min(inputs.weights, MOST_LIVE) * kept if inputs.ranks > 1 or inputs.offloads_weights else 0.0)
+
+
+def optimizer_bytes(inputs: MemoryInputs) -> float:
+    """Return the bytes of a rank's optimizer states, wherever they are: two moments, in ZeRO with weights in 32 bits.
+
+    Without ZeRO weights that are in 32 bits anyway aren't copied.
+    """
+    stage = inputs.stage or 0
+    each = 8 if inputs.stage is None or (stage == 0 and inputs.number == 4) else 12
+    return each * inputs.trained / (inputs.ranks if stage >= 1 else 1)
+
+
+def buffer_bytes(inputs: MemoryInputs) -> float:
+    """Return the bytes of what ZeRO-1 and 2 send and copy in: a bucket of gradients, the largest weight's gradient."""
+    if inputs.stage not in (1, 2):
+        return 0.0
+    copying = inputs.number * min(inputs.largest, inputs.trained) if inputs.offloads else 0.0
+    return inputs.number * min(inputs.bucket, inputs.trained) + copying
+
+
+def host_bytes(inputs: MemoryInputs) -> dict[str, float]:
+    """Return the bytes of one rank in its host's memory, beside its libraries, by what takes them.
+
+    Offloaded gradients are kept in 32 bits and as they came; ZeRO-2 has one more copy where it accumulates.
+    """
+    if not inputs.offloads:
+        return {}
+    split, copies = 1 / inputs.ranks, 1 + (inputs.stage == 2 and inputs.accumulation > 1)
+    own = (4 + inputs.number * copies) * inputs.trained * split
+    copying = inputs.number * min(inputs.largest, inputs.trained) if inputs.stage in (1, 2) else 0.0
+    weights = inputs.weights * inputs.number * split if inputs.offloads_weights else 0.0
+    return {"optimizer states": optimizer_bytes(inputs), "gradients": own + copying, "weights": weights}
+
+
+def resting_bytes(inputs: MemoryInputs) -> float:
+    """Return the bytes of what a DeepSpeed engine holds after a backward pass, on device and host together.
+
+    No activations, logits or gathered weights, and of the gradients what the rank keeps for its optimizer.
+    """
+    kept = inputs.weights * (inputs.weight or inputs.number) / (inputs.ranks if inputs.stage == 3 else 1)
+    if inputs.offloads:
+        host = host_bytes(inputs)
+        return kept + host["optimizer states"] + host["gradients"] + buffer_bytes(inputs)
+    own = inputs.number * inputs.trained / (inputs.ranks if inputs.stage else 1)
+    return kept + optimizer_bytes(inputs) + own
 
 
 def logits_bytes(inputs: MemoryInputs) -> float:
@@ -84,82 +155,6 @@ def logits_bytes(inputs: MemoryInputs) -> float:
 def total(inputs: MemoryInputs) -> float:
     """Return the bytes of one rank on its device."""
     return sum(bytes_needed(inputs).values())
-
-
-def savings(inputs: MemoryInputs, on_gpu: bool, room: float) -> list[tuple[str, float]]:
-    """Return what would save memory and how many bytes of a rank's, least intrusive first; `room` as in `fitting`."""
-    before = total(inputs)
-    found = [(words, before - total(other)) for words, other in alternatives(inputs, on_gpu, room)]
-    return [(words, saved) for words, saved in found if saved > MIN_SAVING * before]
-
-
-def smaller_batch(inputs: MemoryInputs, room: float) -> MemoryInputs:
-    """Return the load with the largest micro batch that fits, and the accumulation that keeps the global batch."""
-    divisors = (micro for micro in range(inputs.micro - 1, 0, -1) if inputs.micro % micro == 0)
-    loads = [replace(inputs, micro=micro, accumulation=inputs.accumulation * inputs.micro // micro)
-             for micro in divisors]
-    return next((load for load in loads if total(load) <= room), loads[-1] if loads else inputs)
-
-
-def batch_flags(load: MemoryInputs) -> str:
-    """Return the flags of a load's batch."""
-    return f"--per_device_train_batch_size {load.micro} --gradient_accumulation_steps {load.accumulation}"
-
-
-def fitting(inputs: MemoryInputs, on_gpu: bool, room: float) -> tuple[str, MemoryInputs] | None:
-    """Return the flags of the least intrusive load that fits into `room` bytes, and that load; None if none does.
-
-    Smaller micro batches come first, alone and with each alternative in turn.
-    """
-    for words, other in alternatives(inputs, on_gpu, room):
-        load = other if total(other) <= room else smaller_batch(other, room)
-        if total(load) <= room:
-            return words if load is other else f"{words} {batch_flags(load)}", load
-    return None
-
-
-def alternatives(inputs: MemoryInputs, on_gpu: bool, room: float) -> Iterator[tuple[str, MemoryInputs]]:
-    """Yield flags and the load with them: first what leaves the result as it is, then what costs time, then others."""
-    flag = "--config" if "LANSPEED_PLAIN" in os.environ else "--deepspeed_config"  # the launcher's, or the trainer's
-    presets, stage = f"{flag} trainer/configs", inputs.stage or 0
-    if inputs.micro > 1:
-        load = smaller_batch(inputs, room)
-        yield batch_flags(load), load
-    if on_gpu and not inputs.liger:
-        yield "--liger", replace(inputs, liger=True)
-    if inputs.ranks > 1 and stage < 1:
-        yield f"{presets}/zero1.json", replace(inputs, stage=1)
-    if inputs.ranks > 1 and stage < 2:
-        yield f"{presets}/zero2.json", replace(inputs, stage=2)
-    if not inputs.checkpoints:
-        yield "--activation_checkpointing", replace(inputs, checkpoints=True)
-    if on_gpu and not inputs.offloads:
-        yield f"{presets}/zero2_offload.json", replace(inputs, stage=max(stage, 2), offloads=True)
-    if inputs.ranks > 1 and stage < 3 and not inputs.weight:
-        yield f"{presets}/zero3.json", replace(inputs, stage=3)
-        if on_gpu:
-            yield f"{presets}/zero3_offload.json", replace(inputs, stage=3, offloads=True)
-    if inputs.trained == inputs.weights:
-        adapter = replace(inputs, trained=LORA_SHARE * inputs.weights)
-        yield "--lora", adapter
-        if on_gpu and stage < 3:
-            yield "--qlora", replace(adapter, weight=NF4)
-    yield f"--sequence_length {inputs.sequence // 2}", replace(inputs, sequence=inputs.sequence // 2)
-
-
-def report_lines(inputs: MemoryInputs, on_gpu: bool, memory: float) -> list[str]:
-    """Return the lines that a person reads when memory has run out; `memory`: bytes that a rank has."""
-    parts = bytes_needed(inputs)
-    what = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
-    room = USABLE * min(memory, total(inputs))  # where it seems to fit and didn't, something else takes memory
-    fits = fitting(inputs, on_gpu, room)
-    lines = [f"a rank needs about {gigabytes(total(inputs))} GB and has {gigabytes(memory)}: {what}",
-             f"this fits: the same command with {fits[0]} (about {gigabytes(total(fits[1]))} GB)" if fits else
-             "no single change makes it fit: a smaller model, or more machines with ZeRO-3",
-             "what would save memory, least intrusive first:"]
-    found = savings(inputs, on_gpu, room)
-    width = max((len(words) for words, _ in found), default=0)
-    return lines + [f"  {words:<{width}}  {gigabytes(saved)} GB" for words, saved in found]
 
 
 def gigabytes(size: float) -> str:

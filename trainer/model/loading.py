@@ -10,22 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError, first_line, is_out_of_memory
+from trainer.estimate.shape import TINY_SHAPE
 from trainer.options import Options
 
 TINY = "tiny"
 # Of a configuration, what says nothing of the weights' shapes.
 NOT_SHAPE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures",
              "_attn_implementation", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"}
-# Chosen by what a minute on two cores teaches: fewer weights and more steps beat a bigger model.
-TINY_SHAPE: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
 
 
 def load_config(options: Options) -> Any:

@@ -12,9 +12,22 @@ from trainer.data.dataset import TokenizedDataset
 from trainer.data.packing import PackedSequences
 from trainer.distributed import deepspeed_config
 from trainer.distributed.ranks import Ranks
+from trainer.estimate.shape import Shape
 from trainer.options import Options
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What all ranks compute on; the fields are those of Setup."""
+
+    device: str
+    precision: str
+    peak: float | None
+    spare_devices: int
+    memory: int
+    flash: bool
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,8 @@ class Setup:
     `spare_devices`: of this machine, that no rank has; `memory`: bytes of the smallest rank's device; `flash`: every
     rank's card can run flash attention; `ds_config`: DeepSpeed's, None without it; `config`: the
     model's, None for tiny; `shared_disk`: all hosts see the same run folder; `checkpoint`: to continue from,
-    `universal` if it is in DeepSpeed's universal form.
+    `universal` if it is in DeepSpeed's universal form; `shape`: the model's, None where it can't be told;
+    `batch_reason`: why the micro batch is no larger.
     """
 
     options: Options
@@ -47,6 +61,8 @@ class Setup:
     shared_disk: bool
     checkpoint: Path | None
     universal: bool
+    shape: Shape | None
+    batch_reason: str
 
     @property
     def engine(self) -> str:

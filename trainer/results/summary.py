@@ -28,7 +28,7 @@ def describe(setup: Setup, workload: Workload) -> None:
     share = f"{short(packed.loss_tokens)} trained tokens"
     if info.form != TEXT:
         share = f"`{info.form}`, {packed.loss_tokens / packed.tokens:.0%} of {short(packed.tokens)} tokens are trained"
-    batch = setup.global_batch_size
+    batch, reason = setup.global_batch_size, f"; {setup.batch_reason}" if setup.batch_reason else ""
     fill = packed.tokens / (packed.filled * setup.sequence_length)
     layout = "padded" if o.no_packing else f"packed, {fill:.1%} full"
     held_out = f"{info.eval_documents:,} documents" if not info.eval_by_pieces else "pieces of few documents"
@@ -45,7 +45,7 @@ def describe(setup: Setup, workload: Workload) -> None:
         "world size": f"{ranks.world_size} ({where})",
         "global batch": f"{batch} sequences = {o.per_device_train_batch_size} micro x "
                  f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, "
-                 f"{short(batch * packed.tokens / packed.filled)} tokens",
+                 f"{short(batch * packed.tokens / packed.filled)} tokens" + reason,
         "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
         "schedule": f"learning rate up to {o.learning_rate:g}, {schedule(setup, workload.steps)}",
         "precision": f"{setup.precision} on {setup.device}",

@@ -10,32 +10,66 @@ import torch
 
 from trainer.distributed.deepspeed_config import lookup, offloads_optimizer
 from trainer.distributed.ranks import Ranks
-from trainer.estimate.memory import NF4, MemoryInputs, bytes_needed, gigabytes, report_lines
+from trainer.estimate import batch
+from trainer.estimate.advice import report_lines
+from trainer.estimate.memory import NF4, MemoryInputs, bytes_needed, gigabytes, inputs_of, optimizer_bytes
+from trainer.estimate.shape import Shape
 from trainer.model.head_loss import chunk_tokens
-from trainer.results.setup import Setup, Workload
+from trainer.options import Options
+from trainer.results.setup import Hardware, Setup, Workload
 
 REPEATS_KEYS = ("sdpa", "eager")  # attention that gets keys and values for every head, however few the model has
 UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
 
 
+def expected_load(options: Options, shape: Shape, device: str, precision: str, ds_config: dict[str, Any] | None,
+                  sequence: int, ranks: int) -> MemoryInputs:
+    """Return what a training will put on each rank, before it is known which kernels the model takes: the most."""
+    stage = None if ds_config is None else int(lookup(ds_config, "zero_optimization.stage") or 0)
+    number = 4 if precision == "fp32" else 2
+    bucket = lookup(ds_config or {}, "zero_optimization.reduce_bucket_size")
+    return inputs_of(
+        shape, shape.adapter(options.lora) if options.lora else shape.parameters, repeats_keys=True, sequence=sequence,
+        micro=options.per_device_train_batch_size or 1, accumulation=options.gradient_accumulation_steps or 1,
+        ranks=ranks, stage=stage, number=number, weight=NF4 if options.qlora else number if options.lora else 0.0,
+        offloads=offloads_optimizer(ds_config), checkpoints=options.activation_checkpointing,
+        offloads_weights=lookup(ds_config or {}, "zero_optimization.offload_param.device") in ("cpu", "nvme"),
+        chunk=chunk_tokens(shape.vocabulary, device == "cpu"),
+        bucket=bucket if isinstance(bucket, int | float) else shape.hidden**2)  # transformers' own "auto"
+
+
 def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
-    """Return what a training puts on each rank."""
-    o, config = setup.options, workload.config
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    size = getattr(config, "head_dim", None) or hidden // heads
-    grouped = getattr(config, "num_key_value_heads", None) or heads
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    stage = None if setup.ds_config is None else int(lookup(setup.ds_config, "zero_optimization.stage") or 0)
-    number = 4 if setup.precision == "fp32" else 2
-    return MemoryInputs(
-        weights=workload.parameters, trained=workload.trained, layers=config.num_hidden_layers, hidden=hidden,
-        intermediate=max(inner) if isinstance(inner, list) else inner,
-        keys=size * (grouped if workload.attention not in REPEATS_KEYS else heads), vocabulary=config.vocab_size,
-        sequence=setup.sequence_length, micro=o.per_device_train_batch_size,
-        accumulation=o.gradient_accumulation_steps, ranks=setup.ranks.world_size, stage=stage,
-        number=number, weight=NF4 if o.qlora else number if o.lora else 0.0,
-        offloads=offloads_optimizer(setup.ds_config), checkpoints=o.activation_checkpointing, liger=workload.liger,
-        chunk=None if changes_logits(config) else chunk_tokens(config.vocab_size, setup.device == "cpu"))
+    """Return what a training puts on each rank, with the kernels that it has. Raises UNKNOWN_SHAPE."""
+    if (shape := setup.shape) is None:
+        raise AttributeError("a model whose shape isn't known")
+    found = expected_load(setup.options, shape, setup.device, setup.precision, setup.ds_config, setup.sequence_length,
+                          setup.ranks.world_size)
+    heads = shape.heads if workload.attention in REPEATS_KEYS else shape.kv_heads
+    return replace(found, weights=workload.parameters, trained=workload.trained, keys=shape.head_size * heads,
+                   liger=workload.liger, chunk=None if changes_logits(workload.config) else found.chunk)
+
+
+def settle_batch(options: Options, shape: Shape | None, hardware: Hardware, ds_config: dict[str, Any] | None,
+                 sequence: int, sequences: int | None, ranks: int) -> tuple[Options, str]:
+    """Return the options with a batch, and why it is no larger ("" where nothing stood against it).
+
+    What was given is taken; `sequences`: of an epoch, None for a stream. All ranks come to the same.
+    """
+    micro, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    wanted = options.global_batch_size or batch.default_global_batch(sequence, sequences)
+    if options.global_batch_size and (micro or accumulation):
+        rest = max(1, round(wanted / (ranks * (micro or accumulation))))
+        micro, accumulation = micro or rest, accumulation or rest
+    if micro or accumulation:
+        return replace(options, per_device_train_batch_size=micro or batch.CPU_MICRO,
+                       gradient_accumulation_steps=accumulation or 1), ""
+    if shape is None:
+        found = batch.Batch(*batch.share(wanted, ranks, batch.CPU_MICRO), options.activation_checkpointing)
+    else:
+        load = expected_load(options, shape, hardware.device, hardware.precision, ds_config, sequence, ranks)
+        found = batch.choose_batch(load, wanted, hardware.memory, hardware.device != "cpu")
+    return replace(options, per_device_train_batch_size=found.micro, gradient_accumulation_steps=found.accumulation,
+                   activation_checkpointing=found.checkpoints), found.reason
 
 
 def changes_logits(config: Any) -> bool:
@@ -81,7 +115,6 @@ def described(setup: Setup, workload: Workload) -> dict[str, Any] | None:
         host.append(f"and fewer slots a host: {setup.ranks.local_world_size} ranks share the memory of "
                     f"{setup.ranks.host}")
     elif load.offloads:
-        states = bytes_needed(replace(load, offloads=False))["optimizer states"]
-        host = [f"each rank keeps {gigabytes(states)} GB of optimizer states in the host's memory: "
+        host = [f"each rank keeps {gigabytes(optimizer_bytes(load))} GB of optimizer states in the host's memory: "
                 "trainer/configs/zero2.json leaves them on the GPU, --lora needs almost none"]
     return {"needs": {name: round(size) for name, size in bytes_needed(load).items()}, "host": host}

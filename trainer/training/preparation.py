@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,24 +22,14 @@ from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
 from trainer.model import from_config, isolation, loading, lora
+from trainer.model.shape import shape_of
 from trainer.options import Options, with_defaults
 from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run, make_private
-from trainer.results.setup import Setup, global_batch_size, writes
+from trainer.results.setup import Hardware, Setup, global_batch_size, writes
+from trainer.training import memory_report
 from trainer.training.arguments import check_compiler, check_packages
 from trainer.training.resume import adapt_to_ranks, choose_checkpoint
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What all ranks compute on; the fields are those of Setup."""
-
-    device: str
-    precision: str
-    peak: float | None
-    spare_devices: int
-    memory: int
-    flash: bool
 
 
 def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
@@ -57,6 +46,9 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
         isolation.check_family(config)
     length = loading.choose_sequence_length(options, config)
     data = make_data(options, ranks, console, config, length)
+    shape = shape_of(config, tokenizer.own_vocabulary(options, config))
+    options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config, length,
+                                                       sequences_of(data, options, length), ranks.world_size)
     waiting = start_engine_libraries(ds_config, hardware.device, ranks, console)
     run = RunFolder(agree_on_run(options, ranks, console))
     kind = "QLoRA" if options.qlora else "LoRA"
@@ -77,7 +69,16 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     tokenizer.check_rows(own, config, options, data.largest_token)
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
                  hardware.memory, hardware.flash, ds_config, config, data, own, length, run, layout, shared_disk,
-                 checkpoint, universal), waiting
+                 checkpoint, universal, shape, batch_reason), waiting
+
+
+def sequences_of(data: TokenizedDataset, options: Options, length: int) -> int | None:
+    """Return about how many sequences an epoch has, None for a stream."""
+    if options.streaming:
+        return None
+    if options.no_packing:
+        return len(data.train)
+    return -(-int(data.train.with_format("numpy")["length"][:].sum()) // length) if len(data.train) else 0
 
 
 def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] | None
