@@ -150,6 +150,7 @@ setup_keys = ToolTask("setup-keys", "setup_keys", "Set up key login on every nod
 hostfile = ToolTask("hostfile", "generate_hostfile", "Find the GPUs of all hosts and write hostfile.txt.")
 check = ToolTask("check", "check_cluster", "Check that every node is ready and consistent.")
 sync = ToolTask("sync", "sync_nodes", "Copy code, Python environment, model and data to every node.")
+plan = ToolTask("plan", "plan_ds_config", "What a training needs, how fast it is, and whether another machine helps.")
 drill = ToolTask("drill", "drill_cluster", "Try what a training survives on your hosts: kill, break, stop, resume.")
 validate = ToolTask("validate", "validate_ds_config", "Find and fix problems in a DeepSpeed config.",
                     word="config", default=str(ROOT / "trainer" / "ds_config.json"))

@@ -109,6 +109,7 @@ def contend(name: str, course: Course, steps: int) -> None:
 
     from trainer.estimate.flops import flops_per_token
     from trainer.estimate.peaks import device_peak
+    from trainer.model.shape import shape_of
 
     transformers.logging.set_verbosity_error()
     register_flash()
@@ -117,7 +118,8 @@ def contend(name: str, course: Course, steps: int) -> None:
     found = clock.rates()
     if torch.cuda.is_available():
         peak = device_peak(torch.cuda.get_device_name())
-        flops = flops_per_token(model.config, model.num_parameters(), course.row, frozen=False)
+        shape = shape_of(model.config)
+        flops = flops_per_token(shape, course.row, frozen=False) if shape else float("nan")
         found |= {"memory": torch.cuda.max_memory_allocated() / 2**30,
                   "mfu": found["wall"] * flops / (peak * 1e12) if peak else float("nan")}
     print("RESULT " + json.dumps(found | {"loss": loss_of(model, course)}), flush=True)

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from master.core.paths import WORKER
 from master.core.run_cli import UsageError, UserError
 from master.core.terminal import say
-from master.inventory.gpu_report import ReportError, parse_report
+from master.inventory.gpu_report import GpuReport, ReportError, parse_report
 from master.inventory.hostfile import Slots
 
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
@@ -62,17 +63,30 @@ def broken_gpus() -> str | None:
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
-    found = subprocess.run(["bash", str(WORKER / "detect_gpus.sh"), "--json", "--nonce", "here"], capture_output=True,
-                           text=True)
-    try:
-        report = parse_report(found.stdout, "here")
-    except ReportError:
-        return None
-    if not (report.vendor == "NVIDIA" or any(not gpu.integrated for gpu in report.gpus)):
+    report = local_report()
+    if report is None or not (report.vendor == "NVIDIA" or any(not gpu.integrated for gpu in report.gpus)):
         return None  # what only draws the screen
     if report.usable:
         return "PyTorch finds none of them (is it a build for CPUs?)"
     return next((problem.message for problem in report.problems if problem.is_fault), None)
+
+
+def local_report() -> GpuReport | None:
+    """Return what the detector says of this machine, None if that makes no sense."""
+    found = subprocess.run(["bash", str(WORKER / "detect_gpus.sh"), "--json", "--nonce", "here"], capture_output=True,
+                           text=True)
+    try:
+        return parse_report(found.stdout, "here")
+    except ReportError:
+        return None
+
+
+def local_cluster() -> dict[str, Any]:
+    """Return what is known of this machine alone, in the form of cluster.json."""
+    report = local_report()
+    facts = {"ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    return {"hosts": [{"name": "localhost", "address": None, "facts": facts,
+                       "report": asdict(report) if report else {}}], "pairs": []}
 
 
 def choose_slots(wanted: int | None, gpus: Gpus, environment: Mapping[str, str]) -> Slots:

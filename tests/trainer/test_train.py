@@ -94,7 +94,8 @@ def test_packing_and_padding_give_the_same_loss(train: Train, texts: Path) -> No
 
 def test_a_zero3_model_reloads_with_the_same_loss(train: Train, texts: Path) -> None:
     run = train("--sequence_length", "512", "--max_steps", "4", "--eval_dataset", str(texts), "--eval_on_train",
-                "--eval_steps", "4", "--learning_rate", "1e-2", ranks=2, config="configs/zero3")
+                "--eval_steps", "4", "--learning_rate", "1e-2", "--eval_max_sequences", "1000", ranks=2,
+                config="configs/zero3")
     assert run.losses("eval_loss")[4] < run.losses("eval_loss")[0]
     final = [row["eval_loss"] for row in run.metrics if "eval_loss" in row][-1]
     assert evaluation_of(run.path / "model", texts) == pytest.approx(final, rel=1e-4)
@@ -202,7 +203,7 @@ def test_ranks_that_are_counted_differently_stop_the_run(transformers: int, engi
 
 def test_a_book_in_one_file_is_evaluated_in_pieces(train: Train, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"Sentence number {n} of a long book. " for n in range(3000)))
-    run = train("--max_steps", "3", data=tmp_path / "book.txt")
+    run = train("--max_steps", "3", "--eval_max_sequences", "1000", data=tmp_path / "book.txt")
     assert "pieces of few documents held out" in run.output
     assert "gzip -9 of the same text" in run.output
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from trainer.estimate.shape import Shape
 
 
-def flops_per_token(config: Any, parameters: int, sequence_length: int, frozen: bool) -> float:
+def flops_per_token(shape: Shape, sequence: int, frozen: bool) -> float:
     """Return the FLOP of a training step per token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
 
-    N: `parameters` that a token meets, without the input embedding, L: layers, H Q: hidden size, T: sequence length. Of
-    a frozen model's 6 N, the 2 N for the gradients of its weights fall away.
+    N: parameters that a token meets, without the input embedding; H Q: hidden size, T: tokens of a sequence. Of a
+    frozen model's 6 N, the 2 N for the gradients of its weights fall away.
     """
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
-    return (4.0 if frozen else 6.0) * (parameters - embedding) + attention
+    attention = 12 * shape.layers * shape.hidden * sequence
+    return (4.0 if frozen else 6.0) * (shape.active - shape.embedding) + attention

@@ -1,12 +1,12 @@
 """Estimates what a rank's memory is used for, on its device and on its host; `advice.py` says what would save some.
 
 Bytes for each weight: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 in 16 bits with Adam), and what the engines of
-DeepSpeed 0.19.8 hold beyond it (stages 0 to 3, 1 to 4 ranks, with and without offload: counted). Activations: what torch
-keeps of a Llama's layer for its gradients, counted with saved_tensors_hooks: 8 h + 4 i + 2 k numbers a token (h hidden
-size, i intermediate size, k of keys as attention gets them), and in 16 bits 2 h more for the norms, which compute in
-32. Liger's gated layer computes two of the 4 i anew, and its norms keep 16 bits. Autocast keeps the weights in 16 bits
-until the backward pass. On an H200 a Llama of 1.1 billion weights took 40.1 GB, with Liger 32.4, where this gives 39.9
-and 31.7 with the copy of the gradients that was made then. Other models differ.
+DeepSpeed 0.19.8 hold beyond it (stages 0 to 3, 1 to 4 ranks, with and without offload: counted). Activations: what
+torch keeps of a Llama's layer for its gradients, counted with saved_tensors_hooks: 8 h + 4 i + 2 k numbers a token (h
+hidden size, i intermediate size, k of keys as attention gets them), and in 16 bits 2 h more for the norms, which
+compute in 32. Liger's gated layer computes two of the 4 i anew, and its norms keep 16 bits. Autocast keeps the weights
+in 16 bits until the backward pass. On an H200 a Llama of 1.1 billion weights took 40.1 GB, with Liger 32.4, where this
+gives 39.9 and 31.7 with the copy of the gradients that was made then. Other models differ.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class ProgressReport(TrainerCallback):
     KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu")
 
     def __init__(
-        self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float, peak: float | None
+        self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float | None, peak: float | None
     ) -> None:
         self._ranks, self._run, self._console = ranks, run, console
         self._flops_per_token, self._peak = flops_per_token, peak
@@ -44,6 +44,11 @@ class ProgressReport(TrainerCallback):
         """Move the bar."""
         heartbeat.report(f"step {state.global_step}/{state.max_steps}", often=True)
         self._console.show_step(state.global_step, state.max_steps)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Count the tokens since the last report; all ranks come here."""
+        if self._trainer:
+            self._measure()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -70,7 +75,9 @@ class ProgressReport(TrainerCallback):
         self.tokens += fresh
         rate, all_tokens = fresh / max(seconds, 1e-9), computed / max(seconds, 1e-9)
         found = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
-        return found | ({"mfu": round(all_tokens * self._flops_per_token / self._peak, 4)} if self._peak else {})
+        if self._flops_per_token and self._peak:
+            found["mfu"] = round(all_tokens * self._flops_per_token / self._peak, 4)
+        return found
 
     def _add(self, row: dict[str, Any]) -> None:
         if self._ranks.is_first:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ class Session:
         self.workload = Workload(config, parameters, trained, sequences, steps, evaluated.filled, held_out.filled,
                                  with_liger, str(model.config._attn_implementation), share)
         self.stop = StopOnSignal(ranks)
-        flops = flops_per_token(config, active, setup.sequence_length, frozen=bool(options.lora))
+        shape = setup.shape and replace(setup.shape, active=active)
+        flops = flops_per_token(shape, setup.sequence_length, frozen=bool(options.lora)) if shape else None
         self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak)
         self.trainer = CausalTrainer(
             ranks=ranks, eval_sequences=evaluated, layout=setup.layout, keep=options.save_total_limit,

@@ -1,0 +1,74 @@
+"""A model's shape, for the machine where you sit: from its config.json, else counted by trainer/model_shape.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from master.core.paths import ROOT
+from master.core.run_cli import UserError
+from trainer.estimate.shape import Shape, of_config, tiny
+
+COUNT_LIMIT_S = 120.0  # torch and transformers load in seconds
+
+
+class ShapeError(UserError):
+    """A model whose shape can't be told."""
+
+
+def shape_of(model: str, count: bool = True) -> Shape:
+    """Return the shape of 'tiny', a folder or a Hugging Face name. Raises ShapeError.
+
+    `count`: build the model on torch's meta device where its configuration alone doesn't tell, which takes seconds.
+    """
+    if model == "tiny":
+        return tiny()
+    config = config_of(model)
+    if found := of_config(config):
+        return found
+    if not count:
+        raise ShapeError(f"model '{model}': not a family that is counted by its configuration")
+    command = [sys.executable, str(ROOT / "trainer" / "model_shape.py"), model]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COUNT_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise ShapeError(f"model '{model}': counting its weights took longer than {COUNT_LIMIT_S:.0f} s") from None
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ShapeError(said.removeprefix("error: "))
+    return Shape(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """Return a model's config.json: of a folder, of the hub's cache here, or of the hub. Raises ShapeError."""
+    path = Path(model).expanduser()
+    local = path if path.is_file() else path / "config.json"
+    if not local.is_file():
+        if path.exists() or model.startswith((".", "/", "~")):
+            raise ShapeError(f"model '{model}': no config.json there")
+        local = from_hub(model)
+    try:
+        config = json.loads(local.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ShapeError(f"model '{model}': {local}: {error}") from None
+    if not isinstance(config, dict):
+        raise ShapeError(f"model '{model}': {local} holds no configuration")
+    return config
+
+
+def from_hub(model: str) -> Path:
+    """Return the file of a hub model's configuration, which is fetched where it isn't here. Raises ShapeError."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+        return Path(cached) if isinstance(cached, str) else Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # a network that isn't there raises many things
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ShapeError(f"model '{model}': {why[0][:200]}: name a folder, or --parameters N --layers L --hidden H "
+                         "--vocab V") from None

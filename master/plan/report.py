@@ -1,0 +1,217 @@
+"""A plan for a person: the table of ways, what the second host brings, the best way in three sentences, and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from master.core.terminal import listed
+from master.plan.machines import Machine
+from master.plan.ranking import Ranking, best_of
+from master.plan.ways import FULL, LORA, QLORA, Estimate, Task
+from trainer.estimate.memory import USABLE, gigabytes
+from trainer.estimate.speed import Range
+
+MILLION = 1e6
+ROWS = 12  # of the table, without --all
+KINDS = {FULL: "full", LORA: "LoRA", QLORA: "QLoRA"}
+OFFLOADS = {"": "", "optimizer": ", optimizer offloaded", "all": ", all offloaded", "nvme": ", all on NVMe"}
+HEADER = ("machines", "way", "micro x accum.", "GPU GB", "host GB", "sent GB", "step: compute + network + offload",
+          "tokens/s", "1M tokens")
+
+
+def lines(task: Task, ranking: Ranking, model: str, everything: bool) -> list[str]:
+    """Return what a person reads."""
+    shape = task.shape
+    machines = max((each.way.machines for each in ranking.estimates), key=len)
+    found = [f"{model}: {count(shape.parameters)} parameters, {shape.layers} layers of {shape.hidden:,}; sequences of "
+             f"{task.sequence:,} tokens, global batch {task.global_batch:,} ({task.global_batch * task.sequence:,} "
+             "tokens)", "", *table(ranking, everything), ""]
+    if len(machines) > 1:
+        found += ["will another machine help?", *(f"  {line}" for line in comparison(task, ranking)), ""]
+    return found + sentences(task, ranking)
+
+
+def table(ranking: Ranking, everything: bool) -> list[str]:
+    """Return the ways in columns: those that fit by the time of a million tokens, then the nearest of what doesn't."""
+    shown = ranking.estimates if everything else chosen_rows(ranking)
+    rows = [HEADER, *(row(each) for each in shown)]
+    widths = [max(len(cells[number]) for cells in rows) for number in range(len(HEADER))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
+
+
+def chosen_rows(ranking: Ranking) -> list[Estimate]:
+    """Return the best way of each kind on each choice of machines, and of what fits nowhere the nearest of a kind."""
+    fitting = sorted((each for kind in KINDS for each in best_of(ranking.estimates, kind).values()),
+                     key=ranking.estimates.index)[:ROWS]
+    missing = [kind for kind in KINDS if not any(each.way.kind == kind for each in fitting)]
+    nearest = [next((each for each in ranking.estimates if each.way.kind == kind), None) for kind in missing]
+    return [*fitting, *(each for each in nearest if each)]
+
+
+def row(found: Estimate) -> tuple[str, ...]:
+    """Return one line's cells."""
+    way, slow = found.way, f"{seconds(found.compute.likely)}" if found.compute else "?"
+    host = gigabytes(sum(found.host.values())) if found.host else "-"
+    start = (names(way.machines), words_of(found), f"{way.batch.micro} x {way.batch.accumulation}",
+             gigabytes(sum(found.device.values())), host, gigabytes(found.sent) if found.sent else "-")
+    if not found.fits:
+        return (*start, "", f"too large by {gigabytes(found.short)} GB", "")
+    parts = f"{slow} + {seconds(found.communication.likely)} + {seconds(found.offload.likely)}"
+    return (*start, parts, rate_words(found), minutes(MILLION / found.rate()) if found.known else "?")
+
+
+def words_of(found: Estimate) -> str:
+    """Return a way in words: 'full, ZeRO-1, activations recomputed'."""
+    way = found.way
+    anew = ", activations recomputed" if way.batch.checkpoints else ""
+    return f"{KINDS[way.kind]}, ZeRO-{way.stage}{OFFLOADS[way.offload]}{anew}"
+
+
+def names(machines: Sequence[Machine]) -> str:
+    """Return machines in a few words: 'gpu1 alone', 'gpu1 + gpu2', '8 machines'."""
+    if len(machines) == 1:
+        return f"{machines[0].name} alone"
+    return " + ".join(machine.name for machine in machines) if len(machines) <= 3 else f"{len(machines)} machines"
+
+
+def rate_words(found: Estimate) -> str:
+    """Return tokens a second with their range: '5,800 (4,100 to 7,000)'."""
+    if not found.known:
+        return "unknown: --measure"
+    return f"{figure(found.rate())} ({figure(found.rate('high', 'high'))} to {figure(found.rate('low', 'low'))})"
+
+
+def comparison(task: Task, ranking: Ranking) -> list[str]:
+    """Return a line for each choice of machines: its best full training, adapter and more accumulation."""
+    places: dict[tuple[Machine, ...], list[Estimate]] = {}
+    for kind in KINDS:
+        for machines, each in best_of(ranking.estimates, kind).items():
+            places.setdefault(machines, []).append(each)
+        if kind == FULL:
+            for machines, each in ranking.larger.items():
+                places.setdefault(machines, []).append(each)
+    found = []
+    for machines in sorted(places, key=lambda each: (len(each), -max(one.rate() for one in places[each])))[:ROWS]:
+        ways = places[machines]
+        speeds = ", ".join(f"{figure(each.rate())} tokens/s ({short_words(each)})" if each.known else
+                           f"{each.communication.likely:.1f} s of network a step ({short_words(each)})"
+                           for each in ways if each.way.kind != QLORA or len(ways) == 1)
+        link = next((each.link for each in ways if each.link), None)
+        over = f" over {link_words(link)}" if link else ""
+        found.append(f"{names(machines)}{over}: {speeds}")
+    return found
+
+
+def short_words(found: Estimate) -> str:
+    """Return a way in brackets."""
+    return f"{words_of(found)}, accumulation {found.way.batch.accumulation}"
+
+
+def link_words(link: tuple[float, bool, str]) -> str:
+    """Return a link: 'a link of 117 MB/s (measured)'."""
+    return f"a link of {link[0] / 1e6:,.0f} MB/s ({'measured' if link[1] else 'not measured'})"
+
+
+def sentences(task: Task, ranking: Ranking) -> list[str]:
+    """Return the best way in three sentences, the next best and the change that helps most in one each."""
+    best = ranking.best
+    if best is None:
+        nearest = ranking.estimates[0]
+        return [f"nothing fits: the nearest is {words_of(nearest)} on {names(nearest.way.machines)}, which is too "
+                f"large by {gigabytes(nearest.short)} GB. A smaller model, shorter sequences (--sequence-length), more "
+                "memory or more machines would make it fit."]
+    machines = best.way.machines
+    speed = f"{rate_words(best)} tokens/s, a million tokens in {minutes(MILLION / best.rate())}" if best.known else \
+        f"how fast, the {best.device_name or 'GPU'} of unknown speed doesn't tell: --measure does"
+    found = [f"best: {KINDS[best.way.kind]} training on {names(machines)} with ZeRO-{best.way.stage}"
+             f"{OFFLOADS[best.way.offload]}, micro batch {best.way.batch.micro}, accumulation "
+             f"{best.way.batch.accumulation}: {speed}."]
+    if ranking.rivals and best.known:
+        found[0] = (f"can't tell without --measure which is fastest: {names(machines)} ({rate_words(best)} tokens/s) "
+                    f"or {listed([names(each.way.machines) for each in ranking.rivals])} "
+                    f"({rate_words(ranking.rivals[0])}).")
+    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in best.device.items())
+    has = gigabytes(USABLE * min(machine.memory for machine in machines))
+    host = f"; a host {gigabytes(sum(best.host.values()))} GB" if best.host else ""
+    why = f" ({best.way.batch.reason})" if best.way.batch.reason else ""
+    smallest = " of the smallest card" if len({machine.memory for machine in machines}) > 1 else ""
+    found.append(f"It needs {gigabytes(sum(best.device.values()))} of {has} usable GB{smallest}: {parts}{host}{why}.")
+    found.append(time_sentence(best))
+    if following := ranking.following:
+        found.append(f"next best: {words_of(following)} on {names(following.way.machines)}, {rate_words(following)} "
+                     "tokens/s.")
+    if change := ranking.change:
+        found.append(f"what would help most: {change.words}: {rate_words(change.best)} tokens/s, "
+                     f"{change.best.rate() / best.rate():.1f} times as many ({words_of(change.best)} on "
+                     f"{names(change.best.way.machines)}).")
+    return found
+
+
+def time_sentence(best: Estimate) -> str:
+    """Return where a step's time goes, and which card and link decide."""
+    source = {"peak": "by its peak, --measure is nearer", "measured": "measured", "earlier run": "as in earlier runs",
+              "unknown": "unknown"}[best.source]
+    card = best.device_name or "a GPU of unknown name"
+    slowest = f"the slowest card, {card}" if len({name for machine in best.way.machines
+                                                   for name in machine.devices}) > 1 else card
+    parts = [f"{seconds(best.compute.likely)} of computing on {slowest} ({source})" if best.compute else
+             f"computing on {slowest} (unknown)"]
+    if best.link:
+        rate, measured, name = best.link
+        parts.append(f"{seconds(best.communication.likely)} for {gigabytes(best.sent)} GB over {name}'s link of "
+                     f"{rate / 1e6:,.0f} MB/s, the slowest ({'measured' if measured else 'not measured'})")
+    elif best.communication.likely:
+        parts.append(f"{seconds(best.communication.likely)} between its GPUs")
+    if best.offload.likely:
+        parts.append(f"{seconds(best.offload.likely)} for what is offloaded")
+    took = f"A step takes {seconds(best.seconds())}: " if best.known else "A step takes "
+    return took + ", ".join(parts) + "."
+
+
+def figure(value: float) -> str:
+    """Return a number with two or three digits that count."""
+    if value >= 1000:
+        return f"{round(value, -len(str(int(value))) + 3):,.0f}"
+    return f"{value:.3g}"
+
+
+def count(value: float) -> str:
+    """Return a number of parameters: 596M, 7.24B."""
+    return f"{value / 1e9:.3g}B" if value >= 1e9 else f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def seconds(value: float) -> str:
+    """Return seconds with the digits that count."""
+    return "0 s" if value == 0 else f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
+
+
+def minutes(value: float) -> str:
+    """Return a time in words a person plans with."""
+    return f"{value:.0f} s" if value < 100 else f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
+
+
+def as_json(task: Task, ranking: Ranking, model: str, command: str | None) -> dict[str, Any]:
+    """Return the plan as data: bytes, seconds, tokens a second."""
+    return {"model": model, "parameters": task.shape.parameters, "sequence_length": task.sequence,
+            "global_batch": task.global_batch, "best": described(ranking.best) if ranking.best else None,
+            "certain": ranking.best is not None and ranking.best.known and not ranking.rivals,
+            "change": {"words": ranking.change.words, **described(ranking.change.best)} if ranking.change else None,
+            "sentences": sentences(task, ranking), "command": command,
+            "ways": [described(each) for each in ranking.estimates]}
+
+
+def described(found: Estimate) -> dict[str, Any]:
+    """Return one way as data."""
+    way = found.way
+    spread: Mapping[str, Range | None] = {"compute_s": found.compute, "communication_s": found.communication,
+                                          "offload_s": found.offload}
+    return {"machines": [machine.name for machine in way.machines], "kind": way.kind, "zero_stage": way.stage,
+            "offload": way.offload or None, "micro_batch": way.batch.micro, "accumulation": way.batch.accumulation,
+            "activation_checkpointing": way.batch.checkpoints, "fits": found.fits, "short_bytes": round(found.short),
+            "device_bytes": {name: round(size) for name, size in found.device.items()},
+            "host_bytes": {name: round(size) for name, size in found.host.items()},
+            "sent_bytes_per_step": round(found.sent), "tokens_per_step": round(found.tokens),
+            **{name: [each.low, each.likely, each.high] if each else None for name, each in spread.items()},
+            "tokens_per_second": [found.rate("high", "high"), found.rate(), found.rate("low", "low")]
+            if found.known else None, "speed_source": found.source}

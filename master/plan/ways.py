@@ -1,0 +1,210 @@
+"""Every way of training a model on a choice of machines: what it needs, what it sends, and how long a step takes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from master.plan.machines import Machine, Network
+from master.plan.rates import Rate
+from trainer.estimate import batch, memory, speed, traffic
+from trainer.estimate.flops import flops_per_token
+from trainer.estimate.memory import NF4, USABLE, MemoryInputs, inputs_of
+from trainer.estimate.shape import Shape
+from trainer.estimate.speed import NOTHING, Range
+
+FULL, LORA, QLORA = "full", "lora", "qlora"
+BUCKET = 5e7  # numbers of gradients that are sent together; transformers' "auto" is hidden size squared
+GPU_CHUNK = 1 << 26  # numbers of logits that are held at once on a GPU, as the trainer has it
+NETWORK_SPREAD = (0.95, 1.05)  # of a measured rate; of a card's own
+NOMINAL_SPREAD = (0.7, 1.0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be trained: a model's shape, tokens of a `sequence`, sequences of a `global_batch` (None: the default)
+    and of an epoch (None unknown), the `rank` of an adapter, the `kinds` that come into question, and a folder for
+    offload to NVMe, None without.
+    """
+
+    shape: Shape
+    sequence: int
+    global_batch: int
+    rank: int = 16
+    kinds: tuple[str, ...] = (FULL, LORA, QLORA)
+    nvme: str | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How it is trained: `offload` is "", "optimizer", "all" or "nvme"."""
+
+    kind: str
+    machines: tuple[Machine, ...]
+    stage: int
+    offload: str
+    batch: batch.Batch
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of all machines."""
+        return sum(len(machine.devices) for machine in self.machines)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a way needs and takes.
+
+    `device`, `host`: bytes of the fullest device and host, by what takes them, `short`: by how much they exceed what
+    there is, 0 where it fits; `sent`: bytes that leave each host in a step; `compute` None where no device's speed is
+    known; `source`: where that is from; `link`: the slowest host's bytes a second, if it was measured, and its name.
+    """
+
+    way: Way
+    device: Mapping[str, float]
+    host: Mapping[str, float]
+    short: float
+    tokens: float
+    sent: float
+    compute: Range | None
+    communication: Range
+    offload: Range
+    source: str
+    device_name: str
+    link: tuple[float, bool, str] | None
+
+    @property
+    def fits(self) -> bool:
+        """True if device and host hold it."""
+        return self.short <= 0
+
+    def seconds(self, compute: str = "likely", rest: str = "likely") -> float:
+        """Return the seconds of a step, in the low, likely or high case of its parts."""
+        computing = getattr(self.compute, compute) if self.compute else 0.0
+        found: float = computing + getattr(self.communication, rest) + getattr(self.offload, rest)
+        return found
+
+    def rate(self, compute: str = "likely", rest: str = "likely") -> float:
+        """Return tokens a second; of the high case of the parts comes the low rate."""
+        return self.tokens / max(self.seconds(compute, rest), 1e-12)
+
+    @property
+    def known(self) -> bool:
+        """True if a device's speed is known."""
+        return self.compute is not None
+
+
+def ways(task: Task, machines: tuple[Machine, ...]) -> Iterator[Way]:
+    """Yield every way on these machines, with the largest useful batch that fits; of each with activations kept and
+    computed anew."""
+    ranks = sum(len(machine.devices) for machine in machines)
+    for kind in task.kinds:
+        if kind == QLORA and not all(machine.on_gpu for machine in machines):
+            continue
+        for stage, offload in stages(kind, ranks, task.nvme is not None):
+            for checkpoints in (False, True):
+                load = load_of(task, kind, ranks, stage, offload, machines)
+                load = replace(load, checkpoints=checkpoints)
+                found = batch.choose_batch(load, task.global_batch, min(machine.memory for machine in machines),
+                                           machines[0].on_gpu, may_checkpoint=False)
+                yield Way(kind, machines, stage, offload, found)
+
+
+def stages(kind: str, ranks: int, nvme: bool) -> list[tuple[int, str]]:
+    """Return ZeRO's stages with what each offloads that make sense: they split among ranks, 3 doesn't take 4 bits."""
+    plain = [(0, "")] + ([(1, ""), (2, "")] if ranks > 1 else [])
+    split = [(3, "")] if ranks > 1 else []
+    offloads = [(2, "optimizer"), (3, "optimizer"), (3, "all")] + ([(3, "nvme")] if nvme else [])
+    return [each for each in [*plain, *split, *offloads] if kind != QLORA or each[0] < 3]
+
+
+def load_of(task: Task, kind: str, ranks: int, stage: int, offload: str, machines: Sequence[Machine]) -> MemoryInputs:
+    """Return what each rank's memory holds, its batch aside."""
+    number = 2 if all(machine.capable for machine in machines) else 4
+    trained = task.shape.parameters if kind == FULL else task.shape.adapter(task.rank)
+    chunk = max(1, GPU_CHUNK // task.shape.vocabulary) if machines[0].on_gpu else 256
+    return inputs_of(
+        task.shape, trained, repeats_keys=True, sequence=task.sequence, micro=1,
+        accumulation=max(2, task.global_batch), ranks=ranks, stage=stage, number=number,
+        weight={FULL: 0.0, LORA: float(number), QLORA: NF4}[kind], offloads=bool(offload),
+        offloads_weights=offload in ("all", "nvme"), chunk=chunk, bucket=BUCKET)
+
+
+def estimate(task: Task, way: Way, network: Network, rates: Mapping[str, Rate]) -> Estimate:
+    """Return what a way needs and how long its step takes; `rates`: of devices, by their names."""
+    chosen, ranks = way.batch, way.ranks
+    load = replace(load_of(task, way.kind, ranks, way.stage, way.offload, way.machines), micro=chosen.micro,
+                   accumulation=chosen.accumulation, checkpoints=chosen.checkpoints)
+    device = memory.bytes_needed(load)
+    host, short_host = dict[str, float](), 0.0
+    for machine in way.machines:
+        needed = {name: size * len(machine.devices) for name, size in memory.host_bytes(load).items()}
+        if way.offload == "nvme":
+            needed = {"gradients": needed["gradients"]}
+        if sum(needed.values()) >= sum(host.values()):
+            host = needed
+        if machine.ram and machine.on_gpu:
+            short_host = max(short_host, sum(needed.values()) - USABLE * machine.ram)
+    short = max(sum(device.values()) - USABLE * min(machine.memory for machine in way.machines), short_host)
+    tokens = float(chosen.micro * chosen.accumulation * ranks * task.sequence)
+    exchange = traffic.Exchange(way.stage, ranks, load.number, load.trained, load.weights, chosen.accumulation)
+    compute, source, name = compute_of(task, way, rates)
+    offloading = offload_of(load, way)
+    communication, link = communication_of(exchange, way, network)
+    return Estimate(way, {key: size for key, size in device.items() if size}, {k: v for k, v in host.items() if v},
+                    max(0.0, short), tokens, traffic.step_bytes(exchange) if len(way.machines) > 1 else 0.0, compute,
+                    communication, offloading, source, name, link)
+
+
+def compute_of(task: Task, way: Way, rates: Mapping[str, Rate]) -> tuple[Range | None, str, str]:
+    """Return the slowest device's seconds of computing in a step, where its speed is from, and its name."""
+    amount = way.batch.micro * way.batch.accumulation * task.sequence * flops_per_token(
+        task.shape, task.sequence, frozen=way.kind != FULL)
+    slowest: tuple[Range, str, str] | None = None
+    for name in sorted({device for machine in way.machines for device in machine.devices}):
+        rate = rates.get(name)
+        if rate is None:
+            return None, "unknown", name
+        found = speed.compute_seconds(amount, rate.flops, way.batch.checkpoints)
+        slowest = (found, rate.source, name) if slowest is None or found.likely > slowest[0].likely else slowest
+    assert slowest
+    return slowest
+
+
+def communication_of(exchange: traffic.Exchange, way: Way, network: Network
+                     ) -> tuple[Range, tuple[float, bool, str] | None]:
+    """Return the seconds that a step's exchange takes, and the link that decides; None within one machine."""
+    sent = traffic.step_bytes(exchange)
+    if len(way.machines) == 1:
+        one = way.machines[0]
+        return (speed.over(sent, speed.between_devices(one.devices[0])) if one.on_gpu else NOTHING), None
+    rate, measured, name = network.between(way.machines)
+    low, high = NETWORK_SPREAD if measured else NOMINAL_SPREAD
+    waiting = traffic.step_messages(exchange) * network.latency(way.machines) / 2
+    return Range(sent / (rate * high) + waiting, sent / rate + waiting, sent / (rate * low) + waiting), (
+        rate, measured, name)
+
+
+def offload_of(load: MemoryInputs, way: Way) -> Range:
+    """Return the seconds that a step spends on what the fullest host holds."""
+    if not way.offload:
+        return NOTHING
+    here = max(len(machine.devices) for machine in way.machines) / load.ranks
+    fetched = load.weights * here if way.offload in ("all", "nvme") else 0.0
+    return speed.offload_seconds(load.trained * here, fetched, load.number, load.accumulation, way.offload == "nvme")
+
+
+def all_estimates(task: Task, choices: Sequence[tuple[Machine, ...]], network: Network, rates: Mapping[str, Rate]
+                  ) -> list[Estimate]:
+    """Return all ways on all choices of machines: what fits by the time of a token, then what doesn't by how much."""
+    found = [estimate(task, way, network, rates) for way in itertools.chain.from_iterable(
+        ways(task, chosen) for chosen in choices)]
+    return sorted(found, key=lambda each: (each.short, *order(each)))
+
+
+def order(found: Estimate) -> tuple[float, ...]:
+    """Return what sorts ways that fit: a token's time; where two take as long, what changes least."""
+    way = found.way
+    return (not found.known, round(found.seconds() / found.tokens, 12), len(way.machines), way.batch.checkpoints,
+            bool(way.offload), way.stage, -way.batch.micro)

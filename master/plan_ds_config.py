@@ -1,0 +1,185 @@
+"""What does a training need, how fast is it, and will the second machine help? Known before anything starts.
+
+    invoke plan --model Qwen/Qwen3-0.6B
+    invoke plan --model gpt2 --gpus "1xRTX 3090:24GiB/64GiB,1xRTX 4090:24GiB" --network 1Gbit
+    python master/plan_ds_config.py --parameters 7e9 --layers 32 --hidden 4096 --vocab 32000 --gpus "4x24GiB"
+
+The machines are those of hostfile.txt and cluster.json, which `invoke hostfile` writes and `invoke check --network`
+measures, else this one. --write makes the best way's DeepSpeed config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from master.core.atomic_write import write_atomically
+from master.core.run_cli import UsageError, run_cli
+from master.core.terminal import print_lines, say
+from master.inventory.cluster_file import read_cluster
+from master.inventory.hostfile import read_hostfile, select
+from master.inventory.local_gpus import choose_slots, count_gpus, local_cluster
+from master.plan import config_file, report, sweep
+from master.plan.machines import Machine, Network, of_cluster, of_words, speed_of, subsets
+from master.plan.model_shape import shape_of
+from master.plan.ranking import rank
+from master.plan.rates import peak_rates
+from master.plan.ways import FULL, LORA, QLORA, Task
+from trainer.estimate.batch import default_global_batch
+from trainer.estimate.shape import Shape, of_numbers
+
+MOST_CHOICES = 256  # of machines; more kinds of them than that aren't all tried
+SEQUENCE = 1024  # tokens, the trainer's default
+BYTES_PER_TOKEN = 4  # of English, about
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool's flags."""
+    parser = argparse.ArgumentParser(
+        prog="plan_ds_config.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--model", metavar="M", help="a folder, a Hugging Face name, or 'tiny'")
+    flag("--parameters", type=float, metavar="P", help="instead of a model: its parameters, like 7e9")
+    flag("--layers", type=int, metavar="L", help="and its layers (32)")
+    flag("--hidden", type=int, metavar="H", help="and its hidden size (4096)")
+    flag("--vocab", type=int, metavar="V", help="and its vocabulary (32000)")
+    flag("--sequence-length", type=int, metavar="N", help="tokens of a sequence (1024, 256 for tiny)")
+    flag("--global-batch", type=int, metavar="N", help="sequences of an optimizer step (65,536 tokens)")
+    flag("--dataset", metavar="D", help="text whose size may make the global batch smaller, as the trainer does")
+    flag("--full", action="store_true", help="only training of all weights")
+    flag("--lora", type=int, nargs="?", const=16, metavar="R", help="only adapters of this rank (16)")
+    flag("--hostfile", type=Path, metavar="H", help="the machines (default: hostfile.txt if it's there, else this one)")
+    flag("--include", default="", metavar="I", help="only these hosts and slots of it: gpu1@gpu2:0,2")
+    flag("--cluster", type=Path, metavar="F", help="what is known of them (default: cluster.json beside the hostfile)")
+    flag("--gpus", metavar="G", help='machines instead, like "4x24GiB/128GiB,1xRTX 3090:24GiB": the GPUs of one and '
+         "the memory of each / of the host, by commas")
+    flag("--network", metavar="S", help="speed of every link, like 1Gbit or 2.5Gbit (default: as measured, else of the "
+         "card, else 1Gbit)")
+    flag("--nvme", metavar="DIR", help="also offload to this folder of a fast drive")
+    flag("--measure", action="store_true", help="first make some real steps on each host alone, and keep how fast")
+    flag("--write", type=Path, metavar="F", help="write the best way's DeepSpeed config")
+    flag("--nodes-sweep", metavar="A..B", help="draw tokens a second by the number of machines like these, 1..1024")
+    flag("--all", action="store_true", help="show every way")
+    flag("--json", action="store_true", help="print the plan as JSON")
+    return parser
+
+
+def model_of(options: argparse.Namespace) -> tuple[str, Shape]:
+    """Return the model's name and shape. Raises UsageError, ShapeError."""
+    if options.model and options.parameters:
+        raise UsageError("--model and --parameters are two ways to say which model: give one")
+    if options.parameters:
+        shape = of_numbers(options.parameters, options.layers or 32, options.hidden or 4096, options.vocab or 32000)
+        return "a Llama", shape
+    if not options.model:
+        raise UsageError("which model? invoke plan --model gpt2 (a folder or a Hugging Face name), or --parameters 7e9")
+    return options.model, shape_of(options.model)
+
+
+def machines_of(options: argparse.Namespace) -> tuple[list[Machine], Network, Path | None]:
+    """Return the machines, their network, and the hostfile that names them. Raises UsageError, HostfileError."""
+    network = speed_of(options.network) if options.network else None
+    if options.gpus:
+        if options.hostfile or options.cluster or options.measure:
+            raise UsageError("--gpus describes machines that needn't be there: leave out --hostfile, --cluster, "
+                             "--measure")
+        return *of_words(options.gpus, network), None
+    hostfile = options.hostfile or Path("hostfile.txt")
+    if options.hostfile or hostfile.exists():
+        cluster = read_cluster(options.cluster or hostfile.with_name("cluster.json"))
+        slots = select(read_hostfile(hostfile), options.include, "")
+        return *of_cluster(slots, cluster, network), hostfile
+    if options.cluster:
+        raise UsageError(f"--cluster {options.cluster}: --hostfile names the machines of it that train")
+    say("no hostfile.txt here: this is a plan for this machine (invoke hostfile --nodes ... finds others)")
+    return *of_cluster([choose_slots(None, count_gpus(), os.environ)], local_cluster(), network), None
+
+
+def task_of(options: argparse.Namespace, shape: Shape) -> Task:
+    """Return what is to be trained. Raises UsageError."""
+    if options.full and options.lora:
+        raise UsageError("--full and --lora are two ways to train: give one, or none to see both")
+    default = 256 if options.model == "tiny" else SEQUENCE
+    sequence = options.sequence_length or min(default, shape.positions or default)
+    if sequence < 2 or (shape.positions and sequence > shape.positions):
+        raise UsageError(f"--sequence-length {sequence}: the model takes 2 to {shape.positions:,} tokens"
+                         if shape.positions else f"--sequence-length {sequence}: at least 2")
+    if options.global_batch is not None and options.global_batch < 1:
+        raise UsageError(f"--global-batch {options.global_batch}: at least 1")
+    sequences = sequences_of(options.dataset, sequence) if options.dataset else None
+    kinds = (FULL,) if options.full else (LORA, QLORA) if options.lora else (FULL, LORA, QLORA)
+    return Task(shape, sequence, options.global_batch or default_global_batch(sequence, sequences),
+                options.lora or 16, kinds, options.nvme)
+
+
+def sequences_of(dataset: str, sequence: int) -> int | None:
+    """Return about how many sequences a file or folder has, None for a name of the hub."""
+    path = Path(dataset).expanduser()
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return int(sum(each.stat().st_size for each in files) / BYTES_PER_TOKEN / sequence)
+
+
+def show_sweep(options: argparse.Namespace, task: Task, machine: Machine) -> int:
+    """Print and draw the sweep; return 0."""
+    points = sweep.sweep(task, machine, peak_rates(machine.devices), sweep.counts_of(options.nodes_sweep),
+                         grows=options.global_batch is None)
+    if options.json:
+        print(json.dumps(sweep.as_json(points)))
+        return 0
+    batch = f"{task.global_batch * task.sequence:,} tokens a step"
+    print_lines("tokens a second, and of as many machines without a network, at " + batch
+                + (" for each machine" if options.global_batch is None else ""), *sweep.table(points))
+    if any(point.best and point.best.known for point in points):
+        picture = (options.write or Path("plan.json")).with_name("nodes-sweep.png")
+        sweep.draw(points, picture, f"{options.model or report.count(task.shape.parameters)} on machines like "
+                                    f"{len(machine.devices)} x {machine.devices[0]}")
+        print_lines(f"drawn: {picture}")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Make the plan and show it; return 0, 1 if --write has nothing to write."""
+    name, shape = model_of(options)
+    machines, network, hostfile = machines_of(options)
+    task = task_of(options, shape)
+    rates = peak_rates(device for machine in machines for device in machine.devices)
+    if options.nodes_sweep:
+        return show_sweep(options, task, machines[0])
+    ranking = rank(task, subsets(machines, MOST_CHOICES), network, rates)
+    config = options.write or Path("ds_config.json")
+    command = config_file.command(ranking.best.way, name, str(config), task.rank, task.sequence,
+                                  str(hostfile) if hostfile else None) if ranking.best and options.model else None
+    written = False
+    if options.write and ranking.best:
+        text = json.dumps(config_file.ds_config(ranking.best.way, options.nvme), indent=2)
+        write_atomically(options.write, text + "\n")
+        written = True
+    if options.json:
+        print(json.dumps(report.as_json(task, ranking, name, command)))
+    else:
+        print_lines(*report.lines(task, ranking, name, options.all))
+        if command and not options.gpus:
+            lead = f"wrote {options.write}; train so:" if written else "--write ds_config.json, then train so:"
+            print_lines("", lead, f"  {command}")
+        elif written:
+            print_lines("", f"wrote {options.write}")
+    return int(bool(options.write) and not written)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan; return 0, 1 if there is nothing to write or no model, 2 for wrong usage."""
+    options = build_parser().parse_args(argv)
+    return run_cli(lambda: plan(options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

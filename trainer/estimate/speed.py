@@ -1,0 +1,68 @@
+"""How long an optimizer step takes: computing, sending, and moving what was offloaded; each with a range.
+
+Computing: what a token costs (`flops.py`) on a device at a share of its peak. The share was measured on one H200 alone
+(28 to 35 %, with a Llama of 1.1 billion weights); 20 to 50 % is the range that is assumed of other cards and models.
+DeepSpeed's stages 0 to 3 send when a micro step has been computed: on shaped links nothing overlapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EFFICIENCY = (0.20, 0.35, 0.50)  # of a device's peak: low, likely, high
+RECOMPUTED = 4 / 3  # of a step's products with activations computed anew: the forward pass twice
+ADAM_BYTES = 28  # a number's weight, moments and gradient, read and written by the CPU's optimizer
+HOST_BYTES_S = (15e9, 30e9, 60e9)  # of a desktop's memory, assumed
+PCIE_BYTES_S = (6e9, 12e9, 24e9)  # between a device and its host, or another device: PCIe 3.0 to 5.0 x16, assumed
+NVLINK_BYTES_S = (100e9, 200e9, 400e9)  # between devices that have it, each way: a part of the 300 to 900, assumed
+NVLINKED = ("B200", "H200", "H100", "A100-SXM", "A800-SXM", "V100-SXM")  # not those on PCIe cards
+NVME_BYTES_S = (1e9, 2e9, 5e9)  # of a drive, assumed
+
+
+@dataclass(frozen=True)
+class Range:
+    """A figure that isn't known exactly."""
+
+    low: float
+    likely: float
+    high: float
+
+    def __add__(self, other: Range) -> Range:
+        return Range(self.low + other.low, self.likely + other.likely, self.high + other.high)
+
+    def times(self, factor: float) -> Range:
+        """Return the figure multiplied."""
+        return Range(self.low * factor, self.likely * factor, self.high * factor)
+
+
+NOTHING = Range(0.0, 0.0, 0.0)
+
+
+def between_devices(name: str) -> tuple[float, float, float]:
+    """Return the bytes a second between devices of this name in one host: slow, likely, fast."""
+    linked = any(card in name for card in NVLINKED) and "PCIe" not in name and "NVL" not in name
+    return NVLINK_BYTES_S if linked else PCIE_BYTES_S
+
+
+def over(amount: float, rates: tuple[float, float, float]) -> Range:
+    """Return the seconds that an amount takes at a slow, a likely and a fast rate."""
+    slow, likely, fast = rates
+    return Range(amount / fast, amount / likely, amount / slow)
+
+
+def compute_seconds(flops: float, rate: Range, checkpoints: bool) -> Range:
+    """Return the seconds of so many FLOP on a device that makes so many a second."""
+    return over(flops * (RECOMPUTED if checkpoints else 1), (rate.low, rate.likely, rate.high))
+
+
+def offload_seconds(trained: float, weights: float, number: int, micro_steps: int, to_nvme: bool) -> Range:
+    """Return the seconds an optimizer step spends on what a host holds of its ranks.
+
+    `trained`: numbers of all its ranks' optimizer states together; `weights`: those that are fetched at each micro
+    step's forward and backward pass, 0 where they stay on the devices.
+    """
+    found = over(ADAM_BYTES * trained, HOST_BYTES_S) + over(2 * number * trained, PCIE_BYTES_S)
+    found += over(2 * micro_steps * number * weights, PCIE_BYTES_S)
+    if to_nvme:  # 12 bytes of states, read and written
+        found += over(24 * trained + 2 * micro_steps * number * weights, NVME_BYTES_S)
+    return found

@@ -1,0 +1,54 @@
+"""What an optimizer step sends: bytes that leave each host, counted on network cards (DeepSpeed 0.19.8, gloo).
+
+With f = (R - 1) / R for R ranks, b bytes of a number, P trained and W all weights, G micro steps of accumulation:
+
+    ZeRO-0            2 b f P           an all-reduce of the gradients
+    ZeRO-1            3 b f P           an all-reduce of the gradients, an all-gather of the weights
+    ZeRO-2   (2 G + 1) b f P            the gradients at every micro step
+    ZeRO-3       2 G b f W + G b f P    the weights twice and the gradients once, at every micro step
+
+A ring passes through each host once, whatever the number of its ranks, so that a host sends what one rank would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BUCKET_BYTES = 1e8  # what one call moves at most: 5e7 numbers of 16 bits
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a step exchanges: ZeRO's `stage`, `ranks`, bytes of a `number`, weights trained and in all, accumulation."""
+
+    stage: int
+    ranks: int
+    number: int
+    trained: float
+    weights: float
+    accumulation: int
+
+
+def step_bytes(exchange: Exchange) -> float:
+    """Return the bytes that one rank sends, and that leave each host, in an optimizer step; 0 for one rank."""
+    share = exchange.number * (exchange.ranks - 1) / exchange.ranks
+    if exchange.stage == 3:
+        return share * exchange.accumulation * (2 * exchange.weights + exchange.trained)
+    times = {0: 2, 1: 3}.get(exchange.stage, 2 * exchange.accumulation + 1)
+    return share * times * exchange.trained
+
+
+def step_messages(exchange: Exchange) -> float:
+    """Return how many messages a rank waits for in an optimizer step, one after another."""
+    if exchange.ranks == 1:
+        return 0.0
+    calls = max(1.0, step_bytes(exchange) / BUCKET_BYTES)
+    return 2 * (exchange.ranks - 1) * calls
+
+
+def goodput(bits_per_s: float) -> float:
+    """Return the bytes a second that TCP carries over a link of so many bit/s.
+
+    1,448 of 1,538 bytes of each Ethernet frame are data (RFC 894, RFC 1323): 117.7 MB/s of 1 Gbit/s.
+    """
+    return bits_per_s / 8 * 1448 / 1538
