@@ -5,8 +5,7 @@
     python master/launch_training.py --model tiny --hostfile hostfile.txt
 
 Flags that this tool doesn't know, and whatever follows --, go to trainer/train.py. Ctrl-C lets the ranks save, a second
-one kills them; nothing keeps running.
-All hosts are checked first; if one fails or its connection is lost, the others end within seconds.
+one kills them. All hosts are checked first; if one fails or its connection is lost, the others end within seconds.
 """
 
 from __future__ import annotations
@@ -31,12 +30,13 @@ from master.core.terminal import print_lines, say
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
+from master.plan.launch_default import choose, compared
 from master.run.command_record import own_command
 from master.run.launcher_process import detach, ensure_not_running
 from master.run.run_folder import find_run, new_run_path
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from master.ssh.route import SshOptions
-from master.training.deepspeed_command import default_config, is_only_here
+from master.training.deepspeed_command import is_only_here
 from master.training.request import Hosts, TrainingRequest, request_of, shown
 
 RESTARTS_WITH_SPARE_HOSTS = 10
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--model", metavar="M", help="a Hugging Face name, a folder, or 'tiny' (needs no download)")
     flag("--dataset", metavar="D", help="file, folder or Hugging Face name (default: Python's own documentation)")
     flag("--config", metavar="C", type=Path,
-         help="DeepSpeed config (default: trainer/ds_config.json; without a GPU trainer/configs/cpu.json)")
+         help="DeepSpeed config (default: what the plan says for these hosts; without a GPU trainer/configs/cpu.json)")
     flag("--hostfile", type=Path, metavar="H", help="train on these hosts (default: on this machine)")
     flag("--nodes", nargs="+", metavar="N", default=[], help="find the GPUs of these hosts first, then train on them")
     flag("--slots", type=int, metavar="N",
@@ -88,11 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def existing(config: Path) -> Path:
-    """Return the absolute path of a config that is there; raise UsageError if it isn't."""
-    if not config.is_file():
+def existing(config: Path | None) -> Path | None:
+    """Return the absolute path of a config that is there, None for none; raise UsageError if it isn't there."""
+    if config and not config.is_file():
         raise UsageError(f"--config {config}: no such file. Presets: {PRESETS}")
-    return config.absolute()
+    return config and config.absolute()
 
 
 def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None) -> Hosts:
@@ -138,9 +138,8 @@ def ask_nodes(options: argparse.Namespace, ssh: SshOptions) -> Hosts:
 def check_flags(request: TrainingRequest) -> None:
     """Have the trainer check its flags before anything starts. Raises FlagsError with its message."""
     if request.is_ours:
-        done = subprocess.run([sys.executable, str(TRAINER.with_name("options.py")), *request.arguments],
-                              capture_output=True, text=True)
-        if done.returncode:
+        words = [sys.executable, str(TRAINER.with_name("options.py")), *request.arguments]
+        if (done := subprocess.run(words, capture_output=True, text=True)).returncode:
             raise FlagsError(done.stderr.strip().removeprefix("error: "))
 
 
@@ -155,9 +154,9 @@ class HostsError(UserError):
 def show(request: TrainingRequest) -> int:
     """Print what would run, here and by plain DeepSpeed; return 0."""
     where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in request.hosts.slots)
-    over = "" if request.hosts.are_here else ", over pdsh"
     print_lines(f"would run on {where}:", f"  {shlex.join([str(request.script), *request.arguments])}",
-                f"the same with plain DeepSpeed{over}:", f"  {request.plain_command}")
+                f"the same with plain DeepSpeed{'' if request.hosts.are_here else ', over pdsh'}:",
+                f"  {request.plain_command}")
     return 0
 
 
@@ -175,9 +174,10 @@ def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOption
         if unnamed := {host.host for host in hosts} - {host.host for host in request.hosts.slots}:
             say(f"{before} is not this machine's own: {', '.join(sorted(unnamed))} won't be asked for shards")
             return request
-    found = gather_and_send(request.run, hosts, request.hosts.slots, {**known, **request.hosts.known}, ssh)
-    place = ["--resume_from_checkpoint", str(found)] if found else []
-    return replace(request, arguments=(*request.arguments, *place))
+    known = {**known, **request.hosts.known}
+    if not (found := gather_and_send(request.run, hosts, request.hosts.slots, known, ssh)):
+        return request
+    return replace(request, arguments=(*request.arguments, "--resume_from_checkpoint", str(found)))
 
 
 def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
@@ -187,23 +187,24 @@ def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
     ssh = ssh_options(options) if options.nodes or not options.dry_run else None
     hosts = choose_hosts(options, run, ssh)
-    config = existing(options.config or ROOT / default_config(hosts.slots))
+    plan = choose(existing(options.config), None if options.script or options.resume else options.model,
+                  options.dataset, trainer_flags, hosts.slots, hosts.cluster)
     if not options.script:
         from master.ds_config.checker import ensure_accepted
 
-        ensure_accepted(config, hosts.ranks, shown(config))
-    request = request_of(options, trainer_flags, hosts, run, config)
+        ensure_accepted(plan.config, hosts.ranks, shown(plan.config))
+    request = request_of(options, trainer_flags, hosts, run, plan.config)
     check_flags(request)
     if options.dry_run:
         return show(request)
-    assert ssh
-    ssh = with_logins(ssh, hosts.cluster)
+    ssh = with_logins(ssh or ssh_options(options), hosts.cluster)
     ensure_not_running(request.run)
     if options.resume and request.is_ours and (before := run / "hostfile.txt").exists():
         request = with_whole_checkpoint(request, before, ssh)
     if options.detach and not detach(request.run):
         return 0
-    return train(request, ssh)
+    with compared(request.run, plan):
+        return train(request, ssh)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,21 +25,23 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import print_lines, say
-from master.inventory.cluster_file import read_cluster
-from master.inventory.hostfile import read_hostfile, select
+from master.inventory.cluster_file import empty_cluster, read_cluster
+from master.inventory.hostfile import Slots, read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus, local_cluster
 from master.plan import config_file, report, sweep
+from master.plan.launch_default import rates_for, sequences_of
 from master.plan.machines import Machine, Network, of_cluster, of_words, speed_of, subsets
+from master.plan.measuring import keep, measure
 from master.plan.model_shape import shape_of
 from master.plan.ranking import rank
-from master.plan.rates import peak_rates
+from master.plan.rates import Rate
 from master.plan.ways import FULL, LORA, QLORA, Task
+from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from trainer.estimate.batch import default_global_batch
 from trainer.estimate.shape import Shape, of_numbers
 
 MOST_CHOICES = 256  # of machines; more kinds of them than that aren't all tried
 SEQUENCE = 1024  # tokens, the trainer's default
-BYTES_PER_TOKEN = 4  # of English, about
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--nodes-sweep", metavar="A..B", help="draw tokens a second by the number of machines like these, 1..1024")
     flag("--all", action="store_true", help="show every way")
     flag("--json", action="store_true", help="print the plan as JSON")
+    add_ssh_flags(parser)
     return parser
 
 
@@ -83,23 +88,35 @@ def model_of(options: argparse.Namespace) -> tuple[str, Shape]:
     return options.model, shape_of(options.model)
 
 
-def machines_of(options: argparse.Namespace) -> tuple[list[Machine], Network, Path | None]:
-    """Return the machines, their network, and the hostfile that names them. Raises UsageError, HostfileError."""
+@dataclass(frozen=True)
+class Place:
+    """Where a plan is for: machines and their network; lines of the hostfile, its path, and what cluster.json has."""
+
+    machines: list[Machine]
+    network: Network
+    slots: list[Slots]
+    hostfile: Path | None
+    cluster: dict[str, Any]
+
+
+def place_of(options: argparse.Namespace) -> Place:
+    """Return where the plan is for. Raises UsageError, HostfileError, ClusterError."""
     network = speed_of(options.network) if options.network else None
     if options.gpus:
         if options.hostfile or options.cluster or options.measure:
             raise UsageError("--gpus describes machines that needn't be there: leave out --hostfile, --cluster, "
                              "--measure")
-        return *of_words(options.gpus, network), None
+        return Place(*of_words(options.gpus, network), [], None, empty_cluster())
     hostfile = options.hostfile or Path("hostfile.txt")
     if options.hostfile or hostfile.exists():
         cluster = read_cluster(options.cluster or hostfile.with_name("cluster.json"))
         slots = select(read_hostfile(hostfile), options.include, "")
-        return *of_cluster(slots, cluster, network), hostfile
+        return Place(*of_cluster(slots, cluster, network), slots, hostfile, cluster)
     if options.cluster:
         raise UsageError(f"--cluster {options.cluster}: --hostfile names the machines of it that train")
     say("no hostfile.txt here: this is a plan for this machine (invoke hostfile --nodes ... finds others)")
-    return *of_cluster([choose_slots(None, count_gpus(), os.environ)], local_cluster(), network), None
+    here = [choose_slots(None, count_gpus(), os.environ)]
+    return Place(*of_cluster(here, local_cluster(), network), here, None, empty_cluster())
 
 
 def task_of(options: argparse.Namespace, shape: Shape) -> Task:
@@ -113,24 +130,15 @@ def task_of(options: argparse.Namespace, shape: Shape) -> Task:
                          if shape.positions else f"--sequence-length {sequence}: at least 2")
     if options.global_batch is not None and options.global_batch < 1:
         raise UsageError(f"--global-batch {options.global_batch}: at least 1")
-    sequences = sequences_of(options.dataset, sequence) if options.dataset else None
+    sequences = sequences_of(options.dataset, sequence) if options.dataset or options.model == "tiny" else None
     kinds = (FULL,) if options.full else (LORA, QLORA) if options.lora else (FULL, LORA, QLORA)
     return Task(shape, sequence, options.global_batch or default_global_batch(sequence, sequences),
                 options.lora or 16, kinds, options.nvme)
 
 
-def sequences_of(dataset: str, sequence: int) -> int | None:
-    """Return about how many sequences a file or folder has, None for a name of the hub."""
-    path = Path(dataset).expanduser()
-    if not path.exists():
-        return None
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-    return int(sum(each.stat().st_size for each in files) / BYTES_PER_TOKEN / sequence)
-
-
-def show_sweep(options: argparse.Namespace, task: Task, machine: Machine) -> int:
+def show_sweep(options: argparse.Namespace, task: Task, machine: Machine, rates: Mapping[str, Rate]) -> int:
     """Print and draw the sweep; return 0."""
-    points = sweep.sweep(task, machine, peak_rates(machine.devices), sweep.counts_of(options.nodes_sweep),
+    points = sweep.sweep(task, machine, rates, sweep.counts_of(options.nodes_sweep),
                          grows=options.global_batch is None)
     if options.json:
         print(json.dumps(sweep.as_json(points)))
@@ -146,23 +154,38 @@ def show_sweep(options: argparse.Namespace, task: Task, machine: Machine) -> int
     return 0
 
 
+def with_measurements(options: argparse.Namespace, place: Place, task: Task) -> Place:
+    """Measure on each host alone, keep that in cluster.json, and return the place with it. Raises UsageError."""
+    if not options.model:
+        raise UsageError("--measure makes real steps: name the --model")
+    ssh = ssh_options(options)
+    found = measure(task, options.model, place.slots, place.machines, place.hostfile, ssh_flags(options),
+                    {PASSWORD_VARIABLE: ssh.password} if ssh.password else {}, say)
+    path = options.cluster or (place.hostfile or Path("hostfile.txt")).with_name("cluster.json")
+    if place.hostfile and path.exists():
+        keep(path, found)
+    elif found:
+        say("kept only for this plan: a hostfile's cluster.json would keep it")
+    return replace(place, cluster={**place.cluster, "measured": [asdict(each) for each in found]})
+
+
 def plan(options: argparse.Namespace) -> int:
     """Make the plan and show it; return 0, 1 if --write has nothing to write."""
     name, shape = model_of(options)
-    machines, network, hostfile = machines_of(options)
-    task = task_of(options, shape)
-    rates = peak_rates(device for machine in machines for device in machine.devices)
+    place, task = place_of(options), task_of(options, shape)
+    if options.measure:
+        place = with_measurements(options, place, task)
+    rates = rates_for(task, place.machines, place.cluster, name)
     if options.nodes_sweep:
-        return show_sweep(options, task, machines[0])
-    ranking = rank(task, subsets(machines, MOST_CHOICES), network, rates)
-    config = options.write or Path("ds_config.json")
-    command = config_file.command(ranking.best.way, name, str(config), task.rank, task.sequence,
-                                  str(hostfile) if hostfile else None) if ranking.best and options.model else None
-    written = False
+        return show_sweep(options, task, place.machines[0], rates)
+    ranking = rank(task, subsets(place.machines, MOST_CHOICES), place.network, rates)
+    command, written = None, bool(options.write and ranking.best)
+    if ranking.best and options.model:
+        command = config_file.command(ranking.best.way, name, str(options.write or "ds_config.json"), task.rank,
+                                      task.sequence, str(place.hostfile) if place.hostfile else None)
     if options.write and ranking.best:
         text = json.dumps(config_file.ds_config(ranking.best.way, options.nvme), indent=2)
         write_atomically(options.write, text + "\n")
-        written = True
     if options.json:
         print(json.dumps(report.as_json(task, ranking, name, command)))
     else:

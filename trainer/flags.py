@@ -159,6 +159,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
          help="micro steps per optimizer step (what the global batch needs; 1 beside --per_device_train_batch_size)")
     flag("--global_batch_size", type=positive, metavar="N",
          help="sequences of all ranks per optimizer step (65,536 tokens, or what gives an epoch 50 steps)")
+    flag("--measure", type=positive, metavar="N", help="make N steps, tell how fast they are, and keep nothing")
     flag("--learning_rate", type=float, metavar="R",
          help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
     flag("--lr_scheduler_type", metavar="NAME",

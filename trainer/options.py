@@ -57,6 +57,7 @@ class Options:
     eval_on_train: bool
     num_epochs: int
     max_steps: int
+    measure: int | None
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int | None
@@ -104,7 +105,13 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     said.lora = said.lora or said.qlora
     options = Options(**{field.name: getattr(said, field.name) for field in fields(Options)})
     check(options)
-    return options
+    return measuring(options) if options.measure else options
+
+
+def measuring(options: Options) -> Options:
+    """Return the options of a training that makes some steps, for their speed, and keeps nothing."""
+    return replace(options, max_steps=options.measure or 0, eval_fraction=0.0, save_steps=0.0, num_samples=0,
+                   logging_steps=1, no_gradient_check=True, report_to=[])
 
 
 def check(options: Options) -> None:

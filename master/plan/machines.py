@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,9 +91,9 @@ def of_host(slots: Slots, known: Mapping[str, Any]) -> Machine:
     gpus = {gpu["index"]: gpu for gpu in (known.get("report") or {}).get("gpus", [])}
     used = [gpus[number] for number in slots.use if number in gpus]
     if slots.vendor == "CPU" or not used:
-        size = (ram or 0.0) / len(slots.use)
-        return Machine(slots.host, ("CPU",) * len(slots.use) if slots.vendor == "CPU" else ("",) * len(slots.use),
-                       size, ram, rate, capable=slots.vendor != "CPU")
+        on_cpu = slots.vendor == "CPU"  # whose memory nobody has asked for yet is taken for enough
+        size = (ram / len(slots.use) if ram else math.inf) if on_cpu else 0.0
+        return Machine(slots.host, ("CPU" if on_cpu else "",) * len(slots.use), size, ram, rate, capable=not on_cpu)
     sizes = [gpu["memory_total_mib"] * 2**20 for gpu in used if gpu.get("memory_total_mib")]
     old = any(float(gpu.get("compute_capability") or 9) < 7 for gpu in used)
     return Machine(slots.host, tuple(str(gpu.get("name") or "") for gpu in used), float(min(sizes, default=0)), ram,

@@ -13,6 +13,7 @@ from master.core.paths import ROOT
 from master.core.run_cli import UserError
 from trainer.estimate.shape import Shape, of_config, tiny
 
+ANSWER_S = 5.0  # that the hub may take
 COUNT_LIMIT_S = 120.0  # torch and transformers load in seconds
 
 
@@ -20,17 +21,18 @@ class ShapeError(UserError):
     """A model whose shape can't be told."""
 
 
-def shape_of(model: str, count: bool = True) -> Shape:
+def shape_of(model: str, thorough: bool = True) -> Shape:
     """Return the shape of 'tiny', a folder or a Hugging Face name. Raises ShapeError.
 
-    `count`: build the model on torch's meta device where its configuration alone doesn't tell, which takes seconds.
+    `thorough`: fetch its configuration from the hub where it isn't here, and build the model on torch's meta device
+    where that alone doesn't tell; both take seconds.
     """
     if model == "tiny":
         return tiny()
-    config = config_of(model)
+    config = config_of(model, fetch=thorough)
     if found := of_config(config):
         return found
-    if not count:
+    if not thorough:
         raise ShapeError(f"model '{model}': not a family that is counted by its configuration")
     command = [sys.executable, str(ROOT / "trainer" / "model_shape.py"), model]
     try:
@@ -43,14 +45,15 @@ def shape_of(model: str, count: bool = True) -> Shape:
     return Shape(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def config_of(model: str) -> dict[str, Any]:
-    """Return a model's config.json: of a folder, of the hub's cache here, or of the hub. Raises ShapeError."""
+def config_of(model: str, fetch: bool) -> dict[str, Any]:
+    """Return a model's config.json: of a folder, of the hub's cache here, or (`fetch`) of the hub. Raises ShapeError.
+    """
     path = Path(model).expanduser()
     local = path if path.is_file() else path / "config.json"
     if not local.is_file():
         if path.exists() or model.startswith((".", "/", "~")):
             raise ShapeError(f"model '{model}': no config.json there")
-        local = from_hub(model)
+        local = from_hub(model, fetch)
     try:
         config = json.loads(local.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -60,14 +63,15 @@ def config_of(model: str) -> dict[str, Any]:
     return config
 
 
-def from_hub(model: str) -> Path:
-    """Return the file of a hub model's configuration, which is fetched where it isn't here. Raises ShapeError."""
+def from_hub(model: str, fetch: bool) -> Path:
+    """Return the file of a hub model's configuration, which may be fetched where it isn't here. Raises ShapeError."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     try:
         cached = try_to_load_from_cache(model, "config.json")
-        return Path(cached) if isinstance(cached, str) else Path(hf_hub_download(model, "config.json"))
+        return Path(cached) if isinstance(cached, str) else Path(
+            hf_hub_download(model, "config.json", etag_timeout=ANSWER_S, local_files_only=not fetch))
     except Exception as error:  # a network that isn't there raises many things
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ShapeError(f"model '{model}': {why[0][:200]}: name a folder, or --parameters N --layers L --hidden H "

@@ -28,7 +28,7 @@ class Change:
 @dataclass(frozen=True)
 class Ranking:
     """All estimates in order, the best way of the kind that is wanted (None: nothing fits), those that may be as fast
-    on other machines, the next best on the same or others, the change that would help most, and the best full training
+    on other machines, the next best choice of them, the change that would help most, and the best full training
     with a larger global batch on each choice of several machines.
     """
 
@@ -77,8 +77,7 @@ def rank(task: Task, choices: Sequence[tuple[Machine, ...]], network: Network, r
     places = list(best_of(estimates, kind).values())
     best = places[0]
     rivals = [other for other in places[1:] if not beats(best, other)]
-    following = places[1] if len(places) > 1 else next(
-        (each for each in estimates if each.fits and each.way.kind == kind and each is not best), None)
+    following = places[1] if len(places) > 1 else None
     several = [machines for machines in choices if len(machines) > 1]
     more = all_estimates(replace(task, kinds=(FULL,), global_batch=MORE * task.global_batch), several, network, rates) \
         if FULL in task.kinds else []

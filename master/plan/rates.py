@@ -13,10 +13,14 @@ PEAK = "peak"
 
 @dataclass(frozen=True)
 class Rate:
-    """A device's FLOP/s with a model, and where that is from: "measured", "earlier run", or "peak"."""
+    """A device's FLOP/s with a model, and where that is from: "measured", "earlier run", or "peak".
+
+    `correction`: by how much whole runs with it were faster than predicted from that.
+    """
 
     flops: Range
     source: str
+    correction: float = 1.0
 
 
 def peak_rates(names: Iterable[str]) -> dict[str, Rate]:

@@ -16,8 +16,8 @@ MILLION = 1e6
 ROWS = 12  # of the table, without --all
 KINDS = {FULL: "full", LORA: "LoRA", QLORA: "QLoRA"}
 OFFLOADS = {"": "", "optimizer": ", optimizer offloaded", "all": ", all offloaded", "nvme": ", all on NVMe"}
-HEADER = ("machines", "way", "micro x accum.", "GPU GB", "host GB", "sent GB", "step: compute + network + offload",
-          "tokens/s", "1M tokens")
+HEADER = ("machines", "way", "micro x accum.", "device GB", "host GB", "sent GB",
+          "step: compute + network + offload", "tokens/s", "1M tokens")
 
 
 def lines(task: Task, ranking: Ranking, model: str, everything: bool) -> list[str]:

@@ -58,7 +58,8 @@ class Estimate:
 
     `device`, `host`: bytes of the fullest device and host, by what takes them, `short`: by how much they exceed what
     there is, 0 where it fits; `sent`: bytes that leave each host in a step; `compute` None where no device's speed is
-    known; `source`: where that is from; `link`: the slowest host's bytes a second, if it was measured, and its name.
+    known; `source`: where that is from; `link`: the slowest host's bytes a second, if it was measured, and its name;
+    `correction`: by how much earlier runs were faster than this says.
     """
 
     way: Way
@@ -73,6 +74,7 @@ class Estimate:
     source: str
     device_name: str
     link: tuple[float, bool, str] | None
+    correction: float = 1.0
 
     @property
     def fits(self) -> bool:
@@ -86,8 +88,8 @@ class Estimate:
         return found
 
     def rate(self, compute: str = "likely", rest: str = "likely") -> float:
-        """Return tokens a second; of the high case of the parts comes the low rate."""
-        return self.tokens / max(self.seconds(compute, rest), 1e-12)
+        """Return tokens a second, corrected; of the high case of the parts comes the low rate."""
+        return self.correction * self.tokens / max(self.seconds(compute, rest), 1e-12)
 
     @property
     def known(self) -> bool:
@@ -154,7 +156,7 @@ def estimate(task: Task, way: Way, network: Network, rates: Mapping[str, Rate]) 
     communication, link = communication_of(exchange, way, network)
     return Estimate(way, {key: size for key, size in device.items() if size}, {k: v for k, v in host.items() if v},
                     max(0.0, short), tokens, traffic.step_bytes(exchange) if len(way.machines) > 1 else 0.0, compute,
-                    communication, offloading, source, name, link)
+                    communication, offloading, source, name, link, rates[name].correction if name in rates else 1.0)
 
 
 def compute_of(task: Task, way: Way, rates: Mapping[str, Rate]) -> tuple[Range | None, str, str]:

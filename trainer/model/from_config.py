@@ -46,7 +46,7 @@ def build_model(options: Options, config: Any, tokenizer: Any, dtype: str, flash
     from transformers import AutoModelForCausalLM, set_seed
 
     text = config.get_text_config()
-    text.vocab_size = len(tokenizer)
+    text.vocab_size = max(len(tokenizer), text.vocab_size if options.measure else 0)  # as wide as it will be
     for part in {id(config): config, id(text): text}.values():
         part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         part.pad_token_id = tokenizer.pad_token_id

@@ -5,6 +5,7 @@ metrics.jsonl grows while the training runs: `tail -f runs/*/metrics.jsonl`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -120,6 +121,15 @@ class RunFolder:
         """Complete run.json: status finished, stopped or failed."""
         self._record.update(status=status, exit=exit_code, ended=time.time(), **facts)
         self._write_record()
+
+    def forget(self) -> None:
+        """Remove what a trainer wrote here, and the folder where nothing else is in it."""
+        logs = [] if (self.path / "hostfile.txt").exists() else [*self.path.glob("logs/*.log")]  # else the launcher's
+        for path in (self.path / "run.json", self.metrics, *logs):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.path / "logs", self.path):
+            with contextlib.suppress(OSError):  # somebody else's files
+                folder.rmdir()
 
     def _write_record(self) -> None:
         write_atomically(self.path / "run.json", json.dumps(as_json(self._record), indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import textwrap
 from collections import Counter
 from statistics import fmean
@@ -15,6 +16,7 @@ from trainer.model import lora
 from trainer.results.console import duration, short
 from trainer.results.setup import Setup, Workload
 
+MEASURED = "@@STEPS "
 SHOWN = 1000  # characters at each end of the first example
 MIN_WAIT_SHARE = 0.02  # share of the time that goes by in waiting for the slowest rank
 
@@ -124,6 +126,15 @@ def summary(setup: Setup, workload: Workload, trainer: Any, seconds: float, toke
                   "eval_sequences": workload.evaluated, "held_out_sequences": workload.held_out,
                   "gzip_bits_per_byte": setup.data.info.gzip_bits_per_byte}
     return found
+
+
+def speed_line(setup: Setup, rate: float | None, peak: int) -> str:
+    """Return what --measure tells, as the one line that `invoke plan --measure` reads."""
+    o = setup.options
+    return MEASURED + json.dumps({
+        "tokens_per_second": rate, "ranks": setup.ranks.world_size, "micro": o.per_device_train_batch_size,
+        "accumulation": o.gradient_accumulation_steps, "checkpoints": o.activation_checkpointing,
+        "sequence": setup.sequence_length, "peak_bytes": peak})
 
 
 def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[str, Any] | None) -> None:

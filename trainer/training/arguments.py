@@ -40,6 +40,7 @@ def training_arguments(setup: Setup) -> TrainingArguments:
             logging_first_step=True, logging_nan_inf_filter=False,
             eval_strategy="steps" if setup.evaluates else "no", eval_steps=o.eval_steps or NEVER,
             eval_on_start=setup.evaluates and not setup.resume_step, save_steps=o.save_steps or NEVER,
+            save_strategy="no" if o.measure else "steps",
             save_on_each_node=not setup.shared_disk, report_to=o.report_to or "none", run_name=path.name,
             ignore_data_skip=o.streaming, project="lanspeed", disable_tqdm=True, remove_unused_columns=False,
             dataloader_num_workers=dataloader_workers(o, setup.device), dataloader_pin_memory=setup.device != "cpu",

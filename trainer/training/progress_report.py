@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -28,7 +29,13 @@ class ProgressReport(TrainerCallback):
         self._since = self._paused = 0.0
         self._counted = self._read = 0
         self._told = False  # that metrics are lost
+        self._rates: list[float] = []
         self.tokens = 0
+
+    def usual_rate(self) -> float | None:
+        """Return the tokens a second that all ranks computed, fillers and untrained ones too, the median of all reports
+        but the first, None without any."""
+        return statistics.median(self._rates[1:]) if self._rates[1:] else None
 
     def watch(self, trainer: CausalTrainer, tokens_before: int) -> None:
         """Count `trainer`'s tokens, on top of those of the run that it continues."""
@@ -49,6 +56,7 @@ class ProgressReport(TrainerCallback):
         """Count the tokens since the last report; all ranks come here."""
         if self._trainer:
             self._measure()
+            self._rates.pop()  # of a part of an interval
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -74,6 +82,7 @@ class ProgressReport(TrainerCallback):
         self._counted, self._read, self._since, self._paused = counted, read, now, paused
         self.tokens += fresh
         rate, all_tokens = fresh / max(seconds, 1e-9), computed / max(seconds, 1e-9)
+        self._rates.append(all_tokens)
         found = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
         if self._flops_per_token and self._peak:
             found["mfu"] = round(all_tokens * self._flops_per_token / self._peak, 4)

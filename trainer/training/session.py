@@ -13,18 +13,17 @@ from typing import Any
 import torch
 import transformers
 
-from trainer.checkpoint import verification
 from trainer.data import sources, streaming
 from trainer.data.packing import Collator, PackedSequences
 from trainer.distributed import heartbeat
 from trainer.distributed.communication_time import time_shares
 from trainer.distributed.ranks import Ranks
-from trainer.errors import UserError
 from trainer.estimate.flops import flops_per_token
 from trainer.model import from_config, loading, lora
 from trainer.options import Options
 from trainer.results import export, samples, summary
 from trainer.results.console import Console
+from trainer.results.disk_space import check_disk_space
 from trainer.results.loss_curve import draw_curve
 from trainer.results.samples import Samples
 from trainer.results.setup import Setup, Workload
@@ -163,7 +162,10 @@ class Session:
             waited = time_shares([time[0] for time in times], [time[1] for time in times], setup.ranks.hosts)
         peak = memory_report.peak_bytes(setup)
         lost = self.stop.stopped and self.trainer.saved_step != step
-        if self.stop.stopped:
+        if setup.options.measure:
+            setup.console.result(summary.speed_line(setup, self._report.usual_rate(), peak))
+            run.forget()
+        elif self.stop.stopped:
             if setup.ranks.is_first:
                 run.finish("stopped", int(lost), step=step, waiting=waited)
                 draw_curve(run)
@@ -176,7 +178,8 @@ class Session:
             if setup.ranks.is_first:
                 draw_curve(run)
                 found = summary.summary(setup, self.workload, self.trainer, time.monotonic() - self._started,
-                                        self._report.tokens) | {"peak_bytes": peak}
+                                        self._report.tokens) | {
+                                            "peak_bytes": peak, "computed_tokens_per_second": self._report.usual_rate()}
                 run.finish("finished", 0, step=step, waiting=waited, summary=found)
                 summary.print_summary(setup, found, step, waited)
         setup.ranks.barrier()  # no rank waits for one that has exited
@@ -219,22 +222,3 @@ def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
     if setup.checkpoint:
         streaming.load(made, setup.checkpoint, ranks.rank)
     return made
-
-
-def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
-    """Raise a UserError if a machine lacks the disk space for the checkpoints that will be there at once.
-
-    `weight`: bytes of a saved weight.
-    """
-    options, ranks, path = setup.options, setup.ranks, setup.run.path
-    interval = options.save_steps or workload.steps
-    saves = workload.steps / (interval if interval >= 1 else max(interval * workload.steps, 1))
-    together = min(options.save_total_limit + 1, int(saves) + 1)
-    parts = min(ranks.local_world_size * (1 + options.checkpoint_copies), ranks.world_size)
-    one = verification.expected_bytes(workload.trained, weight, parts, ranks.world_size)
-    needed, free = together * one + weight * workload.parameters, verification.free_bytes(path)
-    short = (f"{ranks.host}: {path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and the model, and "
-             f"{free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")
-    found = [text for text in ranks.all_gather_json("room", short if free < needed else None) if text]
-    if found:
-        raise UserError(found[0], shared=True)

@@ -1,0 +1,181 @@
+"""--measure: some real steps of a model on each host alone, by the trainer itself; cluster.json keeps how fast."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from master.core.json_schema import loads
+from master.core.paths import ROOT
+from master.core.run_cli import UserError
+from master.inventory.cluster_file import update_cluster
+from master.inventory.hostfile import Slots, include_filter
+from master.plan.machines import Machine, Network
+from master.plan.presets import ON_CPU, PRESETS
+from master.plan.rates import Rate, measured_rate
+from master.plan.ways import FULL, Estimate, Task, all_estimates
+from trainer.estimate.flops import flops_per_token
+from trainer.estimate.speed import RECOMPUTED
+
+MARK = "@@STEPS "
+STEPS = 4  # real ones, the first of which doesn't count
+LIMIT_S = 600.0  # of a host, loading and all
+SPREAD = 0.1  # of what was measured, by which a later run may differ
+VERSIONS = ("torch", "deepspeed", "transformers")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How fast a host alone made steps of a model: tokens a second of all its ranks, with which batch, when.
+
+    `device`: the name of its devices; `peak_bytes`: the most that a rank held.
+    """
+
+    host: str
+    model: str
+    kind: str
+    device: str
+    versions: dict[str, str]
+    ranks: int
+    sequence: int
+    micro: int
+    accumulation: int
+    checkpoints: bool
+    zero_stage: int
+    offload: str
+    tokens_per_second: float
+    peak_bytes: int
+    read_at: float
+
+
+def versions() -> dict[str, str]:
+    """Return the versions here of what a training's speed depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def measure(task: Task, model: str, slots: Sequence[Slots], machines: Sequence[Machine], hostfile: Path | None,
+            flags: Sequence[str], password: Mapping[str, str], say: Callable[[str], None]) -> list[Measured]:
+    """Return what each host did; one that can't is told and left out. `flags`: of ssh, `password`: its variable."""
+    found = []
+    for host, machine in zip(slots, machines, strict=True):
+        best = next((each for each in all_estimates(task, [(machine,)], Network({}, {}), {})
+                     if each.fits and (each.way.stage, each.way.offload) in PRESETS), None)
+        if best is None:
+            say(f"{machine.name}: {model} doesn't fit there alone: not measured")
+            continue
+        say(f"{machine.name}: measuring {STEPS} steps")
+        began = time.monotonic()
+        result = steps_on(task, model, host, best, hostfile, flags, password)
+        if isinstance(result, str):
+            say(f"{machine.name}: not measured: {result}")
+            continue
+        way = best.way
+        device = min(machine.devices) if len(set(machine.devices)) == 1 else " + ".join(sorted(set(machine.devices)))
+        found.append(Measured(
+            machine.name, model, way.kind, device, versions(), int(result["ranks"]), int(result["sequence"]),
+            int(result["micro"]), int(result["accumulation"]), bool(result["checkpoints"]), way.stage, way.offload,
+            float(result["tokens_per_second"]), int(result["peak_bytes"]), round(time.time(), 3)))
+        say(f"{machine.name}: {found[-1].tokens_per_second:,.0f} tokens/s with micro batch {found[-1].micro}, "
+            f"{time.monotonic() - began:.0f} s")
+    return found
+
+
+def steps_on(task: Task, model: str, host: Slots, best: Estimate, hostfile: Path | None, flags: Sequence[str],
+             password: Mapping[str, str]) -> dict[str, Any] | str:
+    """Return what the trainer told of its steps on one host, or why there were none."""
+    way = best.way
+    config = ON_CPU if host.vendor == "CPU" else PRESETS[way.stage, way.offload]
+    path = Path(model).expanduser()
+    where = ["--hostfile", str(hostfile.absolute()), "--include", include_filter([host]) or host.host] \
+        if hostfile else ["--slots", str(len(host.use))]
+    words = [sys.executable, str(ROOT / "master" / "launch_training.py"),
+             "--model", str(path.absolute()) if path.exists() else model, "--config", str(ROOT / config), *where,
+             *flags, "--", "--measure", str(STEPS), "--sequence_length", str(task.sequence),
+             "--global_batch_size", str(way.ranks * way.batch.micro)]
+    words += [f"--{way.kind}", str(task.rank)] if way.kind != FULL else []
+    words += ["--from_config"] if model != "tiny" and not has_weights(model) else []
+    with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:  # where the run's folder goes
+        try:
+            done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  env={**os.environ, **password}, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return f"longer than {LIMIT_S:.0f} s"
+    for line in done.stdout.splitlines():
+        if MARK in line:
+            try:
+                result = loads(line[line.index(MARK) + len(MARK):])
+            except ValueError:
+                break
+            if is_sound(result):
+                return dict(result)
+    said = [line for line in done.stderr.splitlines() if "error: " in line] or done.stderr.splitlines() or ["no output"]
+    return f"{said[-1].strip()[:300]} ({shlex.join(words[1:6])} ... shows all)"
+
+
+def is_sound(result: Any) -> bool:
+    """Return whether a worker's line says what it should: it may be anybody's."""
+    counts = ("ranks", "sequence", "micro", "accumulation", "peak_bytes")
+    return isinstance(result, dict) and isinstance(result.get("checkpoints"), bool) and isinstance(
+        result.get("tokens_per_second"), int | float) and 0 < result["tokens_per_second"] < 1e12 and all(
+        isinstance(result.get(name), int) and 0 < result[name] < 1 << 50 for name in counts)
+
+
+def has_weights(model: str) -> bool:
+    """Return whether a model's weights are on this machine's disk."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return any(path.glob("*.safetensors"))
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
+
+
+def keep(path: Path, measured: Sequence[Measured]) -> None:
+    """Write what was measured into cluster.json, in place of what was before of the same host and model."""
+    def change(cluster: dict[str, Any]) -> dict[str, Any]:
+        new = {(each.host, each.model, each.kind): asdict(each) for each in measured}
+        old = {(each["host"], each["model"], each["kind"]): each for each in cluster.get("measured", [])}
+        return {**cluster, "measured": list((old | new).values())}
+
+    try:
+        update_cluster(path, change)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def known(cluster: Mapping[str, Any], model: str) -> list[Measured]:
+    """Return what cluster.json has of a model with the versions that are here."""
+    found = [Measured(**each) for each in cluster.get("measured", []) if each["model"] == model]
+    return [each for each in found if each.versions == versions()]
+
+
+def rates_of(task: Task, measured: Sequence[Measured]) -> dict[str, Rate]:
+    """Return devices' FLOP/s by what was measured, the median of hosts with the same devices.
+
+    What offloading took is in it: a host that needs offloading is measured with it.
+    """
+    by_device: dict[str, list[float]] = {}
+    for each in measured:
+        flops = flops_per_token(task.shape, each.sequence, frozen=each.kind != FULL)
+        own = each.tokens_per_second / each.ranks * flops * (RECOMPUTED if each.checkpoints else 1)
+        for name in each.device.split(" + "):
+            by_device.setdefault(name, []).append(own)
+    return {name: measured_rate(median(values), SPREAD, "measured") for name, values in by_device.items()}

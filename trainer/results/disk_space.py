@@ -1,0 +1,28 @@
+"""Whether the disk holds what a training will write."""
+
+from __future__ import annotations
+
+from trainer.checkpoint import verification
+from trainer.errors import UserError
+from trainer.results.setup import Setup, Workload
+
+
+def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
+    """Raise a UserError if a machine lacks the disk space for the checkpoints that will be there at once.
+
+    `weight`: bytes of a saved weight.
+    """
+    options, ranks, path = setup.options, setup.ranks, setup.run.path
+    if options.measure:  # it keeps nothing
+        return
+    interval = options.save_steps or workload.steps
+    saves = workload.steps / (interval if interval >= 1 else max(interval * workload.steps, 1))
+    together = min(options.save_total_limit + 1, int(saves) + 1)
+    parts = min(ranks.local_world_size * (1 + options.checkpoint_copies), ranks.world_size)
+    one = verification.expected_bytes(workload.trained, weight, parts, ranks.world_size)
+    needed, free = together * one + weight * workload.parameters, verification.free_bytes(path)
+    short = (f"{ranks.host}: {path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and the model, and "
+             f"{free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")
+    found = [text for text in ranks.all_gather_json("room", short if free < needed else None) if text]
+    if found:
+        raise UserError(found[0], shared=True)
