@@ -105,7 +105,7 @@ def of_config(config: Mapping[str, Any]) -> Shape | None:
     try:
         return counted(family, {**config, **{ours: config[theirs] for ours, theirs in GPT2_NAMES.items()
                                              if theirs in config}})
-    except (KeyError, TypeError, ZeroDivisionError):  # what it leaves out isn't the same in all versions
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # what it leaves out isn't the same in all versions
         return None
 
 

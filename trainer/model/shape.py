@@ -34,7 +34,7 @@ def of_model(config: Any) -> Shape:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
-    parameters, heads = model.num_parameters(), text.num_attention_heads
+    parameters, heads = model.num_parameters(), getattr(text, "num_attention_heads", None) or 1  # or it has a state
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     inner = max(inner) if isinstance(inner, list) else inner
     if chosen := getattr(text, "num_experts_per_tok", None):
