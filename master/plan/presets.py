@@ -28,6 +28,18 @@ def way_of(path: Path) -> tuple[int, str]:
     return stage if stage in (1, 2, 3) else 0, offload
 
 
+def batch_of(path: Path) -> tuple[int | None, int | None, int | None]:
+    """Return micro batch, accumulation and global batch where a config has numbers for them."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = [config.get(name) for name in names]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None, None, None
+    micro, accumulation, whole = (each if type(each) is int and each > 0 else None for each in found)
+    return micro, accumulation, whole
+
+
 def device(zero: Mapping[str, Any], section: str) -> str | None:
     """Return where a section offloads to, None for nowhere."""
     found = zero.get(section)

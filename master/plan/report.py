@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ def names(machines: Sequence[Machine]) -> str:
 def rate_words(found: Estimate) -> str:
     """Return tokens a second with their range: '5,800 (4,100 to 7,000)'."""
     if not found.known:
-        return "unknown: --measure"
+        return "unknown"
     return f"{figure(found.rate())} ({figure(found.rate('high', 'high'))} to {figure(found.rate('low', 'low'))})"
 
 
@@ -122,21 +123,24 @@ def sentences(task: Task, ranking: Ranking) -> list[str]:
                 f"large by {gigabytes(nearest.short)} GB. A smaller model, shorter sequences (--sequence-length), more "
                 "memory or more machines would make it fit."]
     machines = best.way.machines
+    name = '--gpus "2xRTX 3090:24GiB" names a card, ' if not best.device_name else f"of {best.device_name} nothing is "\
+        "known, "
     speed = f"{rate_words(best)} tokens/s, a million tokens in {minutes(MILLION / best.rate())}" if best.known else \
-        f"how fast, the {best.device_name or 'GPU'} of unknown speed doesn't tell: --measure does"
+        f"how fast isn't known ({name}--measure tells)"
     found = [f"best: {KINDS[best.way.kind]} training on {names(machines)} with ZeRO-{best.way.stage}"
              f"{OFFLOADS[best.way.offload]}, micro batch {best.way.batch.micro}, accumulation "
              f"{best.way.batch.accumulation}: {speed}."]
-    if ranking.rivals and best.known:
-        found[0] = (f"can't tell without --measure which is fastest: {names(machines)} ({rate_words(best)} tokens/s) "
-                    f"or {listed([names(each.way.machines) for each in ranking.rivals])} "
-                    f"({rate_words(ranking.rivals[0])}).")
+    if ranking.rivals:
+        mine, its = (f" ({rate_words(each)} tokens/s)" if each.known else "" for each in (best, ranking.rivals[0]))
+        found[0] = (f"can't tell without --measure which is fastest: {names(machines)}{mine} or "
+                    f"{listed([names(each.way.machines) for each in ranking.rivals])}{its}; --write takes the first.")
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in best.device.items())
-    has = gigabytes(USABLE * min(machine.memory for machine in machines))
+    room = USABLE * min(machine.memory for machine in machines)
+    has = f"GB of {gigabytes(room)} usable GB" if math.isfinite(room) else "GB"
     host = f"; a host {gigabytes(sum(best.host.values()))} GB" if best.host else ""
     why = f" ({best.way.batch.reason})" if best.way.batch.reason else ""
     smallest = " of the smallest card" if len({machine.memory for machine in machines}) > 1 else ""
-    found.append(f"It needs {gigabytes(sum(best.device.values()))} of {has} usable GB{smallest}: {parts}{host}{why}.")
+    found.append(f"It needs {gigabytes(sum(best.device.values()))} {has}{smallest}: {parts}{host}{why}.")
     found.append(time_sentence(best))
     if following := ranking.following:
         found.append(f"next best: {words_of(following)} on {names(following.way.machines)}, {rate_words(following)} "

@@ -206,7 +206,11 @@ def all_estimates(task: Task, choices: Sequence[tuple[Machine, ...]], network: N
 
 
 def order(found: Estimate) -> tuple[float, ...]:
-    """Return what sorts ways that fit: a token's time; where two take as long, what changes least."""
-    way = found.way
-    return (not found.known, round(found.seconds() / found.tokens, 12), len(way.machines), way.batch.checkpoints,
-            bool(way.offload), way.stage, -way.batch.micro)
+    """Return what sorts ways that fit: a token's time; where two take as long, what changes least.
+
+    Where no speed is known, what costs computing comes last, and only then the network's time counts.
+    """
+    way, time = found.way, round(found.seconds() / found.tokens, 12)
+    least = (way.batch.checkpoints, bool(way.offload))
+    return (not found.known, *((time, len(way.machines), *least) if found.known else (*least, time, len(way.machines))),
+            way.stage, -way.batch.micro)

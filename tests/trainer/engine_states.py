@@ -8,10 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 from typing import Any
-
-os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
 import deepspeed.ops
