@@ -168,8 +168,8 @@ def detect(c: Context, json=False):  # type: ignore[no-untyped-def]
 def demo(c: Context) -> None:
     """Train a tiny model on Python's documentation, for a minute or two, and show what it learned."""
     slots = ["--slots", str(min(2, len(os.sched_getaffinity(0))))] if not os.path.exists("/dev/nvidiactl") else []
-    settings = ["--max_steps", "550", "--sequence_length", "128", "--logging_steps", "25",
-                "--eval_max_sequences", "1000"]
+    settings = ["--max_steps", "550", "--sequence_length", "128", "--per_device_train_batch_size", "8",
+                "--logging_steps", "25", "--eval_max_sequences", "1000"]
     run_tool("launch_training", ["--model", "tiny", *slots, *settings, *after_dashes()])
 
 

@@ -107,6 +107,7 @@ def main() -> None:
     from lab.hosts import Lab
 
     folder = Path(tempfile.mkdtemp(prefix="plan-truth-"))
+    (folder / "lab").mkdir()
     lab = Lab(folder / "lab")
     rows = []
     try:
