@@ -83,6 +83,14 @@ def test_the_trainer_imports_nothing_of_the_master(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & {"master", "worker"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "trainer" / "estimate").glob("*.py")), ids=name_of)
+def test_the_estimator_is_pure_python(path: Path) -> None:
+    """The master imports it, where neither torch nor transformers may cost a second."""
+    own = {name for name in imports(path) if name.startswith("trainer.")}
+    assert all(name.startswith("trainer.estimate.") for name in own)
+    assert not {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"trainer"}
+
+
 @pytest.mark.parametrize("module", [module for module, path in MODULES.items() if path.stem != "__init__"])
 def test_packages_import_one_way(module: str) -> None:
     folder, own = module.split(".")[0], package_of(module)

@@ -159,7 +159,7 @@ def block(best: Estimate) -> list[str]:
     """Return what is said before the first step: what was chosen, how fast it is, and why."""
     preset = PRESETS[best.way.stage, best.way.offload]
     speed = f"about {report.rate_words(best)} tokens/s" if best.known else "speed unknown (invoke plan --measure)"
-    why = f"; micro batch {best.way.batch.micro}: {best.way.batch.reason}" if best.way.batch.reason else ""
+    why = f"; micro batch {best.way.batch.micro}, since {best.way.batch.reason}" if best.way.batch.reason else ""
     return [f"plan: {report.words_of(best)} ({preset}), {speed}{why}", *warnings(best)]
 
 

@@ -22,7 +22,7 @@ GROUP = re.compile(r"(?:(?P<count>\d+)x)?(?:(?P<name>[^:/]+):)?(?P<memory>[^:/]+
 @dataclass(frozen=True)
 class Machine:
     """A host: its slots' devices by name ("" unknown, "CPU") with the bytes of the smallest, its own bytes of memory,
-    and what its network card carries in bytes a second, None where unknown; `capable`: it computes in 16 bits.
+    and what its network card carries in bytes a second, None where unknown.
     """
 
     name: str
@@ -30,7 +30,6 @@ class Machine:
     memory: float
     ram: float | None
     rate: float | None
-    capable: bool = True
 
     @property
     def on_gpu(self) -> bool:
@@ -93,11 +92,10 @@ def of_host(slots: Slots, known: Mapping[str, Any]) -> Machine:
     if slots.vendor == "CPU" or not used:
         on_cpu = slots.vendor == "CPU"  # whose memory nobody has asked for yet is taken for enough
         size = (ram / len(slots.use) if ram else math.inf) if on_cpu else 0.0
-        return Machine(slots.host, ("CPU" if on_cpu else "",) * len(slots.use), size, ram, rate, capable=not on_cpu)
+        return Machine(slots.host, ("CPU" if on_cpu else "",) * len(slots.use), size, ram, rate)
     sizes = [gpu["memory_total_mib"] * 2**20 for gpu in used if gpu.get("memory_total_mib")]
-    old = any(float(gpu.get("compute_capability") or 9) < 7 for gpu in used)
     return Machine(slots.host, tuple(str(gpu.get("name") or "") for gpu in used), float(min(sizes, default=0)), ram,
-                   rate, capable=not old)
+                   rate)
 
 
 def of_words(text: str, network: float | None) -> tuple[list[Machine], Network]:

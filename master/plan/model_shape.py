@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from master.core.paths import ROOT
 from master.core.run_cli import UserError
 from trainer.estimate.shape import Shape, of_config, tiny
 
+HUB = "https://huggingface.co"
 ANSWER_S = 5.0  # that the hub may take
 COUNT_LIMIT_S = 120.0  # torch and transformers load in seconds
 
@@ -66,13 +69,33 @@ def config_of(model: str, fetch: bool) -> dict[str, Any]:
 def from_hub(model: str, fetch: bool) -> Path:
     """Return the file of a hub model's configuration, which may be fetched where it isn't here. Raises ShapeError."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, logging, try_to_load_from_cache
 
+    logging.set_verbosity_error()
     try:
         cached = try_to_load_from_cache(model, "config.json")
-        return Path(cached) if isinstance(cached, str) else Path(
-            hf_hub_download(model, "config.json", etag_timeout=ANSWER_S, local_files_only=not fetch))
+        if isinstance(cached, str):
+            return Path(cached)
+        if fetch:
+            reach_hub()
+        return Path(hf_hub_download(model, "config.json", etag_timeout=ANSWER_S, local_files_only=not fetch))
     except Exception as error:  # a network that isn't there raises many things
         why = str(error).strip().splitlines() or [type(error).__name__]
-        raise ShapeError(f"model '{model}': {why[0][:200]}: name a folder, or --parameters N --layers L --hidden H "
-                         "--vocab V") from None
+        raise ShapeError(f"model '{model}': {why[0][:200].rstrip('.')}: name a folder, or --parameters N --layers L "
+                         "--hidden H --vocab V") from None
+
+
+def reach_hub() -> None:
+    """Raise ShapeError where the hub can't be reached: its own library tries for half a minute.
+
+    Behind a proxy, or where the hub is switched off, that library knows better.
+    """
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if proxied or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return
+    address = urlsplit(os.environ.get("HF_ENDPOINT", HUB))
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((str(address.hostname), port), timeout=ANSWER_S).close()
+    except OSError as error:
+        raise ShapeError(f"not here, and {address.hostname} can't be reached ({error.strerror or error})") from None

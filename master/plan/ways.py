@@ -123,7 +123,7 @@ def stages(kind: str, ranks: int, nvme: bool) -> list[tuple[int, str]]:
 
 def load_of(task: Task, kind: str, ranks: int, stage: int, offload: str, machines: Sequence[Machine]) -> MemoryInputs:
     """Return what each rank's memory holds, its batch aside."""
-    number = 2 if all(machine.capable for machine in machines) else 4
+    number = 2 if all(machine.on_gpu for machine in machines) else 4  # as the trainer computes there
     trained = task.shape.parameters if kind == FULL else task.shape.adapter(task.rank)
     chunk = max(1, GPU_CHUNK // task.shape.vocabulary) if machines[0].on_gpu else 256
     return inputs_of(

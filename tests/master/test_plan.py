@@ -27,9 +27,10 @@ PAIR = "1xRTX 3090:24GiB/64GiB,1xRTX 3090:24GiB/64GiB"
 TASK = Task(of_numbers(1.1e9, 22, 2048, 32000), 1024, 64)
 
 
-def plan(*words: Any, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def plan(*words: Any, cwd: Path | None = None, variables: dict[str, str] | None = None
+         ) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, TOOL, *map(str, words)], capture_output=True, text=True, cwd=cwd,
-                          env={**os.environ, **variables})
+                          env={**os.environ, **(variables or {})})
 
 
 def plan_json(*words: Any, cwd: Path | None = None) -> dict[str, Any]:
@@ -86,6 +87,20 @@ def test_mistakes_are_told_in_one_line(words: list[str], said: str, tmp_path: Pa
     done = plan(*words, cwd=tmp_path)
     assert done.returncode in (1, 2) and not done.stdout
     assert said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_hub_that_is_not_there_is_told_at_once_and_its_cache_is_used(tmp_path: Path) -> None:
+    away = {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    done = plan("--model", "some/model", "--gpus", "24GiB", variables=away)
+    assert done.returncode == 1 and "127.0.0.1 can't be reached (Connection refused): name a folder" in done.stderr
+    snapshot = tmp_path / "hf" / "hub" / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(CASES["models"]["0.5b"]))
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    done = plan("--model", "some/model", "--gpus", "1xRTX 3090:24GiB", variables=away)
+    assert done.returncode == 0 and done.stdout.startswith("some/model: 494M parameters, 24 layers of 896"), done.stderr
 
 
 def test_nothing_fits_is_an_answer_and_nothing_to_write_a_fault(tmp_path: Path) -> None:

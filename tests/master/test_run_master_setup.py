@@ -73,7 +73,7 @@ def test_without_paramiko_and_a_terminal_it_says_what_to_do(tmp_path: Path) -> N
      "--deepspeed --deepspeed_config trainer/configs/zero1.json"),
     ([Slots("gpu1", 4, (0, 1, 2, 3), "AMD")], None,
      "deepspeed --hostfile=h --force_multi trainer/train.py --model_name_or_path M --deepspeed --deepspeed_config "
-     "trainer/ds_config.json"),
+     "trainer/configs/zero1.json"),
 ])
 def test_the_plain_command_is_right_for_the_cluster(hosts: list[Slots], address: str | None, expected: str) -> None:
     assert shlex.join(launcher_words(Path("h"), hosts, address) + trainer_words(hosts, "M")) == expected

@@ -70,9 +70,9 @@ def reason(load: MemoryInputs, useful: int, micro: int, checkpoints: bool, memor
     """Return why a micro batch is smaller than the useful one, or activations are computed anew; "" if neither."""
     if micro == useful and checkpoints == load.checkpoints:
         return ""
-    needed, has = total(replace(load, micro=useful)), f"{gigabytes(memory)} GB"
+    has = f"{gigabytes(memory)} GB"
     if micro == 0:
         least = total(replace(load, micro=1, checkpoints=True))
-        return f"nothing fits: one sequence needs {gigabytes(least)} GB of {has}"
-    anew = ", activations computed anew" if checkpoints and not load.checkpoints else ""
-    return f"{useful} would need {gigabytes(needed)} GB of {has}{anew}"
+        return f"nothing fits: one sequence needs {gigabytes(least)} of {has}"
+    anew = "activations are recomputed: " if checkpoints and not load.checkpoints else ""
+    return f"{anew}a micro batch of {useful} would need {gigabytes(total(replace(load, micro=useful)))} of {has}"
