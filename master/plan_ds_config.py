@@ -30,7 +30,7 @@ from master.inventory.hostfile import Slots, read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus, local_cluster
 from master.plan import config_file, report, sweep
 from master.plan.launch_default import rates_for, sequences_of
-from master.plan.machines import Machine, Network, of_cluster, of_words, speed_of, subsets
+from master.plan.machines import Machine, Network, of_cluster, of_words, slots_of, speed_of, subsets
 from master.plan.measuring import keep, measure
 from master.plan.model_shape import shape_of
 from master.plan.ranking import rank
@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--lora", type=int, nargs="?", const=16, metavar="R", help="only adapters of this rank (16)")
     flag("--hostfile", type=Path, metavar="H", help="the machines (default: hostfile.txt if it's there, else this one)")
     flag("--include", default="", metavar="I", help="only these hosts and slots of it: gpu1@gpu2:0,2")
-    flag("--cluster", type=Path, metavar="F", help="what is known of them (default: cluster.json beside the hostfile)")
+    flag("--cluster", type=Path, metavar="F", help="what is known of them (default: cluster.json beside the hostfile); "
+         "alone: its hosts with all their usable GPUs")
     flag("--gpus", metavar="G", help='machines instead, like "4x24GiB/128GiB,1xRTX 3090:24GiB": the GPUs of one and '
          "the memory of each / of the host, by commas")
     flag("--network", metavar="S", help="speed of every link, like 1Gbit or 2.5Gbit (default: as measured, else of the "
@@ -108,12 +109,14 @@ def place_of(options: argparse.Namespace) -> Place:
                              "--measure")
         return Place(*of_words(options.gpus, network), [], None, empty_cluster())
     hostfile = options.hostfile or Path("hostfile.txt")
+    if options.cluster and not options.hostfile:
+        cluster = read_cluster(options.cluster)
+        slots = select(slots_of(cluster, options.cluster), options.include, "")
+        return Place(*of_cluster(slots, cluster, network), slots, None, cluster)
     if options.hostfile or hostfile.exists():
         cluster = read_cluster(options.cluster or hostfile.with_name("cluster.json"))
         slots = select(read_hostfile(hostfile), options.include, "")
         return Place(*of_cluster(slots, cluster, network), slots, hostfile, cluster)
-    if options.cluster:
-        raise UsageError(f"--cluster {options.cluster}: --hostfile names the machines of it that train")
     say("no hostfile.txt here: this is a plan for this machine (invoke hostfile --nodes ... finds others)")
     here = [choose_slots(None, count_gpus(), os.environ)]
     return Place(*of_cluster(here, local_cluster(), network), here, None, empty_cluster())
@@ -174,6 +177,8 @@ def plan(options: argparse.Namespace) -> int:
     name, shape = model_of(options)
     place, task = place_of(options), task_of(options, shape)
     if options.measure:
+        if options.cluster and not options.hostfile:
+            raise UsageError("--measure starts on the hosts of a hostfile: give --hostfile beside --cluster")
         place = with_measurements(options, place, task)
     rates = rates_for(task, place.machines, place.cluster, name)
     if options.nodes_sweep:

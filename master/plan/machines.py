@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from master.core.run_cli import UsageError
@@ -79,6 +80,18 @@ def of_cluster(slots: Sequence[Slots], cluster: Mapping[str, Any], network: floa
         {(pair["from"], pair["to"]): float(pair["bandwidth_bytes_per_s"]) for pair in pairs},
         {(pair["from"], pair["to"]): float(pair["latency_s"]) for pair in pairs if pair["latency_s"] is not None},
         network)
+
+
+def slots_of(cluster: Mapping[str, Any], path: Path) -> list[Slots]:
+    """Return a cluster.json's hosts with all usable GPUs of each. Raises UsageError if no host has one."""
+    found = []
+    for host in cluster["hosts"]:
+        report = host["report"]
+        if use := tuple(number for number in report.get("slots_use") or () if isinstance(number, int)):
+            found.append(Slots(host["name"], max(use) + 1, use, str(report.get("vendor") or "")))
+    if not found:
+        raise UsageError(f"--cluster {path}: no host there has a usable GPU: --hostfile names CPU slots")
+    return found
 
 
 def of_host(slots: Slots, known: Mapping[str, Any]) -> Machine:

@@ -20,11 +20,11 @@ from master.core.run_cli import UserError
 from master.inventory.cluster_file import update_cluster
 from master.inventory.hostfile import Slots, include_filter
 from master.plan.machines import Machine, Network
-from master.plan.presets import ON_CPU, PRESETS
+from master.plan.presets import ON_CPU, PRESETS, way_of
 from master.plan.rates import Rate, measured_rate
 from master.plan.ways import FULL, Estimate, Task, all_estimates
 from trainer.estimate.flops import flops_per_token
-from trainer.estimate.speed import RECOMPUTED
+from trainer.estimate.speed import RECOMPUTED, engine_share
 
 MARK = "@@STEPS "
 STEPS = 4  # real ones, the first of which doesn't count
@@ -86,27 +86,31 @@ def measure(task: Task, model: str, slots: Sequence[Slots], machines: Sequence[M
         if isinstance(result, str):
             say(f"{machine.name}: not measured: {result}")
             continue
-        way = best.way
+        config = ROOT / preset_of(host, best)
         device = min(machine.devices) if len(set(machine.devices)) == 1 else " + ".join(sorted(set(machine.devices)))
         found.append(Measured(
-            machine.name, model, way.kind, device, versions(), int(result["ranks"]), int(result["sequence"]),
-            int(result["micro"]), int(result["accumulation"]), bool(result["checkpoints"]), way.stage, way.offload,
+            machine.name, model, best.way.kind, device, versions(), int(result["ranks"]), int(result["sequence"]),
+            int(result["micro"]), int(result["accumulation"]), bool(result["checkpoints"]), *way_of(config),
             float(result["tokens_per_second"]), int(result["peak_bytes"]), round(time.time(), 3)))
         say(f"{machine.name}: {found[-1].tokens_per_second:,.0f} tokens/s with micro batch {found[-1].micro}, "
             f"{time.monotonic() - began:.0f} s")
     return found
 
 
+def preset_of(host: Slots, best: Estimate) -> str:
+    """Return the config that a host is measured with."""
+    return ON_CPU if host.vendor == "CPU" else PRESETS[best.way.stage, best.way.offload]
+
+
 def steps_on(task: Task, model: str, host: Slots, best: Estimate, hostfile: Path | None, flags: Sequence[str],
              password: Mapping[str, str]) -> dict[str, Any] | str:
     """Return what the trainer told of its steps on one host, or why there were none."""
     way = best.way
-    config = ON_CPU if host.vendor == "CPU" else PRESETS[way.stage, way.offload]
     path = Path(model).expanduser()
     where = ["--hostfile", str(hostfile.absolute()), "--include", include_filter([host]) or host.host] \
         if hostfile else ["--slots", str(len(host.use))]
-    words = [sys.executable, str(ROOT / "master" / "launch_training.py"),
-             "--model", str(path.absolute()) if path.exists() else model, "--config", str(ROOT / config), *where,
+    words = [sys.executable, str(ROOT / "master" / "launch_training.py"), "--model",
+             str(path.absolute()) if path.exists() else model, "--config", str(ROOT / preset_of(host, best)), *where,
              *flags, "--", "--measure", str(STEPS), "--sequence_length", str(task.sequence),
              "--global_batch_size", str(way.ranks * way.batch.micro)]
     words += [f"--{way.kind}", str(task.rank)] if way.kind != FULL else []
@@ -176,6 +180,7 @@ def rates_of(task: Task, measured: Sequence[Measured]) -> dict[str, Rate]:
     for each in measured:
         flops = flops_per_token(task.shape, each.sequence, frozen=each.kind != FULL)
         own = each.tokens_per_second / each.ranks * flops * (RECOMPUTED if each.checkpoints else 1)
+        own *= engine_share(each.zero_stage, each.device != "CPU")
         for name in each.device.split(" + "):
             by_device.setdefault(name, []).append(own)
     return {name: measured_rate(median(values), SPREAD, "measured") for name, values in by_device.items()}

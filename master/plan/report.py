@@ -14,6 +14,7 @@ from trainer.estimate.memory import USABLE, gigabytes
 from trainer.estimate.speed import Range
 
 MILLION = 1e6
+WORTH_SAYING = 0.02  # of a correction
 ROWS = 12  # of the table, without --all
 KINDS = {FULL: "full", LORA: "LoRA", QLORA: "QLoRA"}
 OFFLOADS = {"": "", "optimizer": ", optimizer offloaded", "all": ", all offloaded", "nvme": ", all on NVMe"}
@@ -156,6 +157,8 @@ def time_sentence(best: Estimate) -> str:
     """Return where a step's time goes, and which card and link decide."""
     source = {"peak": "by its peak, --measure is nearer", "measured": "measured", "earlier run": "as in earlier runs",
               "unknown": "unknown"}[best.source]
+    if abs(best.correction - 1) >= WORTH_SAYING:
+        source += f"; {best.correction:.2f} times as fast by runs that were planned so"
     card = best.device_name or "a GPU of unknown name"
     slowest = f"the slowest card, {card}" if len({name for machine in best.way.machines
                                                    for name in machine.devices}) > 1 else card

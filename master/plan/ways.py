@@ -162,7 +162,7 @@ def estimate(task: Task, way: Way, network: Network, rates: Mapping[str, Rate]) 
 def compute_of(task: Task, way: Way, rates: Mapping[str, Rate]) -> tuple[Range | None, str, str]:
     """Return the slowest device's seconds of computing in a step, where its speed is from, and its name."""
     amount = way.batch.micro * way.batch.accumulation * task.sequence * flops_per_token(
-        task.shape, task.sequence, frozen=way.kind != FULL)
+        task.shape, task.sequence, frozen=way.kind != FULL) * speed.engine_share(way.stage, way.machines[0].on_gpu)
     slowest: tuple[Range, str, str] | None = None
     for name in sorted({device for machine in way.machines for device in machine.devices}):
         rate = rates.get(name)

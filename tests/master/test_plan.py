@@ -218,5 +218,14 @@ def test_a_hostfile_s_machines_are_planned_for(tmp_path: Path) -> None:
     assert both["communication_s"][1] * 5e7 == pytest.approx(both["sent_bytes_per_step"], rel=0.1)
     assert max(sum(way["device_bytes"].values()) for way in found["ways"]
                if way["fits"] and "gpu2" in way["machines"]) <= 0.9 * 12 * 2**30
+    report = {"slots_use": [0], "vendor": "NVIDIA"}
+    hosts = [host("gpu1", 24576), host("gpu2", 12288)]
+    for each in hosts:
+        each["report"] |= report
+    (tmp_path / "other.json").write_text(json.dumps({"schema": "cluster/1", "hosts": hosts, "pairs": pairs}))
+    alone = plan_json(*ONE_B, "--cluster", "other.json", cwd=tmp_path)
+    assert alone["sentences"] == found["sentences"]
+    refused = plan(*ONE_B, "--cluster", "cluster.json", cwd=tmp_path)
+    assert refused.returncode == 2 and "no host there has a usable GPU" in refused.stderr
     done = plan(*ONE_B, "--include", "gpu1", cwd=tmp_path)
     assert "will another machine help?" not in done.stdout and "gpu1 alone" in done.stdout

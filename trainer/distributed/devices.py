@@ -39,6 +39,13 @@ def device_facts(local_rank: int) -> dict[str, Any]:
             "flash": False}
 
 
+def free_memory(device: str, memory: int) -> int:
+    """Return the bytes that other programs, like a screen's, leave of a rank's device; without a GPU its `memory`."""
+    import torch
+
+    return memory if device == "cpu" else int(torch.get_device_module(device).mem_get_info()[0])
+
+
 def common_device(facts: list[dict[str, Any]], hosts: Sequence[str]) -> str:
     """Return the device type that all ranks share; raise a UserError that names the hosts where they differ.
 

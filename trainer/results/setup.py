@@ -20,13 +20,14 @@ from trainer.results.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Hardware:
-    """What all ranks compute on; the fields are those of Setup."""
+    """What all ranks compute on; the fields are those of Setup, and `free`: bytes that are left on each device."""
 
     device: str
     precision: str
     peak: float | None
     spare_devices: int
     memory: int
+    free: int
     flash: bool
 
 

@@ -67,7 +67,7 @@ def settle_batch(options: Options, shape: Shape | None, hardware: Hardware, ds_c
         found = batch.Batch(*batch.share(wanted, ranks, batch.CPU_MICRO), options.activation_checkpointing)
     else:
         load = expected_load(options, shape, hardware.device, hardware.precision, ds_config, sequence, ranks)
-        found = batch.choose_batch(load, wanted, hardware.memory, hardware.device != "cpu")
+        found = batch.choose_batch(load, wanted, hardware.free, hardware.device != "cpu")
     return replace(options, per_device_train_batch_size=found.micro, gradient_accumulation_steps=found.accumulation,
                    activation_checkpointing=found.checkpoints), found.reason
 

@@ -100,8 +100,9 @@ def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] 
     if device == "cuda" and precision != "fp32":  # float32 products that are left in a training in 16 bits
         torch.set_float32_matmul_precision("high")
     memory = min(entry["memory"] // (ranks.local_world_size if device == "cpu" else 1) for entry in facts)
+    free = min(ranks.all_gather_json("free", devices.free_memory(device, memory)))
     return options, Hardware(device, precision, devices.peak_flops(facts, precision),
-                             facts[ranks.rank]["count"] - ranks.local_world_size, memory,
+                             facts[ranks.rank]["count"] - ranks.local_world_size, memory, free,
                              all(entry["flash"] for entry in facts))
 
 
