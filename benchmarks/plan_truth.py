@@ -119,8 +119,6 @@ def main() -> None:
             pin(host.folder, core)
         with competitor(1):
             run(desk, "generate_hostfile.py", "--nodes", "gpu1,gpu2", "--cpu-slots", "1", *SSH)
-            run(desk, "plan_ds_config.py", "--model", str(model), "--measure", "--full", "--sequence-length",
-                str(SEQUENCE), "--global-batch", str(MICRO), *SSH)
             for link in LINKS:
                 for host in desk.hosts.values():
                     host.network(f"tc qdisc replace dev eth0 root tbf rate {link} burst 256kb latency 100ms")
@@ -128,6 +126,9 @@ def main() -> None:
                 for (stage, accumulation), hosts in itertools.product(WAYS, CHOICES):
                     if len(hosts) == 1 and link != LINKS[0]:
                         continue  # no link in it
+                    if hosts == CHOICES[0] or link != LINKS[0]:  # this machine's own speed changes by the minute
+                        run(desk, "plan_ds_config.py", "--model", str(model), "--measure", "--full",
+                            "--sequence-length", str(SEQUENCE), "--global-batch", str(MICRO), *SSH)
                     plan = predicted(desk, model, stage, accumulation, hosts)
                     real = trained(desk, model, stage, accumulation, hosts)
                     where = f"{' + '.join(hosts)}{f' over {link}' if len(hosts) > 1 else ''}"

@@ -124,7 +124,7 @@ def check(options: Options) -> None:
         raise usage_error("--qlora: tiny is too small for 4 bits: name a model, or take --lora")
     if not options.from_config and (options.config_overrides or options.vocab_size):
         raise usage_error("--config_overrides and --vocab_size shape a new model: --from_config makes one")
-    if options.from_config and (options.lora or options.model_name_or_path == "tiny"):
+    if options.from_config and ((options.lora and not options.measure) or options.model_name_or_path == "tiny"):
         raise usage_error("--from_config trains all of a new model: leave out --lora, and name a configuration that "
                           "isn't tiny")
     if not options.eval_dataset and (options.eval_config or options.eval_split):

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,12 +22,15 @@ from master.inventory.hostfile import Slots, include_filter
 from master.plan.machines import Machine, Network
 from master.plan.presets import ON_CPU, PRESETS, way_of
 from master.plan.rates import Rate, measured_rate
-from master.plan.ways import FULL, Estimate, Task, all_estimates
+from master.plan.ways import FULL, QLORA, Estimate, Task, all_estimates
 from trainer.estimate.flops import flops_per_token
-from trainer.estimate.speed import RECOMPUTED, engine_share
+from trainer.estimate.peaks import device_peak
+from trainer.estimate.speed import EFFICIENCY, RECOMPUTED, engine_share
 
 MARK = "@@STEPS "
-STEPS = 4  # real ones, the first of which doesn't count
+STEPS, LEAST_STEPS = 10, 3  # real ones, the first of which doesn't count
+STEPS_S = 60.0  # that they should take
+GUESSED = {"CPU": 3e10, "": 1e13}  # FLOP/s of a device that nothing is known of, for that alone
 LIMIT_S = 600.0  # of a host, loading and all
 SPREAD = 0.1  # of what was measured, by which a later run may differ
 VERSIONS = ("torch", "deepspeed", "transformers")
@@ -75,14 +78,14 @@ def measure(task: Task, model: str, slots: Sequence[Slots], machines: Sequence[M
     """Return what each host did; one that can't is told and left out. `flags`: of ssh, `password`: its variable."""
     found = []
     for host, machine in zip(slots, machines, strict=True):
-        best = next((each for each in all_estimates(task, [(machine,)], Network({}, {}), {})
-                     if each.fits and (each.way.stage, each.way.offload) in PRESETS), None)
+        best = purest(task, machine, has_weights(model))
         if best is None:
             say(f"{machine.name}: {model} doesn't fit there alone: not measured")
             continue
-        say(f"{machine.name}: measuring {STEPS} steps")
+        steps = steps_for(task, machine, best)
+        say(f"{machine.name}: measuring {steps} steps")
         began = time.monotonic()
-        result = steps_on(task, model, host, best, hostfile, flags, password)
+        result = steps_on(task, model, host, best, steps, hostfile, flags, password)
         if isinstance(result, str):
             say(f"{machine.name}: not measured: {result}")
             continue
@@ -97,13 +100,33 @@ def measure(task: Task, model: str, slots: Sequence[Slots], machines: Sequence[M
     return found
 
 
+def purest(task: Task, machine: Machine, weights: bool) -> Estimate | None:
+    """Return the way whose speed says most of a machine's devices: without offload or recomputing, of all weights.
+
+    `weights`: they are here, without which none can be kept in 4 bits. None where nothing fits.
+    """
+    kinds = [kind for kind in task.kinds if weights or kind != QLORA]
+    fitting = [each for each in all_estimates(replace(task, kinds=tuple(kinds)), [(machine,)], Network({}, {}), {})
+               if each.fits and (each.way.stage, each.way.offload) in PRESETS]
+    return min(fitting, default=None, key=lambda each: (
+        bool(each.way.offload), each.way.batch.checkpoints, kinds.index(each.way.kind), each.way.stage))
+
+
 def preset_of(host: Slots, best: Estimate) -> str:
     """Return the config that a host is measured with."""
     return ON_CPU if host.vendor == "CPU" else PRESETS[best.way.stage, best.way.offload]
 
 
-def steps_on(task: Task, model: str, host: Slots, best: Estimate, hostfile: Path | None, flags: Sequence[str],
-             password: Mapping[str, str]) -> dict[str, Any] | str:
+def steps_for(task: Task, machine: Machine, best: Estimate) -> int:
+    """Return how many steps to make, so that they take about a minute."""
+    name = machine.devices[0]
+    speed = (device_peak(name) or 0.0) * 1e12 * EFFICIENCY[1] or GUESSED.get(name, GUESSED[""])
+    step = flops_per_token(task.shape, task.sequence, best.way.kind != FULL) * task.sequence * best.way.batch.micro
+    return min(STEPS, max(LEAST_STEPS, int(STEPS_S * speed / step)))
+
+
+def steps_on(task: Task, model: str, host: Slots, best: Estimate, steps: int, hostfile: Path | None,
+             flags: Sequence[str], password: Mapping[str, str]) -> dict[str, Any] | str:
     """Return what the trainer told of its steps on one host, or why there were none."""
     way = best.way
     path = Path(model).expanduser()
@@ -111,7 +134,7 @@ def steps_on(task: Task, model: str, host: Slots, best: Estimate, hostfile: Path
         if hostfile else ["--slots", str(len(host.use))]
     words = [sys.executable, str(ROOT / "master" / "launch_training.py"), "--model",
              str(path.absolute()) if path.exists() else model, "--config", str(ROOT / preset_of(host, best)), *where,
-             *flags, "--", "--measure", str(STEPS), "--sequence_length", str(task.sequence),
+             *flags, "--", "--measure", str(steps), "--sequence_length", str(task.sequence),
              "--global_batch_size", str(way.ranks * way.batch.micro)]
     words += [f"--{way.kind}", str(task.rank)] if way.kind != FULL else []
     words += ["--from_config"] if model != "tiny" and not has_weights(model) else []
@@ -142,9 +165,9 @@ def is_sound(result: Any) -> bool:
 
 
 def has_weights(model: str) -> bool:
-    """Return whether a model's weights are on this machine's disk."""
+    """Return whether a model's weights are on this machine's disk; those of tiny never are."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or model == "tiny":
         return any(path.glob("*.safetensors"))
     from huggingface_hub import try_to_load_from_cache
 

@@ -18,6 +18,7 @@ WORTH_SAYING = 0.02  # of a correction
 ROWS = 12  # of the table, without --all
 KINDS = {FULL: "full", LORA: "LoRA", QLORA: "QLoRA"}
 OFFLOADS = {"": "", "optimizer": ", optimizer offloaded", "all": ", all offloaded", "nvme": ", all on NVMe"}
+RECOMPUTED = ", activations recomputed"
 HEADER = ("machines", "way", "micro x accum.", "device GB", "host GB", "sent GB",
           "step: compute + network + offload", "tokens/s", "1M tokens")
 
@@ -66,7 +67,7 @@ def row(found: Estimate) -> tuple[str, ...]:
 def words_of(found: Estimate) -> str:
     """Return a way in words: 'full, ZeRO-1, activations recomputed'."""
     way = found.way
-    anew = ", activations recomputed" if way.batch.checkpoints else ""
+    anew = RECOMPUTED if way.batch.checkpoints else ""
     return f"{KINDS[way.kind]}, ZeRO-{way.stage}{OFFLOADS[way.offload]}{anew}"
 
 
@@ -123,26 +124,7 @@ def sentences(task: Task, ranking: Ranking) -> list[str]:
         return [f"nothing fits: the nearest is {words_of(nearest)} on {names(nearest.way.machines)}, which is too "
                 f"large by {gigabytes(nearest.short)} GB. A smaller model, shorter sequences (--sequence-length), more "
                 "memory or more machines would make it fit."]
-    machines = best.way.machines
-    name = '--gpus "2xRTX 3090:24GiB" names a card, ' if not best.device_name else f"of {best.device_name} nothing is "\
-        "known, "
-    speed = f"{rate_words(best)} tokens/s, a million tokens in {minutes(MILLION / best.rate())}" if best.known else \
-        f"how fast isn't known ({name}--measure tells)"
-    found = [f"best: {KINDS[best.way.kind]} training on {names(machines)} with ZeRO-{best.way.stage}"
-             f"{OFFLOADS[best.way.offload]}, micro batch {best.way.batch.micro}, accumulation "
-             f"{best.way.batch.accumulation}: {speed}."]
-    if ranking.rivals:
-        mine, its = (f" ({rate_words(each)} tokens/s)" if each.known else "" for each in (best, ranking.rivals[0]))
-        found[0] = (f"can't tell without --measure which is fastest: {names(machines)}{mine} or "
-                    f"{listed([names(each.way.machines) for each in ranking.rivals])}{its}; --write takes the first.")
-    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in best.device.items())
-    room = USABLE * min(machine.memory for machine in machines)
-    has = f"GB of {gigabytes(room)} usable GB" if math.isfinite(room) else "GB"
-    host = f"; a host {gigabytes(sum(best.host.values()))} GB" if best.host else ""
-    why = f" ({best.way.batch.reason})" if best.way.batch.reason else ""
-    smallest = " of the smallest card" if len({machine.memory for machine in machines}) > 1 else ""
-    found.append(f"It needs {gigabytes(sum(best.device.values()))} {has}{smallest}: {parts}{host}{why}.")
-    found.append(time_sentence(best))
+    found = [choice_sentence(ranking, best), memory_sentence(best), time_sentence(best)]
     if following := ranking.following:
         found.append(f"next best: {words_of(following)} on {names(following.way.machines)}, {rate_words(following)} "
                      "tokens/s.")
@@ -151,6 +133,34 @@ def sentences(task: Task, ranking: Ranking) -> list[str]:
                      f"{change.best.rate() / best.rate():.1f} times as many ({words_of(change.best)} on "
                      f"{names(change.best.way.machines)}).")
     return found
+
+
+def choice_sentence(ranking: Ranking, best: Estimate) -> str:
+    """Return what to do and how fast that is, or between which choices only a measurement decides."""
+    if ranking.rivals:
+        mine, its = (f" ({rate_words(each)} tokens/s)" if each.known else "" for each in (best, ranking.rivals[0]))
+        others = listed([names(each.way.machines) for each in ranking.rivals])
+        return (f"can't tell without --measure which is fastest: {names(best.way.machines)}{mine} or {others}{its}; "
+                "--write takes the first.")
+    card = f"of {best.device_name} nothing is known" if best.device_name else '--gpus "2xRTX 3090:24GiB" names a card'
+    speed = f"{rate_words(best)} tokens/s, a million tokens in {minutes(MILLION / best.rate())}" if best.known else \
+        f"how fast isn't known ({card}, --measure tells)"
+    way = best.way
+    return (f"best: {KINDS[way.kind]} training on {names(way.machines)} with ZeRO-{way.stage}{OFFLOADS[way.offload]}"
+            f"{RECOMPUTED if way.batch.checkpoints else ''}, micro batch {way.batch.micro}, accumulation "
+            f"{way.batch.accumulation}: {speed}.")
+
+
+def memory_sentence(best: Estimate) -> str:
+    """Return what a device and a host hold, and why the micro batch is no larger."""
+    machines, way = best.way.machines, best.way
+    room = USABLE * min(machine.memory for machine in machines)
+    has = f"GB of {gigabytes(room)} usable GB" if math.isfinite(room) else "GB"
+    smallest = " of the smallest card" if len({machine.memory for machine in machines}) > 1 else ""
+    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in best.device.items())
+    host = f"; a host {gigabytes(sum(best.host.values()))} GB" if best.host else ""
+    why = f" ({way.batch.reason})" if way.batch.reason else ""
+    return f"It needs {gigabytes(sum(best.device.values()))} {has}{smallest}: {parts}{host}{why}."
 
 
 def time_sentence(best: Estimate) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import families
 import pytest
+import transformers
 from conftest import Train
 
 from trainer.errors import UserError
@@ -74,7 +78,15 @@ def test_three_numbers_that_make_one_another_are_refused() -> None:
                        "--gradient_accumulation_steps", "4"])
 
 
-def test_measuring_keeps_nothing(train: Train) -> None:
+def test_measuring_keeps_nothing(train: Train, tmp_path: Path) -> None:
     run = train("--measure", "3", "--global_batch_size", "4")
     assert '@@STEPS {"tokens_per_second": ' in run.output and '"micro": 4' in run.output
     assert not run.path.exists()
+    families_config("llama").save_pretrained(tmp_path / "shape")  # no weights: an adapter on random ones
+    run = train("--measure", "2", "--from_config", "--lora", "4", "--sequence_length", "32", "--global_batch_size", "4",
+                model=str(tmp_path / "shape"), name="adapter")
+    assert "@@STEPS " in run.output and not run.path.exists()
+
+
+def families_config(name: str) -> Any:
+    return transformers.AutoConfig.for_model(name, **families.SHAPE)
