@@ -90,15 +90,13 @@ def predicted(desk: Any, model: Path, stage: int, accumulation: int, hosts: tupl
     from trainer.estimate.shape import of_config
 
     cluster = read_cluster(desk.folder / "cluster.json")
-    # Each host is a device of its own: they have the same name, "CPU", and not the same speed.
-    found = [each for each in measuring.known(cluster, str(model)) if each.host in hosts]
+    found = measuring.known(cluster, str(model))
     machines, network = of_cluster([Slots(host, 1, (0,), "CPU") for host in hosts], cluster, None)
     shape = of_config(MODEL)
     assert shape
     task = Task(shape, SEQUENCE, MICRO)
-    slowest = min(found, key=lambda each: each.tokens_per_second)
     way = Way(FULL, tuple(machines), stage, "", Batch(MICRO, accumulation, False))
-    return estimate(task, way, network, measuring.rates_of(task, [slowest])).rate()
+    return estimate(task, way, network, measuring.rates_of(task, found)).rate()
 
 
 def main() -> None:

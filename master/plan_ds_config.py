@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,13 +35,14 @@ from master.plan.machines import Machine, Network, of_cluster, of_words, slots_o
 from master.plan.measuring import keep, measure
 from master.plan.model_shape import shape_of
 from master.plan.ranking import rank
-from master.plan.rates import Rate
+from master.plan.rates import Rate, rate_on
 from master.plan.ways import FULL, LORA, QLORA, Task
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from trainer.estimate.batch import default_global_batch
 from trainer.estimate.shape import Shape, of_numbers
 
 MOST_CHOICES = 256  # of machines; more kinds of them than that aren't all tried
+ALIKE = 1.25  # times as fast that machines may be which count as alike
 SEQUENCE = 1024  # tokens, the trainer's default
 
 
@@ -172,6 +174,13 @@ def with_measurements(options: argparse.Namespace, place: Place, task: Task) -> 
     return replace(place, cluster={**place.cluster, "measured": [asdict(each) for each in found]})
 
 
+def speed(place: Place, machine: Machine, rates: Mapping[str, Rate]) -> tuple[int, ...]:
+    """Return how fast a machine computes and sends, in steps of a quarter, by which alike ones are found."""
+    known = [rate.flops.likely for name in set(machine.devices) if (rate := rate_on(rates, machine.name, name))]
+    values = [*known, place.network.own_rate(machine, place.machines)]
+    return tuple(round(math.log(value, ALIKE)) for value in values)
+
+
 def plan(options: argparse.Namespace) -> int:
     """Make the plan and show it; return 0, 1 if --write has nothing to write."""
     name, shape = model_of(options)
@@ -183,7 +192,8 @@ def plan(options: argparse.Namespace) -> int:
     rates = rates_for(task, place.machines, place.cluster, name)
     if options.nodes_sweep:
         return show_sweep(options, task, place.machines[0], rates)
-    ranking = rank(task, subsets(place.machines, MOST_CHOICES), place.network, rates)
+    ranking = rank(task, subsets(place.machines, MOST_CHOICES, lambda machine: speed(place, machine, rates)),
+                   place.network, rates)
     command, written = None, bool(options.write and ranking.best)
     if ranking.best and options.model:
         command = config_file.command(ranking.best.way, name, str(options.write or "ds_config.json"), task.rank,

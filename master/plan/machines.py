@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,11 @@ class Network:
             slowest = found if slowest is None or found[0] < slowest[0] else slowest
         assert slowest
         return slowest
+
+    def own_rate(self, machine: Machine, others: Sequence[Machine]) -> float:
+        """Return the bytes a second of a machine's best link to another, as measured, or of its card."""
+        measured = [self.pairs[key] for other in others if (key := (machine.name, other.name)) in self.pairs]
+        return max(measured) if measured else self.rate or machine.rate or goodput(GIGABIT)
 
     def latency(self, machines: Sequence[Machine]) -> float:
         """Return the seconds of the longest round trip among machines."""
@@ -150,14 +155,15 @@ def speed_of(text: str) -> float:
     raise UsageError(f"--network {text}: like 1Gbit, 2.5Gbit or 100Mbit")
 
 
-def subsets(machines: Sequence[Machine], most: int) -> list[tuple[Machine, ...]]:
+def subsets(machines: Sequence[Machine], most: int, speed_of: Callable[[Machine], Hashable] = lambda _: None
+            ) -> list[tuple[Machine, ...]]:
     """Return the choices of machines that differ, the largest first; alike ones count once.
 
-    Where there are more than `most`, only those that take the largest and fastest first.
+    `speed_of`: what else tells machines apart. Of more than `most` choices only the first machines of each number.
     """
-    kinds: dict[Machine, list[Machine]] = {}
+    kinds: dict[Hashable, list[Machine]] = {}
     for machine in machines:
-        kinds.setdefault(replace(machine, name=""), []).append(machine)
+        kinds.setdefault((replace(machine, name=""), speed_of(machine)), []).append(machine)
     groups = list(kinds.values())
     choices = 1
     for group in groups:

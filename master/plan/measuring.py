@@ -195,7 +195,7 @@ def known(cluster: Mapping[str, Any], model: str) -> list[Measured]:
 
 
 def rates_of(task: Task, measured: Sequence[Measured]) -> dict[str, Rate]:
-    """Return devices' FLOP/s by what was measured, the median of hosts with the same devices.
+    """Return devices' FLOP/s by what was measured: on each host ("RTX 3090 on gpu1"), and the median of their name.
 
     What offloading took is in it: a host that needs offloading is measured with it.
     """
@@ -206,4 +206,5 @@ def rates_of(task: Task, measured: Sequence[Measured]) -> dict[str, Rate]:
         own *= engine_share(each.zero_stage, each.device != "CPU")
         for name in each.device.split(" + "):
             by_device.setdefault(name, []).append(own)
+            by_device[f"{name} on {each.host}"] = [own]
     return {name: measured_rate(median(values), SPREAD, "measured") for name, values in by_device.items()}

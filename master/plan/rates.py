@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from trainer.estimate.peaks import device_peak
@@ -31,6 +31,11 @@ def peak_rates(names: Iterable[str]) -> dict[str, Rate]:
             low, likely, high = (peak * 1e12 * share for share in EFFICIENCY)
             found[name] = Rate(Range(low, likely, high), PEAK)
     return found
+
+
+def rate_on(rates: Mapping[str, Rate], host: str, device: str) -> Rate | None:
+    """Return a device's rate on a host: as it was measured there, else that of all devices of its name."""
+    return rates.get(f"{device} on {host}", rates.get(device))
 
 
 def measured_rate(flops: float, spread: float, source: str) -> Rate:

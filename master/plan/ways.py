@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from master.plan.machines import Machine, Network
-from master.plan.rates import Rate
+from master.plan.rates import Rate, rate_on
 from trainer.estimate import batch, memory, speed, traffic
 from trainer.estimate.flops import flops_per_token
 from trainer.estimate.memory import NF4, USABLE, MemoryInputs, inputs_of
@@ -23,9 +23,8 @@ NOMINAL_SPREAD = (0.7, 1.0)
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be trained: a model's shape, tokens of a `sequence`, sequences of a `global_batch` (None: the default)
-    and of an epoch (None unknown), the `rank` of an adapter, the `kinds` that come into question, and a folder for
-    offload to NVMe, None without.
+    """What is to be trained: a model's shape, tokens of a `sequence`, sequences of a `global_batch`, the `rank` of an
+    adapter, the `kinds` that come into question, and a folder for offload to NVMe, None without.
     """
 
     shape: Shape
@@ -164,8 +163,8 @@ def compute_of(task: Task, way: Way, rates: Mapping[str, Rate]) -> tuple[Range |
     amount = way.batch.micro * way.batch.accumulation * task.sequence * flops_per_token(
         task.shape, task.sequence, frozen=way.kind != FULL) * speed.engine_share(way.stage, way.machines[0].on_gpu)
     slowest: tuple[Range, str, str] | None = None
-    for name in sorted({device for machine in way.machines for device in machine.devices}):
-        rate = rates.get(name)
+    for host, name in sorted({(machine.name, device) for machine in way.machines for device in machine.devices}):
+        rate = rate_on(rates, host, name)
         if rate is None:
             return None, "unknown", name
         found = speed.compute_seconds(amount, rate.flops, way.batch.checkpoints)

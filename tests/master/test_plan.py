@@ -188,6 +188,23 @@ def test_alike_machines_are_tried_once_and_many_kinds_not_all() -> None:
     assert [len(chosen) for chosen in subsets(machines, 3)] == [3, 2, 1]
 
 
+def test_a_slow_host_and_a_slow_link_are_left_out(tmp_path: Path) -> None:
+    """Three cards of one name: one of them throttled, one behind a slow port; the two others are faster alone."""
+    machines, _ = of_words("1xRTX 3090:24GiB,1xRTX 3090:24GiB,1xRTX 3090:24GiB,1xRTX 3090:24GiB", None)
+    names = [machine.name for machine in machines]
+    pairs = {(one, other): 1e7 if "host4" in (one, other) else 2e9 for one in names for other in names if one != other}
+    rates = {"RTX 3090": measured_rate(2e13, 0.1, "measured"),
+             "RTX 3090 on host3": measured_rate(2e12, 0.1, "measured")}
+    network = Network(pairs, {})
+
+    def speed(machine: Machine) -> Any:
+        found = rates.get(f"RTX 3090 on {machine.name}", rates["RTX 3090"])
+        return found.flops.likely, network.own_rate(machine, machines)
+
+    ranking = rank(replace(TASK, kinds=(FULL,)), subsets(machines, 64, speed), network, rates)
+    assert ranking.best and [machine.name for machine in ranking.best.way.machines] == ["host1", "host2"]
+
+
 def test_the_sweep_draws_each_link(tmp_path: Path) -> None:
     assert sweep.counts_of("1..1024") == [2**n for n in range(11)] and sweep.counts_of("3..20") == [3, 6, 12, 20]
     done = plan(*ONE_B, "--gpus", "1xRTX 4090:24GiB/64GiB", "--nodes-sweep", "1..16", cwd=tmp_path)
