@@ -52,10 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="plan_ds_config.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder, a Hugging Face name, or 'tiny'")
-    flag("--parameters", type=float, metavar="P", help="instead of a model: its parameters, like 7e9")
-    flag("--layers", type=int, metavar="L", help="and its layers (32)")
-    flag("--hidden", type=int, metavar="H", help="and its hidden size (4096)")
-    flag("--vocab", type=int, metavar="V", help="and its vocabulary (32000)")
+    flag("--parameters", type=float, metavar="P", help="a model by its numbers: parameters, like 7e9")
+    flag("--layers", type=int, metavar="L", help="with --parameters: layers (32)")
+    flag("--hidden", type=int, metavar="H", help="with --parameters: hidden size (4096)")
+    flag("--vocab", type=int, metavar="V", help="with --parameters: vocabulary (32000)")
     flag("--sequence-length", type=int, metavar="N", help="tokens of a sequence (1024, 256 for tiny)")
     flag("--global-batch", type=int, metavar="N", help="sequences of an optimizer step (65,536 tokens)")
     flag("--dataset", metavar="D", help="text whose size may make the global batch smaller, as the trainer does")
@@ -136,7 +136,8 @@ def task_of(options: argparse.Namespace, shape: Shape) -> Task:
     if options.global_batch is not None and options.global_batch < 1:
         raise UsageError(f"--global-batch {options.global_batch}: at least 1")
     sequences = sequences_of(options.dataset, sequence) if options.dataset or options.model == "tiny" else None
-    kinds = (FULL,) if options.full else (LORA, QLORA) if options.lora else (FULL, LORA, QLORA)
+    adapters = (LORA,) if options.model == "tiny" else (LORA, QLORA)  # which is too small for 4 bits
+    kinds = (FULL,) if options.full else adapters if options.lora else (FULL, *adapters)
     return Task(shape, sequence, options.global_batch or default_global_batch(sequence, sequences),
                 options.lora or 16, kinds, options.nvme)
 

@@ -14,6 +14,7 @@ from trainer.estimate.memory import USABLE, gigabytes
 from trainer.estimate.speed import Range
 
 MILLION = 1e6
+SHORT_S = 5e-4  # which is no time
 WORTH_SAYING = 0.02  # of a correction
 ROWS = 12  # of the table, without --all
 KINDS = {FULL: "full", LORA: "LoRA", QLORA: "QLoRA"}
@@ -166,24 +167,23 @@ def memory_sentence(best: Estimate) -> str:
 def time_sentence(best: Estimate) -> str:
     """Return where a step's time goes, and which card and link decide."""
     source = {"peak": "by its peak, --measure is nearer", "measured": "measured", "earlier run": "as in earlier runs",
-              "unknown": "unknown"}[best.source]
+              "unknown": ""}[best.source]
     if abs(best.correction - 1) >= WORTH_SAYING:
         source += f"; {best.correction:.2f} times as fast by runs that were planned so"
     card = best.device_name or "a GPU of unknown name"
     slowest = f"the slowest card, {card}" if len({name for machine in best.way.machines
                                                    for name in machine.devices}) > 1 else card
-    parts = [f"{seconds(best.compute.likely)} of computing on {slowest} ({source})" if best.compute else
-             f"computing on {slowest} (unknown)"]
+    parts = [f"{seconds(best.compute.likely)} of computing on {slowest} ({source})"] if best.compute else []
     if best.link:
         rate, measured, name = best.link
         parts.append(f"{seconds(best.communication.likely)} for {gigabytes(best.sent)} GB over {name}'s link of "
                      f"{rate / 1e6:,.0f} MB/s, the slowest ({'measured' if measured else 'not measured'})")
-    elif best.communication.likely:
+    elif best.communication.likely >= SHORT_S:
         parts.append(f"{seconds(best.communication.likely)} between its GPUs")
-    if best.offload.likely:
+    if best.offload.likely >= SHORT_S:
         parts.append(f"{seconds(best.offload.likely)} for what is offloaded")
-    took = f"A step takes {seconds(best.seconds())}: " if best.known else "A step takes "
-    return took + ", ".join(parts) + "."
+    took = f"A step takes {seconds(best.seconds())}: " if best.known else f"Beside computing on {slowest} a step takes "
+    return took + (", ".join(parts) or "nothing") + "."
 
 
 def figure(value: float) -> str:
@@ -200,7 +200,7 @@ def count(value: float) -> str:
 
 def seconds(value: float) -> str:
     """Return seconds with the digits that count."""
-    return "0 s" if value == 0 else f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
+    return "0 s" if value < SHORT_S else f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
 
 
 def minutes(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -59,6 +60,13 @@ def test_it_needs_neither_torch_nor_a_second() -> None:
     assert done.returncode == 0 and "best: full training on host1 alone" in done.stdout
     assert not {"torch", "transformers", "deepspeed", "paramiko"} & {
         line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_the_readme_shows_what_is_printed() -> None:
+    typed, _, shown, *_ = (ROOT / "README.md").read_text().split("## Know before you start")[1].split("```\n")
+    command = typed.splitlines()[-1]
+    assert command.startswith("invoke plan --parameters ")
+    assert shown.rstrip() in plan(*shlex.split(command)[2:]).stdout
 
 
 def test_a_second_machine_over_a_slow_link_hurts_and_more_accumulation_helps() -> None:
