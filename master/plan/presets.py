@@ -9,6 +9,7 @@ from typing import Any
 
 PRESETS = {
     (0, ""): "trainer/configs/zero0.json", (1, ""): "trainer/configs/zero1.json", (2, ""): "trainer/configs/zero2.json",
+    (1, "optimizer"): "trainer/configs/zero1_offload.json",
     (2, "optimizer"): "trainer/configs/zero2_offload.json", (3, ""): "trainer/configs/zero3.json",
     (3, "all"): "trainer/configs/zero3_offload.json"}
 ON_CPU = "trainer/configs/cpu.json"

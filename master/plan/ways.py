@@ -116,7 +116,7 @@ def stages(kind: str, ranks: int, nvme: bool) -> list[tuple[int, str]]:
     """Return ZeRO's stages with what each offloads that make sense: they split among ranks, 3 doesn't take 4 bits."""
     plain = [(0, "")] + ([(1, ""), (2, "")] if ranks > 1 else [])
     split = [(3, "")] if ranks > 1 else []
-    offloads = [(2, "optimizer"), (3, "optimizer"), (3, "all")] + ([(3, "nvme")] if nvme else [])
+    offloads = [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")] + ([(3, "nvme")] if nvme else [])
     return [each for each in [*plain, *split, *offloads] if kind != QLORA or each[0] < 3]
 
 
@@ -207,9 +207,11 @@ def all_estimates(task: Task, choices: Sequence[tuple[Machine, ...]], network: N
 def order(found: Estimate) -> tuple[float, ...]:
     """Return what sorts ways that fit: a token's time; where two take as long, what changes least.
 
-    Where no speed is known, what costs computing comes last, and only then the network's time counts.
+    Where no speed is known, what costs computing comes last, and only then the network's time counts. Of ranks that
+    exchange something the lower stage is preferred, whose traffic doesn't hang on the accumulation; of others what
+    needs less memory.
     """
     way, time = found.way, round(found.seconds() / found.tokens, 12)
     least = (way.batch.checkpoints, bool(way.offload))
     return (not found.known, *((time, len(way.machines), *least) if found.known else (*least, time, len(way.machines))),
-            way.stage, -way.batch.micro)
+            -way.batch.micro, way.stage if found.communication.likely else sum(found.device.values()))
