@@ -53,7 +53,9 @@ BIG = ("NVIDIA A100-SXM4-80GB", 81920)
     ("1b", [("gpu1", [("NVIDIA GeForce RTX 3060", 12288)], 1000)], [], "zero2_offload.json"),
     ("1b", [("gpu1", [BIG], 1000), ("gpu2", [BIG], 1000)], [], "zero0.json"),  # which sends least
     ("7b", [("gpu1", [CARD] * 4, 1000)], ["--lora", "8"], "zero0.json"),
-    ("7b", [("gpu1", [BIG], 10000), ("gpu2", [BIG], 10000)], [], "zero1.json"),
+    ("7b", [("gpu1", [BIG], 10000), ("gpu2", [BIG], 10000)], ["--global_batch_size", "64"],
+     "zero1_offload.json"),
+    ("7b", [("gpu1", [CARD] * 2, 10000), ("gpu2", [CARD] * 2, 10000)], ["--lora"], "zero0.json"),
     ("7b", [("gpu1", [BIG] * 8, 10000)], [], "zero1.json")])
 def test_the_config_follows_from_model_and_machines(model: str, hosts: list[Any], flags: list[str], preset: str,
                                                     tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
