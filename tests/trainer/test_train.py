@@ -116,7 +116,8 @@ def test_a_model_in_several_files_is_trained_under_zero3_and_saved_as_it_was(tie
     tokenizer.save_pretrained(base)
     before = evaluation_of(base, texts)
     run = train("--sequence_length", "512", "--max_steps", "4", "--eval_dataset", str(texts), "--eval_on_train",
-                "--eval_steps", "4", "--learning_rate", "1e-2", ranks=2, config="configs/zero3", model=str(base))
+                "--eval_steps", "4", "--eval_max_sequences", "1000", "--learning_rate", "1e-2", ranks=2,
+                config="configs/zero3", model=str(base))
     measured = run.losses("eval_loss")
     assert measured[0] == pytest.approx(before, rel=1e-4) and measured[4] < measured[0]
     assert evaluation_of(run.path / "model", texts) == pytest.approx(measured[4], rel=1e-4)

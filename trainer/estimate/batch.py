@@ -58,12 +58,23 @@ def choose_batch(load: MemoryInputs, global_batch: int, memory: float, on_gpu: b
     useful = min(useful, max(1, round(global_batch / load.ranks)))
     room = USABLE * memory
     for checkpoints in sorted({load.checkpoints, load.checkpoints or may_checkpoint}):
-        for micro in range(useful, 0, -1):
-            if total(replace(load, micro=micro, checkpoints=checkpoints)) <= room:
-                found = share(global_batch, load.ranks, micro)
-                return Batch(*found, checkpoints, reason(load, useful, micro, checkpoints, memory))
+        if micro := largest_fitting(replace(load, checkpoints=checkpoints), useful, room):
+            found = share(global_batch, load.ranks, micro)
+            return Batch(*found, checkpoints, reason(load, useful, micro, checkpoints, memory))
     return Batch(*share(global_batch, load.ranks, 1), load.checkpoints or may_checkpoint,
                  reason(load, useful, 0, True, memory))
+
+
+def largest_fitting(load: MemoryInputs, most: int, room: float) -> int:
+    """Return the largest micro batch up to `most` with which a load fits into `room` bytes, 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if total(replace(load, micro=middle)) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def reason(load: MemoryInputs, useful: int, micro: int, checkpoints: bool, memory: float) -> str:
