@@ -38,12 +38,11 @@ from master.plan.ranking import rank
 from master.plan.rates import Rate, rate_on
 from master.plan.ways import FULL, LORA, QLORA, Task
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
-from trainer.estimate.batch import default_global_batch
+from trainer.estimate.batch import default_global_batch, default_sequence
 from trainer.estimate.shape import Shape, of_numbers
 
 MOST_CHOICES = 256  # of machines; more kinds of them than that aren't all tried
 ALIKE = 1.25  # times as fast that machines may be which count as alike
-SEQUENCE = 1024  # tokens, the trainer's default
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,8 +127,7 @@ def task_of(options: argparse.Namespace, shape: Shape) -> Task:
     """Return what is to be trained. Raises UsageError."""
     if options.full and options.lora:
         raise UsageError("--full and --lora are two ways to train: give one, or none to see both")
-    default = 256 if options.model == "tiny" else SEQUENCE
-    sequence = options.sequence_length or min(default, shape.positions or default)
+    sequence = options.sequence_length or default_sequence(options.model == "tiny", shape.positions)
     if sequence < 2 or (shape.positions and sequence > shape.positions):
         raise UsageError(f"--sequence-length {sequence}: the model takes 2 to {shape.positions:,} tokens"
                          if shape.positions else f"--sequence-length {sequence}: at least 2")

@@ -21,8 +21,7 @@ from master.plan.measuring import SPREAD, versions
 from master.plan.rates import Rate, measured_rate
 from master.plan.ways import FULL, Estimate, Task
 from master.run.launcher_process import read_object
-from trainer.estimate.flops import flops_per_token
-from trainer.estimate.speed import RECOMPUTED, engine_share
+from trainer.estimate.speed import work_per_token
 
 LAST = 5  # runs that decide
 LIMITS = (0.5, 2.0)  # of a correction: more is another fault than the plan's
@@ -60,8 +59,9 @@ def record(run: Path, model: str, task: Task, found: Estimate) -> None:
     waiting = facts.get("waiting")
     share = waiting.get("network", 0.0) if isinstance(waiting, dict) else 0.0
     own = rate / found.way.ranks / (1 - share) if share < MOSTLY_NETWORK else None
-    flops = own and own * flops_per_token(task.shape, task.sequence, frozen=found.way.kind != FULL) * (
-        RECOMPUTED if found.way.batch.checkpoints else 1) * engine_share(found.way.stage, found.way.machines[0].on_gpu)
+    way = found.way
+    flops = own and own * work_per_token(task.shape, task.sequence, way.kind != FULL, way.stage, way.batch.checkpoints,
+                                         way.machines[0].on_gpu)
     predicted = found.rate() / found.correction if found.known else 0.0
     outcome = Outcome(model, found.way.kind, found.device_name, versions(),
                       [machine.name for machine in found.way.machines], found.source, predicted, float(rate), flops,

@@ -21,7 +21,7 @@ from master.plan.presets import ON_CPU, PRESETS, batch_of, way_of
 from master.plan.rates import Rate, peak_rates
 from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, Way, all_estimates, estimate, load_of
 from trainer.estimate import batch
-from trainer.estimate.batch import default_global_batch
+from trainer.estimate.batch import default_global_batch, default_sequence
 from trainer.estimate.memory import gigabytes
 
 FALLBACK = "trainer/configs/zero1.json"  # for a model whose shape isn't known: its traffic isn't multiplied
@@ -113,8 +113,7 @@ def choose(config: Path | None, model: str | None, dataset: str | None, trainer_
     if shape is None or model is None:
         return fallback
     machines, network = of_cluster(slots, cluster, None)
-    limit = shape.positions or 1 << 31
-    sequence = wanted.sequence or min(256 if model == "tiny" else 1024, limit)
+    sequence = wanted.sequence or default_sequence(model == "tiny", shape.positions)
     sequences = sequences_of(dataset, sequence)
     task = Task(shape, sequence, wanted.global_batch or default_global_batch(sequence, sequences), wanted.rank or 16,
                 (wanted.kind,))

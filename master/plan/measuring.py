@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ from master.plan.rates import Rate, measured_rate
 from master.plan.ways import FULL, QLORA, Estimate, Task, all_estimates
 from trainer.estimate.flops import flops_per_token
 from trainer.estimate.peaks import device_peak
-from trainer.estimate.speed import EFFICIENCY, RECOMPUTED, engine_share
+from trainer.estimate.speed import EFFICIENCY, work_per_token
 
 MARK = "@@STEPS "
 STEPS, LEAST_STEPS = 10, 3  # real ones, the first of which doesn't count
@@ -60,8 +61,9 @@ class Measured:
     read_at: float
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Return the versions here of what a training's speed depends on."""
+    """Return the versions here of what a training's speed depends on; they are looked for once."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -90,11 +92,11 @@ def measure(task: Task, model: str, slots: Sequence[Slots], machines: Sequence[M
             say(f"{machine.name}: not measured: {result}")
             continue
         config = ROOT / preset_of(host, best)
-        device = min(machine.devices) if len(set(machine.devices)) == 1 else " + ".join(sorted(set(machine.devices)))
         found.append(Measured(
-            machine.name, model, best.way.kind, device, versions(), int(result["ranks"]), int(result["sequence"]),
-            int(result["micro"]), int(result["accumulation"]), bool(result["checkpoints"]), *way_of(config),
-            float(result["tokens_per_second"]), int(result["peak_bytes"]), round(time.time(), 3)))
+            machine.name, model, best.way.kind, " + ".join(sorted(set(machine.devices))), versions(),
+            int(result["ranks"]), int(result["sequence"]), int(result["micro"]), int(result["accumulation"]),
+            bool(result["checkpoints"]), *way_of(config), float(result["tokens_per_second"]),
+            int(result["peak_bytes"]), round(time.time(), 3)))
         say(f"{machine.name}: {found[-1].tokens_per_second:,.0f} tokens/s with micro batch {found[-1].micro}, "
             f"{time.monotonic() - began:.0f} s")
     return found
@@ -201,9 +203,8 @@ def rates_of(task: Task, measured: Sequence[Measured]) -> dict[str, Rate]:
     """
     by_device: dict[str, list[float]] = {}
     for each in measured:
-        flops = flops_per_token(task.shape, each.sequence, frozen=each.kind != FULL)
-        own = each.tokens_per_second / each.ranks * flops * (RECOMPUTED if each.checkpoints else 1)
-        own *= engine_share(each.zero_stage, each.device != "CPU")
+        own = each.tokens_per_second / each.ranks * work_per_token(
+            task.shape, each.sequence, each.kind != FULL, each.zero_stage, each.checkpoints, each.device != "CPU")
         for name in each.device.split(" + "):
             by_device.setdefault(name, []).append(own)
             by_device[f"{name} on {each.host}"] = [own]

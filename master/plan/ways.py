@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from master.plan.machines import Machine, Network
 from master.plan.rates import Rate, rate_on
 from trainer.estimate import batch, memory, speed, traffic
-from trainer.estimate.flops import flops_per_token
 from trainer.estimate.memory import NF4, USABLE, MemoryInputs, inputs_of
 from trainer.estimate.shape import Shape
 from trainer.estimate.speed import NOTHING, Range
@@ -160,14 +159,15 @@ def estimate(task: Task, way: Way, network: Network, rates: Mapping[str, Rate]) 
 
 def compute_of(task: Task, way: Way, rates: Mapping[str, Rate]) -> tuple[Range | None, str, str]:
     """Return the slowest device's seconds of computing in a step, where its speed is from, and its name."""
-    amount = way.batch.micro * way.batch.accumulation * task.sequence * flops_per_token(
-        task.shape, task.sequence, frozen=way.kind != FULL) * speed.engine_share(way.stage, way.machines[0].on_gpu)
+    tokens = way.batch.micro * way.batch.accumulation * task.sequence
+    amount = tokens * speed.work_per_token(task.shape, task.sequence, way.kind != FULL, way.stage,
+                                           way.batch.checkpoints, way.machines[0].on_gpu)
     slowest: tuple[Range, str, str] | None = None
     for host, name in sorted({(machine.name, device) for machine in way.machines for device in machine.devices}):
         rate = rate_on(rates, host, name)
         if rate is None:
             return None, "unknown", name
-        found = speed.compute_seconds(amount, rate.flops, way.batch.checkpoints)
+        found = speed.compute_seconds(amount, rate.flops)
         slowest = (found, rate.source, name) if slowest is None or found.likely > slowest[0].likely else slowest
     assert slowest
     return slowest

@@ -26,6 +26,12 @@ class Batch:
     reason: str = ""
 
 
+def default_sequence(is_tiny: bool, limit: int | None) -> int:
+    """Return the tokens of a sequence where nothing else was asked for; `limit`: the model's own, None without."""
+    wanted = 256 if is_tiny else 1024
+    return wanted if limit is None else min(wanted, limit)
+
+
 def default_global_batch(sequence: int, sequences: int | None) -> int:
     """Return the sequences of an optimizer step, a power of two, so that most numbers of ranks can share them.
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainer.estimate.flops import flops_per_token
+from trainer.estimate.shape import Shape
+
 EFFICIENCY = (0.20, 0.35, 0.50)  # of a device's peak: low, likely, high
 RECOMPUTED = 4 / 3  # of a step's products with activations computed anew: the forward pass twice
 # How much longer a micro step takes than without ZeRO, by its stage: small Llamas on CPUs (0.9 and 5 million weights),
@@ -54,14 +57,15 @@ def over(amount: float, rates: tuple[float, float, float]) -> Range:
     return Range(amount / fast, amount / likely, amount / slow)
 
 
-def engine_share(stage: int, on_gpu: bool) -> float:
-    """Return how many times as long as without ZeRO a micro step takes."""
-    return (ENGINE_ON_GPU if on_gpu else ENGINE_ON_CPU)[stage]
+def work_per_token(shape: Shape, sequence: int, frozen: bool, stage: int, checkpoints: bool, on_gpu: bool) -> float:
+    """Return the FLOP that a token costs a device, with what ZeRO's engine and recomputed activations add."""
+    engine = (ENGINE_ON_GPU if on_gpu else ENGINE_ON_CPU)[stage]
+    return flops_per_token(shape, sequence, frozen) * engine * (RECOMPUTED if checkpoints else 1)
 
 
-def compute_seconds(flops: float, rate: Range, checkpoints: bool) -> Range:
+def compute_seconds(flops: float, rate: Range) -> Range:
     """Return the seconds of so many FLOP on a device that makes so many a second."""
-    return over(flops * (RECOMPUTED if checkpoints else 1), (rate.low, rate.likely, rate.high))
+    return over(flops, (rate.low, rate.likely, rate.high))
 
 
 def offload_seconds(trained: float, weights: float, number: int, micro_steps: int, to_nvme: bool) -> Range:

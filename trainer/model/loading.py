@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError, first_line, is_out_of_memory
+from trainer.estimate.batch import default_sequence
 from trainer.estimate.shape import TINY_SHAPE
 from trainer.options import Options
 
@@ -107,7 +108,7 @@ def choose_sequence_length(options: Options, config: Any) -> int:
     Raises UserError for more than that, or fewer than 2.
     """
     limit = TINY_SHAPE["max_position_embeddings"] if config is None else position_limit(config)
-    wanted = options.sequence_length or min(256 if config is None else 1024, limit)
+    wanted = options.sequence_length or default_sequence(config is None, limit)
     if not 2 <= wanted <= limit:
         name = options.model_name_or_path
         raise UserError(f"--sequence_length {wanted}: {name} takes 2 to {limit:,} tokens", shared=True)
