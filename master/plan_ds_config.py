@@ -168,7 +168,8 @@ def with_measurements(options: argparse.Namespace, place: Place, task: Task) -> 
     path = options.cluster or (place.hostfile or Path("hostfile.txt")).with_name("cluster.json")
     if place.hostfile and path.exists():
         keep(path, found)
-    elif found:
+        return replace(place, cluster=read_cluster(path))  # with what was measured before of a host that failed now
+    if found:
         say("kept only for this plan: a hostfile's cluster.json would keep it")
     return replace(place, cluster={**place.cluster, "measured": [asdict(each) for each in found]})
 

@@ -13,10 +13,12 @@ AUTO = "auto"
 def ds_config(way: Way, nvme: str | None = None) -> dict[str, Any]:
     """Return a way's config; the batch stands in it, so that no flag is needed for that."""
     zero: dict[str, Any] = {"stage": way.stage}
+    if way.stage:  # as the presets have it: transformers' "auto" is far smaller
+        zero["reduce_bucket_size"] = int(BUCKET)
     if way.stage in (1, 2):
-        zero |= {"reduce_bucket_size": int(BUCKET), "allgather_bucket_size": int(BUCKET)}
+        zero["allgather_bucket_size"] = int(BUCKET)
     if way.stage == 3:
-        zero |= {"reduce_bucket_size": AUTO, "stage3_prefetch_bucket_size": AUTO,
+        zero |= {"stage3_prefetch_bucket_size": AUTO,
                  "stage3_param_persistence_threshold": AUTO, "stage3_gather_16bit_weights_on_model_save": True}
     if way.offload:
         place: dict[str, Any] = {"device": "nvme", "nvme_path": nvme} if way.offload == "nvme" else {"device": "cpu"}

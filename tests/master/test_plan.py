@@ -144,6 +144,7 @@ def test_every_way_has_a_config_and_every_preset_is_one_of_them() -> None:
         zero = config_file.ds_config(found.way, "/fast")["zero_optimization"]
         seen[found.way.stage, found.way.offload] = zero
     assert seen[3, "nvme"]["offload_param"] == {"device": "nvme", "nvme_path": "/fast"}
+    assert all(zero["reduce_bucket_size"] == 50_000_000 for (stage, _), zero in seen.items() if stage)
     assert "offload_optimizer" not in seen[1, ""] and seen[2, "optimizer"]["offload_optimizer"] == {"device": "cpu"}
     from master.plan.presets import PRESETS, way_of
 
