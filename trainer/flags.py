@@ -170,6 +170,11 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     flag("--adam_beta2", type=float, metavar="B", help="decay of Adam's second moment (0.999; 0.95 for a new model)")
     flag("--adam_epsilon", type=float, metavar="E", help="added to the root of Adam's second moment (1e-8)")
     flag("--max_grad_norm", type=float, metavar="X", help="gradients are clipped to this norm (1.0)")
+    flag("--lan_compress", type=int, nargs="?", const=4, choices=[8, 4, 3], metavar="BITS",
+         help="send gradients between hosts in 8, 4 or 3 bits (4); for weights that were trained before")
+    flag("--lan_average", type=positive, metavar="H",
+         help="each host trains by itself, and every H steps their weights become the average: for two hosts")
+    flag("--lan_compress_from_scratch", action="store_true", help="--lan_compress or --lan_average for new weights too")
     flag("--no_gradient_check", action="store_true",
          help="don't compare the first step's gradients with the sum of all ranks' own")
     flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",

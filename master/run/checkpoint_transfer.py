@@ -49,9 +49,10 @@ class MergedCheckpoint:
 
     @property
     def is_complete(self) -> bool:
-        """True if no rank's part is missing, or every rank has written the same."""
+        """True if no rank's part is missing, or every rank (every host, with `shards` of its own) wrote the same."""
         parts = {int(found[1]) for name in self.files if (found := PART.search(name))}
-        return not parts or (len(parts), max(parts) + 1) == (self.layout["world_size"],) * 2
+        wanted = self.layout.get("shards") or self.layout["world_size"]
+        return not parts or (len(parts), max(parts) + 1) == (wanted, wanted)
 
     @property
     def manifest(self) -> str:

@@ -29,8 +29,9 @@ ALWAYS_TYPED = {"--trust_remote_code", "--allow_pickle"}  # they run code of who
 SWITCHES = {"--from_config", "--resize_embeddings", "--activation_checkpointing", "--gradient_checkpointing",
             "--torch_compile", "--bf16_residual", "--liger", "--no_liger", "--merge_lora", "--streaming",
             "--no_packing", "--eval_on_train", "--no_gradient_check", "--flexible_batch", "--deepspeed",
-            "--lora", "--qlora"}
-NUMBERS = {"--vocab_size", "--lora", "--qlora", "--sequence_length", "--eval_fraction", "--num_epochs",
+            "--lora", "--qlora", "--lan_compress", "--lan_compress_from_scratch"}
+NUMBERS = {"--vocab_size", "--lora", "--qlora", "--lan_compress", "--lan_average", "--sequence_length",
+           "--eval_fraction", "--num_epochs",
            "--max_steps", "--measure",
            "--per_device_train_batch_size", "--gradient_accumulation_steps", "--global_batch_size", "--learning_rate",
            "--warmup_steps", "--weight_decay", "--adam_beta1", "--adam_beta2", "--adam_epsilon", "--max_grad_norm",

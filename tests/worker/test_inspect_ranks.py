@@ -118,9 +118,12 @@ def test_a_rank_shows_its_stack_again_and_again(ranks: list[Rank], tmp_path: Pat
 def test_a_rank_that_keeps_pythons_lock_or_computes_answers_too(
         program: str, name: str, ranks: list[Rank], tmp_path: Path) -> None:
     ranks.append(Rank(tmp_path, program))
-    _, own = told()
-    assert innermost(own) == name
-    assert (own["state"] == "R") == (name == "count")
+
+    def is_seen() -> bool:  # a rank that sleeps may be waking up as it is looked at
+        _, own = told()
+        return innermost(own) == name and (own["state"] == "R") == (name == "count")
+
+    wait_until(is_seen)
 
 
 def test_a_stopped_rank_costs_no_wait_and_is_not_disturbed(ranks: list[Rank], tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ STATE_BYTES = 12
 class Layout:
     """What a checkpoint must share with the training that continues it, but for the ranks.
 
-    `batch`: the global batch, in sequences; `settings`: by name, what else decides what a step sees.
+    `batch`: the global batch, in sequences; `settings`: by name, what else decides what a step sees;
+    `shards`: the ranks that share an engine where each host has one of its own, else 0.
     """
 
     data: str
@@ -34,6 +35,12 @@ class Layout:
     engine: str
     batch: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    shards: int = 0
+
+    @property
+    def parts(self) -> int:
+        """How many ranks have split the optimizer's states of this checkpoint among them."""
+        return self.shards or self.world_size
 
     def difference(self, other: Layout) -> str | None:
         """Return what this checkpoint has that `other`, the training at hand, hasn't; None if they agree."""
@@ -106,7 +113,7 @@ def write_atomically(path: Path, text: str) -> None:
 def read_layout(folder: Path) -> Layout:
     """Return the layout in a checkpoint's manifest. Raises ValueError for one that makes no sense."""
     found = json.loads((folder / MANIFEST).read_text())["layout"]
-    kinds = {"data": str, "world_size": int, "engine": str, "batch": int, "settings": dict}
+    kinds = {"data": str, "world_size": int, "engine": str, "batch": int, "settings": dict, "shards": int}
     if not isinstance(found, dict) or any(type(value) is not kinds.get(name) for name, value in found.items()):
         raise ValueError(f"{folder / MANIFEST}: odd layout")
     try:

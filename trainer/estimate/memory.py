@@ -28,7 +28,8 @@ class MemoryInputs:
     `number`: bytes of a weight and an activation, `weight`: of a frozen weight where that is kept smaller; `chunk`: the
     tokens whose logits are held at once, None: all; `offloads`: the optimizer's states are on the host,
     `offloads_weights` the weights too (ZeRO-3); `largest`: numbers of the largest weight; `bucket`: of gradients that
-    are sent together.
+    are sent together; `sharing`: ranks among which ZeRO splits, 0: all; `residual`: bytes for each trained weight of
+    what --lan_compress and --lan_average keep.
     """
 
     weights: float
@@ -50,8 +51,15 @@ class MemoryInputs:
     liger: bool = False
     chunk: int | None = None
     offloads_weights: bool = False
+    sharing: int = 0
+    residual: float = 0.0
     largest: float = 0.0
     bucket: float = 0.0
+
+    @property
+    def splitting(self) -> int:
+        """The ranks among which ZeRO splits."""
+        return self.sharing or self.ranks
 
 
 def inputs_of(shape: Shape, trained: float, repeats_keys: bool = False, **others: Any) -> MemoryInputs:
@@ -67,7 +75,7 @@ def inputs_of(shape: Shape, trained: float, repeats_keys: bool = False, **others
 
 def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     """Return the bytes of one rank on its device at its fullest moment, by what takes them."""
-    stage, split = inputs.stage or 0, 1 / inputs.ranks
+    stage, split = inputs.stage or 0, 1 / inputs.splitting
     kept = 4 if inputs.stage is None else inputs.number  # plain PyTorch keeps 32 bits
     wide = 2 * inputs.hidden if inputs.number == 2 and not inputs.liger else 0
     layer = 8 * inputs.hidden + (2 if inputs.liger else 4) * inputs.intermediate + 2 * inputs.keys + wide
@@ -85,7 +93,7 @@ def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     states = optimizer_bytes(inputs)
     return {"weights": weights_bytes(inputs), "gradients": gradients, "gradient copies": copies,
             "optimizer states": 0.0 if inputs.offloads else states, "activations": activations, "logits": logits,
-            "buffers": buffer_bytes(inputs)}
+            "buffers": buffer_bytes(inputs), "residual": inputs.residual * inputs.trained}
 
 
 def weights_bytes(inputs: MemoryInputs) -> float:
@@ -104,7 +112,7 @@ def optimizer_bytes(inputs: MemoryInputs) -> float:
     """
     stage = inputs.stage or 0
     each = 8 if inputs.stage is None or (stage == 0 and inputs.number == 4) else 12
-    return each * inputs.trained / (inputs.ranks if stage >= 1 else 1)
+    return each * inputs.trained / (inputs.splitting if stage >= 1 else 1)
 
 
 def buffer_bytes(inputs: MemoryInputs) -> float:
@@ -122,7 +130,7 @@ def host_bytes(inputs: MemoryInputs) -> dict[str, float]:
     """
     if not inputs.offloads:
         return {}
-    split, copies = 1 / inputs.ranks, 1 + (inputs.stage == 2 and inputs.accumulation > 1)
+    split, copies = 1 / inputs.splitting, 1 + (inputs.stage == 2 and inputs.accumulation > 1)
     own = (4 + inputs.number * copies) * inputs.trained * split
     copying = inputs.number * min(inputs.largest, inputs.trained) if inputs.stage in (1, 2) else 0.0
     weights = inputs.weights * inputs.number * split if inputs.offloads_weights else 0.0

@@ -52,3 +52,19 @@ def goodput(bits_per_s: float) -> float:
     1,448 of 1,538 bytes of each Ethernet frame are data (RFC 894, RFC 1323): 117.7 MB/s of 1 Gbit/s.
     """
     return bits_per_s / 8 * 1448 / 1538
+
+
+def compressed_bytes(trained: float, bits: int, hosts: int) -> float:
+    """Return the bytes that leave each host when so many numbers are summed over hosts in `bits` each.
+
+    Each block of 128 has a scale of 16 bits; numbers are sent once to be summed, and their sums once to all.
+    """
+    return 2 * (hosts - 1) / hosts * trained * (bits + 16 / 128) / 8
+
+
+def residual_bytes(lanes: int, hosts: int, averages: bool) -> float:
+    """Return the bytes for each trained weight that a rank keeps of what crosses between hosts compressed.
+
+    What its own encoding has left out, in 32 bits, and that of the sums that it makes; with averages the last one, too.
+    """
+    return 4 * (1 + 1 / hosts) / lanes + (4 if averages else 0)

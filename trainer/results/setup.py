@@ -13,6 +13,7 @@ from trainer.data.packing import PackedSequences
 from trainer.distributed import deepspeed_config
 from trainer.distributed.ranks import Ranks
 from trainer.estimate.shape import Shape
+from trainer.exchange.hosts import Hosts
 from trainer.options import Options
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
@@ -39,7 +40,8 @@ class Setup:
     `spare_devices`: of this machine, that no rank has; `memory`: bytes of the smallest rank's device; `flash`: every
     rank's card can run flash attention; `ds_config`: DeepSpeed's, None without it; `config`: the
     model's, None for tiny; `shared_disk`: all hosts see the same run folder; `checkpoint`: to continue from,
-    `universal` if it is in DeepSpeed's universal form; `shape`: the model's, None where it can't be told;
+    `universal` if it is in DeepSpeed's universal form; `hosts`: between which
+    gradients or weights cross in few bits, None without; `shape`: the model's, None where it can't be told;
     `batch_reason`: why the micro batch is no larger.
     """
 
@@ -62,6 +64,7 @@ class Setup:
     shared_disk: bool
     checkpoint: Path | None
     universal: bool
+    hosts: Hosts | None
     shape: Shape | None
     batch_reason: str
 

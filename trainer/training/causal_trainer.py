@@ -30,6 +30,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.shared_flag import SharedFlag
 from trainer.distributed.signals import ASKING
 from trainer.errors import UserError
+from trainer.exchange.crossing import Crossing
 from trainer.model import weights
 from trainer.training.loss_trainer import LossTrainer
 
@@ -58,6 +59,7 @@ class CausalTrainer(LossTrainer):
         self.saved_step = 0  # of the last checkpoint that all ranks have whole
         self.paused_s = 0.0  # spent on evaluations and checkpoints
         self.measure: Callable[[], dict[str, float]] = dict
+        self.crossing: Crossing | None = None  # between hosts, in few bits
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return batches of sequences; a stream is this rank's own already, and not to be shared out again."""
@@ -99,6 +101,7 @@ class CausalTrainer(LossTrainer):
         """Return and log eval_loss (nats per token), eval_perplexity and, where sizes are known, bits per byte."""
         started = time.monotonic()
         self.check_finite()
+        self.settle()
         nats, tokens = self.token_loss(self._eval_sequences)
         self.paused_s += time.monotonic() - started
         loss = nats / max(tokens, 1)
@@ -112,6 +115,11 @@ class CausalTrainer(LossTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def settle(self) -> None:
+        """Make all hosts' weights the same, where each trains by itself between two averages."""
+        if self.crossing:
+            self.crossing.settle()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights of a checkpoint; the ranks that don't write hold no copy of them."""
         model = self.accelerator.unwrap_model(self.model)
@@ -121,6 +129,7 @@ class CausalTrainer(LossTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, seal and rotate. Where that fails it is told; the training continues, and older checkpoints stay."""
         started = time.monotonic()
+        self.settle()
         self.check_finite(weights=True)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         heartbeat.report(f"saving {folder.name}")
@@ -148,7 +157,9 @@ class CausalTrainer(LossTrainer):
         self._ranks.barrier()
         if fault := self._agree(folder, "written", self._faults[0] if self._faults else None):
             return fault
-        if self._copies:
+        if self.crossing:
+            noting(self._faults, self.crossing.save)(folder)
+        if self._copies and not self._layout.shards:  # else each host has all of the optimizer's states
             copies.spread(folder, self._ranks, self._copies, self._faults)
             self._ranks.barrier()
         if self.args.should_save and not self._faults:

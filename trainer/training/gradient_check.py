@@ -16,6 +16,8 @@ import torch
 
 from trainer.data.packing import IGNORED
 from trainer.errors import UserError
+from trainer.exchange.crossing import Crossing
+from trainer.exchange.gradient_exchange import GradientExchange
 from trainer.model.lora import numel
 
 WEIGHTS = 10  # are looked at, evenly spread from the embedding to the head
@@ -41,10 +43,22 @@ class Watched:
         self.own = part if self.own is None else self.own + part
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What is compared: gradients that the ranks of a `group` (None: all) have added, times `share`; `crossed`: with
+    what has come from other hosts; `ends`: nothing is compared after it.
+    """
+
+    group: Any = None
+    share: float = 1.0
+    crossed: GradientExchange | None = None
+    ends: bool = True
+
+
 @dataclass
 class GradientCheck:
     """The check of one training. `ranks`: which average their gradients; `precision`: of the training; `engine`:
-    DeepSpeed's, None without it; `scaler`: torch's, in fp16 without it.
+    DeepSpeed's, None without it; `scaler`: torch's, in fp16 without it; `crossing`: between hosts, in few bits.
 
     `error` is what it found: the largest root mean square difference, as a share of the gradient's own; None before.
     """
@@ -54,23 +68,27 @@ class GradientCheck:
     precision: str
     engine: Any = None
     scaler: Any = None
+    crossing: Crossing | None = None
     error: float | None = None
     tokens: torch.Tensor | None = None
     _watched: list[Watched] = field(default_factory=list)
     _handles: list[Any] = field(default_factory=list)
     _factor: torch.Tensor | None = None
     _micro_steps: int = 0
+    _left: list[torch.Tensor] = field(default_factory=list)
 
     def begin(self) -> None:
         """Set the hooks, before the first micro step; under DeepSpeed look just before its optimizer's first step."""
         self._watched = [Watched(name, weight) for name, weight in chosen(self.model)]
         for each in self._watched:
             self._handles.append(each.weight.register_hook(self._taker(each)))
-        if self.engine is not None:
+        if isinstance(self.crossing, GradientExchange):
+            self.crossing.before, self.crossing.after = self._compare_host, self._compare_sum
+        elif self.engine is not None:
             step = self.engine.step
 
             def checked_step(*arguments: Any, **more: Any) -> Any:
-                self.compare()
+                self._compare_host()
                 if self.error is not None:
                     self.engine.step = step
                 return step(*arguments, **more)
@@ -100,35 +118,67 @@ class GradientCheck:
 
         return take
 
-    def compare(self) -> None:
+    def _compare_host(self) -> None:
+        """Compare an engine's gradients with the sum of its own ranks', before anything crosses to other hosts."""
+        if self.crossing is None:
+            self.compare()
+            return
+        hosts, then = self.crossing.hosts, isinstance(self.crossing, GradientExchange)
+        if then:
+            self._left = [self._left_out(each) for each in self._watched]
+        # Its loss is scaled for the mean of all ranks.
+        self.compare(Compared(hosts.within, 1 / hosts.weight, ends=not then))
+
+    def _compare_sum(self) -> None:
+        """Compare what has crossed, and what encoding left out of it, with the sum of all ranks'."""
+        assert isinstance(self.crossing, GradientExchange)
+        self.compare(Compared(crossed=self.crossing))
+
+    def _left_out(self, watched: Watched) -> torch.Tensor:
+        """Return what encoding has left out so far of a weight's gradients, at the places that are compared."""
+        assert self.crossing is not None
+        size = numel(watched.weight)
+        places = torch.arange(0, size, max(1, size // SAMPLE), device=watched.weight.device)
+        left = self.crossing.sum.left_out(self.crossing.place_of(watched.weight) + places)
+        return all_reduced(left.double())
+
+    def _error(self, number: int, total: torch.Tensor, what: Compared) -> float:
+        """Return by how much the gradient of a weight differs, as a share of its root mean square."""
+        each = self._watched[number]
+        own = each.own if each.own is not None else torch.zeros(
+            sampled(each.weight).shape, dtype=torch.float64, device=total.device)
+        truth = all_reduced(own, group=what.group) * what.share / total.clamp(min=1)
+        given = self._handed(each.weight)
+        given = torch.zeros_like(truth) if given is None else sampled(given).double() / self._loss_scale()
+        if what.crossed:
+            given = given / what.crossed.factor + self._left_out(each) - self._left[number]
+        spread = truth.square().mean().sqrt()
+        if not spread and not given.any():
+            return 0.0
+        return ((truth - given).square().mean().sqrt() / spread.clamp(min=1e-30)).item()
+
+    def compare(self, what: Compared | None = None) -> None:
         """Compare; all ranks must call it, after the last micro step of a step. Raises UserError if they differ.
 
         A step whose gradients overflow in fp16 is passed over: the next one is looked at.
         """
         if not self.pending or self.tokens is None:
             return
-        total = all_reduced(self.tokens.double())
-        errors: dict[str, float] = {}
-        for each in self._watched:
-            own = each.own if each.own is not None else torch.zeros(
-                sampled(each.weight).shape, dtype=torch.float64, device=self.tokens.device)
-            truth = all_reduced(own) / total.clamp(min=1)
-            given = self._handed(each.weight)
-            given = torch.zeros_like(truth) if given is None else sampled(given).double() / self._loss_scale()
-            spread = truth.square().mean().sqrt()
-            errors[each.name] = 0.0 if not spread and not given.any() else (
-                (truth - given).square().mean().sqrt() / spread.clamp(min=1e-30)).item()
+        what, total = what or Compared(), all_reduced(self.tokens.double())
+        errors = {each.name: self._error(number, total, what) for number, each in enumerate(self._watched)}
         found = all_reduced(torch.tensor(list(errors.values()), device=total.device), torch.distributed.ReduceOp.MAX)
         if not found.isfinite().all():
-            self._forget()
+            if what.ends:
+                self._forget()
             return  # fp16's loss scale is still too high: the engine skips the step; else FiniteCheck stops it
-        self._end()
-        worst = list(errors)[int(found.argmax())]
-        self.error = found.max().item()
-        if self.error > self.tolerance:
+        worst, error = list(errors)[int(found.argmax())], found.max().item()
+        if what.ends:
+            self._end()
+            self.error = error
+        if error > self.tolerance:
             raise UserError(
                 f"the gradient of {worst} that the optimizer is handed isn't that of all ranks and micro batches (it "
-                f"differs by {self.error:.1%}; {self.tolerance:.1%} is rounding): a fault of this "
+                f"differs by {error:.1%}; {self.tolerance:.1%} is rounding): a fault of this "
                 + ("DeepSpeed with this configuration. Take another ZeRO stage" if self.engine is not None else
                    "PyTorch with this model. Take DeepSpeed") +
                 " (trainer/configs/), or --no_gradient_check if you know better", shared=True)
@@ -168,6 +218,8 @@ class GradientCheck:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if isinstance(self.crossing, GradientExchange):
+            self.crossing.before = self.crossing.after = None
         for each in self._watched:
             each.own = None
 
@@ -188,9 +240,9 @@ def sampled(tensor: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, size // SAMPLE)]
 
 
-def all_reduced(tensor: torch.Tensor, by: Any = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
-    """Return the sum (or what `by` says) of all ranks' tensors, each unchanged."""
+def all_reduced(tensor: torch.Tensor, by: Any = torch.distributed.ReduceOp.SUM, group: Any = None) -> torch.Tensor:
+    """Return the sum (or what `by` says) of all ranks' tensors, or of a group's, each unchanged."""
     found = tensor.clone()
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(found, by)
+        torch.distributed.all_reduce(found, by, group=group)
     return found

@@ -10,7 +10,7 @@ import torch
 
 from trainer.distributed.deepspeed_config import lookup, offloads_optimizer
 from trainer.distributed.ranks import Ranks
-from trainer.estimate import batch
+from trainer.estimate import batch, traffic
 from trainer.estimate.advice import report_lines
 from trainer.estimate.memory import NF4, MemoryInputs, bytes_needed, gigabytes, inputs_of, optimizer_bytes
 from trainer.estimate.shape import Shape
@@ -23,19 +23,30 @@ UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
 
 
 def expected_load(options: Options, shape: Shape, device: str, precision: str, ds_config: dict[str, Any] | None,
-                  sequence: int, ranks: int) -> MemoryInputs:
-    """Return what a training will put on each rank, before it is known which kernels the model takes: the most."""
+                  sequence: int, ranks: int, sharing: int = 0) -> MemoryInputs:
+    """Return what a training will put on each rank, before it is known which kernels the model takes: the most.
+
+    `sharing`: ranks that share an engine, 0: all.
+    """
     stage = None if ds_config is None else int(lookup(ds_config, "zero_optimization.stage") or 0)
     number = 4 if precision == "fp32" else 2
     bucket = lookup(ds_config or {}, "zero_optimization.reduce_bucket_size")
     return inputs_of(
         shape, shape.adapter(options.lora) if options.lora else shape.parameters, repeats_keys=True, sequence=sequence,
         micro=options.per_device_train_batch_size or 1, accumulation=options.gradient_accumulation_steps or 1,
-        ranks=ranks, stage=stage, number=number, weight=NF4 if options.qlora else number if options.lora else 0.0,
+        ranks=ranks, sharing=sharing, residual=residual_bytes(options, ranks, sharing), stage=stage, number=number,
+        weight=NF4 if options.qlora else number if options.lora else 0.0,
         offloads=offloads_optimizer(ds_config), checkpoints=options.activation_checkpointing,
         offloads_weights=lookup(ds_config or {}, "zero_optimization.offload_param.device") in ("cpu", "nvme"),
         chunk=chunk_tokens(shape.vocabulary, device == "cpu"),
         bucket=bucket if isinstance(bucket, int | float) else shape.hidden**2)  # transformers' own "auto"
+
+
+def residual_bytes(options: Options, ranks: int, sharing: int) -> float:
+    """Return the bytes for each trained weight that a rank of the smallest host keeps of what crosses between hosts."""
+    if not options.lan_compress or sharing in (0, ranks):
+        return 0.0
+    return traffic.residual_bytes(sharing, -(-ranks // sharing), bool(options.lan_average))
 
 
 def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
@@ -43,14 +54,14 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
     if (shape := setup.shape) is None:
         raise AttributeError("a model whose shape isn't known")
     found = expected_load(setup.options, shape, setup.device, setup.precision, setup.ds_config, setup.sequence_length,
-                          setup.ranks.world_size)
+                          setup.ranks.world_size, setup.hosts.lanes if setup.hosts else 0)
     heads = shape.heads if workload.attention in REPEATS_KEYS else shape.kv_heads
     return replace(found, weights=workload.parameters, trained=workload.trained, keys=shape.head_size * heads,
                    liger=workload.liger, chunk=None if changes_logits(workload.config) else found.chunk)
 
 
 def settle_batch(options: Options, shape: Shape | None, hardware: Hardware, ds_config: dict[str, Any] | None,
-                 sequence: int, sequences: int | None, ranks: int) -> tuple[Options, str]:
+                 sequence: int, sequences: int | None, ranks: int, sharing: int = 0) -> tuple[Options, str]:
     """Return the options with a batch, and why it is no larger ("" where nothing stood against it).
 
     What was given is taken; `sequences`: of an epoch, None for a stream. All ranks come to the same.
@@ -66,7 +77,8 @@ def settle_batch(options: Options, shape: Shape | None, hardware: Hardware, ds_c
     if shape is None:
         found = batch.Batch(*batch.share(wanted, ranks, batch.CPU_MICRO), options.activation_checkpointing)
     else:
-        load = expected_load(options, shape, hardware.device, hardware.precision, ds_config, sequence, ranks)
+        load = expected_load(options, shape, hardware.device, hardware.precision, ds_config, sequence, ranks,
+                             sharing)
         found = batch.choose_batch(load, wanted, hardware.free, hardware.device != "cpu")
     return replace(options, per_device_train_batch_size=found.micro, gradient_accumulation_steps=found.accumulation,
                    activation_checkpointing=found.checkpoints), found.reason

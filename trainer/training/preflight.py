@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from trainer.checkpoint import universal
 from trainer.distributed import deepspeed_config
 from trainer.errors import UserError
+from trainer.exchange import start
 from trainer.model import document_attention, isolation
 from trainer.results import export
 from trainer.results.setup import Setup
@@ -35,8 +36,10 @@ class Preflight(TrainerCallback):
             setup.ranks.barrier()
             if setup.checkpoint and setup.writes:
                 universal.remove_universal(setup.checkpoint)
-        check_world_sizes(launcher=setup.ranks.world_size, transformers=trainer.args.world_size,
-                          engine=getattr(trainer.model_wrapped, "dp_world_size", setup.ranks.world_size))
+        engine_ranks = getattr(trainer.model_wrapped, "dp_world_size", setup.ranks.world_size)
+        if setup.hosts:  # each has an engine of its own
+            engine_ranks += setup.ranks.world_size - len(setup.hosts.here)
+        check_world_sizes(setup.ranks.world_size, trainer.args.world_size, engine_ranks)
         device, rows = trainer.args.device, setup.options.per_device_train_batch_size
         vocabulary = min(len(setup.tokenizer), trainer.text_config.vocab_size)
         trial = KernelTrial(trainer, vocabulary, setup.precision)
@@ -54,15 +57,28 @@ class Preflight(TrainerCallback):
         setup.console.say(running)
         if setup.ranks.is_first:
             setup.run.note(kernels=running)
+        self._begin_crossing()
         if not setup.options.no_gradient_check:
             self._check_gradients()
+
+    def _begin_crossing(self) -> None:
+        """Have gradients or weights cross between hosts in few bits, and clip as this training does."""
+        setup, trainer = self._setup, self._trainer
+        engine: Any = trainer.model_wrapped
+        if hasattr(getattr(engine, "optimizer", None), "clip_grad"):  # else as the run did that wrote the checkpoint
+            engine.optimizer.clip_grad = engine.gradient_clipping()
+        if setup.hosts is None:
+            return
+        trainer.crossing = start.crossing_of(engine, setup.hosts, setup.options)
+        if setup.checkpoint and (told := trainer.crossing.load(setup.checkpoint, setup.ranks)):
+            setup.console.say(told)
 
     def _check_gradients(self) -> None:
         """Have the first step's gradients checked."""
         setup, trainer = self._setup, self._trainer
         check = GradientCheck(trainer.model, setup.ranks.world_size, setup.precision,
                               trainer.model_wrapped if setup.ds_config is not None else None,
-                              trainer.accelerator.scaler)
+                              trainer.accelerator.scaler, crossing=trainer.crossing)
         trainer.gradients = check
         check.begin()
 

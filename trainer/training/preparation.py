@@ -21,6 +21,7 @@ from trainer.distributed import compilation, deepspeed_config, devices, heartbea
 from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
+from trainer.exchange import start
 from trainer.model import from_config, isolation, loading, lora
 from trainer.model.shape import shape_of
 from trainer.options import Options, with_defaults
@@ -39,6 +40,7 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     lora.check(options, ds_config)
     options, hardware = agree_on_hardware(options, ranks, ds_config)
     check_compiler(options, hardware.device)
+    start.check(options, ds_config, hardware.precision)
     config = loading.load_config(options)
     if options.config_overrides:
         config = from_config.overridden(config, options.config_overrides)
@@ -48,14 +50,16 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     data = make_data(options, ranks, console, config, length)
     shape = shape_of(config, tokenizer.own_vocabulary(options, config))
     options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config, length,
-                                                       sequences_of(data, options, length), ranks.world_size)
+                                                       sequences_of(data, options, length), ranks.world_size,
+                                                       start.engine_ranks(options, ranks))
     waiting = start_engine_libraries(ds_config, hardware.device, ranks, console)
+    hosts = start.hosts_of(options, ranks, console.warn)
     run = RunFolder(agree_on_run(options, ranks, console))
     kind = "QLoRA" if options.qlora else "LoRA"
     adapter = f", {kind} of rank {options.lora}" if options.lora else ""
     settings = data.info.settings | {"model": loading.architecture(config), "--no_packing": options.no_packing}
     layout = Layout(data.info.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
-                    global_batch_size(options, ranks.world_size), settings)
+                    global_batch_size(options, ranks.world_size), settings, len(hosts.here) if hosts else 0)
     checkpoint = choose_checkpoint(options, run, ranks, layout, console)
     make_private(run.path)
     console.keep_log(run.path / "logs")
@@ -63,13 +67,13 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     universal = False
     if checkpoint:
         options, universal = adapt_to_ranks(checkpoint, options, ds_config, ranks, console,
-                                            writes(ranks, shared_disk))
+                                            writes(ranks, shared_disk), hosts)
         layout.batch = global_batch_size(options, ranks.world_size)
     own = tokenizer.load_tokenizer(options, data.folder / "tokenizer")
     tokenizer.check_rows(own, config, options, data.largest_token)
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
                  hardware.memory, hardware.flash, ds_config, config, data, own, length, run, layout, shared_disk,
-                 checkpoint, universal, shape, batch_reason), waiting
+                 checkpoint, universal, hosts, shape, batch_reason), waiting
 
 
 def sequences_of(data: TokenizedDataset, options: Options, length: int) -> int | None:

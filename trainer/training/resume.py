@@ -10,6 +10,7 @@ from trainer.checkpoint import pickles, universal, verification
 from trainer.checkpoint.verification import Layout
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
+from trainer.exchange.hosts import Hosts
 from trainer.options import Options
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
@@ -47,21 +48,39 @@ def choose_checkpoint(
     return folder
 
 
-def adapt_to_ranks(folder: Path, options: Options, config: dict[str, Any] | None, ranks: Ranks,
-                   console: Console, writes: bool) -> tuple[Options, bool]:
+def adapt_to_ranks(folder: Path, options: Options, config: dict[str, Any] | None, ranks: Ranks, console: Console,
+                   writes: bool, hosts: Hosts | None) -> tuple[Options, bool]:
     """Make a checkpoint and the batch fit the ranks that are there now.
 
     Return the options with that batch, and whether the checkpoint is in universal form now.
 
-    `config` is DeepSpeed's, which is changed; one rank of each disk `writes`. Raises UserError where parts of it are
-    elsewhere, or the global batch can't be divided.
+    `config` is DeepSpeed's, which is changed; one rank of each disk `writes`; `hosts` that each have an engine. Raises
+    UserError where parts of it are elsewhere, or the global batch can't be divided.
     """
     before = verification.read_layout(folder) if ranks.is_first_here else None
-    told = next(each for each in ranks.all_gather_json("written-by", before and vars(before)) if each)
-    written = Layout(**told)
-    now = options.batch_per_rank * ranks.world_size
-    if written.world_size == ranks.world_size and written.batch in (0, now):
+    told = ranks.all_gather_json("written-by", before and vars(before))
+    written = Layout(**next(each for each in told if each))
+    if written.world_size != ranks.world_size or written.batch not in (0, options.batch_per_rank * ranks.world_size):
+        options = adapt_batch(folder, written, options, config, ranks, console)
+    sharing = len(hosts.here) if hosts else ranks.world_size  # an engine's ranks
+    fits = before is None or before.parts == sharing
+    if all(ranks.all_gather_json("fits", fits)):
+        if hosts:
+            stop_unless_complete(folder, before, ranks)
         return options, False
+    stop_unless_complete(folder, before, ranks)
+    split = any(ranks.all_gather_json("split", ranks.is_first_here and bool(universal.optimizer_shards(folder))))
+    if config is not None and split:
+        if writes:
+            universal.convert(folder)
+        ranks.all_gather_json("universal", True, PREPARING_LIMIT_S)  # a large model's takes long
+        config.setdefault("checkpoint", {})["load_universal"] = True
+    return options, split
+
+
+def adapt_batch(folder: Path, written: Layout, options: Options, config: dict[str, Any] | None, ranks: Ranks,
+                console: Console) -> Options:
+    """Return the options with the global batch that a checkpoint was written with, or the nearest that can be."""
     if options.streaming and written.world_size != ranks.world_size:
         raise UserError(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: "
                         "resume with as many", shared=True)
@@ -74,18 +93,14 @@ def adapt_to_ranks(folder: Path, options: Options, config: dict[str, Any] | None
     kept = f"{batch} as before" if batch == written.batch else f"{batch} from now on, {written.batch} before"
     console.say(f"{folder.name} {who}: global batch {kept}, {options.per_device_train_batch_size} micro x "
                 f"{options.gradient_accumulation_steps} accumulation")
-    if same:
-        return options, False
-    lacking = universal.missing_shards(folder, written.world_size) if ranks.is_first_here else None
+    return options
+
+
+def stop_unless_complete(folder: Path, written: Layout | None, ranks: Ranks) -> None:
+    """Raise a UserError where a host lacks some of its checkpoint's parts; `written` is None but for its first rank."""
+    lacking = universal.missing_shards(folder, written.parts) if written else None
     if found := [text for text in ranks.all_gather_json("parts", lacking) if text]:
         raise UserError(found[0], shared=True)
-    split = any(ranks.all_gather_json("split", ranks.is_first_here and bool(universal.optimizer_shards(folder))))
-    if config is not None and split:
-        if writes:
-            universal.convert(folder)
-        ranks.all_gather_json("universal", True, PREPARING_LIMIT_S)  # a large model's takes long
-        config.setdefault("checkpoint", {})["load_universal"] = True
-    return options, split
 
 
 def local_checkpoints(run: RunFolder, named: Path | None) -> dict[str, Any]:

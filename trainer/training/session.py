@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.distributed import heartbeat
 from trainer.distributed.communication_time import time_shares
 from trainer.distributed.ranks import Ranks
 from trainer.estimate.flops import flops_per_token
+from trainer.exchange import host_engine, start_weights
 from trainer.model import from_config, loading, lora
 from trainer.options import Options
 from trainer.results import export, samples, summary
@@ -106,6 +108,8 @@ class Session:
         if options.lora:
             transformers.set_seed(options.seed)
             model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"))
+        if setup.hosts and not start_weights.agree(model, ranks):
+            setup.console.warn("the hosts had other weights to start with: those of rank 0 were sent to all")
         trained = lora.trained(model)
         capacity = None if options.no_packing else setup.sequence_length
         sequences = PackedSequences(setup.data.train, capacity, multiple_of=setup.global_batch_size)
@@ -147,9 +151,13 @@ class Session:
             setup.run.start(facts, setup.resume_step)
         tokens = [row.get("tokens", 0) for row in setup.run.read_metrics()] if setup.resume_step else [0]
         self._report.watch(self.trainer, max(tokens, default=0))
+        hosts = setup.hosts
+        of_host = host_engine.engine_of_host(hosts, clips=bool(setup.options.lan_average)) if hosts else nullcontext()
         try:
-            self.trainer.train(resume_from_checkpoint=str(setup.checkpoint) if setup.checkpoint else None)
+            with of_host:
+                self.trainer.train(resume_from_checkpoint=str(setup.checkpoint) if setup.checkpoint else None)
             self.trainer.check_finite()
+            self.trainer.settle()
         finally:
             setup.console.stop_bar()
 
