@@ -80,7 +80,7 @@ def look(run: Path, metrics: MetricsFile | None = None) -> dict[str, Any]:
     for path in sorted((run / "logs").glob("*.log")):
         hosts[path.stem] = {"last": last_line(path), "seconds_ago": round(time.time() - path.stat().st_mtime)}
     figures = {key: figure(newest.get(key)) for key in (
-        "step", "loss", "eval_loss", "tokens_per_second", "learning_rate")}
+        "step", "loss", "eval_loss", "tokens_per_second", "learning_rate", "sent_per_step")}
     return {"run": str(run), "status": status, "launcher": launcher.host if launcher.is_elsewhere else None,
             "steps": figure(record.get("steps")), "world_size": figure(record.get("world_size")),
             **figures, "hosts": hosts}
@@ -91,11 +91,11 @@ def state_line(state: dict[str, Any]) -> str:
     steps = f"/{state['steps']}" if state["steps"] else ""
     where = f" on {state['launcher']}" if state.get("launcher") and state["status"] in ACTIVE else ""
     parts = [f"{state['run']}: {state['status']}{where}"]
-    for text, value in ((f"step {state['step']}{steps}", state["step"]), ("loss {:.4f}", state["loss"]),
-                        ("evaluation loss {:.4f}", state["eval_loss"]),
-                        ("{:,.0f} tokens/s", state["tokens_per_second"])):
-        if value is not None:
-            parts.append(text.format(value))
+    for text, name in ((f"step {state['step']}{steps}", "step"), ("loss {:.4f}", "loss"),
+                       ("evaluation loss {:.4f}", "eval_loss"), ("{:,.0f} tokens/s", "tokens_per_second"),
+                       ("{:,.0f} bytes sent a step", "sent_per_step")):
+        if state.get(name) is not None:
+            parts.append(text.format(state[name]))
     return ", ".join(parts)
 
 

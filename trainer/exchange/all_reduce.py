@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.estimate.traffic import COMPRESSED_BUCKET
 from trainer.exchange import quantizer
 from trainer.exchange.hosts import Hosts
 from trainer.exchange.quantizer import BLOCK
 
-BUCKET = 1 << 22  # numbers that go at a time: 2 MB in 4 bits, 18 ms of 1 Gbit/s
 UNDER_WAY = 2  # buckets that are sent at once
 
 
@@ -32,7 +32,8 @@ class CompressedSum:
     that it sums, [that share / hosts]. Both are None for a rank without a lane.
     """
 
-    def __init__(self, count: int, bits: int, hosts: Hosts, device: torch.device, bucket: int = BUCKET) -> None:
+    def __init__(self, count: int, bits: int, hosts: Hosts, device: torch.device,
+                 bucket: int = COMPRESSED_BUCKET) -> None:
         self.count, self.bits, self.hosts = count, bits, hosts
         self._device = device
         share = hosts.lanes * hosts.count * BLOCK  # so that lanes, pieces and blocks come out even

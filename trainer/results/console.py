@@ -157,6 +157,8 @@ class Console:
                 f"{duration(pace * (total - step))} left")
         if metrics.get("mfu") is not None:
             text += f"  MFU {metrics['mfu']:.0%}"
+        if metrics.get("sent_per_step") is not None:
+            text += f"  {metrics['sent_per_step'] / 1e6:,.3g} MB sent a step"
         if self._bar is not None:
             self._bar.update(self._task, description=text)
             self.keep(f"step {step}/{total}  {text}")

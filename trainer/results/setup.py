@@ -37,12 +37,12 @@ class Setup:
     """A training as all its ranks have agreed on it.
 
     `device`: cuda, xpu or cpu; `precision`: bf16, fp16 or fp32; `peak`: all devices' FLOP/s together, if known;
-    `spare_devices`: of this machine, that no rank has; `memory`: bytes of the smallest rank's device; `flash`: every
-    rank's card can run flash attention; `ds_config`: DeepSpeed's, None without it; `config`: the
-    model's, None for tiny; `shared_disk`: all hosts see the same run folder; `checkpoint`: to continue from,
-    `universal` if it is in DeepSpeed's universal form; `hosts`: between which
-    gradients or weights cross in few bits, None without; `shape`: the model's, None where it can't be told;
-    `batch_reason`: why the micro batch is no larger.
+    `spare_devices`: of this machine, that no rank has; `memory`: bytes of the smallest rank's device, `free`: that
+    are left; `flash`: every rank's card can run flash attention; `ds_config`: DeepSpeed's, None without it;
+    `config`: the model's, None for tiny; `shared_disk`: all hosts see the same run folder; `checkpoint`: to
+    continue from, `universal` if it is in DeepSpeed's universal form; `hosts`: between which gradients or weights
+    cross in few bits, None without; `shape`: the model's, None where it can't be told; `batch_reason`: why the
+    micro batch is no larger.
     """
 
     options: Options
@@ -53,6 +53,7 @@ class Setup:
     peak: float | None
     spare_devices: int
     memory: int
+    free: int
     flash: bool
     ds_config: dict[str, Any] | None
     config: Any

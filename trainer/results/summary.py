@@ -137,8 +137,9 @@ def speed_line(setup: Setup, rate: float | None, peak: int) -> str:
         "sequence": setup.sequence_length, "peak_bytes": peak})
 
 
-def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[str, Any] | None) -> None:
-    """Print the result, what of the steps' time went by in waiting, and the paths that a person opens next."""
+def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[str, Any] | None,
+                  traffic: str | None = None) -> None:
+    """Print the result, what of the steps' time went by in waiting, what was sent, and the paths to open next."""
     say, run = setup.console.result, setup.run
     part = found.get("eval_sequences") != found.get("held_out_sequences")
     say("")
@@ -163,6 +164,8 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
         what = "for communication" if ranks_here else "for the network"
         say(f"  waiting          {waited['network']:.0%} of the steps' time {what}"
             + (slow if waited["slowest"] >= MIN_WAIT_SHARE else ""))
+    if traffic:
+        say(f"  network          {traffic}")
     if run.sample.exists():
         say("\nthe model's continuation after >>>, in held-out text:\n")
         say(textwrap.indent(run.sample.read_text(encoding="utf-8").rstrip(), "  "))

@@ -88,9 +88,7 @@ class GradientCheck:
             step = self.engine.step
 
             def checked_step(*arguments: Any, **more: Any) -> Any:
-                self._compare_host()
-                if self.error is not None:
-                    self.engine.step = step
+                self._compare_host()  # nothing, once it has compared
                 return step(*arguments, **more)
 
             self.engine.step = checked_step

@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import Trainer
 
 from trainer.data.packing import IGNORED, Collator, varlen_bounds
+from trainer.exchange.coalescing import Coalescing
 from trainer.model import document_attention
 from trainer.model.head_loss import HeadLoss
 from trainer.model.isolation import Way, document_mask
@@ -36,6 +37,7 @@ class LossTrainer(Trainer):
         model: Any = self.model
         self.collate, self.finite = collate, finite
         self.gradients: GradientCheck | None = None
+        self.coalescing: Coalescing | None = None
         self.own_tokens = self.read_tokens = 0  # trained, and all that aren't padding
         self.text_config = model.config.get_text_config()
         self.head_loss: HeadLoss | None = None
@@ -83,6 +85,8 @@ class LossTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
                       ) -> torch.Tensor:
         """Do a micro step; note whether its loss is finite."""
+        if self.coalescing:
+            self.coalescing.begin()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.gradients and self.gradients.engine is None and self.accelerator.sync_gradients:
             self.gradients.compare()

@@ -12,7 +12,16 @@ from trainer.distributed.deepspeed_config import lookup, offloads_optimizer
 from trainer.distributed.ranks import Ranks
 from trainer.estimate import batch, traffic
 from trainer.estimate.advice import report_lines
-from trainer.estimate.memory import NF4, MemoryInputs, bytes_needed, gigabytes, inputs_of, optimizer_bytes
+from trainer.estimate.memory import (
+    NF4,
+    USABLE,
+    MemoryInputs,
+    bytes_needed,
+    gigabytes,
+    inputs_of,
+    optimizer_bytes,
+    total,
+)
 from trainer.estimate.shape import Shape
 from trainer.model.head_loss import chunk_tokens
 from trainer.options import Options
@@ -58,6 +67,17 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
     heads = shape.heads if workload.attention in REPEATS_KEYS else shape.kv_heads
     return replace(found, weights=workload.parameters, trained=workload.trained, keys=shape.head_size * heads,
                    liger=workload.liger, chunk=None if changes_logits(workload.config) else found.chunk)
+
+
+def may_coalesce(setup: Setup) -> bool:
+    """Return whether ZeRO-2 over several hosts, which accumulates, has the memory to keep all gradients for a step."""
+    options, config = setup.options, setup.ds_config or {}
+    if (setup.shape is None or setup.hosts or setup.ranks.on_one_machine or options.gradient_accumulation_steps == 1
+            or lookup(config, "zero_optimization.stage") != 2 or offloads_optimizer(config)):
+        return False
+    load = expected_load(options, setup.shape, setup.device, setup.precision, config, setup.sequence_length,
+                         setup.ranks.world_size)
+    return total(replace(load, stage=1)) <= USABLE * setup.free
 
 
 def settle_batch(options: Options, shape: Shape | None, hardware: Hardware, ds_config: dict[str, Any] | None,

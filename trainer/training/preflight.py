@@ -10,10 +10,11 @@ from trainer.checkpoint import universal
 from trainer.distributed import deepspeed_config
 from trainer.errors import UserError
 from trainer.exchange import start
+from trainer.exchange.coalescing import Coalescing
 from trainer.model import document_attention, isolation
 from trainer.results import export
 from trainer.results.setup import Setup
-from trainer.training import kernels
+from trainer.training import kernels, memory_report
 from trainer.training.causal_trainer import CausalTrainer
 from trainer.training.gradient_check import GradientCheck
 from trainer.training.kernels import KernelTrial, compile_layers
@@ -60,6 +61,9 @@ class Preflight(TrainerCallback):
         self._begin_crossing()
         if not setup.options.no_gradient_check:
             self._check_gradients()
+        if memory_report.may_coalesce(setup):  # around the check, which looks at what was reduced
+            trainer.coalescing = Coalescing(trainer.model_wrapped)
+            setup.console.say("ZeRO-2's gradients cross once a step, not at every micro step: each rank has the memory")
 
     def _begin_crossing(self) -> None:
         """Have gradients or weights cross between hosts in few bits, and clip as this training does."""
@@ -69,6 +73,8 @@ class Preflight(TrainerCallback):
             engine.optimizer.clip_grad = engine.gradient_clipping()
         if setup.hosts is None:
             return
+        if setup.shared_disk and setup.hosts.number:  # every host's engine has the same to save, under the same names
+            engine.save_non_zero_checkpoint = engine.save_zero_checkpoint = False
         trainer.crossing = start.crossing_of(engine, setup.hosts, setup.options)
         if setup.checkpoint and (told := trainer.crossing.load(setup.checkpoint, setup.ranks)):
             setup.console.say(told)

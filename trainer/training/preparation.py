@@ -72,8 +72,8 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     own = tokenizer.load_tokenizer(options, data.folder / "tokenizer")
     tokenizer.check_rows(own, config, options, data.largest_token)
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
-                 hardware.memory, hardware.flash, ds_config, config, data, own, length, run, layout, shared_disk,
-                 checkpoint, universal, hosts, shape, batch_reason), waiting
+                 hardware.memory, hardware.free, hardware.flash, ds_config, config, data, own, length, run, layout,
+                 shared_disk, checkpoint, universal, hosts, shape, batch_reason), waiting
 
 
 def sequences_of(data: TokenizedDataset, options: Options, length: int) -> int | None:

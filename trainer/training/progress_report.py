@@ -10,20 +10,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sent_bytes import SentBytes
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
 from trainer.training.causal_trainer import CausalTrainer
 
 
 class ProgressReport(TrainerCallback):
-    """Write metrics.jsonl and show progress. `flops_per_token` and `peak` (FLOP/s) give the MFU if both are known."""
+    """Write metrics.jsonl and show progress. `flops_per_token` and `peak` (FLOP/s) give the MFU if both are known;
+    `sent` counts this host's bytes."""
 
-    KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu")
+    KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu", "sent_per_step")
 
     def __init__(
-        self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float | None, peak: float | None
+        self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float | None, peak: float | None,
+        sent: SentBytes
     ) -> None:
-        self._ranks, self._run, self._console = ranks, run, console
+        self._ranks, self._run, self._console, self._sent = ranks, run, console, sent
         self._flops_per_token, self._peak = flops_per_token, peak
         self._trainer: CausalTrainer | None = None
         self._since = self._paused = 0.0
@@ -86,6 +89,8 @@ class ProgressReport(TrainerCallback):
         found = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
         if self._flops_per_token and self._peak:
             found["mfu"] = round(all_tokens * self._flops_per_token / self._peak, 4)
+        if (sent := self._sent.lately()) is not None:
+            found["sent_per_step"] = sent
         return found
 
     def _add(self, row: dict[str, Any]) -> None:

@@ -19,11 +19,12 @@ from trainer.data.packing import Collator, PackedSequences
 from trainer.distributed import heartbeat
 from trainer.distributed.communication_time import time_shares
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sent_bytes import SentBytes, card_of_ranks
 from trainer.estimate.flops import flops_per_token
 from trainer.exchange import host_engine, start_weights
 from trainer.model import from_config, loading, lora
 from trainer.options import Options
-from trainer.results import export, samples, summary
+from trainer.results import export, samples, summary, traffic_report
 from trainer.results.console import Console
 from trainer.results.disk_space import check_disk_space
 from trainer.results.loss_curve import draw_curve
@@ -124,14 +125,15 @@ class Session:
         self.stop = StopOnSignal(ranks)
         shape = setup.shape and replace(setup.shape, active=active)
         flops = flops_per_token(shape, setup.sequence_length, frozen=bool(options.lora)) if shape else None
-        self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak)
+        self._sent = SentBytes("" if ranks.on_one_machine else card_of_ranks())
+        self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak, self._sent)
         self.trainer = CausalTrainer(
             ranks=ranks, eval_sequences=evaluated, layout=setup.layout, keep=options.save_total_limit,
             copies=options.checkpoint_copies, warn=setup.console.warn,
             finite=FiniteCheck(ranks, setup.precision, options.learning_rate),
             collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
             train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
-            processing_class=setup.tokenizer, callbacks=[self.stop, self._report, self._communication])
+            processing_class=setup.tokenizer, callbacks=[self.stop, self._sent, self._report, self._communication])
         self.trainer.head_loss = head_loss
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
@@ -188,8 +190,12 @@ class Session:
                 found = summary.summary(setup, self.workload, self.trainer, time.monotonic() - self._started,
                                         self._report.tokens) | {
                                             "peak_bytes": peak, "computed_tokens_per_second": self._report.usual_rate()}
-                run.finish("finished", 0, step=step, waiting=waited, summary=found)
-                summary.print_summary(setup, found, step, waited)
+                traffic = traffic_report.traffic_of(setup, self.workload, bool(self.trainer.coalescing),
+                                                    self._sent.total, self._sent.steps)
+                run.finish("finished", 0, step=step, waiting=waited, summary=found,
+                           traffic=traffic_report.as_facts(traffic, self.trainer.crossing))
+                summary.print_summary(setup, found, step, waited,
+                                      traffic.sentence(setup) if traffic else None)
         setup.ranks.barrier()  # no rank waits for one that has exited
         torch.distributed.destroy_process_group()
         return int(lost)

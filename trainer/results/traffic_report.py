@@ -1,0 +1,58 @@
+"""What the result says of the network: bytes that a host sends in a step, counted by its card, and by the formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainer.distributed.deepspeed_config import lookup
+from trainer.estimate.memory import gigabytes
+from trainer.estimate.traffic import Exchange, step_bytes
+from trainer.results.setup import Setup, Workload
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that leave rank 0's host in a step: `counted` (None: not), by the `formula`, and `uncompressed`."""
+
+    counted: int | None
+    formula: int
+    uncompressed: int
+
+    def sentence(self, setup: Setup) -> str:
+        """Return it for a person."""
+        where = f"GB a step from {setup.ranks.host}"
+        told = f"{gigabytes(self.formula)} {where}, by the formula" if self.counted is None else (
+            f"{gigabytes(self.counted)} {where} ({gigabytes(self.formula)} by the formula)")
+        return told + (f" instead of {gigabytes(self.uncompressed)}" if setup.hosts else "")
+
+
+def exchange_of(setup: Setup, workload: Workload, coalesced: bool) -> Exchange:
+    """Return what a step of this training exchanges between hosts."""
+    o, config = setup.options, setup.ds_config or {}
+    stage, number = int(lookup(config, "zero_optimization.stage") or 0), 4 if setup.precision == "fp32" else 2
+    plain = Exchange(
+        stage, setup.ranks.world_size, number, workload.trained, workload.parameters, o.gradient_accumulation_steps,
+        coalesced=coalesced,
+        by_owner=lookup(config, "zero_optimization.use_multi_rank_bucket_allreduce") is False)
+    if setup.hosts is None:
+        return plain
+    return replace(plain, bits=o.lan_compress or 0, hosts=setup.hosts.count, period=o.lan_average or 1)
+
+
+def traffic_of(setup: Setup, workload: Workload, coalesced: bool, total: int, steps: int) -> Traffic | None:
+    """Return what crossed, from a card's bytes in so many steps; None on one machine, or without DeepSpeed."""
+    if setup.ranks.on_one_machine or setup.ds_config is None:
+        return None
+    exchange = exchange_of(setup, workload, coalesced)
+    return Traffic(round(total / steps) if steps else None, round(step_bytes(exchange)),
+                   round(step_bytes(replace(exchange, bits=0))))
+
+
+def as_facts(traffic: Traffic | None, crossing: Any) -> dict[str, Any] | None:
+    """Return what run.json says of it: bytes a step, and the seconds of an exchange in few bits."""
+    if traffic is None:
+        return None
+    seconds = round(crossing.seconds / crossing.exchanges, 4) if crossing and crossing.exchanges else None
+    return {"counted": traffic.counted, "formula": traffic.formula, "uncompressed": traffic.uncompressed,
+            "exchange_seconds": seconds}
