@@ -60,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dataset", metavar="D", help="text whose size may make the global batch smaller, as the trainer does")
     flag("--full", action="store_true", help="only training of all weights")
     flag("--lora", type=int, nargs="?", const=16, metavar="R", help="only adapters of this rank (16)")
+    flag("--lan-compress", type=int, nargs="?", const=4, choices=[8, 4, 3], default=0, metavar="BITS",
+         help="with gradients in so many bits between hosts (4), as the trainer's --lan_compress has it")
     flag("--hostfile", type=Path, metavar="H", help="the machines (default: hostfile.txt if it's there, else this one)")
     flag("--include", default="", metavar="I", help="only these hosts and slots of it: gpu1@gpu2:0,2")
     flag("--cluster", type=Path, metavar="F", help="what is known of them (default: cluster.json beside the hostfile); "
@@ -137,7 +139,7 @@ def task_of(options: argparse.Namespace, shape: Shape) -> Task:
     adapters = (LORA,) if options.model == "tiny" else (LORA, QLORA)  # which is too small for 4 bits
     kinds = (FULL,) if options.full else adapters if options.lora else (FULL, *adapters)
     return Task(shape, sequence, options.global_batch or default_global_batch(sequence, sequences),
-                options.lora or 16, kinds, options.nvme)
+                options.lora or 16, kinds, options.nvme, options.lan_compress)
 
 
 def show_sweep(options: argparse.Namespace, task: Task, machine: Machine, rates: Mapping[str, Rate]) -> int:

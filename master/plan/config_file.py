@@ -16,7 +16,7 @@ def ds_config(way: Way, nvme: str | None = None) -> dict[str, Any]:
     if way.stage:  # as the presets have it: transformers' "auto" is far smaller
         zero["reduce_bucket_size"] = int(BUCKET)
     if way.stage in (1, 2):
-        zero["allgather_bucket_size"] = int(BUCKET)
+        zero |= {"allgather_bucket_size": int(BUCKET), "use_multi_rank_bucket_allreduce": False}
     if way.stage == 3:
         zero |= {"stage3_prefetch_bucket_size": AUTO,
                  "stage3_param_persistence_threshold": AUTO, "stage3_gather_16bit_weights_on_model_save": True}
@@ -35,6 +35,8 @@ def trainer_flags(way: Way, rank: int, sequence: int) -> list[str]:
     words = ["--sequence_length", str(sequence)]
     if way.kind in (LORA, QLORA):
         words += [f"--{way.kind}", str(rank)]
+    if way.bits:
+        words += ["--lan_compress", str(way.bits)]
     return words + (["--activation_checkpointing"] if way.batch.checkpoints else [])
 
 

@@ -51,6 +51,7 @@ class Wanted:
     accumulation: int | None
     global_batch: int | None
     checkpoints: bool
+    bits: int
 
 
 def wanted_of(trainer_flags: Sequence[str]) -> Wanted:
@@ -60,6 +61,7 @@ def wanted_of(trainer_flags: Sequence[str]) -> Wanted:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=int)
     for name in (LORA, QLORA):
         parser.add_argument(f"--{name}", type=int, nargs="?", const=16)
+    parser.add_argument("--lan_compress", "--lan-compress", type=int, nargs="?", const=4, default=0)
     parser.add_argument("--activation_checkpointing", "--activation-checkpointing", "--gradient_checkpointing",
                         action="store_true")
     try:
@@ -68,7 +70,8 @@ def wanted_of(trainer_flags: Sequence[str]) -> Wanted:
         said, _ = parser.parse_known_args([])
     kind = QLORA if said.qlora else LORA if said.lora else FULL
     return Wanted(said.qlora or said.lora, kind, said.sequence_length, said.per_device_train_batch_size,
-                  said.gradient_accumulation_steps, said.global_batch_size, said.activation_checkpointing)
+                  said.gradient_accumulation_steps, said.global_batch_size, said.activation_checkpointing,
+                  said.lan_compress)
 
 
 def rates_for(task: Task, machines: Sequence[Machine], cluster: Mapping[str, Any], model: str) -> dict[str, Rate]:
@@ -116,7 +119,7 @@ def choose(config: Path | None, model: str | None, dataset: str | None, trainer_
     sequence = wanted.sequence or default_sequence(model == "tiny", shape.positions)
     sequences = sequences_of(dataset, sequence)
     task = Task(shape, sequence, wanted.global_batch or default_global_batch(sequence, sequences), wanted.rank or 16,
-                (wanted.kind,))
+                (wanted.kind,), bits=wanted.bits)
     rates = rates_for(task, machines, cluster, model)
     if not on_cpu and not all(machine.memory for machine in machines):
         return fallback
@@ -151,7 +154,8 @@ def fixed(task: Task, wanted: Wanted, machines: tuple[Machine, ...], stage: int,
     else:
         chosen = batch.choose_batch(load, task.global_batch, min(machine.memory for machine in machines),
                                     machines[0].on_gpu)
-    return estimate(task, Way(wanted.kind, machines, stage, offload, chosen), network, rates)
+    return estimate(task, Way(wanted.kind, machines, stage, offload, chosen,
+                              task.bits if len(machines) > 1 else 0), network, rates)
 
 
 def block(best: Estimate) -> list[str]:

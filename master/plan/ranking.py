@@ -14,6 +14,7 @@ from trainer.estimate.traffic import goodput
 HELPS = 1.1  # times as fast as before: less isn't worth a word
 MORE = 8  # times the global batch that is tried
 OTHER_CARD = 1.25  # by so much another card may reach another share of its peak, assumed
+BITS = 4  # of a gradient, unless another number is asked for
 CASES = ("low", "likely", "high")
 
 
@@ -29,7 +30,8 @@ class Change:
 class Ranking:
     """All estimates in order, the best way of the kind that is wanted (None: nothing fits), those that may be as fast
     on other machines, the next best choice of them, the change that would help most, and the best full training
-    with a larger global batch on each choice of several machines.
+    with a larger global batch on each choice of several machines; `compressed`: the best way with gradients in few
+    bits between hosts, where that helps.
     """
 
     estimates: list[Estimate]
@@ -38,6 +40,7 @@ class Ranking:
     following: Estimate | None
     change: Change | None
     larger: dict[tuple[Machine, ...], Estimate]
+    compressed: Estimate | None = None
 
 
 def beats(one: Estimate, other: Estimate) -> bool:
@@ -82,7 +85,17 @@ def rank(task: Task, choices: Sequence[tuple[Machine, ...]], network: Network, r
     more = all_estimates(replace(task, kinds=(FULL,), global_batch=MORE * task.global_batch), several, network, rates) \
         if FULL in task.kinds else []
     return Ranking(estimates, best, rivals, following, helpful_change(task, choices, network, rates, best),
-                   best_of(more, FULL))
+                   best_of(more, FULL), compressed(task, several, network, rates, best))
+
+
+def compressed(task: Task, several: Sequence[tuple[Machine, ...]], network: Network, rates: Mapping[str, Rate],
+               best: Estimate) -> Estimate | None:
+    """Return the best way of the best's kind with gradients in few bits between hosts; None where it helps little."""
+    if not best.known or task.bits or not several:
+        return None
+    fitting = [each for each in all_estimates(replace(task, kinds=(best.way.kind,), bits=BITS), several, network, rates)
+               if each.fits]
+    return fitting[0] if fitting and fitting[0].rate() > HELPS * best.rate() and beats(fitting[0], best) else None
 
 
 def helpful_change(task: Task, choices: Sequence[tuple[Machine, ...]], network: Network, rates: Mapping[str, Rate],

@@ -9,7 +9,7 @@ from typing import Any
 from master.core.terminal import listed
 from master.plan.machines import Machine
 from master.plan.ranking import Ranking, best_of
-from master.plan.ways import FULL, LORA, QLORA, Estimate, Task
+from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, Way
 from trainer.estimate.memory import USABLE, gigabytes
 from trainer.estimate.speed import Range
 
@@ -69,7 +69,12 @@ def words_of(found: Estimate) -> str:
     """Return a way in words: 'full, ZeRO-1, activations recomputed'."""
     way = found.way
     anew = RECOMPUTED if way.batch.checkpoints else ""
-    return f"{KINDS[way.kind]}, ZeRO-{way.stage}{OFFLOADS[way.offload]}{anew}"
+    return f"{KINDS[way.kind]}, ZeRO-{way.stage}{OFFLOADS[way.offload]}{anew}{bits_of(way)}"
+
+
+def bits_of(way: Way) -> str:
+    """Return what is said of gradients that cross between hosts in few bits."""
+    return f", {way.bits} bits between hosts" if way.bits else ""
 
 
 def names(machines: Sequence[Machine]) -> str:
@@ -133,6 +138,11 @@ def sentences(task: Task, ranking: Ranking) -> list[str]:
         found.append(f"what would help most: {change.words}: {rate_words(change.best)} tokens/s, "
                      f"{change.best.rate() / best.rate():.1f} times as many ({words_of(change.best)} on "
                      f"{names(change.best.way.machines)}).")
+    if compressed := ranking.compressed:
+        found.append(f"with what is there: --lan_compress sends gradients in {compressed.way.bits} bits between hosts: "
+                     f"{rate_words(compressed)} tokens/s, {compressed.rate() / best.rate():.1f} times as many "
+                     f"({words_of(compressed)} on {names(compressed.way.machines)}); it costs a little of what is "
+                     "learnt: docs/lan_exchange.md.")
     return found
 
 
@@ -148,7 +158,7 @@ def choice_sentence(ranking: Ranking, best: Estimate) -> str:
         f"how fast isn't known ({card}, --measure tells)"
     way = best.way
     return (f"best: {KINDS[way.kind]} training on {names(way.machines)} with ZeRO-{way.stage}{OFFLOADS[way.offload]}"
-            f"{RECOMPUTED if way.batch.checkpoints else ''}, micro batch {way.batch.micro}, accumulation "
+            f"{RECOMPUTED if way.batch.checkpoints else ''}{bits_of(way)}, micro batch {way.batch.micro}, accumulation "
             f"{way.batch.accumulation}: {speed}.")
 
 
@@ -213,6 +223,7 @@ def as_json(task: Task, ranking: Ranking, model: str, command: str | None) -> di
     return {"model": model, "parameters": task.shape.parameters, "sequence_length": task.sequence,
             "global_batch": task.global_batch, "best": described(ranking.best) if ranking.best else None,
             "certain": ranking.best is not None and ranking.best.known and not ranking.rivals,
+            "compressed": described(ranking.compressed) if ranking.compressed else None,
             "change": {"words": ranking.change.words, **described(ranking.change.best)} if ranking.change else None,
             "sentences": sentences(task, ranking), "command": command,
             "ways": [described(each) for each in ranking.estimates]}
@@ -225,6 +236,7 @@ def described(found: Estimate) -> dict[str, Any]:
                                           "offload_s": found.offload}
     return {"machines": [machine.name for machine in way.machines], "kind": way.kind, "zero_stage": way.stage,
             "offload": way.offload or None, "micro_batch": way.batch.micro, "accumulation": way.batch.accumulation,
+            "lan_compress": way.bits or None,
             "activation_checkpointing": way.batch.checkpoints, "fits": found.fits, "short_bytes": round(found.short),
             "device_bytes": {name: round(size) for name, size in found.device.items()},
             "host_bytes": {name: round(size) for name, size in found.host.items()},

@@ -23,7 +23,8 @@ NOMINAL_SPREAD = (0.7, 1.0)
 @dataclass(frozen=True)
 class Task:
     """What is to be trained: a model's shape, tokens of a `sequence`, sequences of a `global_batch`, the `rank` of an
-    adapter, the `kinds` that come into question, and a folder for offload to NVMe, None without.
+    adapter, the `kinds` that come into question, a folder for offload to NVMe, None without, and the `bits` of a
+    gradient between hosts, 0: as they are.
     """
 
     shape: Shape
@@ -32,17 +33,24 @@ class Task:
     rank: int = 16
     kinds: tuple[str, ...] = (FULL, LORA, QLORA)
     nvme: str | None = None
+    bits: int = 0
 
 
 @dataclass(frozen=True)
 class Way:
-    """How it is trained: `offload` is "", "optimizer", "all" or "nvme"."""
+    """How it is trained: `offload` is "", "optimizer", "all" or "nvme"; `bits` of a gradient between hosts, or 0."""
 
     kind: str
     machines: tuple[Machine, ...]
     stage: int
     offload: str
     batch: batch.Batch
+    bits: int = 0
+
+    @property
+    def lanes(self) -> int:
+        """Ranks of the smallest machine."""
+        return min(len(machine.devices) for machine in self.machines)
 
     @property
     def ranks(self) -> int:
@@ -99,16 +107,19 @@ def ways(task: Task, machines: tuple[Machine, ...]) -> Iterator[Way]:
     """Yield every way on these machines, with the largest useful batch that fits; of each with activations kept and
     computed anew."""
     ranks = sum(len(machine.devices) for machine in machines)
+    bits = task.bits if len(machines) > 1 else 0
     for kind in task.kinds:
         if kind == QLORA and not all(machine.on_gpu for machine in machines):
             continue
         for stage, offload in stages(kind, ranks, task.nvme is not None):
+            if bits and stage == 3:  # which splits the model among hosts
+                continue
             for checkpoints in (False, True):
                 load = load_of(task, kind, ranks, stage, offload, machines)
                 load = replace(load, checkpoints=checkpoints)
                 found = batch.choose_batch(load, task.global_batch, min(machine.memory for machine in machines),
                                            machines[0].on_gpu, may_checkpoint=False)
-                yield Way(kind, machines, stage, offload, found)
+                yield Way(kind, machines, stage, offload, found, bits)
 
 
 def stages(kind: str, ranks: int, nvme: bool) -> list[tuple[int, str]]:
@@ -124,9 +135,12 @@ def load_of(task: Task, kind: str, ranks: int, stage: int, offload: str, machine
     number = 2 if all(machine.on_gpu for machine in machines) else 4  # as the trainer computes there
     trained = task.shape.parameters if kind == FULL else task.shape.adapter(task.rank)
     chunk = max(1, GPU_CHUNK // task.shape.vocabulary) if machines[0].on_gpu else 256
+    lanes = min(len(machine.devices) for machine in machines)
+    crosses = bool(task.bits) and len(machines) > 1  # then each host has all states
     return inputs_of(
         task.shape, trained, repeats_keys=True, sequence=task.sequence, micro=1,
-        accumulation=max(2, task.global_batch), ranks=ranks, stage=stage, number=number,
+        accumulation=max(2, task.global_batch), ranks=ranks, sharing=lanes if crosses else 0, stage=stage,
+        residual=traffic.residual_bytes(lanes, len(machines), False) if crosses else 0.0, number=number,
         weight={FULL: 0.0, LORA: float(number), QLORA: NF4}[kind], offloads=bool(offload),
         offloads_weights=offload in ("all", "nvme"), chunk=chunk, bucket=BUCKET)
 
@@ -148,7 +162,8 @@ def estimate(task: Task, way: Way, network: Network, rates: Mapping[str, Rate]) 
             short_host = max(short_host, sum(needed.values()) - USABLE * machine.ram)
     short = max(sum(device.values()) - USABLE * min(machine.memory for machine in way.machines), short_host)
     tokens = float(chosen.micro * chosen.accumulation * ranks * task.sequence)
-    exchange = traffic.Exchange(way.stage, ranks, load.number, load.trained, load.weights, chosen.accumulation)
+    exchange = traffic.Exchange(way.stage, ranks, load.number, load.trained, load.weights, chosen.accumulation,
+                                by_owner=True, bits=way.bits, hosts=len(way.machines))
     compute, source, name = compute_of(task, way, rates)
     offloading = offload_of(load, way)
     communication, link = communication_of(exchange, way, network)
@@ -183,8 +198,9 @@ def communication_of(exchange: traffic.Exchange, way: Way, network: Network
     rate, measured, name = network.between(way.machines)
     low, high = NETWORK_SPREAD if measured else NOMINAL_SPREAD
     waiting = traffic.step_messages(exchange) * network.latency(way.machines) / 2
-    return Range(sent / (rate * high) + waiting, sent / rate + waiting, sent / (rate * low) + waiting), (
-        rate, measured, name)
+    coding = speed.encoding_seconds(exchange.trained, way.lanes, way.machines[0].on_gpu) if way.bits else NOTHING
+    return Range(sent / (rate * high) + waiting + coding.low, sent / rate + waiting + coding.likely,
+                 sent / (rate * low) + waiting + coding.high), (rate, measured, name)
 
 
 def offload_of(load: MemoryInputs, way: Way) -> Range:

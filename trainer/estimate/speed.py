@@ -23,6 +23,10 @@ HOST_BYTES_S = (15e9, 30e9, 60e9)  # of a desktop's memory, assumed
 PCIE_BYTES_S = (6e9, 12e9, 24e9)  # between a device and its host, or another device: PCIe 3.0 to 5.0 x16, assumed
 NVLINK_BYTES_S = (100e9, 200e9, 400e9)  # between devices that have it, each way: a part of the 300 to 900, assumed
 NVLINKED = ("B200", "H200", "H100", "A100-SXM", "A800-SXM", "V100-SXM")  # not those on PCIe cards
+# Weights a second whose gradients a rank encodes and decodes for other hosts: a core (benchmarks/lan_exchange.py),
+# and a card, about a hundred bytes of whose memory each takes, assumed.
+ENCODED_ON_CPU = (3e7, 6e7, 1.2e8)
+ENCODED_ON_GPU = (3e9, 6e9, 1.5e10)
 NVME_BYTES_S = (1e9, 2e9, 5e9)  # of a drive, assumed
 
 
@@ -66,6 +70,11 @@ def work_per_token(shape: Shape, sequence: int, frozen: bool, stage: int, checkp
 def compute_seconds(flops: float, rate: Range) -> Range:
     """Return the seconds of so many FLOP on a device that makes so many a second."""
     return over(flops, (rate.low, rate.likely, rate.high))
+
+
+def encoding_seconds(trained: float, lanes: int, on_gpu: bool) -> Range:
+    """Return the seconds in which `lanes` ranks of a host encode and decode what crosses between hosts in few bits."""
+    return over(trained / lanes, ENCODED_ON_GPU if on_gpu else ENCODED_ON_CPU)
 
 
 def offload_seconds(trained: float, weights: float, number: int, micro_steps: int, to_nvme: bool) -> Range:
