@@ -91,11 +91,11 @@ def state_line(state: dict[str, Any]) -> str:
     steps = f"/{state['steps']}" if state["steps"] else ""
     where = f" on {state['launcher']}" if state.get("launcher") and state["status"] in ACTIVE else ""
     parts = [f"{state['run']}: {state['status']}{where}"]
-    for text, name in ((f"step {state['step']}{steps}", "step"), ("loss {:.4f}", "loss"),
-                       ("evaluation loss {:.4f}", "eval_loss"), ("{:,.0f} tokens/s", "tokens_per_second"),
-                       ("{:,.0f} bytes sent a step", "sent_per_step")):
+    for text, name, unit in ((f"step {state['step']}{steps}", "step", 1), ("loss {:.4f}", "loss", 1),
+                             ("evaluation loss {:.4f}", "eval_loss", 1), ("{:,.0f} tokens/s", "tokens_per_second", 1),
+                             ("{:,.3g} MB sent a step", "sent_per_step", 1e6)):
         if state.get(name) is not None:
-            parts.append(text.format(state[name]))
+            parts.append(text.format(state[name] / unit))
     return ", ".join(parts)
 
 

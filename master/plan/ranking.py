@@ -95,7 +95,7 @@ def compressed(task: Task, several: Sequence[tuple[Machine, ...]], network: Netw
         return None
     fitting = [each for each in all_estimates(replace(task, kinds=(best.way.kind,), bits=BITS), several, network, rates)
                if each.fits]
-    return fitting[0] if fitting and fitting[0].rate() > HELPS * best.rate() and beats(fitting[0], best) else None
+    return fitting[0] if fitting and fitting[0].rate() > HELPS * best.rate() else None
 
 
 def helpful_change(task: Task, choices: Sequence[tuple[Machine, ...]], network: Network, rates: Mapping[str, Rate],

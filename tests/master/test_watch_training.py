@@ -35,7 +35,8 @@ def make_run(folder: Path, status: str, name: str = "20260101-000000-tiny") -> P
     (run / "run.json").write_text(json.dumps({"status": status, "steps": 10, "world_size": 2, "command": (
         "trainer/train.py --local_rank=0 --model_name_or_path tiny --output_dir runs/x --max_steps 10 "
         "--resume_from_checkpoint=auto --dataset_path 'my notes'")}))
-    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 4321.0}\n{"step": 4, "eval_l')
+    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 4321.0, '
+                                       '"sent_per_step": 69500000}\n{"step": 4, "eval_l')
     (run / "logs" / "gpu1.log").write_text("10:00:00 [0] step 3\x1b[31m\n")
     return run
 
@@ -45,7 +46,7 @@ def test_a_run_that_has_ended_is_summed_up(tmp_path: Path) -> None:
     done = watch(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first == "runs/20260101-000000-tiny: finished, step 3/10, loss 2.5000, 4,321 tokens/s"
+    assert first == "runs/20260101-000000-tiny: finished, step 3/10, loss 2.5000, 4,321 tokens/s, 69.5 MB sent a step"
     assert second.startswith("  gpu1: ") and second.endswith(" s ago: 10:00:00 [0] step 3?[31m")
     state = json.loads(watch("--json", "20260101-000000-tiny", cwd=tmp_path).stdout)
     assert (state["status"], state["step"], state["eval_loss"], state["world_size"]) == ("finished", 3, None, 2)

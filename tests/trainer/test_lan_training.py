@@ -117,6 +117,20 @@ def test_a_run_changes_over_and_back(environment: dict[str, str], tmp_path: Path
 
 
 @pytest.mark.slow
+def test_zero_2_waits_with_its_gradients_until_the_end_of_a_step(environment: dict[str, str], tmp_path: Path) -> None:
+    losses = []
+    for preset in ("zero1", "zero2"):
+        (root := tmp_path / preset).mkdir()
+        outputs = play(environment, root, "0,1", "--deepspeed_config", str(CONFIGS / f"{preset}.json"),
+                       "--per_device_train_batch_size", "2")
+        assert ("ZeRO-2's gradients cross once a step" in outputs[0]) == (preset == "zero2")
+        assert "gradients checked against the sum of all ranks' own" in outputs[0]
+        rows = [json.loads(line) for line in (root / "machine-0" / "run" / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
+@pytest.mark.slow
 def test_what_is_no_number_stops_all_hosts(environment: dict[str, str], tmp_path: Path) -> None:
     outputs = play(environment, tmp_path, "0,1", "--deepspeed_config", str(CONFIGS / "zero1.json"), "--lan_compress",
                    NEW, "--learning_rate", "1e30", fails=True)
