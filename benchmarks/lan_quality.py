@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-FACTS, SEQUENCE, RATE = 80, 128, "1e-4"
+FACTS, REPEATS, PARAGRAPHS, SEQUENCE, RATE = 24, 20, 400, 128, "2e-4"  # about 50,000 tokens, half of them facts
 WAYS = {"synchronous": [], "8 bits": ["--lan_compress", "8"], "4 bits": ["--lan_compress", "4"],
         "3 bits": ["--lan_compress", "3"], "average of 5": ["--lan_average", "5"],
         "average of 10": ["--lan_average", "10"]}
@@ -50,14 +50,14 @@ def write_data(folder: Path, seed: int) -> list[dict[str, str]]:
     """Write training and held-out text; return the facts that are asked afterwards."""
     made, known = random.Random(seed), facts(seed)  # noqa: S311
     asked = known[FACTS // 2:]
-    lines = [phrase.format(**fact) for fact in known for phrase in PHRASES for _ in range(4)]
-    lines += [(QUESTION + ANSWER).format(**fact) for fact in known[:FACTS // 2] for _ in range(4)]
+    lines = [phrase.format(**fact) for fact in known for phrase in PHRASES for _ in range(REPEATS)]
+    lines += [(QUESTION + ANSWER).format(**fact) for fact in known[:FACTS // 2] for _ in range(REPEATS)]
     pages = sorted(pydoc_data.topics.topics.items())
     made.shuffle(lines)
     held_out = [text for number, (_, text) in enumerate(pages) if number % 8 == 0]
     rest = [part for number, (_, text) in enumerate(pages) if number % 8 for part in re.split(r"\n\n+", text) if part]
     made.shuffle(rest)
-    texts = ["\n".join(lines[at:at + 4]) for at in range(0, len(lines), 4)] + rest[:len(lines)]
+    texts = ["\n".join(lines[at:at + 4]) for at in range(0, len(lines), 4)] + rest[:PARAGRAPHS]
     made.shuffle(texts)
     (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in held_out[:10]))

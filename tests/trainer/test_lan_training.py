@@ -154,3 +154,14 @@ def test_zero_3_splits_the_model_among_hosts_and_is_refused() -> None:
     with pytest.raises(UserError, match=re.escape("take trainer/configs/zero2.json")):
         start.check(options, {"zero_optimization": {"stage": 3}}, "bf16")
     assert parse_options(["--model_name_or_path", "gpt2", "--deepspeed", "--lan_average", "5"]).lan_compress == 4
+
+
+@pytest.mark.slow
+def test_zero_0_in_32_bits_sends_gradients_in_16(environment: dict[str, str], tmp_path: Path) -> None:
+    outputs = play(environment, tmp_path, "0,1", "--deepspeed_config", str(CONFIGS / "zero0.json"))
+    found = re.search(r"gradients checked against the sum of all ranks' own: (\S+)", outputs[0])
+    assert found and 1e-5 < float(found[1]) < 0.02  # they were rounded on their way
+    config = json.loads((tmp_path / "machine-0" / "run" / "ds_config.json").read_text())
+    assert config["communication_data_type"] == "bf16"
+    record = json.loads((tmp_path / "machine-0" / "run" / "run.json").read_text())
+    assert record["traffic"]["formula"] == pytest.approx(2 * record["parameters"], rel=0.01)  # 2 hosts: 2 x 2 x 1/2

@@ -31,6 +31,8 @@ def exchange_of(setup: Setup, workload: Workload, coalesced: bool) -> Exchange:
     """Return what a step of this training exchanges between hosts."""
     o, config = setup.options, setup.ds_config or {}
     stage, number = int(lookup(config, "zero_optimization.stage") or 0), 4 if setup.precision == "fp32" else 2
+    if stage == 0 and config.get("communication_data_type") in ("bf16", "fp16"):
+        number = 2
     plain = Exchange(
         stage, setup.ranks.world_size, number, workload.trained, workload.parameters, o.gradient_accumulation_steps,
         coalesced=coalesced,

@@ -52,6 +52,8 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config, length,
                                                        sequences_of(data, options, length), ranks.world_size,
                                                        start.engine_ranks(options, ranks))
+    if ds_config is not None and not ranks.on_one_machine and not options.lan_compress:
+        deepspeed_config.send_gradients_in_bf16(ds_config, hardware.precision)
     waiting = start_engine_libraries(ds_config, hardware.device, ranks, console)
     hosts = start.hosts_of(options, ranks, console.warn)
     run = RunFolder(agree_on_run(options, ranks, console))
