@@ -89,8 +89,10 @@ def stay_offline(options: Options) -> None:
 def train(options: Options, ranks: Ranks, console: Console, signals: SignalWatch) -> int:
     """Do all that one rank has to do, from the options to the finished run folder; return the exit code."""
     from trainer.distributed import deepspeed_config
+    from trainer.exchange import allowed
 
     config = deepspeed_config.read_config(options.deepspeed) if options.deepspeed else None
+    allowed.check(options, config, options.precision)
     stay_offline(options)
     console.say("lanspeed: loading torch, transformers and deepspeed")
     heartbeat.report("loading torch, transformers and deepspeed")

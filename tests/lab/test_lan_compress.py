@@ -33,7 +33,8 @@ def test_hosts_send_what_the_formula_says_and_save_one_model(
     assert traffic["exchange_seconds"] > 0
     assert traffic["counted"] == pytest.approx(traffic["formula"], rel=0.1)
     assert traffic["counted"] < 0.2 * traffic["uncompressed"]
-    assert re.search(r"network +\S+ GB a step from gpu1 \(\S+ by the formula\) instead of ", output), output
+    assert re.search(r"network +\S+ GB a step from gpu1 \(\S+ by the formula\), \S+ uncompressed; an exchange takes",
+                     output), output
     assert "sent a step" in output and "gradients checked against the sum of all ranks' own" in output
     code, output = desk.run("--resume", str(desk.run_folder), *FLAGS, "--max_steps", "8")
     assert code == 0 and "resuming after 6" in output, output

@@ -90,7 +90,7 @@ def odd_case(hosts: Hosts) -> None:
     found = torch.cat(list(made.gather(codes)))
     lost = [None] * dist.get_world_size()
     dist.all_gather_object(lost, [norm != norm, int(found.isnan().sum())])
-    model = torch.nn.Linear(3, 3)
+    model = torch.nn.Linear(3, 3).to(torch.bfloat16)
     torch.nn.init.constant_(model.weight, hosts.number)
     torch.nn.init.constant_(model.bias, 0.5)
     agreed = [agree(model, place_of_hosts()) for _ in range(2)]

@@ -17,7 +17,7 @@ from ssh_server import free_port
 from warm_trainer import Job
 
 from trainer.errors import UserError
-from trainer.exchange import start
+from trainer.exchange import allowed
 from trainer.options import parse_options
 
 CONFIGS = ROOT / "trainer" / "configs"
@@ -152,7 +152,7 @@ def test_what_cannot_be_compressed_is_refused_at_once(words: list[str], says: st
 def test_zero_3_splits_the_model_among_hosts_and_is_refused() -> None:
     options = parse_options(["--model_name_or_path", "tiny", "--deepspeed", "--lan_compress", NEW])
     with pytest.raises(UserError, match=re.escape("take trainer/configs/zero2.json")):
-        start.check(options, {"zero_optimization": {"stage": 3}}, "bf16")
+        allowed.check(options, {"zero_optimization": {"stage": 3}}, "bf16")
     assert parse_options(["--model_name_or_path", "gpt2", "--deepspeed", "--lan_average", "5"]).lan_compress == 4
 
 

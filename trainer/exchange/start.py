@@ -1,13 +1,11 @@
-"""What --lan_compress does before the first step: refuse what it can't, and set up what crosses between hosts."""
+"""What --lan_compress does before the first step: find the hosts, and set up what crosses between them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from trainer.distributed.deepspeed_config import lookup
 from trainer.distributed.ranks import Ranks
-from trainer.errors import UserError
 from trainer.exchange.crossing import Crossing
 from trainer.exchange.gradient_exchange import GradientExchange
 from trainer.exchange.hosts import Hosts, join_hosts
@@ -15,18 +13,6 @@ from trainer.exchange.weight_average import WeightAverage
 from trainer.options import Options
 
 MOST_HOSTS, LONGEST = 2, 10  # with which averages were measured to be harmless
-
-
-def check(options: Options, ds_config: dict[str, Any] | None, precision: str) -> None:
-    """Raise a UserError for a configuration whose engine can't be one of a host alone."""
-    if not options.lan_compress:
-        return
-    if lookup(ds_config or {}, "zero_optimization.stage") == 3:
-        raise UserError(f"{options.deepspeed}: --lan_compress keeps the whole model on each host, and ZeRO-3 splits it "
-                        "among all: take trainer/configs/zero2.json", exit_code=2, shared=True)
-    if precision == "fp16":
-        raise UserError("--lan_compress: with fp16 each host would scale its loss by itself: --precision bf16 or fp32",
-                        exit_code=2, shared=True)
 
 
 def engine_ranks(options: Options, ranks: Ranks) -> int:

@@ -23,7 +23,9 @@ def agree(model: torch.nn.Module, ranks: Ranks) -> bool:
         return True
     for tensor in tensors_of(model):
         group = ranks._side_group if tensor.device.type == "cpu" else None
-        dist.broadcast(tensor, 0, group=group)
+        whole = tensor.contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), 0, group=group)  # gloo doesn't know every kind of number
+        tensor.copy_(whole)
     return False
 
 

@@ -19,6 +19,8 @@ def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
     saves = workload.steps / (interval if interval >= 1 else max(interval * workload.steps, 1))
     together = min(options.save_total_limit + 1, int(saves) + 1)
     parts = min(ranks.local_world_size * (1 + options.checkpoint_copies), ranks.world_size)
+    if setup.hosts:  # each of which has an engine's states
+        parts = ranks.world_size
     one = verification.expected_bytes(workload.trained, weight, parts, ranks.world_size)
     needed, free = together * one + weight * workload.parameters, verification.free_bytes(path)
     short = (f"{ranks.host}: {path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and the model, and "

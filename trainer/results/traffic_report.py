@@ -13,18 +13,24 @@ from trainer.results.setup import Setup, Workload
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that leave rank 0's host in a step: `counted` (None: not), by the `formula`, and `uncompressed`."""
+    """Bytes that leave rank 0's host in a step: `counted` (None: not), by the `formula`, and `uncompressed`.
+
+    `exchange_seconds`: of an exchange in few bits, None without.
+    """
 
     counted: int | None
     formula: int
     uncompressed: int
+    exchange_seconds: float | None
 
-    def sentence(self, setup: Setup) -> str:
+    def sentence(self, host: str) -> str:
         """Return it for a person."""
-        where = f"GB a step from {setup.ranks.host}"
-        told = f"{gigabytes(self.formula)} {where}, by the formula" if self.counted is None else (
-            f"{gigabytes(self.counted)} {where} ({gigabytes(self.formula)} by the formula)")
-        return told + (f" instead of {gigabytes(self.uncompressed)}" if setup.hosts else "")
+        sent = self.formula if self.counted is None else self.counted
+        told = f"{gigabytes(sent)} GB a step from {host}"
+        told += " by the formula" if self.counted is None else f" ({gigabytes(self.formula)} by the formula)"
+        if self.exchange_seconds is None:
+            return told
+        return f"{told}, {gigabytes(self.uncompressed)} uncompressed; an exchange takes {self.exchange_seconds:.2g} s"
 
 
 def exchange_of(setup: Setup, workload: Workload, coalesced: bool) -> Exchange:
@@ -42,19 +48,11 @@ def exchange_of(setup: Setup, workload: Workload, coalesced: bool) -> Exchange:
     return replace(plain, bits=o.lan_compress or 0, hosts=setup.hosts.count, period=o.lan_average or 1)
 
 
-def traffic_of(setup: Setup, workload: Workload, coalesced: bool, total: int, steps: int) -> Traffic | None:
+def traffic_of(setup: Setup, workload: Workload, trainer: Any, total: int, steps: int) -> Traffic | None:
     """Return what crossed, from a card's bytes in so many steps; None on one machine, or without DeepSpeed."""
     if setup.ranks.on_one_machine or setup.ds_config is None:
         return None
-    exchange = exchange_of(setup, workload, coalesced)
+    exchange, crossing = exchange_of(setup, workload, bool(trainer.coalescing)), trainer.crossing
     return Traffic(round(total / steps) if steps else None, round(step_bytes(exchange)),
-                   round(step_bytes(replace(exchange, bits=0))))
-
-
-def as_facts(traffic: Traffic | None, crossing: Any) -> dict[str, Any] | None:
-    """Return what run.json says of it: bytes a step, and the seconds of an exchange in few bits."""
-    if traffic is None:
-        return None
-    seconds = round(crossing.seconds / crossing.exchanges, 4) if crossing and crossing.exchanges else None
-    return {"counted": traffic.counted, "formula": traffic.formula, "uncompressed": traffic.uncompressed,
-            "exchange_seconds": seconds}
+                   round(step_bytes(replace(exchange, bits=0))),
+                   round(crossing.seconds / crossing.exchanges, 4) if crossing and crossing.exchanges else None)

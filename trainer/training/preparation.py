@@ -21,7 +21,7 @@ from trainer.distributed import compilation, deepspeed_config, devices, heartbea
 from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
-from trainer.exchange import start
+from trainer.exchange import allowed, start
 from trainer.model import from_config, isolation, loading, lora
 from trainer.model.shape import shape_of
 from trainer.options import Options, with_defaults
@@ -40,7 +40,7 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     lora.check(options, ds_config)
     options, hardware = agree_on_hardware(options, ranks, ds_config)
     check_compiler(options, hardware.device)
-    start.check(options, ds_config, hardware.precision)
+    allowed.check(options, ds_config, hardware.precision)
     config = loading.load_config(options)
     if options.config_overrides:
         config = from_config.overridden(config, options.config_overrides)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from trainer.estimate.flops import flops_per_token
 from trainer.exchange import host_engine, start_weights
 from trainer.model import from_config, loading, lora
 from trainer.options import Options
-from trainer.results import export, samples, summary, traffic_report
+from trainer.results import export, samples, summary
 from trainer.results.console import Console
 from trainer.results.disk_space import check_disk_space
 from trainer.results.loss_curve import draw_curve
 from trainer.results.samples import Samples
 from trainer.results.setup import Setup, Workload
+from trainer.results.traffic_report import traffic_of
 from trainer.training import kernels, memory_report
 from trainer.training.arguments import training_arguments
 from trainer.training.causal_trainer import CausalTrainer, StopOnSignal
@@ -190,12 +191,11 @@ class Session:
                 found = summary.summary(setup, self.workload, self.trainer, time.monotonic() - self._started,
                                         self._report.tokens) | {
                                             "peak_bytes": peak, "computed_tokens_per_second": self._report.usual_rate()}
-                traffic = traffic_report.traffic_of(setup, self.workload, bool(self.trainer.coalescing),
-                                                    self._sent.total, self._sent.steps)
+                traffic = traffic_of(setup, self.workload, self.trainer, self._sent.total, self._sent.steps)
                 run.finish("finished", 0, step=step, waiting=waited, summary=found,
-                           traffic=traffic_report.as_facts(traffic, self.trainer.crossing))
-                summary.print_summary(setup, found, step, waited,
-                                      traffic.sentence(setup) if traffic else None)
+                           traffic=asdict(traffic) if traffic else None)
+                told = traffic.sentence(setup.ranks.host) if traffic else None
+                summary.print_summary(setup, found, step, waited, told)
         setup.ranks.barrier()  # no rank waits for one that has exited
         torch.distributed.destroy_process_group()
         return int(lost)
