@@ -91,8 +91,7 @@ def read_form(path: Path, count: int) -> Form:
                 and form.bucket % (form.hosts * form.lanes) == 0):
             raise ValueError(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} isn't what --lan_compress leaves of these weights: delete it to go on without",
-                        shared=True) from None
+        raise UserError(f"{path} isn't what --lan_compress leaves of these weights: delete it to go on without") from None
     return form
 
 
@@ -104,7 +103,7 @@ def read(path: Path, form: Form) -> dict[str, torch.Tensor]:
     each = sum(sizes_of(form)) // form.lanes
     if {name: tensor.numel() for name, tensor in found.items()} != {
             "residual": each, "own_residual": each // form.hosts}:
-        raise UserError(f"{path} is damaged: delete it to go on without", shared=True)
+        raise UserError(f"{path} is damaged: delete it to go on without")
     return found
 
 
