@@ -91,7 +91,8 @@ def read_form(path: Path, count: int) -> Form:
                 and form.bucket % (form.hosts * form.lanes) == 0):
             raise ValueError(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} isn't what --lan_compress leaves of these weights: delete it to go on without") from None
+        raise UserError(f"{path} isn't what --lan_compress leaves of these weights: delete it to go on without it"
+                        ) from None
     return form
 
 
