@@ -52,6 +52,7 @@ class Wanted:
     global_batch: int | None
     checkpoints: bool
     bits: int
+    averages: bool
 
 
 def wanted_of(trainer_flags: Sequence[str]) -> Wanted:
@@ -62,6 +63,7 @@ def wanted_of(trainer_flags: Sequence[str]) -> Wanted:
     for name in (LORA, QLORA):
         parser.add_argument(f"--{name}", type=int, nargs="?", const=16)
     parser.add_argument("--lan_compress", "--lan-compress", type=int, nargs="?", const=4, default=0)
+    parser.add_argument("--lan_average", "--lan-average", type=int)
     parser.add_argument("--activation_checkpointing", "--activation-checkpointing", "--gradient_checkpointing",
                         action="store_true")
     try:
@@ -71,7 +73,7 @@ def wanted_of(trainer_flags: Sequence[str]) -> Wanted:
     kind = QLORA if said.qlora else LORA if said.lora else FULL
     return Wanted(said.qlora or said.lora, kind, said.sequence_length, said.per_device_train_batch_size,
                   said.gradient_accumulation_steps, said.global_batch_size, said.activation_checkpointing,
-                  said.lan_compress)
+                  said.lan_compress or (4 if said.lan_average else 0), said.lan_average is not None)
 
 
 def rates_for(task: Task, machines: Sequence[Machine], cluster: Mapping[str, Any], model: str) -> dict[str, Rate]:
@@ -124,6 +126,8 @@ def choose(config: Path | None, model: str | None, dataset: str | None, trainer_
     if not on_cpu and not all(machine.memory for machine in machines):
         return fallback
     if config or on_cpu:
+        if wanted.averages:  # whose traffic the plan doesn't know
+            return fallback
         found = fixed(task, wanted, tuple(machines), *way_of(fallback.config), network, rates)
         say_all(warnings(found) if not on_cpu else [])
         return Default(fallback.config, model, task, found)
@@ -134,6 +138,8 @@ def choose(config: Path | None, model: str | None, dataset: str | None, trainer_
                             for stage, offload in {(each.way.stage, each.way.offload) for each in found_all}),
                            key=lambda each: (each.short, each.seconds(), each.way.stage))
     best = found_all[0]
+    if wanted.averages:
+        return Default(ROOT / PRESETS[best.way.stage, best.way.offload])
     say_all(block(best))
     return Default(ROOT / PRESETS[best.way.stage, best.way.offload], model, task, best)
 

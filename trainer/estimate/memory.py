@@ -93,7 +93,7 @@ def bytes_needed(inputs: MemoryInputs) -> dict[str, float]:
     states = optimizer_bytes(inputs)
     return {"weights": weights_bytes(inputs), "gradients": gradients, "gradient copies": copies,
             "optimizer states": 0.0 if inputs.offloads else states, "activations": activations, "logits": logits,
-            "buffers": buffer_bytes(inputs), "residual": inputs.residual * inputs.trained}
+            "buffers": buffer_bytes(inputs), "compression": inputs.residual * inputs.trained}
 
 
 def weights_bytes(inputs: MemoryInputs) -> float:

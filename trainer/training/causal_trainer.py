@@ -154,11 +154,11 @@ class CausalTrainer(LossTrainer):
                 a_step = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
                 read = self.state.global_step * a_step
                 noting(self._faults, streaming.save)(self.train_dataset, read, folder, self._ranks.rank)
+            if self.crossing:
+                noting(self._faults, self.crossing.save)(folder)
         self._ranks.barrier()
         if fault := self._agree(folder, "written", self._faults[0] if self._faults else None):
             return fault
-        if self.crossing:
-            noting(self._faults, self.crossing.save)(folder)
         if self._copies and not self._layout.shards:  # else each host has all of the optimizer's states
             copies.spread(folder, self._ranks, self._copies, self._faults)
             self._ranks.barrier()
