@@ -77,10 +77,10 @@ def test_hosts_sum_alike_and_lose_nothing(environment: dict[str, str], tmp_path:
     assert len(found) == 9
     for case in found:
         assert case["same"], case
-        assert case["lost"] < 1e-6, case
         assert case["norm_error"] < 1e-6, case
         assert case["sent"] == pytest.approx(compressed_bytes(case["padded"], case["bits"], case["hosts"]), rel=0.02)
         if case["count"] >= 1000:  # two encodings of what is normally distributed
+            assert case["lost"] < 1e-3, case  # by bf16 of what was left out, in five rounds
             assert case["first_error"] < 1.6 * quantizer.ERRORS[case["bits"]], case
 
 
@@ -125,8 +125,9 @@ def test_residuals_keep_their_sum_on_other_hosts(tmp_path: Path) -> None:
     total = torch.zeros(count)
     for host in range(3):
         made = CompressedSum(count, 4, place(host, before, host), torch.device("cpu"), bucket=2048)
-        made.residual = torch.randn(made.residual.shape, generator=random)  # type: ignore[union-attr]
-        made.own_residual = torch.randn(made.own_residual.shape, generator=random)  # type: ignore[union-attr]
+        for left in (made.residual, made.own_residual):
+            assert left is not None
+            left.copy_(torch.randn(left.shape, generator=random))
         residuals.save(made, tmp_path)
         total += made.left_out(torch.arange(count))
     after, found = members_of([0, 0, 1]), torch.zeros(count)
@@ -139,7 +140,7 @@ def test_residuals_keep_their_sum_on_other_hosts(tmp_path: Path) -> None:
         ranks: Any = SimpleNamespace(all_gather_json=lambda *_, told=told: told)
         assert "3 ranks" in residuals.load(made, folder, ranks)
         found += made.left_out(torch.arange(count))
-    assert torch.allclose(found, total, atol=1e-5)
+    assert torch.allclose(found, total, atol=0.05)  # of four, in bf16
 
 
 @pytest.mark.parametrize("damage", ["other weights", "no form", "short"])

@@ -89,6 +89,6 @@ def compressed_bytes(trained: float, bits: int, hosts: int) -> float:
 def residual_bytes(lanes: int, hosts: int, averages: bool) -> float:
     """Return the bytes for each trained weight that a rank keeps of what crosses between hosts compressed.
 
-    What its own encoding has left out, in 32 bits, and that of the sums that it makes; with averages the last one, too.
+    What its own encoding has left out and that of the sums that it makes, in 16 bits; with averages the last, in 32.
     """
-    return 4 * (1 + 1 / hosts) / lanes + (4 if averages else 0)
+    return 2 * (1 + 1 / hosts) / lanes + (4 if averages else 0)
