@@ -58,7 +58,8 @@ def training(desk: Any, model: Path, flags: list[str]) -> tuple[float, dict[str,
     shutil.rmtree(desk.folder / "runs", ignore_errors=True)
     words = ["--config", str(ROOT / "trainer" / "configs" / "zero1.json"), "--", "--precision", "bf16",
              "--sequence_length", "128", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
-             "--max_steps", str(STEPS + 1), "--logging_steps", "1", "--eval_fraction", "0", "--num_samples", "0", "--save_steps", "0", "--no_gradient_check", *flags]
+             "--max_steps", str(STEPS + 1), "--logging_steps", "1", "--eval_fraction", "0",
+             "--num_samples", "0", "--save_steps", "0", "--no_gradient_check", *flags]
     command = [str(model) if word == "tiny" else word for word in desk.words(*words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL)
     if done.returncode:
