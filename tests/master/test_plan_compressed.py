@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from master.plan.launch_default import wanted_of
 from master.plan.machines import of_words, speed_of
 from master.plan.ways import FULL, Task, all_estimates
 from trainer.estimate.shape import of_numbers
@@ -49,6 +50,13 @@ def test_asked_for_it_is_planned_and_written(tmp_path: Path) -> None:
     assert zero["stage"] < 3
     done = plan("--gpus", PAIR, "--lan-compress", "5")
     assert done.returncode == 2 and "invalid choice: 5" in done.stderr
+
+
+def test_the_trainers_flags_are_read() -> None:
+    assert wanted_of(["--lora"]).bits == 0
+    assert wanted_of(["--lan_compress"]).bits == 4 and wanted_of(["--lan-compress", "3"]).bits == 3
+    found = wanted_of(["--lan_average", "5"])
+    assert (found.bits, found.averages) == (4, True)
 
 
 def test_each_host_has_all_states_and_what_was_left_out() -> None:
