@@ -27,7 +27,7 @@ SAMPLE = 1 << 14  # numbers of it that are compared
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 ROUNDINGS = 4.0  # of them in a gradient that is right, for each micro step and for the sum over ranks
 LEAST = 1e-5  # by which sums in another order may differ
-LEFT_OUT = 1e-3  # by which what encoding left out, kept in bf16, may
+LEFT_OUT = 2**-8  # by which what encoding left out, kept in bf16, may
 
 
 @dataclass
@@ -142,16 +142,22 @@ class GradientCheck:
         return all_reduced(left.double())
 
     def _error(self, number: int, total: torch.Tensor, what: Compared) -> float:
-        """Return by how much the gradient of a weight differs, as a share of its root mean square."""
+        """Return by how much the gradient of a weight differs, as a share of its root mean square.
+
+        Of what has crossed in few bits, as a share of that and of what was left out of it.
+        """
         each = self._watched[number]
         own = each.own if each.own is not None else torch.zeros(
             sampled(each.weight).shape, dtype=torch.float64, device=total.device)
         truth = all_reduced(own, group=what.group) * what.share / total.clamp(min=1)
         given = self._handed(each.weight)
         given = torch.zeros_like(truth) if given is None else sampled(given).double() / self._loss_scale()
+        squares = truth.square()
         if what.crossed:
-            given = given / what.crossed.factor + self._left_out(each) - self._left[number]
-        spread = truth.square().mean().sqrt()
+            before, after = self._left[number], self._left_out(each)
+            given = given / what.crossed.factor + after - before
+            squares = squares + before.square() + after.square()
+        spread = squares.mean().sqrt()
         if not spread and not given.any():
             return 0.0
         return ((truth - given).square().mean().sqrt() / spread.clamp(min=1e-30)).item()
@@ -176,12 +182,13 @@ class GradientCheck:
             self.error = error
         allowed = max(self.tolerance, LEFT_OUT) if what.crossed else self.tolerance
         if error > allowed:
+            fault = "exchange between hosts. Leave out --lan_compress" if what.crossed else (
+                "DeepSpeed with this configuration. Take another ZeRO stage (trainer/configs/)" if self.engine is not None
+                else "PyTorch with this model. Take DeepSpeed (trainer/configs/)")
             raise UserError(
                 f"the gradient of {worst} that the optimizer is handed isn't that of all ranks and micro batches (it "
-                f"differs by {error:.1%}; {allowed:.1%} is rounding): a fault of this "
-                + ("DeepSpeed with this configuration. Take another ZeRO stage" if self.engine is not None else
-                   "PyTorch with this model. Take DeepSpeed") +
-                " (trainer/configs/), or --no_gradient_check if you know better", shared=True)
+                f"differs by {error:.1%}; {allowed:.1%} is rounding): a fault of this {fault}, or --no_gradient_check if "
+                "you know better", shared=True)
 
     @property
     def tolerance(self) -> float:
