@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -120,18 +120,15 @@ class GradientCheck:
     def _compare_host(self) -> None:
         """Compare an engine's gradients with the sum of its own ranks', before anything crosses to other hosts."""
         if self.crossing is None:
-            self.compare()
-            return
-        hosts, then = self.crossing.hosts, isinstance(self.crossing, GradientExchange)
-        if then:
+            return self.compare()
+        hosts, crosses = self.crossing.hosts, isinstance(self.crossing, GradientExchange)
+        if crosses:
             self._left = [self._left_out(each) for each in self._watched]
-        # Its loss is scaled for the mean of all ranks.
-        self.compare(Compared(hosts.within, 1 / hosts.weight, ends=not then))
+        return self.compare(Compared(hosts.within, 1 / hosts.weight, ends=not crosses))  # scaled for the mean of all
 
     def _compare_sum(self) -> None:
         """Compare what has crossed, and what encoding left out of it, with the sum of all ranks'."""
-        assert isinstance(self.crossing, GradientExchange)
-        self.compare(Compared(crossed=self.crossing))
+        self.compare(Compared(crossed=cast(GradientExchange, self.crossing)))
 
     def _left_out(self, watched: Watched) -> torch.Tensor:
         """Return what encoding has left out so far of a weight's gradients, at the places that are compared."""
@@ -182,13 +179,13 @@ class GradientCheck:
             self.error = error
         allowed = max(self.tolerance, LEFT_OUT) if what.crossed else self.tolerance
         if error > allowed:
-            fault = "exchange between hosts. Leave out --lan_compress" if what.crossed else (
-                "DeepSpeed with this configuration. Take another ZeRO stage (trainer/configs/)" if self.engine is not None
-                else "PyTorch with this model. Take DeepSpeed (trainer/configs/)")
+            fault = ("--lan_compress. Leave it out" if what.crossed else
+                     "DeepSpeed with this configuration. Take another ZeRO stage (trainer/configs/)" if self.engine else
+                     "PyTorch with this model. Take DeepSpeed (trainer/configs/)")
             raise UserError(
                 f"the gradient of {worst} that the optimizer is handed isn't that of all ranks and micro batches (it "
-                f"differs by {error:.1%}; {allowed:.1%} is rounding): a fault of this {fault}, or --no_gradient_check if "
-                "you know better", shared=True)
+                f"differs by {error:.1%}; {allowed:.1%} is rounding): a fault of this {fault}, or --no_gradient_check "
+                "if you know better", shared=True)
 
     @property
     def tolerance(self) -> float:
