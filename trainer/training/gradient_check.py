@@ -46,9 +46,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Compared:
-    """What is compared: gradients that the ranks of a `group` (None: all) have added, times `share`; `crossed`: with
-    what has come from other hosts; `ends`: nothing is compared after it.
-    """
+    """The sum over a `group` of ranks (None: all), times `share`; what `crossed` from other hosts; whether it `ends`."""
 
     group: Any = None
     share: float = 1.0
