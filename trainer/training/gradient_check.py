@@ -46,7 +46,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Compared:
-    """The sum over a `group` of ranks (None: all), times `share`; what `crossed` from other hosts; whether it `ends`."""
+    """The sum over a `group` of ranks (None: all), times `share`; what `crossed` from other hosts; whether it ends."""
 
     group: Any = None
     share: float = 1.0
