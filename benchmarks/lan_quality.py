@@ -128,13 +128,16 @@ def measure(options: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Make what isn't there yet, and print it all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="a folder with a pretrained causal LM; without one nothing is measured")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("lan_quality.jsonl"), help="results (lan_quality.jsonl)")
     options = parser.parse_args()
+    if not options.model:
+        print("left out: --model DIR names a pretrained model; one of 135 million weights takes hours on two cores")
+        return
     for seed in options.seeds:
         for way in options.ways:
             done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
