@@ -32,8 +32,8 @@ def hosts_of(options: Options, ranks: Ranks, warn: Callable[[str], None]) -> Hos
         return None
     hosts = join_hosts(ranks)
     if options.lan_compress == FEWEST:
-        warn(f"--lan_compress {FEWEST}: measured after 100 steps, a model knew a quarter of what it was to learn, where "
-             "with 4 bits it knew nine tenths (docs/lan_exchange.md)")
+        warn(f"--lan_compress {FEWEST}: measured after 100 steps, a model knew a quarter of what it was to learn, "
+             "where with 4 bits it knew nine tenths (docs/lan_exchange.md)")
     if options.lan_average and hosts.count > MOST_HOSTS:
         warn(f"--lan_average {options.lan_average} with {hosts.count} hosts: measured with 4, the loss was 2.6 % "
              "higher even at a learning rate of its own; --lan_compress alone costs a tenth of that")
