@@ -29,9 +29,8 @@ PEER, OURS, NOTHING = "ZeRO-1, bf16", "--lan_compress 4", "no exchange"
 
 def steps(desk: Any) -> dict[str, dict[str, Any]]:
     """Return what each way takes on the desk's hosts. Raises SystemExit with what was said."""
-    words = [word for word in desk.words() if word not in ("--model", "tiny", "--dataset", str(desk.texts))]
-    done = subprocess.run([*words, "--script", str(SCRIPT), "--", str(LAYERS), str(STEPS)], capture_output=True,
-                          text=True, timeout=600, stdin=subprocess.DEVNULL)
+    done = subprocess.run(desk.script_words(SCRIPT, str(LAYERS), str(STEPS)), capture_output=True, text=True,
+                          timeout=600, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
     rows = [json.loads(line.partition("@@ ")[2]) for line in done.stdout.splitlines() if "@@ " in line]

@@ -20,6 +20,8 @@ from trainer.flags import DEFAULT_DS_CONFIG, build_parser
 # Measured with a Llama of 0.41 million parameters, 300 steps on two hosts (docs/lan_exchange.md).
 FROM_SCRATCH = "in 4 bits the loss was 5.6 % higher after 300 steps, with averages every 5 steps 6.5 %"
 
+NOT_IN_FP16 = "with fp16 each host would scale its loss by itself: --precision bf16 or fp32"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -155,7 +157,7 @@ def check_lan(options: Options) -> None:
         raise usage_error(f"{flag} is built around DeepSpeed's engine: add --deepspeed_config "
                           "trainer/configs/zero1.json")
     if options.precision == "fp16":
-        raise usage_error(f"{flag}: with fp16 each host would scale its loss by itself: --precision bf16 or fp32")
+        raise usage_error(f"{flag}: {NOT_IN_FP16}")
     new = options.from_config or options.model_name_or_path == "tiny"
     if new and not (options.resume_from_checkpoint or options.lan_compress_from_scratch):
         raise usage_error(f"{flag} harms new weights: {FROM_SCRATCH}. Train some hundred steps without it and resume "

@@ -12,8 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -22,13 +20,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.distributed.sent_bytes import card_of_ranks, sent_by
+from trainer.distributed.sent_bytes import COUNTERS, card_of_ranks, sent_by
 from trainer.exchange.gradient_exchange import GradientExchange
 from trainer.exchange.host_engine import engine_of_host
 from trainer.exchange.hosts import Hosts, join_hosts
 
 WIDTH, TOKENS = 512, 64
-COUNTERS = Path("/proc/net/dev")
+
+
+def sent() -> int:
+    """Return the bytes that this host's network card has sent."""
+    return sent_by(card_of_ranks(), COUNTERS.read_text()) or 0
 
 
 def model_of(layers: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -37,10 +39,10 @@ def model_of(layers: int, dtype: torch.dtype) -> torch.nn.Module:
     return torch.nn.Sequential(*[torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)]).to(dtype)
 
 
-def engine_of(layers: int, stage: int, options: dict[str, Any]) -> Any:
+def engine_of(layers: int, stage: int) -> Any:
     """Return a DeepSpeed engine in bf16."""
     model = model_of(layers, torch.bfloat16)
-    zero = {"stage": stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000, **options}
+    zero = {"stage": stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
     config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
               "zero_optimization": zero}
     return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), fused=True),
@@ -48,11 +50,10 @@ def engine_of(layers: int, stage: int, options: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def deepspeed_steps(layers: int, hosts: Hosts, stage: int, bits: int | None, **options: Any
-                    ) -> Iterator[Callable[[], None]]:
+def deepspeed_steps(layers: int, hosts: Hosts, stage: int, bits: int | None) -> Iterator[Callable[[], None]]:
     """Yield a step of DeepSpeed: over all hosts (bits None), within each alone (0), or with gradients in few bits."""
     with contextlib.nullcontext() if bits is None else engine_of_host(hosts, clips=False):
-        engine = engine_of(layers, stage, options)
+        engine = engine_of(layers, stage)
         if bits:
             GradientExchange(engine, hosts, bits, 1.0)
 
@@ -101,24 +102,21 @@ def main() -> None:
     layers, steps = int(sys.argv[-2]), int(sys.argv[-1])
     nodes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(nodes, int(os.environ["CROSS_RANK"]))
-    place: Any = SimpleNamespace(nodes=nodes, rank=dist.get_rank(), world_size=dist.get_world_size())
-    hosts = join_hosts(place)
+    hosts = join_hosts(nodes, dist.get_rank())
     for name, way in WAYS.items():
         found: dict[str, Any] = {"way": name, "weights": layers * WIDTH * WIDTH}
         try:
             with way(layers, hosts) as step:
-                times = []
-                before = 0
+                times, before = [], 0
                 for number in range(1 + steps):
                     dist.barrier()
                     if number == 1:
-                        before = sent_by(card_of_ranks(), COUNTERS.read_text()) or 0
+                        before = sent()
                     began = time.monotonic()
                     step()
                     times.append(time.monotonic() - began)
                 dist.barrier()
-                sent = (sent_by(card_of_ranks(), COUNTERS.read_text()) or 0) - before
-                found |= {"seconds": sorted(times[1:])[steps // 2], "bytes": sent / steps}
+                found |= {"seconds": sorted(times[1:])[steps // 2], "bytes": (sent() - before) / steps}
         except (TypeError, RuntimeError) as error:
             found["fault"] = str(error).splitlines()[0][:100]
         if dist.get_rank() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,11 @@ class Desk:
                                       f"PATH={Path(sys.executable).parent}:/usr/bin:/bin")
         return [*where, sys.executable, str(ROOT / "master" / "launch_training.py"), "--model", "tiny",
                 "--hostfile", "hostfile.txt", "--host-keys", "accept-new", "--dataset", str(self.texts), *more]
+
+    def script_words(self, script: Path, *more: str) -> list[str]:
+        """The command that runs a script of its own on the hosts, instead of training tiny."""
+        words = [word for word in self.words() if word not in ("--model", "tiny", "--dataset", str(self.texts))]
+        return [*words, "--script", str(script), "--", *more]
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(self.words(*more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -116,6 +122,18 @@ def launchers(desk: Desk) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def output_after_a_kill(desk: Desk, job: subprocess.Popen[str], victim: str) -> str:
+    """Kill a host's rank in a step: the job ends everywhere and names it, without a traceback."""
+    wait_for_steps(desk, job)
+    os.kill(ranks_on(desk, victim)[0], signal.SIGKILL)
+    wait_until(lambda: not job_processes(desk))
+    output, _ = job.communicate(timeout=60)
+    rank = list(desk.hosts).index(victim)
+    assert job.returncode == 1 and f": {victim}, rank {rank}: killed by SIGKILL" in output, output
+    assert "Traceback" not in output.split("training failed")[0]
+    return output
 
 
 def wait_for_steps(desk: Desk, job: subprocess.Popen[str]) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from patience import wait_until
 
-from lab.desk import Desk, assert_nothing_left, job_processes, ranks_on, wait_for_steps
+from lab.desk import Desk, assert_nothing_left, output_after_a_kill
 from lab.hosts import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -44,12 +41,5 @@ def test_hosts_send_what_the_formula_says_and_save_one_model(
 @pytest.mark.parametrize("victim", ["gpu1", "gpu2"])
 def test_a_host_that_dies_in_an_exchange_ends_the_job(victim: str, lab: Lab, texts: Path, cache: Path) -> None:
     desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
-    job = desk.start(*FLAGS, "--max_steps", "100000")
-    wait_for_steps(desk, job)
-    os.kill(ranks_on(desk, victim)[0], signal.SIGKILL)
-    wait_until(lambda: not job_processes(desk))
-    output, _ = job.communicate(timeout=60)
-    rank = list(desk.hosts).index(victim)
-    assert job.returncode == 1 and f": {victim}, rank {rank}: killed by SIGKILL" in output, output
-    assert "Traceback" not in output.split("training failed")[0]
+    output_after_a_kill(desk, desk.start(*FLAGS, "--max_steps", "100000"), victim)
     assert_nothing_left(desk)

@@ -25,10 +25,8 @@ TOOL = ROOT / "master" / "plan_ds_config.py"
 def test_a_step_sends_what_the_formula_says(slots: dict[str, int], micro_steps: int, lab: Lab, texts: Path,
                                             cache: Path) -> None:
     desk = Desk(lab, texts, cache, slots)
-    words = [word for word in desk.words() if word not in ("--model", "tiny", "--dataset", str(desk.texts))]
-    script = str(ROOT / "tests" / "lab" / "wire_bytes.py")
-    done = subprocess.run([*words, "--script", script, "--", str(micro_steps)], capture_output=True, text=True,
-                          timeout=240)
+    words = desk.script_words(ROOT / "tests" / "lab" / "wire_bytes.py", str(micro_steps))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line.partition("@@ ")[2]) for line in done.stdout.splitlines() if "@@ " in line]
     assert len(found) == (15 if len(slots) > 2 else 13)

@@ -13,8 +13,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -22,6 +20,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
+from trainer.distributed.sent_bytes import COUNTERS, sent_by
 from trainer.exchange.coalescing import Coalescing
 from trainer.exchange.gradient_exchange import GradientExchange
 from trainer.exchange.host_engine import engine_of_host
@@ -33,11 +32,7 @@ HIDDEN, LAYERS, STEPS = 512, 2, 4
 
 def sent() -> int:
     """Return the bytes that this host's network card has sent."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counts = line.partition(":")
-        if name.strip() == "eth0":
-            return int(counts.split()[8])
-    return 0
+    return sent_by("eth0", COUNTERS.read_text()) or 0
 
 
 def ways(hosts: Hosts) -> Iterator[dict[str, Any]]:
@@ -99,8 +94,7 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     nodes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(nodes, int(os.environ["CROSS_RANK"]))
-    place: Any = SimpleNamespace(nodes=nodes, rank=dist.get_rank(), world_size=dist.get_world_size())
-    hosts = join_hosts(place)
+    hosts = join_hosts(nodes, dist.get_rank())
     for way in ways(hosts):
         found, weights = bytes_a_step(way, int(sys.argv[-1]), hosts)
         most = torch.tensor(found)

@@ -30,16 +30,14 @@ ROUNDS, MICRO_STEPS, STEPS, HIDDEN, MOST = 5, 2, 4, 48, 0.05
 COUNTS = ((1, 1 << 22), (1000, 1 << 22), (100_000, 1 << 15))  # numbers, and those of a bucket
 
 
-def place_of_hosts() -> Any:
-    """Return what the trainer's Ranks would say."""
+def ranks_here() -> Any:
+    """Return what tells all ranks something, as the trainer's Ranks do."""
     def all_gather_json(_: str, value: Any) -> list[Any]:
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, value)
         return found
 
-    nodes = [int(word) for word in sys.argv[2].split(",")]
-    return SimpleNamespace(nodes=nodes, rank=dist.get_rank(), world_size=dist.get_world_size(), _side_group=None,
-                           all_gather_json=all_gather_json)
+    return SimpleNamespace(_side_group=None, all_gather_json=all_gather_json)
 
 
 def same_everywhere(tensor: torch.Tensor) -> bool:
@@ -93,7 +91,7 @@ def odd_case(hosts: Hosts) -> None:
     model = torch.nn.Linear(3, 3).to(torch.bfloat16)
     torch.nn.init.constant_(model.weight, hosts.number)
     torch.nn.init.constant_(model.bias, 0.5)
-    agreed = [agree(model, place_of_hosts()) for _ in range(2)]
+    agreed = [agree(model, ranks_here()) for _ in range(2)]
     tell(case="odd", lost=lost, agreed=agreed, same=same_everywhere(model.weight.detach()),
          weight=model.weight.sum().item())
 
@@ -150,7 +148,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
-    hosts = join_hosts(place_of_hosts())
+    hosts = join_hosts([int(word) for word in sys.argv[2].split(",")], dist.get_rank())
     if sys.argv[1] == "odd":
         odd_case(hosts)
     if sys.argv[1] == "sums":

@@ -21,6 +21,8 @@ from trainer.exchange.hosts import Hosts, members_of
 from trainer.exchange.start_weights import digest
 
 PROGRAM = Path(__file__).with_name("exchange_between_hosts.py")
+# The root mean square error of one pass, as a share of that of the numbers, where they are normally distributed.
+ERRORS = {8: 0.0065, 4: 0.117, 3: 0.19}
 PLACES = ["0,1", pytest.param("0,1,1", marks=pytest.mark.slow), pytest.param("0,0,1,1", marks=pytest.mark.slow)]
 
 
@@ -40,7 +42,7 @@ def test_what_is_encoded_comes_back_but_for_a_known_error(bits: int, size: float
     payload = quantizer.encode(values, bits)
     assert payload.shape == (3, quantizer.payload_bytes(values.shape[1], bits))
     error = (quantizer.decode(payload, bits, values.shape[1]) - values).square().mean().sqrt() / size
-    assert error.item() == pytest.approx(quantizer.ERRORS[bits], rel=0.1)
+    assert error.item() == pytest.approx(ERRORS[bits], rel=0.1)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
@@ -81,7 +83,7 @@ def test_hosts_sum_alike_and_lose_nothing(environment: dict[str, str], tmp_path:
         assert case["sent"] == pytest.approx(compressed_bytes(case["padded"], case["bits"], case["hosts"]), rel=0.02)
         if case["count"] >= 1000:  # two encodings of what is normally distributed
             assert case["lost"] < 1e-3, case  # by bf16 of what was left out, in five rounds
-            assert case["first_error"] < 1.6 * quantizer.ERRORS[case["bits"]], case
+            assert case["first_error"] < 1.6 * ERRORS[case["bits"]], case
 
 
 @pytest.mark.parametrize("nodes", PLACES)

@@ -112,6 +112,9 @@ def test_a_run_changes_over_and_back(environment: dict[str, str], tmp_path: Path
     moved = [(before[name].float() - weight.float()).abs().max().item()
              for name, weight in engine_weights(tmp_path, 1, 6).items()]
     assert 0 < max(moved) < 0.01
+    for step, clip in ((4, 0.0), (6, 0.01)):  # an engine of one host doesn't clip itself
+        path = next(checkpoint(tmp_path, 1, step).glob("global_step*/*optim_states.pt"))
+        assert torch.load(path, weights_only=False)["optimizer_state_dict"]["clip_grad"] == clip
     rows = [json.loads(line) for line in (tmp_path / "machine-0" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row][-4:] == [3, 4, 5, 6]
 

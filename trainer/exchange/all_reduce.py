@@ -37,9 +37,8 @@ class CompressedSum:
                  bucket: int = COMPRESSED_BUCKET) -> None:
         self.count, self.bits, self.hosts = count, bits, hosts
         self._device = device
-        share = hosts.lanes * hosts.count * BLOCK  # so that lanes, pieces and blocks come out even
-        self.bucket = -(-min(bucket, count) // share) * share
-        self.sizes = [-(-min(self.bucket, count - start) // share) * share for start in range(0, count, self.bucket)]
+        self.sizes = bucket_sizes(count, bucket, hosts.lanes * hosts.count)
+        self.bucket = self.sizes[0]
         self.residual = self.own_residual = None
         if hosts.lane is not None:
             mine = sum(self.sizes) // hosts.lanes
@@ -150,6 +149,13 @@ class CompressedSum:
         found[mine] += self.residual[(number * (self.bucket // lanes) + place)[mine]].float()
         found[summed] += self.own_residual[(number * (self.bucket // lanes // hosts) + place % piece)[summed]].float()
         return found
+
+
+def bucket_sizes(count: int, bucket: int, pieces: int) -> list[int]:
+    """Return the numbers of each bucket of `count`, of `bucket` or a little more: pieces and blocks come out even."""
+    share = pieces * BLOCK
+    bucket = -(-min(bucket, count) // share) * share
+    return [-(-min(bucket, count - start) // share) * share for start in range(0, count, bucket)]
 
 
 def part_of(whole: torch.Tensor, number: int, step: int, size: int) -> torch.Tensor:

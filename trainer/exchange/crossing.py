@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
 from trainer.exchange import residuals
 from trainer.exchange.all_reduce import CompressedSum
+from trainer.exchange.flat_stream import buckets_of
 from trainer.exchange.hosts import Hosts
 
 
@@ -26,6 +31,20 @@ class Crossing:
         self.device = self.weights[0].device
         self.sum = CompressedSum(sum(weight.numel() for weight in self.weights), bits, hosts, self.device)
         self.seconds, self.exchanges = 0.0, 0
+
+    @contextlib.contextmanager
+    def _exchanging(self, what: str) -> Iterator[None]:
+        """Say that this crosses, and count the exchange and its time."""
+        heartbeat.report(f"{what} cross between hosts", often=True)
+        began = time.monotonic()
+        with torch.no_grad():
+            yield
+        self.seconds += time.monotonic() - began
+        self.exchanges += 1
+
+    def _reduce(self, tensors: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
+        """Sum this host's tensors, by its weight, with those of the others; return the codes, and the sums' norm."""
+        return self.sum.reduce(buckets_of(tensors, self.sum.sizes, self.hosts.weight, self.device))
 
     def settle(self) -> None:
         """Make all hosts' weights the same, where they aren't; every rank calls it."""

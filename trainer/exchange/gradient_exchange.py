@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from trainer.distributed import heartbeat
 from trainer.exchange.crossing import Crossing
-from trainer.exchange.flat_stream import buckets_of, spread
+from trainer.exchange.flat_stream import spread
 from trainer.exchange.hosts import Hosts
 
 MARGIN = 1e-6  # as in torch's clip_grad_norm_
@@ -46,16 +44,11 @@ class GradientExchange(Crossing):
 
     def exchange(self) -> None:
         """Put the sum of all hosts' gradients in the place of this host's."""
-        heartbeat.report("gradients cross between hosts", often=True)
-        began = time.monotonic()
-        with torch.no_grad():
-            own = buckets_of(map(gradient_of, self.weights), self.sum.sizes, self.hosts.weight, self.device)
-            codes, self.norm = self.sum.reduce(own)
+        with self._exchanging("gradients"):
+            codes, self.norm = self._reduce(map(gradient_of, self.weights))
             if self._max_norm > 0:
                 self.factor = min(1.0, self._max_norm / (self.norm + MARGIN))
             spread((bucket.mul_(self.factor) for bucket in self.sum.gather(codes)), self.shapes, self._set)
-        self.seconds += time.monotonic() - began
-        self.exchanges += 1
 
     def _set(self, number: int, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_grad

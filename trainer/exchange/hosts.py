@@ -7,12 +7,11 @@ each bucket. There are as many lanes as the smallest host has ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-
-from trainer.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,8 @@ class Hosts:
     """This rank's place: its host's number among `count`, its host's ranks (their global numbers), its `lane`.
 
     `weight`: its host's share of all ranks, by which its mean gradient counts; `lane` is None for a rank of a host that
-    has more ranks than the smallest one.
+    has more ranks than the smallest one. Groups of torch: `within` the host, this rank `alone`, its lane `across` the
+    hosts.
     """
 
     rank: int
@@ -58,21 +58,22 @@ class Hosts:
         return len(self.here) / self.world_size
 
 
-def members_of(nodes: tuple[int, ...] | list[int]) -> tuple[tuple[int, ...], ...]:
+def members_of(nodes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Return the ranks of each host, from every rank's host; hosts come in the order of their first ranks."""
     return tuple(tuple(rank for rank, node in enumerate(nodes) if node == host) for host in dict.fromkeys(nodes))
 
 
-def join_hosts(ranks: Ranks) -> Hosts:
-    """Return the hosts with their groups; every rank must call it, after the process group has started."""
-    members = members_of(list(ranks.nodes))
-    number = next(place for place, host in enumerate(members) if ranks.rank in host)
+def join_hosts(nodes: Sequence[int], rank: int) -> Hosts:
+    """Return the hosts with their groups, from every rank's host and this rank; every rank must call it, after the
+    process group has started."""
+    members = members_of(nodes)
+    number = next(place for place, host in enumerate(members) if rank in host)
     # Every rank makes every group, in the same order, as torch wants it.
     within = [dist.new_group(list(host)) for host in members]
-    alone = [dist.new_group([rank]) for rank in range(ranks.world_size)]
+    alone = [dist.new_group([each]) for each in range(len(nodes))]
     lanes = [dist.new_group([host[lane] for host in members]) for lane in range(min(map(len, members)))]
-    place = members[number].index(ranks.rank)
-    return Hosts(ranks.rank, ranks.world_size, number, members, within[number], alone[ranks.rank],
+    place = members[number].index(rank)
+    return Hosts(rank, len(nodes), number, members, within[number], alone[rank],
                  lanes[place] if place < len(lanes) else None)
 
 

@@ -15,7 +15,8 @@ import torch
 
 from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
-from trainer.exchange.all_reduce import CompressedSum, part_of
+from trainer.exchange.all_reduce import CompressedSum, bucket_sizes, part_of
+from trainer.exchange.quantizer import BLOCK
 
 NAME = re.compile(r"lan_residual_(\d{1,4})_(\d{1,4})\.safetensors")
 FORM = "form"  # the key of a file's metadata
@@ -88,7 +89,7 @@ def read_form(path: Path, count: int) -> Form:
         form = Form(**found)
         if any(type(value) is not int for value in found.values()) or form.count != count or not (
                 0 <= form.host < form.hosts <= 4096 and 0 <= form.lane < form.lanes <= 4096 and form.bucket > 0
-                and form.bucket % (form.hosts * form.lanes) == 0):
+                and form.bucket % (form.hosts * form.lanes * BLOCK) == 0):
             raise ValueError(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} isn't what --lan_compress leaves of these weights: delete it to go on without it"
@@ -101,24 +102,16 @@ def read(path: Path, form: Form) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     found = load_file(path)
-    each = sum(sizes_of(form)) // form.lanes
+    each = sum(bucket_sizes(form.count, form.bucket, form.lanes * form.hosts)) // form.lanes
     if {name: tensor.numel() for name, tensor in found.items()} != {
             "residual": each, "own_residual": each // form.hosts}:
         raise UserError(f"{path} is damaged: delete it to go on without")
     return found
 
 
-def sizes_of(form: Form) -> list[int]:
-    """Return the numbers of each bucket, with what fills them up."""
-    from trainer.exchange.quantizer import BLOCK
-
-    share = form.lanes * form.hosts * BLOCK
-    return [-(-min(form.bucket, form.count - start) // share) * share for start in range(0, form.count, form.bucket)]
-
-
 def as_row(tensors: dict[str, torch.Tensor], form: Form) -> torch.Tensor:
     """Return a file's residual as a row of all weights' numbers [count], zero where it says nothing."""
-    sizes = sizes_of(form)
+    sizes = bucket_sizes(form.count, form.bucket, form.lanes * form.hosts)
     row = torch.zeros(sum(sizes))
     for number, size in enumerate(sizes):
         share = size // form.lanes

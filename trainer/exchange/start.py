@@ -8,7 +8,7 @@ from typing import Any
 from trainer.distributed.ranks import Ranks
 from trainer.exchange.crossing import Crossing
 from trainer.exchange.gradient_exchange import GradientExchange
-from trainer.exchange.hosts import Hosts, join_hosts
+from trainer.exchange.hosts import Hosts, join_hosts, members_of
 from trainer.exchange.weight_average import WeightAverage
 from trainer.options import Options
 
@@ -20,7 +20,7 @@ def engine_ranks(options: Options, ranks: Ranks) -> int:
     """Return how many ranks share an engine: of the smallest host, or all; known once they have met."""
     if not options.lan_compress:
         return ranks.world_size
-    return min(ranks.nodes.count(node) for node in ranks.nodes)
+    return min(map(len, members_of(ranks.nodes)))
 
 
 def hosts_of(options: Options, ranks: Ranks, warn: Callable[[str], None]) -> Hosts | None:
@@ -30,7 +30,7 @@ def hosts_of(options: Options, ranks: Ranks, warn: Callable[[str], None]) -> Hos
     if ranks.on_one_machine:
         warn("--lan_compress: all ranks are on one machine: nothing crosses a network")
         return None
-    hosts = join_hosts(ranks)
+    hosts = join_hosts(ranks.nodes, ranks.rank)
     if options.lan_compress == FEWEST:
         warn(f"--lan_compress {FEWEST}: measured after 100 steps, a model knew a quarter of what it was to learn, "
              "where with 4 bits it knew nine tenths (docs/lan_exchange.md)")

@@ -6,15 +6,13 @@ What crosses is by how much the weights have changed since the last average, in 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from trainer.distributed import heartbeat
 from trainer.exchange.crossing import Crossing
-from trainer.exchange.flat_stream import buckets_of, spread
+from trainer.exchange.flat_stream import spread
 from trainer.exchange.hosts import Hosts
 
 
@@ -40,16 +38,11 @@ class WeightAverage(Crossing):
         """Average the weights of all hosts, if they have made a step since."""
         if not self._steps:
             return
-        heartbeat.report("weights cross between hosts", often=True)
-        began = time.monotonic()
-        with torch.no_grad():
-            own = buckets_of(self._changes(), self.sum.sizes, self.hosts.weight, self.device)
-            codes, _ = self.sum.reduce(own)
+        with self._exchanging("weights"):
+            codes, _ = self._reduce(self._changes())
             spread(self.sum.gather(codes), self.shapes, self._set)
             if hasattr(self.engine.optimizer, "update_lp_params"):
                 self.engine.optimizer.update_lp_params()
-        self.seconds += time.monotonic() - began
-        self.exchanges += 1
         self._steps = 0
 
     def _changes(self) -> Iterator[torch.Tensor]:

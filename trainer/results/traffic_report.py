@@ -42,7 +42,9 @@ def exchange_of(setup: Setup, workload: Workload, coalesced: bool) -> Exchange:
     plain = Exchange(
         stage, setup.ranks.world_size, number, workload.trained, workload.parameters, o.gradient_accumulation_steps,
         coalesced=coalesced,
-        by_owner=lookup(config, "zero_optimization.use_multi_rank_bucket_allreduce") is False)
+        # gloo sends two ranks about as much as without
+        by_owner=lookup(config, "zero_optimization.use_multi_rank_bucket_allreduce") is False and (
+            setup.device != "cpu" or setup.ranks.world_size > 2))
     if setup.hosts is None:
         return plain
     return replace(plain, bits=o.lan_compress or 0, hosts=setup.hosts.count, period=o.lan_average or 1)
