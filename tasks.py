@@ -78,8 +78,8 @@ class ToolTask(Task):
             return []
         actions = self.actions()
         typed = self.typed(actions)
-        if self.passes_on:
-            with_dashes(typed, actions)
+        if self.passes_on or not self.word:
+            with_dashes(typed, actions, self.passes_on)
         found = [Argument(name=name, attr_name=name.replace("-", "_") if "-" in name else None, help=action.help,
                           kind=bool if action.nargs == 0 else list if is_list(action) else str,
                           optional=action.nargs == "?", default=[] if is_list(action) else None)
@@ -115,9 +115,9 @@ class ToolTask(Task):
         return [*words, "--", *rest] if self.passes_on and rest else [*words, *rest]
 
 
-def is_list(action: argparse.Action) -> bool:
+def is_list(action: argparse.Action | None) -> bool:
     """Return True for a flag that takes several values, or may be given several times."""
-    return action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
+    return (action is not None and action.nargs in ("+", "*")) or isinstance(action, argparse._AppendAction)
 
 
 def takes_value(word: str, actions: dict[str, argparse.Action]) -> bool:
@@ -126,19 +126,24 @@ def takes_value(word: str, actions: dict[str, argparse.Action]) -> bool:
     return word.startswith("--") and "=" not in word and (action is None or action.nargs != 0)
 
 
-def with_dashes(typed: list[str], actions: dict[str, argparse.Action]) -> None:
-    """Run the same command again with the trainer's flags after --, where invoke leaves them alone."""
+def with_dashes(typed: list[str], actions: dict[str, argparse.Action], passes_on: bool) -> None:
+    """Run the same command again as invoke takes it: --flag a b as --flag a --flag b, and the trainer's flags after --,
+    where it leaves them alone."""
     own: list[str] = []
     others: list[str] = []
     target = own
     for word in typed:
         if word.startswith("-"):
             name = word.partition("=")[0].removeprefix("--").replace("_", "-")
-            target = own if name in (*actions, "help", "-h") else others
+            target = own if name in (*actions, "help", "-h") or not passes_on else others
+        elif target is own and own[1:] and not own[-1].startswith("-") and own[-2].startswith("--") and is_list(
+                actions.get(own[-2].removeprefix("--").replace("_", "-"))):
+            own.append(own[-2])
         target.append(word)
-    if others:
+    if own + others != typed:
         before = sys.argv[: len(sys.argv) - len(typed) - (len(after_dashes()) + 1 if "--" in sys.argv else 0)]
-        words = [*before[1:], *own, "--", *others, *after_dashes()]
+        rest = [*others, *after_dashes()]
+        words = [*before[1:], *own, *(["--", *rest] if rest else [])]
         os.execv(sys.executable, [sys.executable, "-m", "invoke", *words])  # noqa: S606, the same program again
 
 

@@ -88,8 +88,8 @@ def register_flash() -> None:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from trainer.data.packing import varlen_bounds
     from trainer.model import document_attention
+    from trainer.sequences.packing import varlen_bounds
 
     last: list[Any] = [None, None]
 

@@ -51,6 +51,7 @@ from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
+from trainer.flags.dataset_words import name_and_weight
 
 LEVELS = ("error", "warning", "info")
 FACTS_KEPT = ("packages", "python", "cores", "ram_bytes", "disks", "nics", "nccl", "driver", "glibc", "os")
@@ -63,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_node_flags(parser)
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder or Hugging Face name that has to be on every host, and the same")
-    flag("--dataset", metavar="D", help="the same of a file, folder or Hugging Face name")
+    flag("--dataset", action="extend", nargs="+", metavar="D", default=[],
+         help="the same of files, folders or Hugging Face names")
     flag("--fast", action="store_true", help="leave out the network between the hosts, and the all-reduce test")
     flag("--network", action="store_true", help="measure each pair's rate and round trip, a few seconds each")
     flag("--speed", action="store_true", help="compare the slots: five seconds of matrix products on each, never on a "
@@ -76,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
 def facts_to_ask(nodes: Sequence[Node], options: argparse.Namespace) -> dict[str, Any]:
     """Return what every node is asked."""
     paths, names = [], []
-    for kind in ("model", "dataset"):
-        word = getattr(options, kind)
+    words = [("model", options.model), *(("dataset", name_and_weight(word)[0]) for word in options.dataset)]
+    for kind, word in words:
         if word and Path(word).exists():
             paths.append(str(Path(word).absolute()))
         elif word and word != "tiny":

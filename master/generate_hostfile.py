@@ -55,9 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="generate_hostfile.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--nodes", nargs="+", metavar="N", default=[],
+    flag("--nodes", action="extend", nargs="+", metavar="N", default=[],
          help="hosts: names, user@host:port, ranges gpu[1-4], @file, localhost; separated by spaces or commas")
-    flag("--from-reports", nargs="+", metavar="F", type=Path, default=[],
+    flag("--from-reports", action="extend", nargs="+", metavar="F", type=Path, default=[],
          help="read GPU reports from files, NAME.json each, instead of asking hosts")
     flag("--output", type=Path, default=Path("hostfile.txt"), metavar="F", help="the hostfile (hostfile.txt)")
     flag("--vendor", choices=["NVIDIA", "AMD", "INTEL"], type=str.upper,

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -46,19 +47,18 @@ LEAST_PATIENCE_S = 5.0  # hosts and master speak every few seconds
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this tool's own flags."""
     parser = argparse.ArgumentParser(
-        prog="launch_training.py", usage="%(prog)s --model M [flags] [flags of trainer/train.py]", description=__doc__,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
+        "launch_training.py", "%(prog)s --model M [flags] [flags of trainer/train.py]", __doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag, several = parser.add_argument, dict[str, Any](action="extend", nargs="+", default=[])
     flag("--model", metavar="M", help="a Hugging Face name, a folder, or 'tiny' (needs no download)")
-    flag("--dataset", metavar="D", help="file, folder or Hugging Face name (default: Python's own documentation)")
+    flag("--dataset", metavar="D", **several, help="files, folders or names, D:0.3 with a weight (Python's own docs)")
     flag("--config", metavar="C", type=Path,
          help="DeepSpeed config (default: what the plan says for these hosts; without a GPU trainer/configs/cpu.json)")
     flag("--hostfile", type=Path, metavar="H", help="train on these hosts (default: on this machine)")
-    flag("--nodes", nargs="+", metavar="N", default=[], help="find the GPUs of these hosts first, then train on them")
+    flag("--nodes", metavar="N", **several, help="find the GPUs of these hosts first, then train on them")
     flag("--slots", type=int, metavar="N",
          help="ranks on this machine, or at most on each of --nodes (default: all GPUs; 1 without any)")
-    flag("--grace", type=float, default=60, metavar="S",
-         help="seconds after Ctrl-C to begin a save, and again to end after it (60)")
+    flag("--grace", type=float, default=60, metavar="S", help="seconds after Ctrl-C to begin a save, and for it (60)")
     flag("--include", default="", metavar="I", help="only these hosts and slots of the hostfile: gpu1@gpu2:0,2")
     flag("--exclude", default="", metavar="E", help="all hosts and slots but these")
     flag("--resume", metavar="RUN",

@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--vocab", type=int, metavar="V", help="with --parameters: vocabulary (32000)")
     flag("--sequence-length", type=int, metavar="N", help="tokens of a sequence (1024, 256 for tiny)")
     flag("--global-batch", type=int, metavar="N", help="sequences of an optimizer step (65,536 tokens)")
-    flag("--dataset", metavar="D", help="text whose size may make the global batch smaller, as the trainer does")
+    flag("--dataset", action="extend", nargs="+", metavar="D", default=[],
+         help="text whose size may make the global batch smaller, as the trainer does")
     flag("--full", action="store_true", help="only training of all weights")
     flag("--lora", type=int, nargs="?", const=16, metavar="R", help="only adapters of this rank (16)")
     flag("--lan-compress", type=int, nargs="?", const=4, choices=[8, 4, 3], default=0, metavar="BITS",

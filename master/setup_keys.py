@@ -48,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="setup_keys.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--nodes", nargs="+", metavar="N", required=True, help="hosts: names, user@host:port, ranges gpu[1-4], @file")
+    flag("--nodes", action="extend", nargs="+", metavar="N", required=True,
+         help="hosts: names, user@host:port, ranges gpu[1-4], @file")
     flag("--key-type", choices=["ed25519", "rsa"], default="ed25519", help="of a new key (ed25519; rsa has 4096 bits)")
     flag("--passphrase", action="store_true", help="ask for a passphrase for a new key, and load it into the agent")
     flag("--no-config", action="store_true", help="don't touch ~/.ssh/config")

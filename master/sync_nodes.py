@@ -43,6 +43,7 @@ from master.sync.progress import SyncProgress
 from master.sync.relay import Relay, RelayPeer
 from master.sync.report import HostResult, result_line, result_of
 from master.sync.wheelhouse import fill_wheelhouse, wheels
+from trainer.flags.dataset_words import name_and_weight
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,8 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     cluster_file.add_node_flags(parser)
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder, or a Hugging Face name (from the cache here, or fetched once)")
-    flag("--dataset", metavar="D", help="a file, a folder, or a Hugging Face name")
-    flag("--with", dest="more", nargs="+", type=Path, default=[], metavar="F", help="more files or folders to copy")
+    flag("--dataset", action="extend", nargs="+", metavar="D", default=[], help="files, folders, or Hugging Face names")
+    flag("--with", dest="more", action="extend", nargs="+", type=Path, default=[], metavar="F",
+         help="more files or folders to copy")
     flag("--folder", default="", metavar="F", help="where lanspeed goes (default: this path there too, or ~/lanspeed)")
     flag("--no-env", action="store_true", help="leave the Python environments alone")
     flag("--python", metavar="P", default=f"{sys.version_info[0]}.{sys.version_info[1]}",
@@ -72,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
 def trees_of(options: argparse.Namespace) -> list[Tree]:
     """Return what is to be there. Raises TreeError."""
     paths, names = list(options.more), []
-    for kind in ("model", "dataset"):
-        word = getattr(options, kind)
+    words = [("model", options.model), *(("dataset", name_and_weight(word)[0]) for word in options.dataset)]
+    for kind, word in words:
         if not word or word == "tiny":
             continue
         if not Path(word).expanduser().exists() and (found := glob.glob(os.path.expanduser(word), recursive=True)):

@@ -15,7 +15,9 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from trainer.errors import UserError, usage_error
-from trainer.flags import DEFAULT_DS_CONFIG, build_parser
+from trainer.flags.dataset_words import DatasetPart, parts_of
+from trainer.flags.parser import DEFAULT_DS_CONFIG, build_parser
+from trainer.flags.transformers_fields import check_optimizer, fields_set
 
 # Measured with a Llama of 0.41 million parameters, 300 steps on two hosts (docs/lan_exchange.md).
 FROM_SCRATCH = "in 4 bits the loss was 5.6 % higher after 300 steps, with averages every 5 steps 6.5 %"
@@ -44,9 +46,16 @@ class Options:
     lora: int | None
     qlora: int | None
     merge_lora: bool
+    adapter: str | None
+    lora_alpha: float | None
+    lora_dropout: float | None
+    lora_targets: list[str] | None
+    lora_modules_to_save: list[str] | None
+    dora: bool
+    rslora: bool
     trust_remote_code: bool
     allow_pickle: bool
-    dataset_path: str | None
+    datasets: tuple[DatasetPart, ...]
     dataset_config: str | None
     dataset_split: str
     text_column: str | None
@@ -74,6 +83,12 @@ class Options:
     adam_beta2: float
     adam_epsilon: float
     max_grad_norm: float
+    optim: str | None
+    neftune_noise_alpha: float | None
+    early_stopping: int | None
+    set_fields: dict[str, Any]  # of transformers' TrainingArguments
+    method: str | None  # sft or dpo; None: what the data are for
+    dpo_beta: float | None
     lan_compress: int | None
     lan_average: int | None
     lan_compress_from_scratch: bool
@@ -111,10 +126,14 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     config = named or said.deepspeed_config
     said.deepspeed = Path(config) if config else (DEFAULT_DS_CONFIG if said.deepspeed else None)
     said.lora = said.lora or said.qlora
+    said.datasets = parts_of(said.dataset_path)
+    said.set_fields = fields_set(said.set_fields)
+    check_optimizer(said.optim)
     if said.lan_average and not said.lan_compress:
         said.lan_compress = 4
     options = Options(**{field.name: getattr(said, field.name) for field in fields(Options)})
     check(options)
+    check_adapter(options)
     return measuring(options) if options.measure else options
 
 
@@ -126,10 +145,6 @@ def measuring(options: Options) -> Options:
 
 def check(options: Options) -> None:
     """Raise a UserError for flags that contradict each other."""
-    if options.merge_lora and not options.lora:
-        raise usage_error("--merge_lora without --lora: there is nothing to merge")
-    if options.resize_embeddings and options.lora:
-        raise usage_error("--resize_embeddings adds rows that --lora would leave as they are: train the whole model")
     if options.qlora and options.model_name_or_path == "tiny":
         raise usage_error("--qlora: tiny is too small for 4 bits: name a model, or take --lora")
     if not options.from_config and (options.config_overrides or options.vocab_size):
@@ -144,10 +159,26 @@ def check(options: Options) -> None:
                           "and the ranks make: give two of the three")
     if options.lan_compress:
         check_lan(options)
+    if options.early_stopping and (not options.eval_steps or not (options.eval_fraction or options.eval_dataset)):
+        raise usage_error("--early_stopping looks at evaluations: give it --eval_steps and data that is held out")
     if options.streaming and options.dataloader_workers:
         raise usage_error("--streaming reads in the rank itself: leave out --dataloader_workers")
-    if options.streaming and ((options.max_steps or 0) < 1 or options.dataset_path is None):
-        raise usage_error("--streaming reads without end: say --dataset_path D and --max_steps N")
+    if options.streaming and ((options.max_steps or 0) < 1 or len(options.datasets) != 1):
+        raise usage_error("--streaming reads one dataset without end: say --dataset_path D and --max_steps N")
+
+
+def check_adapter(options: Options) -> None:
+    """Raise a UserError for flags of an adapter that contradict each other, or come without one."""
+    given = [f"--{name}" for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_modules_to_save", "dora",
+                                      "rslora") if getattr(options, name)]
+    if options.adapter and (given or (options.lora and not options.qlora)):
+        raise usage_error(f"--adapter brings settings of its own: leave out {(given or ['--lora'])[0]}")
+    if given and not options.lora:
+        raise usage_error(f"{given[0]} without --lora: it is of an adapter")
+    if options.merge_lora and not (options.lora or options.adapter):
+        raise usage_error("--merge_lora without --lora: there is nothing to merge")
+    if options.adapter and options.resize_embeddings:
+        raise usage_error("--adapter and --resize_embeddings: an adapter has the rows that it was trained with")
 
 
 def check_lan(options: Options) -> None:

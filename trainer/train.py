@@ -25,6 +25,7 @@ from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.signals import Interrupted, SignalWatch
 from trainer.errors import UserError, is_out_of_memory
+from trainer.flags.transformers_fields import check_engine
 from trainer.options import Options, parse_options
 from trainer.results.console import Console, clean
 
@@ -81,7 +82,9 @@ def stay_offline(options: Options) -> None:
     """Switch the Hugging Face hub off unless a name of it is used; never tell it about this machine."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     here = [options.model_name_or_path == "tiny" or os.path.exists(options.model_name_or_path)]
-    here += [name is None or os.path.exists(name) for name in (options.dataset_path, options.eval_dataset)]
+    here += [name is None or os.path.exists(name) for name in (*(part.name for part in options.datasets),
+                                                                   options.eval_dataset)]
+    here += [options.adapter is None or os.path.isdir(options.adapter)]
     if all(here):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -93,6 +96,7 @@ def train(options: Options, ranks: Ranks, console: Console, signals: SignalWatch
 
     config = deepspeed_config.read_config(options.deepspeed) if options.deepspeed else None
     allowed.check(options, config, options.precision)
+    check_engine(options.optim, config, deepspeed_config.offloads_optimizer(config))
     stay_offline(options)
     console.say("lanspeed: loading torch, transformers and deepspeed")
     heartbeat.report("loading torch, transformers and deepspeed")

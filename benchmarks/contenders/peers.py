@@ -65,11 +65,11 @@ def by_hand(course: Course, clock: Clock) -> Any:
     import torch
 
     from trainer.data.dataset import prepare_dataset
-    from trainer.data.packing import Collator, PackedSequences
     from trainer.data.tokenizer import tokenizer_id
     from trainer.distributed import deepspeed_config
     from trainer.distributed.ranks import Ranks
     from trainer.options import parse_options
+    from trainer.sequences.packing import Collator, PackedSequences
 
     Ranks()  # sets RANK and the like
     deepspeed_config.skip_shared_memory_operator()

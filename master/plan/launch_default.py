@@ -23,6 +23,7 @@ from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, Way, all_estimat
 from trainer.estimate import batch
 from trainer.estimate.batch import default_global_batch, default_sequence
 from trainer.estimate.memory import gigabytes
+from trainer.flags.dataset_words import name_and_weight
 
 FALLBACK = "trainer/configs/zero1.json"  # for a model whose shape isn't known: its traffic isn't multiplied
 MOSTLY = 0.5  # share of a step in the network from which that is worth a warning
@@ -62,6 +63,7 @@ def wanted_of(trainer_flags: Sequence[str]) -> Wanted:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=int)
     for name in (LORA, QLORA):
         parser.add_argument(f"--{name}", type=int, nargs="?", const=16)
+    parser.add_argument("--adapter")
     parser.add_argument("--lan_compress", "--lan-compress", type=int, nargs="?", const=4, default=0)
     parser.add_argument("--lan_average", "--lan-average", type=int)
     parser.add_argument("--activation_checkpointing", "--activation-checkpointing", "--gradient_checkpointing",
@@ -70,8 +72,9 @@ def wanted_of(trainer_flags: Sequence[str]) -> Wanted:
         said, _ = parser.parse_known_args(list(trainer_flags))
     except (argparse.ArgumentError, SystemExit):
         said, _ = parser.parse_known_args([])
-    kind = QLORA if said.qlora else LORA if said.lora else FULL
-    return Wanted(said.qlora or said.lora, kind, said.sequence_length, said.per_device_train_batch_size,
+    kind = QLORA if said.qlora else LORA if said.lora or said.adapter else FULL
+    rank = said.qlora or said.lora or (16 if said.adapter else None)
+    return Wanted(rank, kind, said.sequence_length, said.per_device_train_batch_size,
                   said.gradient_accumulation_steps, said.global_batch_size, said.activation_checkpointing,
                   said.lan_compress or (4 if said.lan_average else 0), said.lan_average is not None)
 
@@ -84,18 +87,18 @@ def rates_for(task: Task, machines: Sequence[Machine], cluster: Mapping[str, Any
     return history.corrected(rates, earlier)
 
 
-def sequences_of(dataset: str | None, sequence: int) -> int | None:
-    """Return about how many sequences a file, a folder or the built-in text has, None for a name of the hub."""
-    if dataset is None:
+def sequences_of(datasets: Sequence[str], sequence: int) -> int | None:
+    """Return about how many sequences files, folders or the built-in text have, None for a name of the hub."""
+    if not datasets:
         return int(BUILT_IN_BYTES / BYTES_PER_TOKEN / sequence)
-    path = Path(dataset).expanduser()
-    if not path.exists():
+    paths = [Path(name_and_weight(word)[0]).expanduser() for word in datasets]
+    if not all(path.exists() for path in paths):
         return None
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    files = [each for path in paths for each in ([path] if path.is_file() else path.rglob("*")) if each.is_file()]
     return int(sum(each.stat().st_size for each in files) / BYTES_PER_TOKEN / sequence)
 
 
-def choose(config: Path | None, model: str | None, dataset: str | None, trainer_flags: Sequence[str],
+def choose(config: Path | None, model: str | None, datasets: Sequence[str], trainer_flags: Sequence[str],
            slots: Sequence[Slots], cluster: Mapping[str, Any]) -> Default:
     """Return the config for a training: the one that was given, or the fastest that fits of those that come along.
 
@@ -119,7 +122,7 @@ def choose(config: Path | None, model: str | None, dataset: str | None, trainer_
         return fallback
     machines, network = of_cluster(slots, cluster, None)
     sequence = wanted.sequence or default_sequence(model == "tiny", shape.positions)
-    sequences = sequences_of(dataset, sequence)
+    sequences = sequences_of(datasets, sequence)
     task = Task(shape, sequence, wanted.global_batch or default_global_batch(sequence, sequences), wanted.rank or 16,
                 (wanted.kind,), bits=wanted.bits)
     rates = rates_for(task, machines, cluster, model)

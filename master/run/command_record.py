@@ -20,26 +20,29 @@ from master.core.run_cli import UserError
 from master.core.terminal import confirm, say
 from master.inventory.worker_script import load_worker
 from master.run.launcher_process import read_object
+from trainer.flags.dataset_words import name_and_weight
 
 RECORD = "command.json"
 HOSTS = ("hostfile.txt", "cluster.json")  # which say where the run's processes are started, and by which Python
 PLACE = {"--output_dir", "--resume_from_checkpoint", "--local_rank"}  # the launcher says these anew
+SEVERAL = {"--dataset_path", "--lora_targets", "--lora_modules_to_save"}  # values
+REPEATED = "--set"  # which adds to what it has said before
 ALWAYS_TYPED = {"--trust_remote_code", "--allow_pickle"}  # they run code of whoever made a model
 # What is taken from a run folder of unknown origin: flags without a value, with a number, with a name.
 SWITCHES = {"--from_config", "--resize_embeddings", "--activation_checkpointing", "--gradient_checkpointing",
             "--torch_compile", "--bf16_residual", "--liger", "--no_liger", "--merge_lora", "--streaming",
             "--no_packing", "--eval_on_train", "--no_gradient_check", "--flexible_batch", "--deepspeed",
-            "--lora", "--qlora", "--lan_compress", "--lan_compress_from_scratch"}
+            "--lora", "--qlora", "--dora", "--rslora", "--lan_compress", "--lan_compress_from_scratch"}
 NUMBERS = {"--vocab_size", "--lora", "--qlora", "--lan_compress", "--lan_average", "--sequence_length",
-           "--eval_fraction", "--num_epochs",
-           "--max_steps", "--measure",
+           "--lora_alpha", "--lora_dropout", "--neftune_noise_alpha", "--early_stopping", "--dpo_beta",
+           "--eval_fraction", "--num_epochs", "--max_steps", "--measure",
            "--per_device_train_batch_size", "--gradient_accumulation_steps", "--global_batch_size", "--learning_rate",
            "--warmup_steps", "--weight_decay", "--adam_beta1", "--adam_beta2", "--adam_epsilon", "--max_grad_norm",
            "--seed", "--logging_steps", "--eval_max_sequences", "--eval_steps", "--save_steps", "--save_total_limit",
            "--checkpoint_copies", "--num_samples"}
 WORDS = {"--precision", "--lr_scheduler_type", "--dataset_config", "--dataset_split", "--text_column", "--eval_config",
-         "--eval_split"}
-NAMES = {"--model_name_or_path", "--dataset_path", "--eval_dataset"}  # of the hub, or paths inside the run
+         "--eval_split", "--optim", "--method", "--lora_targets", "--lora_modules_to_save"}
+NAMES = {"--model_name_or_path", "--dataset_path", "--eval_dataset", "--adapter"}  # of the hub, or paths inside the run
 NUMBER, WORD = re.compile(r"-?[0-9][0-9.e+-]{0,30}"), re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
 
@@ -99,7 +102,10 @@ def flags_of(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 def last_of(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield each flag with the values that it was given last: a run that is resumed often repeats them."""
-    yield from dict(flags_of(words)).items()
+    found = list(flags_of(words))
+    yield from ((flag, values) for flag, values in dict(found).items() if flag != REPEATED)
+    for value in dict.fromkeys(value for flag, values in found if flag == REPEATED for value in values):
+        yield REPEATED, [value]
 
 
 def is_harmless(flag: str, values: Sequence[str], run: Path) -> bool:
@@ -107,9 +113,10 @@ def is_harmless(flag: str, values: Sequence[str], run: Path) -> bool:
     if not values:
         return flag in SWITCHES
     if len(values) > 1:
-        return False
+        return flag in SEVERAL and all(is_harmless(flag, [value], run) for value in values)
     value = values[0]
     if flag in NAMES:
+        value = name_and_weight(value)[0]
         inside = Path(value).resolve().is_relative_to(run.resolve())
         return inside or (bool(HUB_NAME.fullmatch(value)) and not Path(value).exists())
     return bool((flag in NUMBERS and NUMBER.fullmatch(value)) or (flag in WORDS and WORD.fullmatch(value)))

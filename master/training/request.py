@@ -19,10 +19,12 @@ from master.inventory.hostfile import Slots
 from master.run.command_record import flags_to_repeat
 from master.training.deepspeed_command import first_address, is_only_here, launcher_words
 from master.training.job import Supervision
+from trainer.flags.dataset_words import name_and_weight
 
 # What the hosts get of this shell's environment: settings of the libraries, never all of it.
 SENT = ("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_", "DS_", "DEEPSPEED_")
 SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
+DATA_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".gz")
 ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 
 
@@ -79,14 +81,15 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
     """Return what the flags ask for. Raises UsageError, RunError, ClusterError."""
     script = Path(options.script).absolute() if options.script else TRAINER
     model = path_or_name("--model", options.model, hosts)
-    dataset = path_or_name("--dataset", options.dataset, hosts)
+    datasets = [str(path_or_name("--dataset", name, hosts)) + (f":{weight:g}" if weight else "")
+                for name, weight in map(name_and_weight, options.dataset)]
     if options.script:
         arguments = list(trainer_flags)
     else:
         run, place = place_of_run(options, trainer_flags, run)
-        arguments = [*arguments_of(options, run, model, dataset, config, trainer_flags),
+        arguments = [*arguments_of(options, run, model, datasets, config, trainer_flags),
                      *survival_flags(options, hosts), *trainer_flags, *place]
-    used = [str(config), model, dataset, options.script]
+    used = [str(config), model, *(name_and_weight(word)[0] for word in datasets), options.script]
     return TrainingRequest(
         hosts=hosts, run=run, script=script, arguments=tuple(arguments),
         files=tuple(path for word in used if word and word != "tiny" for path in files_of(word)),
@@ -145,18 +148,18 @@ def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
 
 
 def looks_like_path(word: str) -> bool:
-    """Tell a path from a Hugging Face name, which has one slash at most, and no wildcard."""
-    return word.startswith((".", "/", "~")) or word.rstrip("/").count("/") > 1 or word.endswith("/") or any(
+    """Tell a path from a Hugging Face name, which has one slash at most, no wildcard and no suffix of a data file."""
+    return word.endswith(DATA_SUFFIXES) or word.startswith((".", "/", "~")) or word.rstrip("/").count("/") > 1 or word.endswith("/") or any(
         mark in word for mark in "*?[")
 
 
-def arguments_of(options: argparse.Namespace, run: Path, model: str | None, dataset: str | None, config: Path,
+def arguments_of(options: argparse.Namespace, run: Path, model: str | None, datasets: Sequence[str], config: Path,
                  trainer_flags: Sequence[str]) -> list[str]:
     """Return the trainer's flags, or, on --resume without a model, those that the run was started with.
 
     Raises CommandError.
     """
-    data = ["--dataset_path", dataset] if dataset else []
+    data = ["--dataset_path", *datasets] if datasets else []
     engine = ["--deepspeed", "--deepspeed_config", str(config)]
     if options.resume and not model:
         typed = [*data, *(engine if options.config else []), *trainer_flags]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.data.packing import varlen_bounds
 from trainer.model import document_attention
 from trainer.model.head_loss import HeadLoss
+from trainer.sequences.packing import varlen_bounds
 
 pytestmark = pytest.mark.gpu
 VOCABULARY, WIDTH = 512, 256

@@ -39,7 +39,7 @@ def chosen(tmp_path: Path, model: str, hosts: list[dict[str, Any]], *flags: str,
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | MODELS[model]))
     slots = [Slots(each["name"], count, tuple(range(count)), "NVIDIA") for each in hosts
              for count in [len(each["report"]["gpus"])]]
-    found = choose(config, str(tmp_path), None, flags, slots, {"hosts": hosts, "pairs": []})
+    found = choose(config, str(tmp_path), [], flags, slots, {"hosts": hosts, "pairs": []})
     return str(found.config.relative_to(ROOT)), found.found
 
 
@@ -94,9 +94,9 @@ def test_a_model_that_nobody_knows_gets_what_sends_little(tmp_path: Path) -> Non
     cluster = {"hosts": [host("gpu1", [CARD], 1000)], "pairs": []}
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     for model in (str(tmp_path), str(tmp_path / "nowhere"), None):
-        found = choose(None, model, None, [], slots, cluster)
+        found = choose(None, model, [], [], slots, cluster)
         assert found.config.name == "zero1.json" and found.found is None
-    found = choose(None, "tiny", None, [], [Slots("localhost", 2, (0, 1), "CPU")], {"hosts": [], "pairs": []})
+    found = choose(None, "tiny", [], [], [Slots("localhost", 2, (0, 1), "CPU")], {"hosts": [], "pairs": []})
     assert found.config.name == "cpu.json" and found.found and not found.found.known
 
 

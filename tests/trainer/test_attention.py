@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import Train
 
-from trainer.data.packing import varlen_bounds
 from trainer.model import document_attention
 from trainer.options import parse_options
+from trainer.sequences.packing import varlen_bounds
 
 VOCABULARY = 100
 SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

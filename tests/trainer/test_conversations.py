@@ -11,11 +11,11 @@ import pytest
 from trainer.data.chat import conversation_text, encode
 from trainer.data.dataset import prepare_dataset
 from trainer.data.documents import find_files, read_documents
-from trainer.data.packing import IGNORED, Collator, PackedSequences
 from trainer.data.rows import DocumentExtractor, normalized
 from trainer.data.tokenizer import TINY_TEMPLATE, own_tokenizer
 from trainer.errors import UserError
 from trainer.options import parse_options
+from trainer.sequences.packing import IGNORED, Collator, PackedSequences
 
 USER = {"role": "user", "content": "how are you ?"}
 SAID = {"role": "assistant", "content": "fine , thanks"}

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from trainer.data.dataset import TokenizedDataset, prepare_dataset
 from trainer.data.held_out import split
-from trainer.data.packing import PackedSequences
 from trainer.data.tokenization import cut_document
 from trainer.data.tokenizer import own_tokenizer
 from trainer.errors import UserError
 from trainer.options import parse_options
+from trainer.sequences.packing import PackedSequences
 
 Prepare = Callable[..., TokenizedDataset]
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import Train
 from datasets import Dataset
 
-from trainer.data.packing import PackedSequences
 from trainer.options import parse_options, with_defaults
+from trainer.sequences.packing import PackedSequences
 from trainer.training.evaluation import affordable_sequences
 
 

@@ -27,7 +27,7 @@ import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from trainer.data.packing import IGNORED
+from trainer.sequences.packing import IGNORED
 from trainer.distributed import deepspeed_config
 from trainer.errors import UserError
 from trainer.training.gradient_check import GradientCheck

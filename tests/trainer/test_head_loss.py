@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer.data.packing import IGNORED
 from trainer.model import head_loss
 from trainer.model.head_loss import HeadLoss
+from trainer.sequences.packing import IGNORED
 from trainer.training.loss_trainer import summed_loss
 
 ROWS, WIDTH, SIZE, VOCABULARY = 3, 40, 16, 500

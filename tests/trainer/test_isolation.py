@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT, Train
 from safetensors.torch import load_file
 
-from trainer.data.packing import Collator, PackedSequence, varlen_bounds
 from trainer.errors import UserError
 from trainer.model import isolation
 from trainer.model.isolation import Way
+from trainer.sequences.packing import Collator, PackedSequence, varlen_bounds
 
 QUICK = {"gpt2", "opt", "mixtral", "bloom"}
 

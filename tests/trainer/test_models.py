@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.packing import Collator, PackedSequence
 from trainer.data.tokenizer import own_tokenizer
 from trainer.errors import UserError
 from trainer.model import isolation, loading
 from trainer.options import parse_options
+from trainer.sequences.packing import Collator, PackedSequence
 
 ARCHITECTURES = ["tiny", "gpt2", "qwen3", "gpt-neox"]
 TEXTS = ["one two three four five six seven", "eight nine ten", "eleven twelve thirteen fourteen"] * 40

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.packing import FILLER, IGNORED, Collator, PackedSequence, best_fit
+from trainer.sequences.packing import FILLER, IGNORED, Collator, PackedSequence, best_fit
 
 
 @given(st.integers(1, 300).flatmap(lambda room: st.tuples(st.just(room), st.lists(st.integers(1, room), max_size=200))))

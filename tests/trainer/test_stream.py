@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from conftest import ROOT, Train
 
-from trainer.data import streaming
 from trainer.data.documents import Document
 from trainer.data.held_out import digest_of
-from trainer.data.packing import PackedSequence
 from trainer.data.rows import MESSAGES, TEXT
-from trainer.data.streaming import Stream, StreamPosition, StreamSettings
 from trainer.data.tokenizer import own_tokenizer
 from trainer.errors import UserError
 from trainer.options import parse_options
+from trainer.sequences import streaming
+from trainer.sequences.packing import PackedSequence
+from trainer.sequences.streaming import Stream, StreamPosition, StreamSettings
 
 TEXTS = [f"document {number} " + "word " * (number % 17) for number in range(300)]
 

@@ -319,7 +319,7 @@ def test_the_way_to_an_address_is_known_without_programs(monkeypatch: pytest.Mon
         assert node.interface_towards("::1") == "lo"
 
 
-@pytest.mark.parametrize("change", ["trainer/train.py", "trainer/data/packing.py", "trainer/new.py"])
+@pytest.mark.parametrize("change", ["trainer/train.py", "trainer/sequences/packing.py", "trainer/new.py"])
 def test_code_that_differs_anywhere_has_another_digest(change: str, tmp_path: Path) -> None:
     copy = tmp_path / "trainer"
     shutil.copytree(ROOT / "trainer", copy, ignore=shutil.ignore_patterns("__pycache__"))

@@ -159,13 +159,14 @@ def survey_checkpoints(root: Path) -> tuple[list[int], dict[int, str]]:
     return good, bad
 
 
-def rotate(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and half-written ones older than those."""
+def rotate(root: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` complete checkpoints and that of the step `best`, and half-written ones older
+    than those."""
     folders = list_checkpoints(root)
     complete = [folder for folder in folders if (folder / MANIFEST).exists()]
     oldest_kept = step_of(complete[-keep:][0]) if complete else 0
     for folder in folders:
-        if step_of(folder) < oldest_kept:
+        if step_of(folder) < oldest_kept and step_of(folder) != best:
             # The manifest goes first: a deletion that is interrupted must not leave a checkpoint that looks valid.
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)

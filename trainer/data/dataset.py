@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -17,12 +16,12 @@ from typing import Any
 
 from trainer import cache
 from trainer.data import python_docs
-from trainer.data.chat import conversation_text
 from trainer.data.documents import Document
-from trainer.data.held_out import check_overlap, digest_of, same_data, split
+from trainer.data.held_out import check_overlap, digest_of, same_data
 from trainer.data.rows import TEXT
 from trainer.data.sources import Source, hashed, open_source
-from trainer.data.tokenization import tokenize
+from trainer.data.texts import Part, common_form, divided, form_of, gzip_bits, read_texts
+from trainer.data.tokenization import joined, tokenize
 from trainer.data.tokenizer import TOKENIZER_CHARACTERS, first_characters
 from trainer.errors import UserError
 from trainer.options import Options
@@ -38,6 +37,7 @@ class DatasetInfo:
     key: str
     name: str
     settings: dict[str, Any] = field(default_factory=dict)  # what decides what a step sees, by name
+    sources: list[str] = field(default_factory=list)  # the datasets' names, in the order of the column source
     form: str = TEXT  # or what rows.py calls it
     documents: int = 0
     dropped: int = 0
@@ -57,6 +57,14 @@ class TokenizedDataset:
     train: Any
     evaluation: Any
     folder: Path = field(default_factory=Path)
+    epoch: Any = None  # the numbers of an epoch's pieces of `train`, where some are read several times
+
+    def epoch_tokens(self) -> int:
+        """Return the tokens of an epoch."""
+        if not len(self.train):
+            return 0
+        lengths = self.train.with_format("numpy")["length"][:]
+        return int((lengths if self.epoch is None else lengths[self.epoch]).sum())
 
     def largest_token(self) -> int:
         """Return the largest token's number."""
@@ -83,29 +91,31 @@ def prepare_dataset(
     `make_tokenizer` gets the training documents (a tokenizer may be trained on them) and returns one;
     `tokenizer_id` tells tokenizers apart in the cache. Raises UserError for data that can't be read or is empty.
     """
-    source = open_source(options.dataset_path, options, built_in)
+    sources = [open_source(part.name, options, built_in) for part in options.datasets] or \
+        [open_source(None, options, built_in)]
+    fingerprint, name = "+".join(source.fingerprint for source in sources), ", ".join(each.name for each in sources)
     evaluation = open_source(options.eval_dataset, options, built_in, True) if options.eval_dataset else None
-    if evaluation and evaluation.fingerprint == source.fingerprint and not options.eval_on_train:
+    if evaluation and [evaluation.fingerprint] == [each.fingerprint for each in sources] and not options.eval_on_train:
         raise UserError(same_data(evaluation.name), shared=True)
-    settings = {"data": short_hash(source.fingerprint), "tokenizer or chat template": short_hash(tokenizer_id),
+    settings = {"data": short_hash(fingerprint), "tokenizer or chat template": short_hash(tokenizer_id),
                 "evaluation data": short_hash(evaluation.fingerprint) if evaluation else None,
                 "--sequence_length": sequence_length}
     settings |= {f"--{name}": getattr(options, name) for name in (
         "seed", "eval_fraction", "text_column", "streaming", "dataset_config", "dataset_split", "eval_config",
         "eval_split", "eval_on_train")}
     key = hashed(json.dumps(part).encode() for part in (
-        FORMAT, source.fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, settings))[:32]
+        FORMAT, fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, settings))[:32]
     if options.streaming:
-        source = replace(source, read=partial(first_documents, source.read))
+        sources = [replace(source, read=partial(first_documents, source.read)) for source in sources]
     folder = cache_folder(options) / key
     if (folder / "info.json").exists():
-        say(f"data: {source.name}, tokenized before ({folder})")
+        say(f"data: {name}, tokenized before ({folder})")
     else:
-        say(f"data: {source.name}, tokenizing")
+        say(f"data: {name}, tokenizing")
         os.makedirs(folder.parent, mode=0o700, exist_ok=True)  # private data is read by this user alone
         with cache.half_made(folder.parent) as scratch:
-            made = build(scratch, DatasetInfo(key, source.name, settings), source, evaluation, options,
-                         make_tokenizer, sequence_length)
+            info = DatasetInfo(key, name, settings, [each.name for each in sources])
+            made = build(scratch, info, sources, evaluation, options, make_tokenizer, sequence_length)
             try:
                 os.rename(made, folder)
             except OSError:
@@ -148,94 +158,53 @@ def load_tokenized(folder: Path) -> TokenizedDataset:
 def build(
     scratch: Path,
     info: DatasetInfo,
-    source: Source,
+    sources: list[Source],
     evaluation: Source | None,
     options: Options,
     make_tokenizer: Callable[[Iterable[str]], Any],
     sequence_length: int,
 ) -> Path:
     """Make everything in `scratch` and return the folder that is complete."""
-    texts = read_texts(source, scratch, "texts")
-    info.documents, info.dropped = len(texts), texts.dropped
-    info.form = source.extract.form or TEXT
-    train, held_out = texts, read_texts(evaluation, scratch, "eval-texts") if evaluation else None
-    if evaluation and (evaluation.extract.form or TEXT) != info.form:
-        raise UserError(f"{evaluation.name} holds {evaluation.extract.form}, and {source.name} {info.form}")
-    notes = Counter(source.extract.notes)
-    if evaluation and held_out is not None:
-        notes.update(evaluation.extract.notes)
-        check_overlap(texts["text"], held_out["text"], evaluation.name, options.eval_on_train, notes)
-    if held_out is None:
-        least = 1 if options.streaming and options.eval_fraction else 0  # pieces of what is read again won't do
-        inside, outside = split(texts["text"], options.eval_fraction, options.seed, least)
-        train, held_out = texts.select(inside), texts.select(outside)
-        if options.streaming:
-            info.held_out = sorted({digest_of(text) for text in held_out["text"]})
-    tokenizer = make_tokenizer(train["text"] if info.form == TEXT else map(conversation_text, train["text"]))
-    train, info.cut = tokenize(train, tokenizer, sequence_length, info.form, notes)
-    held_out_pieces, _ = tokenize(held_out, tokenizer, sequence_length, info.form, notes)
+    read = [read_texts(source, scratch, f"texts-{number}") for number, source in enumerate(sources)]
+    outside = read_texts(evaluation, scratch, "eval-texts") if evaluation else None
+    info.documents, info.dropped = sum(map(len, read)), sum(texts.dropped for texts in read)
+    info.form = common_form(sources, evaluation)
+    notes = Counter[str]()
+    for source in [*sources, *([evaluation] if evaluation else [])]:
+        notes.update(source.extract.notes)
+    if evaluation and outside is not None:
+        check_overlap(itertools.chain(*(texts["text"] for texts in read)), outside["text"], evaluation.name,
+                      options.eval_on_train, notes)
+    parts = [divided(texts, source, options) if outside is None else Part(texts, form_of(source))
+             for texts, source in zip(read, sources, strict=True)]
+    if options.streaming and outside is None:
+        info.held_out = sorted({digest_of(text) for text in parts[0].held_out["text"]})
+    tokenizer = make_tokenizer(itertools.chain(*(part.words() for part in parts)))
+    if evaluation and outside is not None:
+        parts.append(Part(None, form_of(evaluation), outside))
+    masked = info.form != TEXT
+    train = [tokenize(part.train, tokenizer, sequence_length, part.form, notes, masked) for part in parts
+             if part.train is not None]
+    info.cut = sum(cut for _, cut in train)
+    pieces = joined([table for table, _ in train])
+    held_out = joined([tokenize(part.held_out, tokenizer, sequence_length, part.form, notes, masked)[0]
+                       for part in parts if part.held_out is not None], numbered=False)
     info.notes = dict(notes)
-    info.eval_documents = len(held_out)
-    info.gzip_bits_per_byte = gzip_bits(held_out["text"]) if info.form == TEXT else None
-    if not len(held_out) and options.eval_fraction and len(train) > 1 and not options.streaming:
-        count = max(1, round(len(train) * options.eval_fraction))
-        order = train.train_test_split(test_size=count, seed=options.seed)
-        train, held_out_pieces, info.eval_by_pieces = order["train"], order["test"], True
+    unread = [part.held_out["text"] for part in parts if part.held_out is not None]
+    info.eval_documents = sum(map(len, unread))
+    info.gzip_bits_per_byte = gzip_bits(itertools.chain(*unread)) if info.form == TEXT else None
+    if not info.eval_documents and options.eval_fraction and len(pieces) > 1 and not options.streaming:
+        count = max(1, round(len(pieces) * options.eval_fraction))
+        order = pieces.train_test_split(test_size=count, seed=options.seed)
+        pieces, held_out, info.eval_by_pieces = order["train"], order["test"], True
         if info.form == TEXT:
             info.gzip_bits_per_byte = gzip_bits(tokenizer.batch_decode(order["test"]["input_ids"][:], True))
-    if not len(train):
-        raise UserError(f"{source.name}: nothing to train on: {info.documents} documents, none with two tokens or more")
+    if not len(pieces):
+        raise UserError(f"{info.name}: nothing to train on: {info.documents} documents, none with two tokens or more")
     made = scratch / "made"
-    train.save_to_disk(str(made / "train"))
-    if len(held_out_pieces):  # datasets cannot load a table without rows
-        held_out_pieces.save_to_disk(str(made / "eval"))
+    pieces.save_to_disk(str(made / "train"))
+    if len(held_out):  # datasets cannot load a table without rows
+        held_out.save_to_disk(str(made / "eval"))
     tokenizer.save_pretrained(str(made / "tokenizer"))
     (made / "info.json").write_text(json.dumps(asdict(info), indent=1))
     return made
-
-
-def read_texts(source: Source, scratch: Path, name: str) -> Any:
-    """Read a source into a table on disk with the columns `text` and `where`, without empty documents.
-
-    These are counted in `.dropped`. Raises UserError if nothing is left.
-    """
-    from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetGenerationError
-
-    dropped, kept = 0, 0
-
-    def rows() -> Iterator[dict[str, str]]:
-        nonlocal dropped, kept
-        for text in source.read():
-            if text.strip():
-                kept += 1
-                yield {"text": str(text), "where": text.where}
-            else:
-                dropped += 1
-
-    try:
-        # A name of its own keeps datasets from hashing the generator and everything that it refers to.
-        columns = Features({"text": Value("large_string"), "where": Value("string")})
-        table = Dataset.from_generator(rows, features=columns, cache_dir=str(scratch / name), fingerprint=name)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    except ValueError:
-        if kept:  # else: datasets cannot make a table without rows
-            raise
-        raise UserError(f"{source.name}: no documents" + (f": all {dropped:,} are empty" if dropped else "")) from None
-    table.dropped = dropped
-    return table
-
-
-def gzip_bits(texts: Iterable[str]) -> float | None:
-    """Return the bits per byte that `gzip -9` needs for the texts, one after the other; None for no text at all."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    before = after = 0
-    for text in texts:
-        raw = text.encode()
-        before += len(raw)
-        after += len(packer.compress(raw))
-    after += len(packer.flush())
-    return 8 * after / before if before else None

@@ -62,7 +62,8 @@ def open_source(name: str | None, options: Options, built_in: Callable[[], list[
         return Source(what, fingerprint, lambda: documents.read_documents(files, extract), extract)
     if not evaluation:
         return hub_source(HubName(name, options.dataset_config, options.dataset_split), options, extract)
-    config = options.eval_config or (options.dataset_config if name == options.dataset_path else None)
+    trained = name in [part.name for part in options.datasets]
+    config = options.eval_config or (options.dataset_config if trained else None)
     return hub_source(HubName(name, config, options.eval_split or eval_split(name, config)), options, extract)
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from trainer.data import chat
 from trainer.data.chat import EncodedDocument
 from trainer.data.documents import Document
@@ -20,18 +22,19 @@ from trainer.distributed import heartbeat
 BATCH = 100  # documents tokenized at once: enough for all cores; more only takes memory
 
 
-def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT, notes: Counter[str] | None = None
-             ) -> tuple[Any, int]:
+def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT, notes: Counter[str] | None = None,
+             masked: bool = False) -> tuple[Any, int]:
     """Return the pieces of all texts (columns text and where), and how many documents were cut.
 
-    `notes` counts what was left out, by what it was. Columns: input_ids; length in tokens; bytes, the UTF-8 bytes of
-    the trained tokens (null if the tokenizer doesn't know where its tokens stand in the text); of conversations also
-    loss_mask, 1 for a token that is trained, and loss_tokens, how many are.
+    `notes` counts what was left out, by what it was; `masked`: plain text has a conversation's columns too. Columns:
+    input_ids; length in tokens; bytes, the UTF-8 bytes of the trained tokens (null if the tokenizer doesn't know where
+    its tokens stand in the text); of conversations also loss_mask, 1 for a token that is trained, and loss_tokens, how
+    many are.
     """
     from datasets import Dataset, Features, List, Value
 
     features = Features({"input_ids": List(Value("int32")), "length": Value("int32"), "bytes": Value("int64")})
-    if form != TEXT:
+    if form != TEXT or masked:
         features |= {"loss_mask": List(Value("int8")), "loss_tokens": Value("int32")}
     if not len(texts):  # datasets leaves the columns of an empty table as they were
         return Dataset.from_dict({name: [] for name in features}, features=features), 0
@@ -47,6 +50,9 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT,
         for pieces in pieces_of(documents, tokenizer, sequence_length, form, counted):
             cut += len(pieces) > 1
             for piece in pieces:
+                if masked and form == TEXT:  # all tokens but the first
+                    piece["loss_tokens"] = piece["length"] - 1
+                    piece["loss_mask"] = [0] + [1] * piece["loss_tokens"]
                 for name, value in piece.items():
                     made[name].append(value)
         return made
@@ -55,6 +61,17 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT,
     pieces = texts.map(batch, batched=True, batch_size=BATCH, remove_columns=["text", "where"], features=features,
                        new_fingerprint=os.urandom(8).hex())
     return pieces, cut
+
+
+def joined(tables: list[Any], numbered: bool = True) -> Any:
+    """Return tables one after the other; of several each row says which it comes from (column source, from 0)."""
+    from datasets import Value, concatenate_datasets
+
+    if len(tables) > 1 and numbered:
+        tables = [table.add_column("source", np.full(len(table), number, dtype=np.int32), feature=Value("int32"))
+                  for number, table in enumerate(tables)]
+    filled = [table for table in tables if len(table)]
+    return concatenate_datasets(filled) if filled else tables[0]
 
 
 def pieces_of(texts: list[Document], tokenizer: Any, sequence_length: int, form: str, notes: Counter[str] | None = None

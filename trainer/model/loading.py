@@ -161,6 +161,15 @@ def load_model(options: Options, dtype: str, flash: bool = False, in_4_bits_on: 
         raise UserError(f"model '{name}': {first_line(error)}{hint}") from None
 
 
+def resize(model: Any, options: Options, tokenizer: Any) -> bool:
+    """Give a model rows for tokens that it has none for, where --resize_embeddings asks for it; return whether it
+    did."""
+    lacking = options.resize_embeddings and len(tokenizer) > model.get_input_embeddings().num_embeddings
+    if lacking:
+        model.resize_token_embeddings(len(tokenizer))
+    return lacking
+
+
 def language_weights(model: Any) -> set[int]:
     """Return the ids of a model's weights that text reaches: all but those for pictures or sound."""
     every = {id(weight) for weight in model.parameters()}

@@ -5,6 +5,7 @@ The run's model/ then holds the adapter; with --merge_lora the whole model, and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.model import loading
 from trainer.options import Options
 
 ALPHA = 2  # times the rank: peft scales what is learnt by alpha / rank
+WEIGHTS = "adapter_model.safetensors"
 
 
 def check(options: Options, ds_config: dict[str, Any] | None) -> None:
@@ -25,38 +27,85 @@ def check(options: Options, ds_config: dict[str, Any] | None) -> None:
                         exit_code=2, shared=True)
 
 
-def add_adapter(model: Any, options: Options, split: bool) -> tuple[Any, float]:
-    """Return the model with an adapter of rank --lora at all its linear layers but the head and routers, the rest
-    frozen.
+def settle(options: Options) -> Options:
+    """Return the options with the rank of the adapter that --adapter names. Raises UserError where it is none."""
+    if not options.adapter:
+        return options
+    from peft import PeftConfig
 
-    Experts that are kept as one parameter of three dimensions get one too, but where ZeRO-3 has `split` them. Also
-    return the share of the linear weights that have an adapter. Raises UserError for an architecture that has none.
+    name = options.adapter
+    if Path(name).is_dir() and not (Path(name) / WEIGHTS).exists():
+        raise UserError(f"--adapter {name}: no {WEIGHTS} there (a merged run has it in its adapter/)", shared=True)
+    try:
+        rank = getattr(PeftConfig.from_pretrained(name), "r", None)
+    except Exception as error:  # a file that somebody made up can raise anything
+        raise UserError(f"--adapter {name}: {first_line(error)}", shared=True) from None
+    if not isinstance(rank, int):
+        raise UserError(f"--adapter {name}: not a LoRA adapter", shared=True)
+    return replace(options, lora=rank)
+
+
+def settings(options: Options) -> dict[str, Any]:
+    """Return what an adapter is made by, beside its rank: a run that resumes it needs the same."""
+    names = ("adapter", "lora_alpha", "lora_targets", "lora_modules_to_save", "dora", "rslora")
+    return {f"--{name}": getattr(options, name) for name in names}
+
+
+def add_adapter(model: Any, options: Options, split: bool, resized: bool = False) -> tuple[Any, float]:
+    """Return the model with an adapter of rank --lora at all its linear layers but the head and routers, the rest
+    frozen; or with --adapter.
+
+    Experts that are kept as one parameter of three dimensions get one too, but where ZeRO-3 has `split` them, and
+    where dropout or DoRA needs layers. Embeddings that were `resized` are trained whole. Also return the share of the
+    linear weights that have an adapter. Raises UserError for an architecture that has none.
     """
     experts = expert_parameters(model)
-    names = sorted({name.split(".layers.")[-1].split(".", 1)[1] for name in experts})
-    linear = sum(numel(module.weight) for module in linear_modules(model).values())
-    every = linear + sum(map(numel, experts.values()))
-    share = linear / max(every, 1) if split else 1.0
-    return with_adapter(model, options, [] if split else names), share
-
-
-def with_adapter(model: Any, options: Options, parameters: list[str]) -> Any:
-    """Return the model with an adapter at its linear layers and at these parameters."""
-    from peft import LoraConfig, get_peft_model
-
-    rank = options.lora or 0
-    spoken = loading.language_weights(model)
-    odd = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-                 and (type(module).__name__.endswith("Router") or id(module.weight) not in spoken))
+    every = sum(numel(module.weight) for module in linear_modules(model).values()) + sum(map(numel, experts.values()))
     try:
-        found = get_peft_model(model, LoraConfig(
-            r=rank, lora_alpha=ALPHA * rank, target_modules="all-linear", target_parameters=parameters or None,
-            exclude_modules=odd or None, task_type="CAUSAL_LM"))
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"--lora: {first_line(error)}", shared=True) from None
+        found = with_adapter(model, options, {} if split else experts, resized)
+    except (ValueError, NotImplementedError, RuntimeError, KeyError) as error:
+        flag = f"--adapter {options.adapter}" if options.adapter else "--lora"
+        raise UserError(f"{flag}: {first_line(error)}", shared=True) from None
     if options.activation_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
         model.enable_input_require_grads()
-    return found
+    reached = {id(weight): numel(weight) for module in found.modules() if getattr(module, "lora_A", None)
+               for weight in [module.get_base_layer().weight if not hasattr(module, "parameter_name") else
+                              module.get_param()]}
+    return found, min(1.0, sum(reached.values()) / max(every, 1))
+
+
+def with_adapter(model: Any, options: Options, experts: dict[str, Any], resized: bool) -> Any:
+    """Return the model with a new adapter at its linear layers and `experts`, or with the one that --adapter names."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if options.adapter:
+        return PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
+    rank, spoken = options.lora or 0, loading.language_weights(model)
+    odd = sorted(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+                 and (type(module).__name__.endswith("Router") or id(module.weight) not in spoken))
+    only_layers = options.lora_targets or options.lora_dropout or options.dora
+    names = [] if only_layers else sorted({name.split(".layers.")[-1].split(".", 1)[1] for name in experts})
+    whole = [*(options.lora_modules_to_save or ()), *(embedding_names(model) if resized else ())]
+    alpha: Any = options.lora_alpha or ALPHA * rank  # a fraction too, whatever its annotation says
+    return get_peft_model(model, LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=options.lora_dropout or 0.0,
+        target_modules=options.lora_targets or "all-linear", target_parameters=names or None,
+        exclude_modules=None if options.lora_targets else odd or None, modules_to_save=whole or None,
+        ensure_weight_tying=bool(whole) and is_tied(model), use_dora=options.dora, use_rslora=options.rslora,
+        task_type="CAUSAL_LM"))
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether a model's head has the weights of its embeddings."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def embedding_names(model: Any) -> list[str]:
+    """Return what a model calls its embeddings, and its head where that has weights of its own."""
+    wanted = [model.get_input_embeddings(), *([] if is_tied(model) else [model.get_output_embeddings()])]
+    return sorted({name.split(".")[-1] for name, module in model.named_modules()
+                   if any(module is each for each in wanted)})
 
 
 def linear_modules(model: Any) -> dict[str, Any]:
@@ -111,4 +160,5 @@ def merged(options: Options, tokenizer: Any, dtype: str, adapter: Path) -> Any:
         base = loading.build_tiny(tokenizer, options.seed)
     else:
         base = loading.load_model(options, dtype)
+        loading.resize(base, options, tokenizer)
     return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

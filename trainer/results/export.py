@@ -12,6 +12,7 @@ from typing import Any
 from trainer.checkpoint.verification import write_atomically
 from trainer.model import loading, lora, weights
 from trainer.options import Options
+from trainer.results.best_model import best_checkpoint, copy_weights
 from trainer.results.setup import Setup
 
 
@@ -32,8 +33,9 @@ def save_model(setup: Setup, trainer: Any) -> None:
     state = weights.to_save(trainer.model_wrapped, model, setup.ranks.is_first)
     if setup.ranks.is_first:
         write = lora.save_adapter if setup.options.lora else type(model).save_pretrained
-        place = run.adapter if merges(setup.options) else run.model
-        put_in_place(setup, model, place, partial(write, state_dict=state))
+        best = best_checkpoint(run.checkpoints, trainer.state)
+        put_in_place(setup, model, run.adapter if merges(setup.options) else run.model,
+                     partial(copy_weights, best) if best else partial(write, state_dict=state))
 
 
 def put_in_place(setup: Setup, model: Any, place: Path, write: Callable[[Any, Path], None]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from trainer.checkpoint import verification
 from trainer.checkpoint.verification import Layout
 from trainer.data.dataset import TokenizedDataset
-from trainer.data.packing import PackedSequences
 from trainer.distributed import deepspeed_config
 from trainer.distributed.ranks import Ranks
 from trainer.estimate.shape import Shape
@@ -17,6 +16,7 @@ from trainer.exchange.hosts import Hosts
 from trainer.options import Options
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
+from trainer.sequences.packing import PackedSequences
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from trainer.estimate.memory import gigabytes
 from trainer.model import lora
 from trainer.results.console import duration, short
 from trainer.results.setup import Setup, Workload
+from trainer.sequences import mixture
 
 MEASURED = "@@STEPS "
 SHOWN = 1000  # characters at each end of the first example
@@ -39,9 +40,12 @@ def describe(setup: Setup, workload: Workload) -> None:
         "(--eval_max_sequences)")
     dropped = f", {info.dropped:,} empty ones left out" if info.dropped else ""
     where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
+    several = {"mixture": mixture.described(setup.data.train, setup.data.epoch, names_of(setup))} \
+        if len(info.sources) > 1 else {}
     setup.console.block("lanspeed", {
         "model": f"{o.model_name_or_path}, {short(workload.parameters)} parameters{adapter}",
         "data": f"{'streamed; the first ' if o.streaming else ''}{info.documents:,} documents{dropped}, {share}",
+        **several,
         "sequences": f"{packed.filled:,} of {setup.sequence_length} tokens, {layout}; {info.cut:,} documents cut",
         "evaluation": f"{held_out} held out{taken}" if len(setup.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
@@ -67,6 +71,11 @@ def describe(setup: Setup, workload: Workload) -> None:
                              + textwrap.indent(shown.rstrip(), "  "))
     if setup.spare_devices > 0 and ranks.world_size == 1:
         setup.console.warn(f"{setup.spare_devices} more GPUs are here: `invoke train` uses them all")
+
+
+def names_of(setup: Setup) -> list[str]:
+    """Return what the user calls the datasets."""
+    return [part.name for part in setup.options.datasets]
 
 
 def schedule(setup: Setup, steps: int) -> str:
@@ -111,7 +120,8 @@ def last_evaluation(trainer: Any) -> dict[str, Any]:
     return (evaluations(trainer) or [{"step": None}])[-1]
 
 
-def summary(setup: Setup, workload: Workload, trainer: Any, seconds: float, tokens: int) -> dict[str, Any]:
+def summary(setup: Setup, workload: Workload, trainer: Any, seconds: float, tokens: int, by_dataset: list[int]
+            ) -> dict[str, Any]:
     """Return the figures of the result, for run.json and the console."""
     rows = evaluations(trainer)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -119,6 +129,11 @@ def summary(setup: Setup, workload: Workload, trainer: Any, seconds: float, toke
     found: dict[str, Any] = {"seconds": round(seconds, 1), "tokens": tokens,
                              "loss_first": fmean(losses[:tenth]) if losses else None,
                              "loss_last": fmean(losses[-tenth:]) if losses else None}
+    if by_dataset:
+        found["tokens_by_dataset"] = dict(zip(names_of(setup), by_dataset, strict=True))
+    if step := trainer.state.best_global_step:  # of --early_stopping
+        found |= {"best_step": step, "best_eval_loss": trainer.state.best_metric,
+                  "stopped_early": trainer.state.global_step < workload.steps}
     if rows:
         found |= {"eval_loss_first": rows[0]["eval_loss"], "eval_loss_last": rows[-1]["eval_loss"],
                   "bits_per_byte_first": rows[0].get("eval_bits_per_byte"),
@@ -151,6 +166,15 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
     if "eval_loss_last" in found:
         say(f"  evaluation loss  {found['eval_loss_first']:.3f} -> {found['eval_loss_last']:.3f}"
             + (f" ({found['eval_sequences']:,} of {found['held_out_sequences']:,} held-out sequences)" if part else ""))
+    if "best_step" in found:
+        say(f"  lowest           {found['best_eval_loss']:.3f} at step {found['best_step']:,}, whose weights are in "
+            f"{run.model.name}/" + (f"; no lower one in {setup.options.early_stopping} evaluations ended the training"
+                                    if found["stopped_early"] else ""))
+    if by_dataset := found.get("tokens_by_dataset"):
+        once = mixture.columns_of(setup.data.train, len(by_dataset))[2]
+        say("  datasets         " + ", ".join(
+            f"{name} {short(tokens)} tokens ({tokens / max(sum(by_dataset.values()), 1):.1%}, read {tokens / size:.1f} "
+            "times)" for (name, tokens), size in zip(by_dataset.items(), once, strict=True)))
     if found.get("bits_per_byte_last") is not None:
         gzip = found["gzip_bits_per_byte"]
         beside = f" (gzip -9 of {'all of it' if part else 'the same text'}: {gzip:.2f})" if gzip else ""

@@ -22,9 +22,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trainer.checkpoint import copies, verification
 from trainer.checkpoint.noted_faults import Faults, noted_faults, noting
 from trainer.checkpoint.verification import Layout
-from trainer.data import streaming
-from trainer.data.packing import FILLER, PackedSequences
-from trainer.data.streaming import Stream
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.shared_flag import SharedFlag
@@ -32,6 +29,9 @@ from trainer.distributed.signals import ASKING
 from trainer.errors import UserError
 from trainer.exchange.crossing import Crossing
 from trainer.model import weights
+from trainer.sequences import streaming
+from trainer.sequences.packing import FILLER, PackedSequences
+from trainer.sequences.streaming import Stream
 from trainer.training.loss_trainer import LossTrainer
 
 
@@ -166,7 +166,8 @@ class CausalTrainer(LossTrainer):
             noting(self._faults, self._seal)(folder)
         fault = self._agree(folder, "sealed", self._faults[0] if self._faults else None)
         if self.args.should_save and not fault:
-            noting(self._faults, verification.rotate)(folder.parent, self._keep)  # what can't be deleted stays
+            rotate = noting(self._faults, verification.rotate)  # what can't be deleted stays
+            rotate(folder.parent, self._keep, self.state.best_global_step)
         return fault
 
     def _agree(self, folder: Path, what: str, fault: str | None) -> str | None:

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import torch
 
-from trainer.data.packing import IGNORED
 from trainer.errors import UserError
 from trainer.exchange.crossing import Crossing
 from trainer.exchange.gradient_exchange import GradientExchange
 from trainer.model.lora import numel
+from trainer.sequences.packing import IGNORED
 
 WEIGHTS = 10  # are looked at, evenly spread from the embedding to the head
 LARGEST = 1 << 26  # numbers of a weight that is looked at: the whole gradient of it is gathered once

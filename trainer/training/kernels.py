@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accelerate.utils.other import is_repeated_blocks
 
-from trainer.data.packing import Collator, PackedSequence
 from trainer.errors import UserError
 from trainer.model import document_attention, isolation, liger
 from trainer.model.head_loss import HeadLoss, liger_kernel
 from trainer.results.setup import Setup
+from trainer.sequences.packing import Collator, PackedSequence
 from trainer.training.causal_trainer import CausalTrainer
 
 WORDS = {document_attention.DOCUMENTS: "document by document", document_attention.VARLEN: "torch's varlen kernel",

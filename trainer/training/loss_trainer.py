@@ -13,13 +13,15 @@ import torch
 from torch.nn import functional
 from transformers import Trainer
 
-from trainer.data.packing import IGNORED, Collator, varlen_bounds
 from trainer.exchange.coalescing import Coalescing
 from trainer.model import document_attention
 from trainer.model.head_loss import HeadLoss
 from trainer.model.isolation import Way, document_mask
+from trainer.sequences.packing import IGNORED, Collator, varlen_bounds
 from trainer.training.finite import FiniteCheck, local_parts
 from trainer.training.gradient_check import GradientCheck
+
+COUNTS = ("tokens", "by_source")  # of a batch, which no model takes
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -39,6 +41,7 @@ class LossTrainer(Trainer):
         self.gradients: GradientCheck | None = None
         self.coalescing: Coalescing | None = None
         self.own_tokens = self.read_tokens = 0  # trained, and all that aren't padding
+        self.own_by_source: torch.Tensor | int = 0  # of several datasets, of each
         self.text_config = model.config.get_text_config()
         self.head_loss: HeadLoss | None = None
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
@@ -120,7 +123,7 @@ class LossTrainer(Trainer):
     def summed_nats(self, inputs: dict[str, Any]) -> float:
         """Return the summed loss of a batch without gradients; under ZeRO-3 all ranks must call it."""
         self.model_wrapped.eval()
-        inputs = self._prepare_inputs({name: each for name, each in inputs.items() if name != "tokens"})
+        inputs = self._prepare_inputs({name: each for name, each in inputs.items() if name not in COUNTS})
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             return self._outputs_and_sum(partial(self.model_wrapped, use_cache=False), inputs)[1].item()
 
@@ -128,6 +131,7 @@ class LossTrainer(Trainer):
         """Count this rank's tokens, all and those that are trained, while they are still on the CPU."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.read_tokens += sum(int(batch.pop("tokens")) for batch in batches)
+        self.own_by_source += sum(batch.pop("by_source", 0) for batch in batches)
         self.own_tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         return batches, items
 

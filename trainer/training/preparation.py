@@ -19,17 +19,21 @@ from trainer.data import dataset, python_docs, tokenizer
 from trainer.data.dataset import TokenizedDataset
 from trainer.distributed import compilation, deepspeed_config, devices, heartbeat
 from trainer.distributed.communication_time import CommunicationTimer
+from trainer.distributed.muon import use_muon
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
 from trainer.exchange import allowed, start
+from trainer.flags import dataset_words
+from trainer.flags.transformers_fields import MUON
 from trainer.model import from_config, isolation, loading, lora
 from trainer.model.shape import shape_of
 from trainer.options import Options, with_defaults
 from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run, make_private
 from trainer.results.setup import Hardware, Setup, global_batch_size, writes
+from trainer.sequences import mixture
 from trainer.training import memory_report
-from trainer.training.arguments import check_compiler, check_packages
+from trainer.training.arguments import check_compiler, check_optimizer, check_packages
 from trainer.training.resume import adapt_to_ranks, choose_checkpoint
 
 
@@ -37,9 +41,11 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
             ) -> tuple[Setup, CommunicationTimer]:
     """Do everything up to the model; return what the ranks have agreed on, and what measures their waiting."""
     check_packages(options, ranks.is_first)
+    options = lora.settle(options)
     lora.check(options, ds_config)
     options, hardware = agree_on_hardware(options, ranks, ds_config)
     check_compiler(options, hardware.device)
+    check_optimizer(options, hardware.device)
     allowed.check(options, ds_config, hardware.precision)
     config = loading.load_config(options)
     if options.config_overrides:
@@ -54,12 +60,16 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
                                                        start.engine_ranks(options, ranks))
     if ds_config is not None and not ranks.on_one_machine and not options.lan_compress:
         deepspeed_config.send_gradients_in_bf16(ds_config, hardware.precision)
+    if ds_config is not None and options.optim == MUON:
+        use_muon(ds_config, options, shape.hidden if shape else config.get_text_config().hidden_size)
     waiting = start_engine_libraries(ds_config, hardware.device, ranks, console)
     hosts = start.hosts_of(options, ranks, console.warn)
     run = RunFolder(agree_on_run(options, ranks, console))
     kind = "QLoRA" if options.qlora else "LoRA"
     adapter = f", {kind} of rank {options.lora}" if options.lora else ""
-    settings = data.info.settings | {"model": loading.architecture(config), "--no_packing": options.no_packing}
+    settings = data.info.settings | {"model": loading.architecture(config), "--no_packing": options.no_packing,
+                                     "--optim": options.optim, **lora.settings(options),
+                                     "weights of datasets": dataset_words.described(options.datasets)}
     layout = Layout(data.info.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
                     global_batch_size(options, ranks.world_size), settings, len(hosts.here) if hosts else 0)
     checkpoint = choose_checkpoint(options, run, ranks, layout, console)
@@ -83,8 +93,8 @@ def sequences_of(data: TokenizedDataset, options: Options, length: int) -> int |
     if options.streaming:
         return None
     if options.no_packing:
-        return len(data.train)
-    return -(-int(data.train.with_format("numpy")["length"][:].sum()) // length) if len(data.train) else 0
+        return len(data.train if data.epoch is None else data.epoch)
+    return -(-data.epoch_tokens() // length)
 
 
 def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] | None
@@ -127,6 +137,9 @@ def make_data(options: Options, ranks: Ranks, console: Console, config: Any,
         made = dataset.prepare_dataset(options, name, make, length, partial(built_in_documents, ranks), console.say)
         ranks.set(f"data/{ranks.node}", made.info.key)
     data = dataset.load_prepared(options, ranks.get(f"data/{ranks.node}"))
+    if dataset_words.described(options.datasets):
+        shares = [part.share or 0.0 for part in options.datasets]
+        data.epoch = mixture.epoch_pieces(data.train, data.info.sources, shares, options.seed)
     keys = ranks.all_gather_json("data-key", data.info.key, PREPARING_LIMIT_S)  # another host may be slower
     if len(set(keys)) > 1:
         odd = sorted({host for host, key in zip(ranks.hosts, keys, strict=True) if key != keys[0]})

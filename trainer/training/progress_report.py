@@ -6,6 +6,7 @@ import statistics
 import time
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.distributed import heartbeat
@@ -20,7 +21,8 @@ class ProgressReport(TrainerCallback):
     """Write metrics.jsonl and show progress. `flops_per_token` and `peak` (FLOP/s) give the MFU if both are known;
     `sent` counts this host's bytes."""
 
-    KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu", "sent_per_step")
+    KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu", "sent_per_step",
+            "tokens_by_dataset")
 
     def __init__(
         self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float | None, peak: float | None,
@@ -34,16 +36,17 @@ class ProgressReport(TrainerCallback):
         self._told = False  # that metrics are lost
         self._rates: list[float] = []
         self.tokens = 0
+        self.by_dataset: list[int] = []  # the tokens of each dataset, where there are several
 
     def usual_rate(self) -> float | None:
         """Return the tokens a second that all ranks computed, fillers and untrained ones too, the median of all reports
         but the first, None without any."""
         return statistics.median(self._rates[1:]) if self._rates[1:] else None
 
-    def watch(self, trainer: CausalTrainer, tokens_before: int) -> None:
-        """Count `trainer`'s tokens, on top of those of the run that it continues."""
+    def watch(self, trainer: CausalTrainer, before: dict[str, Any]) -> None:
+        """Count `trainer`'s tokens, on top of those `before`, in the last row of the run that it continues."""
         self._trainer, trainer.measure = trainer, self._measure
-        self.tokens = tokens_before
+        self.tokens, self._by_dataset_before = before.get("tokens", 0), before.get("tokens_by_dataset")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Start the clock and the bar."""
@@ -75,7 +78,7 @@ class ProgressReport(TrainerCallback):
         self._add(row)
         self._console.show_metrics(state.global_step, state.max_steps, row)
 
-    def _measure(self) -> dict[str, float]:
+    def _measure(self) -> dict[str, Any]:
         """Return all ranks' tokens so far and a second since the last call, pauses left out; the MFU if known."""
         assert self._trainer
         counted, now, paused = self._trainer.own_tokens, time.monotonic(), self._trainer.paused_s
@@ -86,7 +89,11 @@ class ProgressReport(TrainerCallback):
         self.tokens += fresh
         rate, all_tokens = fresh / max(seconds, 1e-9), computed / max(seconds, 1e-9)
         self._rates.append(all_tokens)
-        found = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
+        found: dict[str, Any] = {"tokens": self.tokens, "tokens_per_second": round(rate, 1)}
+        if isinstance(own := self._trainer.own_by_source, torch.Tensor):
+            before = self._by_dataset_before or [0] * len(own)
+            here = self._ranks.all_reduce_sum(*own.tolist())
+            found["tokens_by_dataset"] = self.by_dataset = [int(sum(each)) for each in zip(before, here, strict=True)]
         if self._flops_per_token and self._peak:
             found["mfu"] = round(all_tokens * self._flops_per_token / self._peak, 4)
         if (sent := self._sent.lately()) is not None:

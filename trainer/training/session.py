@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from trainer.data import sources, streaming
-from trainer.data.packing import Collator, PackedSequences
+from trainer.data import sources
 from trainer.distributed import heartbeat
 from trainer.distributed.communication_time import time_shares
 from trainer.distributed.ranks import Ranks
@@ -25,12 +24,15 @@ from trainer.exchange import host_engine, start_weights
 from trainer.model import from_config, loading, lora
 from trainer.options import Options
 from trainer.results import export, samples, summary
+from trainer.results.best_model import SaveBest
 from trainer.results.console import Console
 from trainer.results.disk_space import check_disk_space
 from trainer.results.loss_curve import draw_curve
 from trainer.results.samples import Samples
 from trainer.results.setup import Setup, Workload
 from trainer.results.traffic_report import traffic_of
+from trainer.sequences import streaming
+from trainer.sequences.packing import Collator, PackedSequences
 from trainer.training import kernels, memory_report
 from trainer.training.arguments import training_arguments
 from trainer.training.causal_trainer import CausalTrainer, StopOnSignal
@@ -98,8 +100,7 @@ class Session:
         check_world_sizes(ranks.world_size, arguments.world_size, engine=ranks.world_size)
         if model is None:
             model = self._build_model()
-        if options.resize_embeddings and len(setup.tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(setup.tokenizer))
+        resized = loading.resize(model, options, setup.tokenizer)
         if loading.freeze_other_senses(model):
             setup.console.say("what the model has for pictures or sound stays as it is")
         config = model.config.get_text_config()
@@ -109,12 +110,12 @@ class Session:
         with_liger, head_loss, share = kernels.choose(model, setup), kernels.head_loss_of(model), None
         if options.lora:
             transformers.set_seed(options.seed)
-            model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"))
+            model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"), resized)
         if setup.hosts and not start_weights.agree(model, ranks):
             setup.console.warn("the hosts had other weights to start with: those of rank 0 were sent to all")
         trained = lora.trained(model)
         capacity = None if options.no_packing else setup.sequence_length
-        sequences = PackedSequences(setup.data.train, capacity, multiple_of=setup.global_batch_size)
+        sequences = PackedSequences(setup.data.train, capacity, setup.global_batch_size, epoch=setup.data.epoch)
         micro_steps = len(sequences) // (options.per_device_train_batch_size * ranks.world_size)
         epoch_steps = micro_steps // options.gradient_accumulation_steps
         steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
@@ -132,14 +133,19 @@ class Session:
             ranks=ranks, eval_sequences=evaluated, layout=setup.layout, keep=options.save_total_limit,
             copies=options.checkpoint_copies, warn=setup.console.warn,
             finite=FiniteCheck(ranks, setup.precision, options.learning_rate),
-            collate=Collator(setup.tokenizer.pad_token_id, capacity), model=model, args=arguments,
+            collate=Collator(setup.tokenizer.pad_token_id, capacity, len(setup.data.info.sources)), model=model,
+            args=arguments,
             train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
             processing_class=setup.tokenizer, callbacks=[self.stop, self._sent, self._report, self._communication])
         self.trainer.head_loss = head_loss
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
-        for added in (Preflight(setup, self.trainer, with_liger), Samples(setup, self.trainer)):
-            self.trainer.add_callback(added)
+        added: list[transformers.TrainerCallback] = [
+            Preflight(setup, self.trainer, with_liger), Samples(setup, self.trainer)]
+        if options.early_stopping:
+            added += [SaveBest(), transformers.EarlyStoppingCallback(options.early_stopping)]
+        for each in added:
+            self.trainer.add_callback(each)
 
     # -- training and after ----------------------------------------------------------------------------------------
 
@@ -152,8 +158,8 @@ class Session:
         if setup.ranks.is_first:
             facts = summary.run_facts(setup, workload, memory_report.described(setup, workload))
             setup.run.start(facts, setup.resume_step)
-        tokens = [row.get("tokens", 0) for row in setup.run.read_metrics()] if setup.resume_step else [0]
-        self._report.watch(self.trainer, max(tokens, default=0))
+        rows = [row for row in setup.run.read_metrics() if "tokens" in row] if setup.resume_step else []
+        self._report.watch(self.trainer, rows[-1] if rows else {})
         hosts = setup.hosts
         of_host = host_engine.engine_of_host(hosts, clips=bool(setup.options.lan_average)) if hosts else nullcontext()
         try:
@@ -189,7 +195,7 @@ class Session:
             if setup.ranks.is_first:
                 draw_curve(run)
                 found = summary.summary(setup, self.workload, self.trainer, time.monotonic() - self._started,
-                                        self._report.tokens) | {
+                                        self._report.tokens, self._report.by_dataset) | {
                                             "peak_bytes": peak, "computed_tokens_per_second": self._report.usual_rate()}
                 traffic = traffic_of(setup, self.workload, self.trainer, self._sent.total, self._sent.steps)
                 run.finish("finished", 0, step=step, waiting=waited, summary=found,
@@ -229,7 +235,7 @@ class Session:
 def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
     """Return this rank's stream of sequences, from its beginning or where the checkpoint was."""
     options, ranks, facts = setup.options, setup.ranks, setup.data.info
-    source = sources.open_source(options.dataset_path, options, list)
+    source = sources.open_source(options.datasets[0].name, options, list)
     made = streaming.Stream(streaming.StreamSettings(
         source.after, facts.form, setup.tokenizer, setup.sequence_length, frozenset(facts.held_out), ranks.rank,
         ranks.world_size, options.seed), capacity)

@@ -22,10 +22,10 @@ import torch
 
 from trainer.data.documents import Document
 from trainer.data.held_out import digest_of
-from trainer.data.packing import PackedSequence, best_fit
 from trainer.data.rows import TEXT
 from trainer.data.tokenization import pieces_of
 from trainer.errors import UserError
+from trainer.sequences.packing import PackedSequence, best_fit
 
 BLOCK_SEQUENCES = 512  # are packed together: enough to fill them, few enough to hold
 DOCUMENTS_AT_ONCE = 100  # are tokenized together

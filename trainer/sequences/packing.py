@@ -51,11 +51,13 @@ free space is kept as bits of one integer, so that the tightest fit is a shift a
 class PackedSequence(NamedTuple):
     """One sequence before it becomes tensors: the token lists of its documents (none in a filler).
 
-    `loss_masks` has for each of them which tokens are trained; None: all but the first.
+    `loss_masks` has for each of them which tokens are trained; None: all but the first. `sources`: of which dataset
+    each is, by number; None where there is one.
     """
 
     documents: list[np.ndarray]
     loss_masks: list[np.ndarray] | None = None
+    sources: list[int] | None = None
 
 
 FILLER = PackedSequence([])
@@ -69,19 +71,23 @@ class PackedSequences(torch.utils.data.Dataset[PackedSequence]):
     repeated and every rank has the same work.
     """
 
-    def __init__(self, pieces: Any, capacity: int | None, multiple_of: int = 1, order: list[list[int]] | None = None
-                 ) -> None:
+    def __init__(self, pieces: Any, capacity: int | None, multiple_of: int = 1, order: list[list[int]] | None = None,
+                 epoch: np.ndarray | None = None) -> None:
         """Pack to `capacity` tokens per sequence, or with None put one piece in each.
 
-        `order`: the numbers of each sequence's pieces, where they were packed before.
+        `order`: the numbers of each sequence's pieces, where they were packed before; `epoch`: those of an epoch,
+        where it isn't each piece once.
         """
         self._table = pieces.with_format("numpy") if len(pieces) else pieces
         lengths: Any = self._table["length"][:] if len(pieces) else np.zeros(0, dtype=np.int64)
         if order is None:
-            order = best_fit(lengths, capacity) if capacity else [[number] for number in range(len(lengths))]
+            numbers = np.arange(len(lengths)) if epoch is None else epoch
+            bins = best_fit(lengths[numbers], capacity) if capacity else [[number] for number in range(len(numbers))]
+            order = bins if epoch is None else [numbers[each].tolist() for each in bins]
         self._order, self.filled = order, len(order)
-        self._masked = len(pieces) > 0 and "loss_mask" in pieces.column_names
-        self._pieces = pieces.with_format("numpy", columns=["input_ids", *(["loss_mask"] if self._masked else [])])
+        columns = ["input_ids", *(name for name in ("loss_mask", "source") if name in pieces.column_names)]
+        self._masked, self._mixed = len(pieces) > 0 and "loss_mask" in columns, "source" in columns
+        self._pieces = pieces.with_format("numpy", columns=columns)
         chosen = self._chosen()
         self.tokens = int(lengths[chosen].sum())
         self.loss_tokens = int(self._table["loss_tokens"][:][chosen].sum()) if self._masked else \
@@ -113,7 +119,8 @@ class PackedSequences(torch.utils.data.Dataset[PackedSequence]):
         if number >= self.filled:
             return FILLER
         chosen = self._pieces[self._order[number]]
-        return PackedSequence(list(chosen["input_ids"]), list(chosen["loss_mask"]) if self._masked else None)
+        return PackedSequence(list(chosen["input_ids"]), list(chosen["loss_mask"]) if self._masked else None,
+                              chosen["source"].tolist() if self._mixed else None)
 
 
 def varlen_bounds(positions: torch.Tensor) -> dict[str, Any]:
@@ -130,15 +137,15 @@ def varlen_bounds(positions: torch.Tensor) -> dict[str, Any]:
 
 class Collator:
     """Make tensors of sequences: input_ids, position_ids and labels, each [sequences, width]; tokens, how many;
-    trained, the numbers (counted over all sequences) of the tokens whose next one is trained. int64.
+    trained, the numbers (counted over all sequences) of the tokens whose next one is trained; of several datasets
+    by_source, the tokens of each. int64.
 
     `width` pads every sequence to the same width; None pads to the longest of the batch. Padding comes last, counts
     positions of its own and isn't trained, so it needs no attention mask.
     """
 
-    def __init__(self, pad_token: int, width: int | None) -> None:
-        self._pad_token = pad_token
-        self._width = width
+    def __init__(self, pad_token: int, width: int | None, sources: int = 1) -> None:
+        self._pad_token, self._width, self._sources = pad_token, width, sources
         self.varlen = False  # add what flash attention is told
 
     def __call__(self, sequences: Iterable[PackedSequence]) -> dict[str, Any]:
@@ -163,5 +170,10 @@ class Collator:
         trained = np.flatnonzero(np.pad(labels[:, 1:] != IGNORED, ((0, 0), (0, 1))))
         arrays = {"trained": trained, "input_ids": tokens, "position_ids": positions, "labels": labels}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self._sources > 1:
+            tensors["by_source"] = torch.zeros(self._sources, dtype=torch.int64)
+            for sequence in sequences:
+                for document, source in zip(sequence.documents, sequence.sources or (), strict=False):
+                    tensors["by_source"][source] += len(document)
         tensors["tokens"] = torch.tensor(sum(len(each) for sequence in sequences for each in sequence.documents))
         return tensors | (varlen_bounds(tensors["position_ids"]) if self.varlen else {})

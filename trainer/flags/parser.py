@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.errors import usage_error
+from trainer.flags.learning import add_adapter_flags, add_preference_flags, add_training_flags
+from trainer.flags.values import every, fraction, natural, positive
 
-DEFAULT_DS_CONFIG = Path(__file__).resolve().parent / "ds_config.json"
+DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_config.json"
 
 DESCRIPTION = """Train a causal language model, alone or across machines.
 
@@ -46,35 +48,6 @@ def with_underscores(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def positive(text: str) -> int:
-    """Read an integer above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """Read an integer from 0 up."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    """Read a number from 0 up to, but without, 1."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return float(text)
-
-
-def every(text: str) -> float:
-    """Read an interval: whole steps, or a share of all steps below 1 (0 for never)."""
-    value = float(text)
-    if value < 0 or (value >= 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(f"{text} is neither whole steps nor a share of them below 1")
-    return value
-
-
 def build_parser() -> Parser:
     """Return the parser of all flags, in the groups that --help shows."""
     parser = Parser(
@@ -84,8 +57,10 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_flags(parser.add_argument_group("model"))
+    add_adapter_flags(parser.add_argument_group("adapter"))
     add_data_flags(parser.add_argument_group("data"))
     add_training_flags(parser.add_argument_group("training"))
+    add_preference_flags(parser.add_argument_group("preferences"))
     add_run_flags(parser.add_argument_group("run"))
     add_deepspeed_flags(parser.add_argument_group("deepspeed"))
     return parser
@@ -113,11 +88,6 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     flag("--liger", action="store_true", default=None,
          help="insist on Liger's kernels: faster, less memory (on a modern GPU the default where installed)")
     flag("--no_liger", action="store_false", dest="liger", help="leave Liger's kernels out")
-    flag("--lora", type=positive, nargs="?", const=16, metavar="RANK",
-         help="train an adapter of this rank (16) and leave the model as it is; model/ holds it then")
-    flag("--qlora", type=positive, nargs="?", const=16, metavar="RANK",
-         help="the same with the model in 4 bits (pip install bitsandbytes); not under ZeRO-3")
-    flag("--merge_lora", action="store_true", help="model/ holds the whole model, adapter/ the adapter")
     flag("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     flag("--allow_pickle", action="store_true", help="load weights that aren't safetensors")
 
@@ -125,9 +95,9 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
 def add_data_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that choose and shape the data."""
     flag = group.add_argument
-    flag("--dataset_path", metavar="D",
+    flag("--dataset_path", nargs="+", default=[], metavar="D[:WEIGHT]",
          help="a file, folder or pattern of .txt .md .jsonl .json .csv .parquet (also .gz), or a Hugging Face name "
-         "(default: the documentation that comes with Python)")
+         "(default: the documentation that comes with Python); of several each may have a weight, a.jsonl:0.3 notes/")
     flag("--dataset_config", metavar="NAME", help="configuration of a Hugging Face dataset")
     flag("--dataset_split", metavar="NAME", default="train", help="split of a Hugging Face dataset (train)")
     flag("--text_column", metavar="NAME", help="column or key that holds the text (text; else messages, conversations, "
@@ -146,44 +116,6 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     flag("--eval_max_sequences", type=positive, metavar="N",
          help="sequences of an evaluation (as many as cost about 5 %% of the training between two, a step at most)")
     flag("--eval_on_train", action="store_true", help="evaluate on the data that is trained on, on purpose")
-
-
-def add_training_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of the optimization."""
-    flag = group.add_argument
-    flag("--num_epochs", type=positive, metavar="N", help="epochs, passes over the data (1)")
-    flag("--max_steps", type=int, metavar="N", help="optimizer steps; overrides epochs if > 0")
-    flag("--per_device_train_batch_size", type=positive, metavar="N",
-         help="sequences per rank and micro step (as many as fit and are useful)")
-    flag("--gradient_accumulation_steps", type=positive, metavar="N",
-         help="micro steps per optimizer step (what the global batch needs; 1 beside --per_device_train_batch_size)")
-    flag("--global_batch_size", type=positive, metavar="N",
-         help="sequences of all ranks per optimizer step (65,536 tokens, or what gives an epoch 50 steps)")
-    flag("--measure", type=positive, metavar="N", help="make N steps, tell how fast they are, and keep nothing")
-    flag("--learning_rate", type=float, metavar="R",
-         help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
-    flag("--lr_scheduler_type", metavar="NAME",
-         help="cosine, linear, constant, constant_with_warmup, ... (the DeepSpeed config's scheduler, else cosine)")
-    flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05; 0.2 for tiny)")
-    flag("--weight_decay", type=float, metavar="W", help="decoupled weight decay (0.0)")
-    flag("--adam_beta1", type=float, metavar="B", help="decay of Adam's first moment (0.9)")
-    flag("--adam_beta2", type=float, metavar="B", help="decay of Adam's second moment (0.999; 0.95 for a new model)")
-    flag("--adam_epsilon", type=float, metavar="E", help="added to the root of Adam's second moment (1e-8)")
-    flag("--max_grad_norm", type=float, metavar="X", help="gradients are clipped to this norm (1.0)")
-    flag("--lan_compress", type=int, nargs="?", const=4, choices=[8, 4, 3], metavar="BITS",
-         help="send gradients between hosts in 8, 4 or 3 bits (4), for weights that were trained before: with 4 a "
-         "sixth of ZeRO-1's bytes, and a training loss 1 to 2 %% higher after 100 steps (docs/lan_exchange.md)")
-    flag("--lan_average", type=positive, metavar="H",
-         help="each host trains by itself, and every H steps their weights become the average: for two hosts; with 5 "
-         "the training loss was 5 %% higher after 100 steps")
-    flag("--lan_compress_from_scratch", action="store_true", help="--lan_compress or --lan_average for new weights too")
-    flag("--no_gradient_check", action="store_true",
-         help="don't compare the first step's gradients with the sum of all ranks' own")
-    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-         help="auto: bf16 where every rank's device is fast at it, else fp16, fp32 on CPU")
-    flag("--dataloader_workers", type=natural, metavar="N",
-         help="processes of each rank that make its batches (2 on a GPU; 0 on a CPU and with --streaming)")
-    flag("--seed", type=int, default=42, metavar="N", help="same seed, data and world size: same losses (42)")
 
 
 def add_run_flags(group: argparse._ArgumentGroup) -> None:

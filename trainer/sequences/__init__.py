@@ -1,0 +1,1 @@
+"""Tokenized documents to the sequences of a training: packed, streamed, mixed."""
