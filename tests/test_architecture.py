@@ -16,7 +16,8 @@ LAYERS = {
     "master": [["core"], ["ssh"], ["inventory"], ["run"], ["diagnosis"],
                ["keys", "sync", "check", "training", "drill", "ds_config", "plan"], ["top"]],
     "trainer": [["errors"], ["flags", "bounds", "cache"], ["options"], ["estimate"], ["distributed"], ["exchange"],
-                ["model", "data"], ["sequences", "checkpoint"], ["results"], ["training"], ["top"]]}
+                ["model", "data"], ["sequences", "checkpoint"], ["results"], ["steps"], ["preference"],
+                ["training"], ["top"]]}
 LEVEL = {(folder, package): level for folder, layers in LAYERS.items()
          for level, packages in enumerate(layers) for package in packages}
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "accelerate", "matplotlib", "paramiko"}

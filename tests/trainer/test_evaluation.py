@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from trainer.options import parse_options, with_defaults
 from trainer.sequences.packing import PackedSequences
-from trainer.training.evaluation import affordable_sequences
+from trainer.steps.evaluation import affordable_sequences
 
 
 def affordable(steps: int, batch: int, *words: str) -> int:

@@ -14,7 +14,7 @@ from conftest import Run, Train
 from trainer.checkpoint import verification
 from trainer.errors import UserError
 from trainer.results.run_folder import RunFolder, as_json
-from trainer.training.finite import FiniteCheck
+from trainer.steps.finite import FiniteCheck
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--warmup_steps", "0", "--lr_scheduler_type",
          "constant", "--logging_steps", "3", "--max_steps", "9", "--save_steps", "1", "--save_total_limit", "1")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import RunRanks, Train
 
-from trainer.training.gradient_check import LEAST, GradientCheck, chosen
+from trainer.steps.gradient_check import LEAST, GradientCheck, chosen
 
 SHORT = ("--sequence_length", "64", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
          "--max_steps", "2", "--logging_steps", "1", "--save_steps", "0", "--num_samples", "0", "--eval_fraction", "0")
@@ -30,7 +30,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from trainer.sequences.packing import IGNORED
 from trainer.distributed import deepspeed_config
 from trainer.errors import UserError
-from trainer.training.gradient_check import GradientCheck
+from trainer.steps.gradient_check import GradientCheck
 from trainer.training.loss_trainer import summed_loss
 
 deepspeed_config.skip_shared_memory_operator()

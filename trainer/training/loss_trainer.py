@@ -6,20 +6,16 @@ The same for every model, whatever it does with labels itself; packed documents 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import Trainer
 
-from trainer.exchange.coalescing import Coalescing
 from trainer.model import document_attention
 from trainer.model.head_loss import HeadLoss
 from trainer.model.isolation import Way, document_mask
 from trainer.sequences.packing import IGNORED, Collator, varlen_bounds
-from trainer.training.finite import FiniteCheck, local_parts
-from trainer.training.gradient_check import GradientCheck
+from trainer.steps.verified_trainer import VerifiedTrainer
 
 COUNTS = ("tokens", "by_source")  # of a batch, which no model takes
 
@@ -31,32 +27,15 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
                                     reduction="sum")
 
 
-class LossTrainer(Trainer):
+class LossTrainer(VerifiedTrainer):
     """A Trainer with one loss for every model, and inputs that tell the model where documents begin."""
 
-    def __init__(self, *, collate: Collator, finite: FiniteCheck, **others: Any) -> None:
+    def __init__(self, *, collate: Collator, **others: Any) -> None:
         super().__init__(data_collator=collate, **others)
-        model: Any = self.model
-        self.collate, self.finite = collate, finite
-        self.gradients: GradientCheck | None = None
-        self.coalescing: Coalescing | None = None
-        self.own_tokens = self.read_tokens = 0  # trained, and all that aren't padding
-        self.own_by_source: torch.Tensor | int = 0  # of several datasets, of each
-        self.text_config = model.config.get_text_config()
+        self.collate = collate
         self.head_loss: HeadLoss | None = None
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the Trainer counts, and doesn't divide
         self._note_attention()
-
-        if self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled:
-            # else one rank, too, would be wrapped in DistributedDataParallel, whose buckets copy all gradients
-            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-
-    def _build_accelerator_args(self, **more: Any) -> dict[str, Any]:
-        """Return accelerate's arguments; gradients are views of the all-reduce's buckets, not copied into them."""
-        found: dict[str, Any] = super()._build_accelerator_args(**more)
-        for handler in found["kwargs_handlers"]:
-            handler.gradient_as_bucket_view = True
-        return found
 
     def _note_attention(self) -> None:
         model: Any = self.model
@@ -84,17 +63,6 @@ class LossTrainer(Trainer):
         if self.way == "mask":
             inputs["attention_mask"] = document_mask(inputs["position_ids"])
         return inputs
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-                      ) -> torch.Tensor:
-        """Do a micro step; note whether its loss is finite."""
-        if self.coalescing:
-            self.coalescing.begin()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.gradients and self.gradients.engine is None and self.accelerator.sync_gradients:
-            self.gradients.compare()
-        self.finite.note_loss(loss, self.state.global_step + 1)
-        return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: torch.Tensor | int | None = None) -> Any:
@@ -134,18 +102,6 @@ class LossTrainer(Trainer):
         self.own_by_source += sum(batch.pop("by_source", 0) for batch in batches)
         self.own_tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         return batches, items
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the gradients' norm; note whether it is finite."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        skipped = self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped
-        self.finite.note_gradients(norm, skipped, self.state.global_step + 1)
-        return norm
-
-    def check_finite(self, weights: bool = False) -> None:
-        """Raise a UserError on all ranks if a loss so far, or one of the `weights` now, isn't finite."""
-        model: Any = self.model
-        self.finite.check(Path(str(self.args.output_dir)), local_parts(model) if weights else ())
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Return the logits [sequences, width, vocabulary] without gradients; under ZeRO-3 all ranks must call it."""

@@ -14,9 +14,9 @@ from trainer.exchange.coalescing import Coalescing
 from trainer.model import document_attention, isolation
 from trainer.results import export
 from trainer.results.setup import Setup
+from trainer.steps.gradient_check import GradientCheck
 from trainer.training import kernels, memory_report
 from trainer.training.causal_trainer import CausalTrainer
-from trainer.training.gradient_check import GradientCheck
 from trainer.training.kernels import KernelTrial, compile_layers
 
 

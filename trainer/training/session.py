@@ -33,11 +33,11 @@ from trainer.results.setup import Setup, Workload
 from trainer.results.traffic_report import traffic_of
 from trainer.sequences import streaming
 from trainer.sequences.packing import Collator, PackedSequences
+from trainer.steps.evaluation import affordable_sequences
+from trainer.steps.finite import FiniteCheck
 from trainer.training import kernels, memory_report
 from trainer.training.arguments import training_arguments
 from trainer.training.causal_trainer import CausalTrainer, StopOnSignal
-from trainer.training.evaluation import affordable_sequences
-from trainer.training.finite import FiniteCheck
 from trainer.training.preflight import Preflight, check_world_sizes
 from trainer.training.preparation import prepare
 from trainer.training.progress_report import ProgressReport
