@@ -35,7 +35,7 @@ from master.ssh.worker_message import SCHEMA, check_event
 from master.watch_training import host_lines, look, state_line
 from trainer.checkpoint import verification
 from trainer.data.documents import find_files, read_documents
-from trainer.data.rows import DocumentExtractor
+from trainer.data.sources import DocumentExtractor
 from trainer.errors import UserError as TrainerError
 
 EXAMPLES = int(os.environ.get("FUZZ", "150"))

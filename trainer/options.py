@@ -161,6 +161,10 @@ def check(options: Options) -> None:
         check_lan(options)
     if options.early_stopping and (not options.eval_steps or not (options.eval_fraction or options.eval_dataset)):
         raise usage_error("--early_stopping looks at evaluations: give it --eval_steps and data that is held out")
+    if options.dpo_beta is not None and (options.dpo_beta <= 0 or options.method == "sft"):
+        raise usage_error(f"--dpo_beta {options.dpo_beta:g}: above 0, and not with --method sft")
+    if options.method == "dpo" and options.text_column:
+        raise usage_error("--method dpo reads the columns prompt, chosen and rejected: leave out --text_column")
     if options.streaming and options.dataloader_workers:
         raise usage_error("--streaming reads in the rank itself: leave out --dataloader_workers")
     if options.streaming and ((options.max_steps or 0) < 1 or len(options.datasets) != 1):
@@ -199,6 +203,8 @@ def with_defaults(options: Options) -> Options:
     """Return the options with a default for what neither the user nor a DeepSpeed config has settled."""
     tiny, new = options.model_name_or_path == "tiny", options.from_config
     rate = 3e-3 if tiny else 6e-4 if new else 2e-4 if options.lora else 2e-5
+    if options.method == "dpo":
+        rate = 1e-3 if tiny else 1e-5 if options.lora else 1e-6
     defaults: dict[str, Any] = {"weight_decay": 0.0, "learning_rate": rate, "warmup_steps": 0.2 if tiny else 0.05,
                                 "max_grad_norm": 1.0, "adam_beta2": 0.95 if tiny or new else 0.999,
                                 "adam_beta1": 0.9, "adam_epsilon": 1e-8, "num_epochs": 1, "max_steps": -1,

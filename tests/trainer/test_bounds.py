@@ -16,7 +16,7 @@ import pytest
 from trainer import bounds
 from trainer.bounds import bounded_rendering
 from trainer.data.documents import find_files, read_documents
-from trainer.data.rows import DocumentExtractor
+from trainer.data.sources import DocumentExtractor
 from trainer.errors import UserError
 from trainer.model.loading import load_config, load_model
 from trainer.options import parse_options

@@ -11,7 +11,8 @@ import pytest
 from trainer.data.chat import conversation_text, encode
 from trainer.data.dataset import prepare_dataset
 from trainer.data.documents import find_files, read_documents
-from trainer.data.rows import DocumentExtractor, normalized
+from trainer.data.rows import normalized
+from trainer.data.sources import DocumentExtractor
 from trainer.data.tokenizer import TINY_TEMPLATE, own_tokenizer
 from trainer.errors import UserError
 from trainer.options import parse_options

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from trainer.data.documents import describe, find_files, read_documents
-from trainer.data.rows import DocumentExtractor
+from trainer.data.sources import DocumentExtractor
 from trainer.errors import UserError
 
 ROWS: list[dict[str, object]] = [

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from trainer.data.documents import read_documents
-from trainer.data.rows import DocumentExtractor, form_of, normalized
+from trainer.data.rows import form_of, normalized
+from trainer.data.sources import DocumentExtractor
 from trainer.errors import UserError
 
 HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}

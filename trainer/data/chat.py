@@ -30,7 +30,10 @@ class EncodedDocument:
 def conversation_text(document: str) -> str:
     """Return all words of a normalized document, for a tokenizer that is trained on them."""
     found = json.loads(document)
-    if "prompt" in found:
+    if "chosen" in found:
+        found = {"prompt": found["prompt"], "completion": found["chosen"]} if isinstance(found["prompt"], str) else {
+            **found, "messages": [*found["prompt"], *found["chosen"], *found["rejected"]]}
+    if "completion" in found:
         return str(found["prompt"]) + str(found["completion"])
     calls = [json.dumps(call["function"]) for message in found["messages"] for call in message.get("tool_calls", [])]
     tools = [json.dumps(tool) for tool in found.get("tools", [])]

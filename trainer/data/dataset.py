@@ -18,7 +18,7 @@ from trainer import cache
 from trainer.data import python_docs
 from trainer.data.documents import Document
 from trainer.data.held_out import check_overlap, digest_of, same_data
-from trainer.data.rows import TEXT
+from trainer.data.rows import PREFERENCES, TEXT
 from trainer.data.sources import Source, hashed, open_source
 from trainer.data.texts import Part, common_form, divided, form_of, gzip_bits, read_texts
 from trainer.data.tokenization import joined, tokenize
@@ -69,7 +69,8 @@ class TokenizedDataset:
     def largest_token(self) -> int:
         """Return the largest token's number."""
         return max((int(piece.max()) for table in (self.train, self.evaluation) if len(table)
-                    for piece in table.with_format("numpy")["input_ids"]), default=0)
+                    for name in table.column_names if name.endswith("_ids")
+                    for piece in table.with_format("numpy")[name]), default=0)
 
 
 def cache_folder(options: Options) -> Path:
@@ -102,7 +103,7 @@ def prepare_dataset(
                 "--sequence_length": sequence_length}
     settings |= {f"--{name}": getattr(options, name) for name in (
         "seed", "eval_fraction", "text_column", "streaming", "dataset_config", "dataset_split", "eval_config",
-        "eval_split", "eval_on_train")}
+        "eval_split", "eval_on_train")} | ({"--method": options.method} if options.method else {})
     key = hashed(json.dumps(part).encode() for part in (
         FORMAT, fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, settings))[:32]
     if options.streaming:
@@ -182,7 +183,7 @@ def build(
     tokenizer = make_tokenizer(itertools.chain(*(part.words() for part in parts)))
     if evaluation and outside is not None:
         parts.append(Part(None, form_of(evaluation), outside))
-    masked = info.form != TEXT
+    masked = info.form not in (TEXT, PREFERENCES)
     train = [tokenize(part.train, tokenizer, sequence_length, part.form, notes, masked) for part in parts
              if part.train is not None]
     info.cut = sum(cut for _, cut in train)

@@ -1,8 +1,9 @@
 """Rows in one normal form: which columns hold a document, and what may stand in them. Nothing after it guesses.
 
 Plain text is a column `text`. Conversations are `messages` (or ShareGPT's `conversations`), `prompt` + `completion`,
-and Alpaca's `instruction`, `input`, `output`, with the columns that belong to them: `system`, `tools`, `history`. A row
-that fits none of these is refused by file and line; what is left out or replaced is counted.
+and Alpaca's `instruction`, `input`, `output`, with the columns that belong to them: `system`, `tools`, `history`. Pairs
+of answers are `chosen` and `rejected` (preferences.py). A row that fits none of these is refused by file and line; what
+is left out or replaced is counted.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trainer.data.documents import Document, text_of
 from trainer.data.values import content_text, object_or_json, plain_text, tool_call, tool_definitions
 from trainer.errors import UserError
 
 TEXT, MESSAGES, PAIRS, ALPACA, SHAREGPT = "text", "messages", "prompt + completion", "instruction + output", \
     "conversations"
+PREFERENCES = "chosen + rejected"
 COLUMNS = {MESSAGES: ("messages",), PAIRS: ("prompt", "completion"), ALPACA: ("instruction", "output"),
-           SHAREGPT: ("conversations",)}
+           SHAREGPT: ("conversations",), PREFERENCES: ("chosen", "rejected")}
 # Columns that belong to a form's rows where they are there.
 MORE_COLUMNS = {MESSAGES: ("system", "tools", "functions"), PAIRS: ("tools",),
-                ALPACA: ("input", "system", "history", "tools"), SHAREGPT: ("system", "tools", "functions")}
+                ALPACA: ("input", "system", "history", "tools"), SHAREGPT: ("system", "tools", "functions"),
+                PREFERENCES: ("prompt", "system", "tools")}
 # What files call the speakers, in lower case, and what templates do. `developer` is the chat template's matter.
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
          "model": "assistant", "assistant": "assistant", "system": "system", "developer": "developer", "tool": "tool",
@@ -30,69 +32,31 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
          "function_call": "function_call"}
 ASSISTANT = "assistant"
 WEIGHTS = ("weight", "train", "loss")  # keys of a message that say whether it is trained
-NOT_COUNTED = 0  # of a note about a column, which concerns every row
 Message = dict[str, Any]
 
 
-class DocumentExtractor:
-    """Takes the document out of each row of a source: a column's text, or a conversation as JSON.
-
-    Without `column` the first row decides by the names of its columns; all others must be of the same form.
-    `notes` counts what was left out or replaced, by what it was.
-    """
-
-    def __init__(self, column: str | None = None) -> None:
-        self.column, self.form = column or "text", TEXT if column else None
-        self.notes: Counter[str] = Counter()
-
-    def columns(self, names: Sequence[str], where: str) -> list[str]:
-        """Return those of a table's columns that a document is made of; raise UserError if it has none such."""
-        form = self._settle(names)
-        wanted = [self.column] if form == TEXT else list(columns_of(form))
-        if wanted[0] not in names:
-            text_of(dict.fromkeys(names), self.column, where)
-        self._note_unused(names)
-        return [name for name in wanted if name in names]
-
-    def __call__(self, row: Any, where: str) -> Document:
-        """Return a row's document, '' for an empty one; raise UserError for a row of another shape."""
-        form = self._settle(row if isinstance(row, dict) else ["text"])
-        if isinstance(row, dict):
-            self._note_unused(row)
-        if form == TEXT:
-            text = text_of(row, self.column, where)
-        elif not isinstance(row, dict) or form_of(row) != form:
-            raise UserError(f"{where}: no {form}, which the rows before it have")
-        else:
-            text = normalized(row, form, where, self.notes)
-        return Document(self._encodable(text), where)
-
-    def _settle(self, names: Iterable[str]) -> str:
-        if self.form is None:
-            names = list(names)
-            self.form = TEXT if self.column in names else form_of(names) or TEXT
-        return self.form
-
-    def _note_unused(self, names: Iterable[str]) -> None:
-        used = (self.column,) if self.form == TEXT else columns_of(str(self.form))
-        for name in names:
-            if name not in used:
-                self.notes[f"column '{name}' isn't used"] = NOT_COUNTED
-
-    def _encodable(self, text: str) -> str:
-        """Return a text without halves of surrogate pairs (like the JSON "\\ud83d"), which no encoding can write."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self.notes["half of a surrogate pair (\\ud83d...) replaced by U+FFFD"] += 1
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
-
-
-def form_of(columns: Iterable[str]) -> str | None:
-    """Return the form of rows with these columns, None for one that isn't known."""
+def form_of(columns: Iterable[str], method: str | None = None) -> str | None:
+    """Return the form of rows with these columns, None for one that isn't known; `method`: sft or dpo, None: any."""
     names = set(columns)
-    return next((form for form, wanted in COLUMNS.items() if names.issuperset(wanted)), None)
+    return next((form for form, wanted in COLUMNS.items() if names.issuperset(wanted)
+                 and method in (None, "dpo" if form == PREFERENCES else "sft")), None)
+
+
+def settled_form(columns: Iterable[str], column: str, method: str | None, where: str) -> str:
+    """Return the form that rows with these columns are read in; text in a `column` of its own comes first.
+
+    Raises UserError where they are good for two methods, or not for the one that was asked for.
+    """
+    names = set(columns)
+    text = TEXT if column in names and method != "dpo" else None
+    pairs, other = form_of(names, "dpo"), text or form_of(names, "sft")
+    if method == "dpo" and not pairs:
+        raise UserError(f"{where}: --method dpo needs columns chosen and rejected, and perhaps prompt; here are "
+                        + ", ".join(sorted(map(str, names))[:20]))
+    if method is None and pairs and other:
+        raise UserError(f"{where}: columns for two methods, {other} and {pairs}: say which: --method sft or --method "
+                        "dpo")
+    return (pairs if method != "sft" else None) or other or TEXT
 
 
 def columns_of(form: str) -> tuple[str, ...]:

@@ -4,21 +4,80 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.data import documents
-from trainer.data.documents import Document
-from trainer.data.rows import DocumentExtractor
+from trainer.data.documents import Document, text_of
+from trainer.data.preferences import normalized_pair
+from trainer.data.rows import COLUMNS, PREFERENCES, TEXT, columns_of, normalized, settled_form
 from trainer.data.values import table_row
 from trainer.errors import UserError, first_line
 from trainer.options import Options
 
 END = 1 << 16  # bytes
+NOT_COUNTED = 0  # of a note about a column, which concerns every row
 EVAL_SPLITS = ("validation", "eval", "dev", "test")  # in which a hub's dataset holds out data, best first
 BUILT_IN = "the documentation that comes with Python"
+
+
+class DocumentExtractor:
+    """Takes the document out of each row of a source: a column's text, or a conversation as JSON.
+
+    Without `column` the first row decides by the names of its columns, where they are good for the `method`; all others
+    must be of the same form. `notes` counts what was left out or replaced, by what it was.
+    """
+
+    def __init__(self, column: str | None = None, method: str | None = None) -> None:
+        self.column, self.form, self.method = column or "text", TEXT if column else None, method
+        self.notes: Counter[str] = Counter()
+
+    def columns(self, names: Sequence[str], where: str) -> list[str]:
+        """Return those of a table's columns that a document is made of; raise UserError if it has none such."""
+        form = self._settle(names, where)
+        wanted = [self.column] if form == TEXT else list(columns_of(form))
+        if wanted[0] not in names:
+            text_of(dict.fromkeys(names), self.column, where)
+        self._note_unused(names)
+        return [name for name in wanted if name in names]
+
+    def __call__(self, row: Any, where: str) -> Document:
+        """Return a row's document, '' for an empty one; raise UserError for a row of another shape."""
+        form = self._settle(row if isinstance(row, dict) else ["text"], where)
+        if isinstance(row, dict):
+            self._note_unused(row)
+        if form == TEXT:
+            text = text_of(row, self.column, where)
+        elif not isinstance(row, dict) or not set(row).issuperset(COLUMNS[form]):
+            raise UserError(f"{where}: no {form}, which the rows before it have")
+        elif form == PREFERENCES:
+            text = normalized_pair(row, where)
+        else:
+            text = normalized(row, form, where, self.notes)
+        return Document(self._encodable(text), where)
+
+    def _settle(self, names: Iterable[str], where: str) -> str:
+        if self.form is None:
+            self.form = settled_form(names, self.column, self.method, where)
+        return self.form
+
+    def _note_unused(self, names: Iterable[str]) -> None:
+        used = (self.column,) if self.form == TEXT else columns_of(str(self.form))
+        for name in names:
+            if name not in used:
+                self.notes[f"column '{name}' isn't used"] = NOT_COUNTED
+
+    def _encodable(self, text: str) -> str:
+        """Return a text without halves of surrogate pairs (like the JSON "\\ud83d"), which no encoding can write."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.notes["half of a surrogate pair (\\ud83d...) replaced by U+FFFD"] += 1
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
 
 
 @dataclass
@@ -50,7 +109,7 @@ def looks_like_path(name: str) -> bool:
 def open_source(name: str | None, options: Options, built_in: Callable[[], list[str]], evaluation: bool = False
                 ) -> Source:
     """Return the Source that --dataset_path or --eval_dataset names; raise a UserError if it isn't there."""
-    extract = DocumentExtractor(options.text_column)
+    extract = DocumentExtractor(options.text_column, options.method)
     if name is None:
         texts = [Document(text, BUILT_IN) for text in built_in()]
         return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts, DocumentExtractor("text"))

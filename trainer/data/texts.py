@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.data.chat import conversation_text
 from trainer.data.held_out import split
-from trainer.data.rows import TEXT
+from trainer.data.rows import PREFERENCES, TEXT
 from trainer.data.sources import Source
 from trainer.errors import UserError
 from trainer.options import Options
@@ -37,6 +37,9 @@ def form_of(source: Source) -> str:
 def common_form(sources: list[Source], evaluation: Source | None) -> str:
     """Return the form of all sources, or all their forms; raise UserError for an evaluation of another form."""
     forms = sorted({form_of(source) for source in sources})
+    if PREFERENCES in forms[1:] or forms[0] == PREFERENCES != forms[-1]:
+        raise UserError(f"--dataset_path: {' and '.join(forms)} can't be trained together: one is learnt as text, the "
+                        "other by comparison", shared=True)
     if evaluation and form_of(evaluation) not in forms:
         raise UserError(f"{evaluation.name} holds {form_of(evaluation)}, and {sources[0].name} {forms[0]}")
     return ", ".join(forms)

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data import chat
+from trainer.data import chat, preferences
 from trainer.data.chat import EncodedDocument
 from trainer.data.documents import Document
-from trainer.data.rows import TEXT
+from trainer.data.preferences import PAIR_COLUMNS
+from trainer.data.rows import PREFERENCES, TEXT
 from trainer.distributed import heartbeat
 
 BATCH = 100  # documents tokenized at once: enough for all cores; more only takes memory
@@ -29,12 +30,14 @@ def tokenize(texts: Any, tokenizer: Any, sequence_length: int, form: str = TEXT,
     `notes` counts what was left out, by what it was; `masked`: plain text has a conversation's columns too. Columns:
     input_ids; length in tokens; bytes, the UTF-8 bytes of the trained tokens (null if the tokenizer doesn't know where
     its tokens stand in the text); of conversations also loss_mask, 1 for a token that is trained, and loss_tokens, how
-    many are.
+    many are. Of pairs: prompt_ids, chosen_ids, rejected_ids, length.
     """
     from datasets import Dataset, Features, List, Value
 
     features = Features({"input_ids": List(Value("int32")), "length": Value("int32"), "bytes": Value("int64")})
-    if form != TEXT or masked:
+    if form == PREFERENCES:
+        features = Features({name: List(Value("int32")) for name in PAIR_COLUMNS} | {"length": Value("int32")})
+    elif form != TEXT or masked:
         features |= {"loss_mask": List(Value("int8")), "loss_tokens": Value("int32")}
     if not len(texts):  # datasets leaves the columns of an empty table as they were
         return Dataset.from_dict({name: [] for name in features}, features=features), 0
@@ -77,7 +80,9 @@ def joined(tables: list[Any], numbered: bool = True) -> Any:
 def pieces_of(texts: list[Document], tokenizer: Any, sequence_length: int, form: str, notes: Counter[str] | None = None
               ) -> Iterator[list[dict[str, Any]]]:
     """Yield the pieces of each document, as in `tokenize`'s columns."""
-    if form == TEXT:
+    if form == PREFERENCES:
+        yield from preferences.pieces(texts, tokenizer, sequence_length, notes)
+    elif form == TEXT:
         yield from each_text(texts, tokenizer, sequence_length)
     else:
         for text in texts:

@@ -64,13 +64,17 @@ def prompts(setup: Setup) -> list[list[int]]:
     for piece in pieces:
         if len(found) == setup.options.num_samples:
             break
-        if "loss_mask" in piece:
+        if "prompt_ids" in piece:
+            if len(piece["prompt_ids"]) <= room:
+                found.append(piece["prompt_ids"])
+        elif "loss_mask" in piece:
             asked = piece["loss_mask"].index(1)  # up to where the assistant begins to speak
             if asked <= room:
                 found.append(piece["input_ids"][:asked])
         elif piece["length"] >= 2 * PROMPT_TOKENS:
             found.append(piece["input_ids"][:PROMPT_TOKENS])
-    return found or [pieces[0]["input_ids"][:1]][: setup.options.num_samples]
+    first = pieces[0]["prompt_ids" if setup.pairs else "input_ids"][:1]
+    return found or [first][: setup.options.num_samples]
 
 
 def continuations(model: Any, tokenizer: Any, asked: list[list[int]], seed: int) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 from trainer.checkpoint import verification
 from trainer.checkpoint.verification import Layout
 from trainer.data.dataset import TokenizedDataset
+from trainer.data.rows import PREFERENCES
 from trainer.distributed import deepspeed_config
 from trainer.distributed.ranks import Ranks
 from trainer.estimate.shape import Shape
@@ -16,7 +17,6 @@ from trainer.exchange.hosts import Hosts
 from trainer.options import Options
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
-from trainer.sequences.packing import PackedSequences
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,16 @@ class Setup:
     batch_reason: str
 
     @property
+    def pairs(self) -> bool:
+        """True for a training on pairs of answers (DPO)."""
+        return self.data.info.form == PREFERENCES
+
+    @property
+    def row_tokens(self) -> int:
+        """The most tokens of what a micro batch counts: a sequence, or both of a pair."""
+        return self.sequence_length * (2 if self.pairs else 1)
+
+    @property
     def engine(self) -> str:
         """What trains: 'DeepSpeed ZeRO-2', ... or 'PyTorch'."""
         return deepspeed_config.engine_name(self.ds_config)
@@ -97,7 +107,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: the model's configuration, its parameters and those that are trained, sequences, steps.
+    """What is trained: the model's configuration, its parameters and those that are trained, sequences (packed ones, or
+    pairs of answers), steps.
 
     `evaluated`: sequences that each evaluation takes of those that are `held_out`; `liger`: with its
     kernels; `attention`: by the name that transformers has for it.
@@ -107,7 +118,7 @@ class Workload:
     config: Any
     parameters: int
     trained: int
-    sequences: PackedSequences
+    sequences: Any
     steps: int
     evaluated: int
     held_out: int

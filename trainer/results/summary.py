@@ -9,6 +9,7 @@ from collections import Counter
 from statistics import fmean
 from typing import Any
 
+from trainer.data.preferences import PAIR_COLUMNS
 from trainer.data.rows import TEXT
 from trainer.distributed import deepspeed_config
 from trainer.estimate.memory import gigabytes
@@ -17,6 +18,7 @@ from trainer.results.console import duration, short
 from trainer.results.setup import Setup, Workload
 from trainer.sequences import mixture
 
+ACCURACY = "eval_rewards/accuracies"
 MEASURED = "@@STEPS "
 SHOWN = 1000  # characters at each end of the first example
 MIN_WAIT_SHARE = 0.02  # share of the time that goes by in waiting for the slowest rank
@@ -29,11 +31,15 @@ def describe(setup: Setup, workload: Workload) -> None:
     adapter = (f", {short(workload.trained)} of an adapter are trained (LoRA, rank {o.lora}, on "
                f"{workload.adapter_share:.0%} of the linear weights)" if o.lora else "")
     share = f"{short(packed.loss_tokens)} trained tokens"
-    if info.form != TEXT:
+    if info.form != TEXT:  # of pairs the answers are
         share = f"`{info.form}`, {packed.loss_tokens / packed.tokens:.0%} of {short(packed.tokens)} tokens are trained"
     batch, reason = setup.global_batch_size, f"; {setup.batch_reason}" if setup.batch_reason else ""
-    fill = packed.tokens / (packed.filled * setup.sequence_length)
-    layout = "padded" if o.no_packing else f"packed, {fill:.1%} full"
+    layout = f"{packed.filled:,} of {setup.sequence_length} tokens, padded"
+    if setup.pairs:
+        layout = f"{packed.filled:,} pairs of up to {setup.sequence_length} tokens each, padded"
+    elif not o.no_packing:
+        layout = (f"{packed.filled:,} of {setup.sequence_length} tokens, packed, "
+                  f"{packed.tokens / (packed.filled * setup.sequence_length):.1%} full")
     held_out = f"{info.eval_documents:,} documents" if not info.eval_by_pieces else "pieces of few documents"
     taken = "" if workload.evaluated == workload.held_out else (
         f"; each evaluation takes {workload.evaluated:,} of their {workload.held_out:,} sequences, the same each time "
@@ -42,20 +48,22 @@ def describe(setup: Setup, workload: Workload) -> None:
     where = ", ".join(f"{host} x {count}" for host, count in hosts.items())
     several = {"mixture": mixture.described(setup.data.train, setup.data.epoch, names_of(setup))} \
         if len(info.sources) > 1 else {}
+    method = {"method": f"DPO, beta {o.dpo_beta:g}, compared with the model as it is now"} if setup.pairs else {}
     setup.console.block("lanspeed", {
         "model": f"{o.model_name_or_path}, {short(workload.parameters)} parameters{adapter}",
         "data": f"{'streamed; the first ' if o.streaming else ''}{info.documents:,} documents{dropped}, {share}",
         **several,
-        "sequences": f"{packed.filled:,} of {setup.sequence_length} tokens, {layout}; {info.cut:,} documents cut",
+        "sequences": layout + ("" if setup.pairs else f"; {info.cut:,} documents cut"),
         "evaluation": f"{held_out} held out{taken}" if len(setup.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
-        "global batch": f"{batch} sequences = {o.per_device_train_batch_size} micro x "
+        "global batch": f"{batch} {'pairs' if setup.pairs else 'sequences'} = {o.per_device_train_batch_size} micro x "
                  f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, "
                  f"{short(batch * packed.tokens / packed.filled)} tokens" + reason,
         "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
         "schedule": f"learning rate up to {o.learning_rate:g}, {schedule(setup, workload.steps)}",
         "precision": f"{setup.precision} on {setup.device}",
         "engine": setup.engine,
+        **method,
         "run": f"{setup.run.path}",
     })
     if info.notes:
@@ -93,6 +101,9 @@ def example(setup: Setup) -> str:
     if setup.data.info.form == TEXT:
         return ""
     piece, found = setup.data.train[0], ""
+    if setup.pairs:
+        prompt, chosen, rejected = (setup.tokenizer.decode(piece[name])[:SHOWN] for name in PAIR_COLUMNS)
+        return f"{prompt}»{chosen}«\n  rather than\n{rejected}"
     for learnt, group in itertools.groupby(zip(piece["input_ids"], piece["loss_mask"], strict=True),
                                            lambda pair: pair[1]):
         text = setup.tokenizer.decode([token for token, _ in group])
@@ -107,7 +118,7 @@ def run_facts(setup: Setup, workload: Workload, memory: dict[str, Any] | None) -
             "data_key": setup.data.info.key, "hosts": list(hosts), "slots": dict(hosts),
             "world_size": setup.ranks.world_size, "engine": setup.engine, "precision": setup.precision,
             "parameters": workload.parameters, "trained_parameters": workload.trained, "lora": setup.options.lora,
-            "steps": workload.steps, "seed": setup.options.seed, "memory": memory}
+            "steps": workload.steps, "seed": setup.options.seed, "memory": memory, "method": setup.options.method}
 
 
 def evaluations(trainer: Any) -> list[dict[str, Any]]:
@@ -140,6 +151,8 @@ def summary(setup: Setup, workload: Workload, trainer: Any, seconds: float, toke
                   "bits_per_byte_last": rows[-1].get("eval_bits_per_byte"),
                   "eval_sequences": workload.evaluated, "held_out_sequences": workload.held_out,
                   "gzip_bits_per_byte": setup.data.info.gzip_bits_per_byte}
+    if ACCURACY in (rows or [{}])[0]:
+        found |= {"accuracy_first": rows[0][ACCURACY], "accuracy_last": rows[-1][ACCURACY]}
     return found
 
 
@@ -166,6 +179,8 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
     if "eval_loss_last" in found:
         say(f"  evaluation loss  {found['eval_loss_first']:.3f} -> {found['eval_loss_last']:.3f}"
             + (f" ({found['eval_sequences']:,} of {found['held_out_sequences']:,} held-out sequences)" if part else ""))
+    if "accuracy_last" in found:
+        say(f"  accuracy         {found['accuracy_last']:.0%} of the held-out pairs: the better answer has gained more")
     if "best_step" in found:
         say(f"  lowest           {found['best_eval_loss']:.3f} at step {found['best_step']:,}, whose weights are in "
             f"{run.model.name}/" + (f"; no lower one in {setup.options.early_stopping} evaluations ended the training"

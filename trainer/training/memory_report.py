@@ -62,7 +62,7 @@ def memory_inputs(setup: Setup, workload: Workload) -> MemoryInputs:
     """Return what a training puts on each rank, with the kernels that it has. Raises UNKNOWN_SHAPE."""
     if (shape := setup.shape) is None:
         raise AttributeError("a model whose shape isn't known")
-    found = expected_load(setup.options, shape, setup.device, setup.precision, setup.ds_config, setup.sequence_length,
+    found = expected_load(setup.options, shape, setup.device, setup.precision, setup.ds_config, setup.row_tokens,
                           setup.ranks.world_size, setup.hosts.lanes if setup.hosts else 0)
     heads = shape.heads if workload.attention in REPEATS_KEYS else shape.kv_heads
     return replace(found, weights=workload.parameters, trained=workload.trained, keys=shape.head_size * heads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from transformers import TrainerCallback
@@ -23,7 +24,7 @@ from trainer.training.kernels import KernelTrial, compile_layers
 class Preflight(TrainerCallback):
     """Before the first step, with the engine built: do ranks agree on their number, and documents stay apart?"""
 
-    def __init__(self, setup: Setup, trainer: CausalTrainer, with_liger: bool) -> None:
+    def __init__(self, setup: Setup, trainer: Any, with_liger: bool) -> None:
         self._setup, self._trainer, self._with_liger = setup, trainer, with_liger
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -41,6 +42,20 @@ class Preflight(TrainerCallback):
         if setup.hosts:  # each has an engine of its own
             engine_ranks += setup.ranks.world_size - len(setup.hosts.here)
         check_world_sizes(setup.ranks.world_size, trainer.args.world_size, engine_ranks)
+        running = f"DPO by TRL {version('trl')}" if setup.pairs else self._check_kernels()
+        setup.console.say(running)
+        if setup.ranks.is_first:
+            setup.run.note(kernels=running)
+        self._begin_crossing()
+        if not setup.options.no_gradient_check:
+            self._check_gradients()
+        if memory_report.may_coalesce(setup):  # around the check, which looks at what was reduced
+            trainer.coalescing = Coalescing(trainer.model_wrapped)
+            setup.console.say("ZeRO-2's gradients cross once a step, not at every micro step: each rank has the memory")
+
+    def _check_kernels(self) -> str:
+        """Try the kernels, see that documents stay apart and nothing looks ahead; return what runs."""
+        setup, trainer = self._setup, self._trainer
         device, rows = trainer.args.device, setup.options.per_device_train_batch_size
         vocabulary = min(len(setup.tokenizer), trainer.text_config.vocab_size)
         trial = KernelTrial(trainer, vocabulary, setup.precision)
@@ -54,16 +69,7 @@ class Preflight(TrainerCallback):
         compiled = setup.options.torch_compile
         if compiled:
             compile_layers(trainer.model)
-        running = kernels.described(trainer, self._with_liger, compiled)
-        setup.console.say(running)
-        if setup.ranks.is_first:
-            setup.run.note(kernels=running)
-        self._begin_crossing()
-        if not setup.options.no_gradient_check:
-            self._check_gradients()
-        if memory_report.may_coalesce(setup):  # around the check, which looks at what was reduced
-            trainer.coalescing = Coalescing(trainer.model_wrapped)
-            setup.console.say("ZeRO-2's gradients cross once a step, not at every micro step: each rank has the memory")
+        return kernels.described(trainer, self._with_liger, compiled)
 
     def _begin_crossing(self) -> None:
         """Have gradients or weights cross between hosts in few bits, and clip as this training does."""

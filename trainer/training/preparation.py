@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from trainer.checkpoint.verification import Layout
 from trainer.data import dataset, python_docs, tokenizer
 from trainer.data.dataset import TokenizedDataset
+from trainer.data.rows import PREFERENCES
 from trainer.distributed import compilation, deepspeed_config, devices, heartbeat
 from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.muon import use_muon
@@ -28,6 +30,7 @@ from trainer.flags.transformers_fields import MUON
 from trainer.model import from_config, isolation, loading, lora
 from trainer.model.shape import shape_of
 from trainer.options import Options, with_defaults
+from trainer.preference import pairs
 from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run, make_private
 from trainer.results.setup import Hardware, Setup, global_batch_size, writes
@@ -50,12 +53,14 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     config = loading.load_config(options)
     if options.config_overrides:
         config = from_config.overridden(config, options.config_overrides)
-    if config is not None and not options.no_packing:
-        isolation.check_family(config)
     length = loading.choose_sequence_length(options, config)
+    if config is not None and not options.no_packing and options.method != "dpo":
+        isolation.check_family(config)
     data = make_data(options, ranks, console, config, length)
+    options = settle_method(options, data)
     shape = shape_of(config, tokenizer.own_vocabulary(options, config))
-    options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config, length,
+    row = length * (2 if options.method == "dpo" else 1)
+    options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config, row,
                                                        sequences_of(data, options, length), ranks.world_size,
                                                        start.engine_ranks(options, ranks))
     if ds_config is not None and not ranks.on_one_machine and not options.lan_compress:
@@ -69,7 +74,8 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     adapter = f", {kind} of rank {options.lora}" if options.lora else ""
     settings = data.info.settings | {"model": loading.architecture(config), "--no_packing": options.no_packing,
                                      "--optim": options.optim, **lora.settings(options),
-                                     "weights of datasets": dataset_words.described(options.datasets)}
+                                     "weights of datasets": dataset_words.described(options.datasets),
+                                     "--method": options.method, "--dpo_beta": options.dpo_beta}
     layout = Layout(data.info.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
                     global_batch_size(options, ranks.world_size), settings, len(hosts.here) if hosts else 0)
     checkpoint = choose_checkpoint(options, run, ranks, layout, console)
@@ -86,6 +92,22 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     return Setup(options, ranks, console, hardware.device, hardware.precision, hardware.peak, hardware.spare_devices,
                  hardware.memory, hardware.free, hardware.flash, ds_config, config, data, own, length, run, layout,
                  shared_disk, checkpoint, universal, hosts, shape, batch_reason), waiting
+
+
+def settle_method(options: Options, data: TokenizedDataset) -> Options:
+    """Return the options of a training on text, or on pairs of answers where the data hold such, with all defaults.
+
+    Raises UserError for what isn't possible with them.
+    """
+    if data.info.form == PREFERENCES:
+        options = pairs.settle(options, data.info.name)
+    else:
+        pairs.refuse_for_text(options, data.info.name)
+        options = replace(options, method="sft")
+    if options.early_stopping and not len(data.evaluation):
+        raise UserError(f"--early_stopping: nothing is held out of {data.info.name}: --eval_dataset D or a larger "
+                        "--eval_fraction", shared=True)
+    return with_defaults(options)
 
 
 def sequences_of(data: TokenizedDataset, options: Options, length: int) -> int | None:
@@ -111,7 +133,6 @@ def agree_on_hardware(options: Options, ranks: Ranks, ds_config: dict[str, Any] 
                                      ranks.local_world_size)
     if ds_config is not None:
         options = deepspeed_config.adopt_values(options, ds_config, ranks.world_size)
-    options = with_defaults(options)
     precision = devices.choose_precision(options.precision, facts)
     if device == "cuda" and precision != "fp32":  # float32 products that are left in a training in 16 bits
         torch.set_float32_matmul_precision("high")

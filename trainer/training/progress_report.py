@@ -14,7 +14,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sent_bytes import SentBytes
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
-from trainer.training.causal_trainer import CausalTrainer
+from trainer.steps.verified_trainer import VerifiedTrainer
 
 
 class ProgressReport(TrainerCallback):
@@ -22,7 +22,7 @@ class ProgressReport(TrainerCallback):
     `sent` counts this host's bytes."""
 
     KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu", "sent_per_step",
-            "tokens_by_dataset")
+            "tokens_by_dataset", "rewards/margins", "rewards/accuracies")
 
     def __init__(
         self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float | None, peak: float | None,
@@ -30,7 +30,7 @@ class ProgressReport(TrainerCallback):
     ) -> None:
         self._ranks, self._run, self._console, self._sent = ranks, run, console, sent
         self._flops_per_token, self._peak = flops_per_token, peak
-        self._trainer: CausalTrainer | None = None
+        self._trainer: VerifiedTrainer | None = None
         self._since = self._paused = 0.0
         self._counted = self._read = 0
         self._told = False  # that metrics are lost
@@ -43,7 +43,7 @@ class ProgressReport(TrainerCallback):
         but the first, None without any."""
         return statistics.median(self._rates[1:]) if self._rates[1:] else None
 
-    def watch(self, trainer: CausalTrainer, before: dict[str, Any]) -> None:
+    def watch(self, trainer: VerifiedTrainer, before: dict[str, Any]) -> None:
         """Count `trainer`'s tokens, on top of those `before`, in the last row of the run that it continues."""
         self._trainer, trainer.measure = trainer, self._measure
         self.tokens, self._by_dataset_before = before.get("tokens", 0), before.get("tokens_by_dataset")
@@ -116,4 +116,6 @@ class ProgressReport(TrainerCallback):
         metrics = others["metrics"]
         bits = metrics.get("eval_bits_per_byte")
         extra = f"  {bits:.3f} bits per byte" if bits else ""
+        if (right := metrics.get("eval_rewards/accuracies")) is not None:
+            extra = f"  {right:.0%} of the pairs the right way round"
         self._console.say(f"step {state.global_step}: evaluation loss {metrics['eval_loss']:.4f}{extra}")

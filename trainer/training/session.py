@@ -8,20 +8,18 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import transformers
 
-from trainer.data import sources
 from trainer.distributed import heartbeat
 from trainer.distributed.communication_time import time_shares
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sent_bytes import SentBytes, card_of_ranks
-from trainer.estimate.flops import flops_per_token
-from trainer.exchange import host_engine, start_weights
-from trainer.model import from_config, loading, lora
+from trainer.exchange import host_engine
+from trainer.model import lora
 from trainer.options import Options
 from trainer.results import export, samples, summary
 from trainer.results.best_model import SaveBest
@@ -31,18 +29,13 @@ from trainer.results.loss_curve import draw_curve
 from trainer.results.samples import Samples
 from trainer.results.setup import Setup, Workload
 from trainer.results.traffic_report import traffic_of
-from trainer.sequences import streaming
-from trainer.sequences.packing import Collator, PackedSequences
-from trainer.steps.evaluation import affordable_sequences
-from trainer.steps.finite import FiniteCheck
-from trainer.training import kernels, memory_report
-from trainer.training.arguments import training_arguments
-from trainer.training.causal_trainer import CausalTrainer, StopOnSignal
-from trainer.training.preflight import Preflight, check_world_sizes
+from trainer.steps.verified_trainer import VerifiedTrainer
+from trainer.training import memory_report
+from trainer.training.building import build_model, dtype_of, flops_of, pair_trainer, text_trainer
+from trainer.training.causal_trainer import StopOnSignal
+from trainer.training.preflight import Preflight
 from trainer.training.preparation import prepare
 from trainer.training.progress_report import ProgressReport
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class Session:
@@ -50,7 +43,7 @@ class Session:
 
     setup: Setup
     workload: Workload
-    trainer: CausalTrainer
+    trainer: VerifiedTrainer
 
     def __init__(
         self, options: Options, ranks: Ranks, console: Console, ds_config: dict[str, Any] | None
@@ -63,87 +56,27 @@ class Session:
         """Do everything up to the first step."""
         self.setup, self._communication = prepare(*self._given)
         self._build_trainer()
-        check_disk_space(self.setup, self.workload, self.dtype_bytes)
+        check_disk_space(self.setup, self.workload, 4 if dtype_of(self.setup) == "float32" else 2)
         summary.describe(self.setup, self.workload)
 
     # -- the trainer -----------------------------------------------------------------------------------------------
 
-    @property
-    def dtype(self) -> str:
-        """The kind of the weights: DeepSpeed keeps 32-bit copies itself, plain PyTorch doesn't, of what is trained."""
-        in_32_bits = self.setup.ds_config is None and not self.setup.options.lora
-        return "float32" if in_32_bits else DTYPES[self.setup.precision]
-
-    @property
-    def dtype_bytes(self) -> int:
-        """The bytes of a saved weight."""
-        return 4 if self.dtype == "float32" else 2
-
-    def _build_model(self) -> Any:
-        """Return the model as it is before an adapter."""
-        options, setup = self.setup.options, self.setup
-        if options.from_config:
-            return from_config.build_model(options, setup.config, setup.tokenizer, self.dtype, setup.flash)
-        if options.qlora:
-            here = "cpu" if setup.device == "cpu" else f"{setup.device}:{setup.ranks.local_rank}"
-            return loading.load_model(options, DTYPES[setup.precision], setup.flash, here)
-        return loading.load_model(options, self.dtype, setup.flash)
-
     def _build_trainer(self) -> None:
-        """Make sequences, arguments, model and Trainer; stop if the Trainer and DeepSpeed count different ranks."""
-        setup, options, ranks = self.setup, self.setup.options, self.setup.ranks
-        heartbeat.report("loading the model")
-        tiny = options.model_name_or_path == loading.TINY
-        # A tiny model is built before transformers knows of ZeRO-3, so that its weights hang on the seed alone.
-        model = loading.build_tiny(setup.tokenizer, options.seed) if tiny else None
-        arguments = training_arguments(setup)
-        check_world_sizes(ranks.world_size, arguments.world_size, engine=ranks.world_size)
-        if model is None:
-            model = self._build_model()
-        resized = loading.resize(model, options, setup.tokenizer)
-        if loading.freeze_other_senses(model):
-            setup.console.say("what the model has for pictures or sound stays as it is")
-        config = model.config.get_text_config()
-        parameters = model.num_parameters() if options.qlora else lora.trained(model)
-        active = lora.active_parameters(model, parameters)
-        kernels.keep_residual(model, setup)
-        with_liger, head_loss, share = kernels.choose(model, setup), kernels.head_loss_of(model), None
-        if options.lora:
-            transformers.set_seed(options.seed)
-            model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"), resized)
-        if setup.hosts and not start_weights.agree(model, ranks):
-            setup.console.warn("the hosts had other weights to start with: those of rank 0 were sent to all")
-        trained = lora.trained(model)
-        capacity = None if options.no_packing else setup.sequence_length
-        sequences = PackedSequences(setup.data.train, capacity, setup.global_batch_size, epoch=setup.data.epoch)
-        micro_steps = len(sequences) // (options.per_device_train_batch_size * ranks.world_size)
-        epoch_steps = micro_steps // options.gradient_accumulation_steps
-        steps = options.max_steps if options.max_steps > 0 else epoch_steps * options.num_epochs
-        most = affordable_sequences(options, steps, setup.global_batch_size)
-        held_out = PackedSequences(setup.data.evaluation, capacity)
-        evaluated = held_out.spread(most)
-        self.workload = Workload(config, parameters, trained, sequences, steps, evaluated.filled, held_out.filled,
-                                 with_liger, str(model.config._attn_implementation), share)
+        """Make the model and its Trainer."""
+        setup, ranks = self.setup, self.setup.ranks
+        built, arguments = build_model(setup)
         self.stop = StopOnSignal(ranks)
-        shape = setup.shape and replace(setup.shape, active=active)
-        flops = flops_per_token(shape, setup.sequence_length, frozen=bool(options.lora)) if shape else None
         self._sent = SentBytes("" if ranks.on_one_machine else card_of_ranks())
-        self._report = ProgressReport(ranks, setup.run, setup.console, flops, setup.peak, self._sent)
-        self.trainer = CausalTrainer(
-            ranks=ranks, eval_sequences=evaluated, layout=setup.layout, keep=options.save_total_limit,
-            copies=options.checkpoint_copies, warn=setup.console.warn,
-            finite=FiniteCheck(ranks, setup.precision, options.learning_rate),
-            collate=Collator(setup.tokenizer.pad_token_id, capacity, len(setup.data.info.sources)), model=model,
-            args=arguments,
-            train_dataset=stream_of(setup, capacity) if options.streaming else sequences,
-            processing_class=setup.tokenizer, callbacks=[self.stop, self._sent, self._report, self._communication])
-        self.trainer.head_loss = head_loss
+        self._report = ProgressReport(ranks, setup.run, setup.console, flops_of(setup, built), setup.peak, self._sent)
+        make = pair_trainer if setup.pairs else text_trainer
+        self.workload, self.trainer = make(setup, built, arguments,
+                                           [self.stop, self._sent, self._report, self._communication])
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(callback)
         added: list[transformers.TrainerCallback] = [
-            Preflight(setup, self.trainer, with_liger), Samples(setup, self.trainer)]
-        if options.early_stopping:
-            added += [SaveBest(), transformers.EarlyStoppingCallback(options.early_stopping)]
+            Preflight(setup, self.trainer, built.liger), Samples(setup, self.trainer)]
+        if patience := setup.options.early_stopping:
+            added += [SaveBest(), transformers.EarlyStoppingCallback(patience)]
         for each in added:
             self.trainer.add_callback(each)
 
@@ -217,7 +150,7 @@ class Session:
             samples.write(setup, trainer)
         if setup.ranks.is_first and export.merges(setup.options):
             heartbeat.report("merging the adapter")
-            whole = lora.merged(setup.options, setup.tokenizer, self.dtype, setup.run.adapter)
+            whole = lora.merged(setup.options, setup.tokenizer, dtype_of(setup), setup.run.adapter)
             export.put_in_place(setup, whole, setup.run.model, type(whole).save_pretrained)
 
     def fail(self) -> None:
@@ -230,15 +163,3 @@ class Session:
         step = self.trainer.state.global_step if hasattr(self, "trainer") else 0
         setup, workload = getattr(self, "setup", None), getattr(self, "workload", None)
         return memory_report.explained(self._given[1], setup, workload, step)
-
-
-def stream_of(setup: Setup, capacity: int | None) -> streaming.Stream:
-    """Return this rank's stream of sequences, from its beginning or where the checkpoint was."""
-    options, ranks, facts = setup.options, setup.ranks, setup.data.info
-    source = sources.open_source(options.datasets[0].name, options, list)
-    made = streaming.Stream(streaming.StreamSettings(
-        source.after, facts.form, setup.tokenizer, setup.sequence_length, frozenset(facts.held_out), ranks.rank,
-        ranks.world_size, options.seed), capacity)
-    if setup.checkpoint:
-        streaming.load(made, setup.checkpoint, ranks.rank)
-    return made

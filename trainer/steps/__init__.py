@@ -1,0 +1,1 @@
+"""What every method of training shares: verified checkpoints, finite losses, checked gradients."""
