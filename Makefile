@@ -31,7 +31,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV): about 2 GB, a few minutes the first time (what pip says: $(LOG))"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
-		-e '.[train,dev$(GPU)]' -c constraints.txt >$(LOG) 2>&1 || { \
+		-e '.[train,dpo,dev$(GPU)]' -c constraints.txt >$(LOG) 2>&1 || { \
 		if grep -q 'No space left' $(LOG); then echo "make: no space left on the disk of $(VENV): make VENV=/elsewhere"; \
 		elif grep -qE 'Retrying|ConnectionError|Temporary failure|Network is unreachable' $(LOG); then \
 			echo "make: the package index cannot be reached: is there a network? (proxy: export HTTPS_PROXY=...)"; \

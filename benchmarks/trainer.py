@@ -150,7 +150,7 @@ def compare(folder: Path, model: str, steps: int, rounds: int) -> None:
     peers = dict(PEERS)
     if find_spec("trl") is None:
         peers = {name: mine for name, mine in PEERS.items() if not name.startswith("TRL")}
-        print("without TRL: pip install -e '.[bench]' -c constraints.txt")
+        print("without TRL: pip install -e '.[dpo]' -c constraints.txt")
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
         tokens = 0

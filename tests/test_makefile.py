@@ -55,9 +55,9 @@ def test_faster_kernels_are_installed_where_a_gpu_is_found(machine: Machine) -> 
         return subprocess.run(["make", "-n", "--always-make", "install"], cwd=ROOT, capture_output=True, text=True,
                               check=True, env=environment).stdout
 
-    assert "[train,dev]" in planned()
+    assert "[train,dpo,dev]" in planned()
     machine.nvidia(nvidia_gpu(0))
-    assert "[train,dev,gpu]" in planned()
+    assert "[train,dpo,dev,gpu]" in planned()
 
 
 def test_an_index_that_cannot_be_reached_is_told(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def requirements(gpu: bool = False) -> list[str]:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     extras = parser["options.extras_require"]
-    lines = parser["options"]["install_requires"] + extras["train"] + (extras["gpu"] if gpu else "")
+    lines = parser["options"]["install_requires"] + extras["train"] + extras["dpo"] + (extras["gpu"] if gpu else "")
     return [line for line in lines.split("\n") if line]
 
 

@@ -149,7 +149,9 @@ def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
 
 def looks_like_path(word: str) -> bool:
     """Tell a path from a Hugging Face name, which has one slash at most, no wildcard and no suffix of a data file."""
-    return word.endswith(DATA_SUFFIXES) or word.startswith((".", "/", "~")) or word.rstrip("/").count("/") > 1 or word.endswith("/") or any(
+    if word.endswith(DATA_SUFFIXES):
+        return True
+    return word.startswith((".", "/", "~")) or word.rstrip("/").count("/") > 1 or word.endswith("/") or any(
         mark in word for mark in "*?[")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.options import Options
 
-INSTALL = "pip install 'trl>=1.0'"
+INSTALL = "pip install 'trl>=1.0'"  # the extra dpo
 BETA = 0.1  # as in arXiv 2305.18290
 
 

@@ -227,9 +227,9 @@ class GradientCheck:
 
 
 def chosen(model: Any) -> list[tuple[str, Any]]:
-    """Return weights that are trained, evenly spread over the model, the first and the last among them, by name."""
-    trained = [(name, weight) for name, weight in model.named_parameters()
-               if weight.requires_grad and numel(weight) <= LARGEST]
+    """Return weights that are trained, evenly spread over the model, by name: those whose gradients ZeRO hands on."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad
+               and numel(weight) <= LARGEST and not getattr(weight, "use_muon", False)]  # it gets updates instead
     step = max(1.0, (len(trained) - 1) / (WEIGHTS - 1)) if trained else 1.0
     numbers = sorted({min(round(number * step), len(trained) - 1) for number in range(min(WEIGHTS, len(trained)))})
     return [trained[number] for number in numbers]
