@@ -89,6 +89,18 @@ def test_a_task_hands_on_flags_as_they_were_quoted() -> None:
     assert "--text_column 'the body'" in done.stdout
 
 
+def test_a_flag_takes_several_values_before_others(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("words")
+    files = [f"{tmp_path}/a.txt:0.3", f"{tmp_path}/b.txt"]
+    done = invoke("train", "--model", "tiny", "--dataset", *files, "--lora", "--lora_targets", "q_proj", "v_proj",
+                  "--dry-run")
+    assert f"--dataset_path {' '.join(files)} " in done.stdout, done.stderr
+    assert "--lora --lora_targets q_proj v_proj" in done.stdout
+    asked = invoke("hostfile", "--nodes", "one.invalid", "two.invalid")
+    assert {"one.invalid", "two.invalid"} <= set((asked.stdout + asked.stderr).split())
+
+
 @pytest.mark.parametrize("words", [["--ssh-password", "hunter2"], ["--ssh-password=hunter2"]])
 def test_a_task_shows_no_password(words: list[str]) -> None:
     done = invoke("hostfile", "--nodes", "no-such-host.invalid", "--", *words)

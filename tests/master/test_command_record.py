@@ -42,6 +42,13 @@ def test_what_runs_code_is_typed_in_every_command(flag: str, run: Path) -> None:
     assert flags_to_repeat(run, [flag.replace("_", "-").replace("--", "--")], ask=True) == ["--model_name_or_path", "m"]
 
 
+def test_flags_with_several_values_are_repeated_whole(run: Path) -> None:
+    write_command(run, ["--dataset_path", "a:0.3", "b", "--set", "data_seed=1", "--set", "run_name=x", "--max_steps",
+                        "3", "--set", "data_seed=1", "--max_steps", "5"])
+    assert flags_to_repeat(run, [], ask=True) == ["--dataset_path", "a:0.3", "b", "--max_steps", "5",
+                                                  "--set", "data_seed=1", "--set", "run_name=x"]
+
+
 @pytest.mark.parametrize("change", ["arguments", "signature", "hostfile.txt", "cluster.json"])
 def test_a_changed_record_is_not_ours(change: str, run: Path) -> None:
     write_command(run, ["--model_name_or_path", "m"])
@@ -55,10 +62,12 @@ def test_a_changed_record_is_not_ours(change: str, run: Path) -> None:
 
 
 HARMLESS = ["--model_name_or_path", "someone/model", "--max_steps", "10", "--lora", "--learning_rate", "1e-4",
-            "--precision", "bf16", "--deepspeed"]
+            "--precision", "bf16", "--deepspeed", "--dataset_path", "org/a:0.3", "org/b", "--optim", "adamw_8bit",
+            "--lora_targets", "q_proj", "v_proj"]
 HARMFUL = [["--trust_remote_code"], ["--allow_pickle"], ["--report_to", "wandb"], ["--cache_dir", "/x"],
            ["--deepspeed_config", "/x.json"], ["--chat_template", "x"], ["--dataset_path", "../.ssh"],
            ["--dataset_path", "/etc"], ["--dataset_path", "notes"], ["--attn_implementation", "someone/kernel"],
+           ["--dataset_path", "org/a", "notes:0.5"], ["--set", "debug=underflow_overflow"], ["--optim", "a b"],
            ["--config_overrides", "a=b"], ["--unknown"], ["--trust-remote-code"], ["--max_steps", "$(id)"],
            ["--text_column", "a b"], ["--eval_dataset", "C:\\x"], ["--model_name_or_path", "~/m"]]
 

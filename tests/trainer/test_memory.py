@@ -18,7 +18,7 @@ from warm_trainer import Job
 
 from trainer.errors import is_out_of_memory
 from trainer.estimate.advice import fitting, report_lines, savings
-from trainer.estimate.memory import MemoryInputs, bytes_needed, total
+from trainer.estimate.memory import MemoryInputs, bytes_needed, moment_bytes, optimizer_bytes, total
 
 SEVEN_B = MemoryInputs(weights=7e9, trained=7e9, layers=32, hidden=4096, intermediate=11008, keys=4096,
                        vocabulary=32000,
@@ -130,6 +130,28 @@ def test_chunks_of_logits_and_liger_need_less() -> None:
     assert bytes_needed(adapter)["logits"] == 2048 * 32000 * 12
     saved = whole["activations"] - bytes_needed(replace(ONE_B, liger=True))["activations"]
     assert saved == 22 * (2 * 5632 + 2 * 2048) * 128 * 2048 * 2
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "adagrad", "rmsprop", "sgd"])
+def test_moments_are_what_the_optimizers_keep(name: str, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    weight = torch.nn.Parameter(torch.randn(4096))  # flat, as ZeRO hands it on
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True)
+    kind, words = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = kind([weight], **words)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    kept = sum(value.numel() * value.element_size() for value in optimizer.state[weight].values()
+               if isinstance(value, torch.Tensor) and value.numel() > 1)
+    assert kept / weight.numel() == pytest.approx(moment_bytes(name))
+
+
+def test_optimizers_are_told_apart_by_their_names() -> None:
+    assert [moment_bytes(name) for name in (None, "paged_adamw_8bit", "paged_adamw_32bit", "lion_32bit", "lion_8bit",
+                                            "muon")] == [8, 2.03, 8, 4, 1.02, 4]
+    small, usual = (optimizer_bytes(replace(SEVEN_B, moments=moments)) for moments in (2, 8))
+    assert small < usual
 
 
 def test_which_errors_say_so() -> None:

@@ -46,6 +46,13 @@ def test_deepspeed_drives_an_optimizer_by_name(train: Train, name: str, config: 
     assert abs(adam.losses()[8] - run.losses()[8]) > 1e-3
 
 
+def test_states_that_cannot_be_split_anew_are_told(train: Train) -> None:
+    words = ("--optim", "adafactor", *SHORT)
+    train(*words, "--max_steps", "2", ranks=2, config="configs/zero1")
+    run = train(*words, "--max_steps", "3", "--resume_from_checkpoint", "auto", config="configs/zero1", expect=1)
+    assert "was written by 2 ranks with --optim adafactor, whose states can't be split anew" in run.output
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--optim", "muon"], "--optim muon is DeepSpeed's: add --deepspeed_config"),
     (["--optim", "paged_adamw_8bit"], "paged_adamw_8bit"),  # on a CPU, or not installed

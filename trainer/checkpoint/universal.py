@@ -20,6 +20,7 @@ from trainer.options import Options
 
 SUFFIX = "_universal"
 LATEST = "latest_universal"  # by which DeepSpeed finds it
+OPTIMIZERS = (None, "adamw_torch", "adamw_torch_fused")  # whose states that form knows
 COPIES = 3  # of the states that the conversion writes before it is done: fragments, whole parameters, a reserve
 
 

@@ -21,6 +21,20 @@ MOST_LIVE = 1e9  # weights that ZeRO-3 keeps gathered (stage3_max_live_parameter
 USABLE = 0.9  # of a device's memory, a guess: its libraries, and what lies between blocks, take the rest
 
 
+# Bytes that an optimizer keeps of each weight, where it isn't Adam's two moments in 32 bits; as its name begins, the
+# longest counts. In 8 bits there is a number of 32 bits for each 256.
+MOMENTS = {"adafactor": 4, "adagrad": 4, "rmsprop": 4, "rmsprop_bnb_8bit": 1.02, "sgd": 0, "muon": 4, "lion": 4,
+           "lion_8bit": 1.02, "paged_lion": 4, "paged_lion_8bit": 1.02, "adamw_8bit": 2.03, "adamw_bnb_8bit": 2.03,
+           "paged_adamw_8bit": 2.03, "adamw_torch_8bit": 2.03, "adamw_torch_4bit": 1.1, "ademamix": 12,
+           "paged_ademamix": 12, "ademamix_8bit": 3.05, "paged_ademamix_8bit": 3.05}
+
+
+def moment_bytes(optimizer: str | None) -> float:
+    """Return the bytes that an optimizer, by transformers' name, keeps of each trained weight."""
+    found = [name for name in MOMENTS if (optimizer or "").startswith(name)]
+    return MOMENTS[max(found, key=len)] if found else 8.0
+
+
 @dataclass(frozen=True)
 class MemoryInputs:
     """What is trained how: weights, those trained, shape of the model, of a micro batch, of ZeRO (stage None: without).
@@ -29,7 +43,7 @@ class MemoryInputs:
     tokens whose logits are held at once, None: all; `offloads`: the optimizer's states are on the host,
     `offloads_weights` the weights too (ZeRO-3); `largest`: numbers of the largest weight; `bucket`: of gradients that
     are sent together; `sharing`: ranks among which ZeRO splits, 0: all; `residual`: bytes for each trained weight of
-    what --lan_compress and --lan_average keep.
+    what --lan_compress and --lan_average keep, `moments`: of what the optimizer keeps beside the weights in 32 bits.
     """
 
     weights: float
@@ -53,6 +67,7 @@ class MemoryInputs:
     offloads_weights: bool = False
     sharing: int = 0
     residual: float = 0.0
+    moments: float = 8.0
     largest: float = 0.0
     bucket: float = 0.0
 
@@ -106,12 +121,12 @@ def weights_bytes(inputs: MemoryInputs) -> float:
 
 
 def optimizer_bytes(inputs: MemoryInputs) -> float:
-    """Return the bytes of a rank's optimizer states, wherever they are: two moments, in ZeRO with weights in 32 bits.
+    """Return the bytes of a rank's optimizer states, wherever they are: moments, in ZeRO with weights in 32 bits.
 
     Without ZeRO weights that are in 32 bits anyway aren't copied.
     """
     stage = inputs.stage or 0
-    each = 8 if inputs.stage is None or (stage == 0 and inputs.number == 4) else 12
+    each = inputs.moments + (0 if inputs.stage is None or (stage == 0 and inputs.number == 4) else 4)
     return each * inputs.trained / (inputs.splitting if stage >= 1 else 1)
 
 

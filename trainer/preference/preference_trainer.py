@@ -75,11 +75,15 @@ class PreferenceTrainer(VerifiedTrainer, DPOTrainer):
         self.own_tokens += sum(int(batch["completion_mask"].sum()) for batch in batches)
         return batches, items
 
+    def prediction_step(self, *arguments: Any, **more: Any) -> Any:
+        """Do a batch of an evaluation."""
+        heartbeat.report("evaluation", often=True)
+        return super().prediction_step(*arguments, **more)
+
     def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
         """Return and log eval_loss, and of the rewards eval_rewards/accuracies, margins and others."""
         started, paused = time.monotonic(), self.paused_s
         self.check_finite()
-        heartbeat.report("evaluation")
         metrics: dict[str, float] = super().evaluate(*arguments, **more)
         if not math.isfinite(metrics["eval_loss"]):
             raise UserError(self.finite.explained("the evaluation loss", self.state.global_step,

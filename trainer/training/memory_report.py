@@ -19,6 +19,7 @@ from trainer.estimate.memory import (
     bytes_needed,
     gigabytes,
     inputs_of,
+    moment_bytes,
     optimizer_bytes,
     total,
 )
@@ -43,7 +44,8 @@ def expected_load(options: Options, shape: Shape, device: str, precision: str, d
     return inputs_of(
         shape, shape.adapter(options.lora) if options.lora else shape.parameters, repeats_keys=True, sequence=sequence,
         micro=options.per_device_train_batch_size or 1, accumulation=options.gradient_accumulation_steps or 1,
-        ranks=ranks, sharing=sharing, residual=residual_bytes(options, ranks, sharing), stage=stage, number=number,
+        ranks=ranks, sharing=sharing, residual=residual_bytes(options, ranks, sharing),
+        moments=moment_bytes(options.optim), stage=stage, number=number,
         weight=NF4 if options.qlora else number if options.lora else 0.0,
         offloads=offloads_optimizer(ds_config), checkpoints=options.activation_checkpointing,
         offloads_weights=lookup(ds_config or {}, "zero_optimization.offload_param.device") in ("cpu", "nvme"),

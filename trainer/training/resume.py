@@ -71,6 +71,9 @@ def adapt_to_ranks(folder: Path, options: Options, config: dict[str, Any] | None
     stop_unless_complete(folder, before, ranks)
     split = any(ranks.all_gather_json("split", ranks.is_first_here and bool(universal.optimizer_shards(folder))))
     if config is not None and split:
+        if options.optim not in universal.OPTIMIZERS:
+            raise UserError(f"{folder} was written by {written.parts} ranks with --optim {options.optim}, whose states "
+                            "can't be split anew: resume with as many", shared=True)
         if writes:
             universal.convert(folder)
         ranks.all_gather_json("universal", True, PREPARING_LIMIT_S)  # a large model's takes long
