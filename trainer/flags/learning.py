@@ -62,7 +62,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
          "sixth of ZeRO-1's bytes, and a training loss 1 to 2 %% higher after 100 steps (docs/lan_exchange.md)")
     flag("--lan_average", type=positive, metavar="H",
          help="each host trains by itself, and every H steps their weights become the average: for two hosts; with 5 "
-         "the training loss was 5 %% higher after 100 steps")
+         "the training loss was 3 to 5 %% higher after 100 steps")
     flag("--lan_compress_from_scratch", action="store_true", help="--lan_compress or --lan_average for new weights too")
     flag("--no_gradient_check", action="store_true",
          help="don't compare the first step's gradients with the sum of all ranks' own")

@@ -101,7 +101,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     flag("--dataset_config", metavar="NAME", help="configuration of a Hugging Face dataset")
     flag("--dataset_split", metavar="NAME", default="train", help="split of a Hugging Face dataset (train)")
     flag("--text_column", metavar="NAME", help="column or key that holds the text (text; else messages, conversations, "
-         "prompt + completion or instruction + output are recognised)")
+         "prompt + completion, instruction + output or chosen + rejected are recognised)")
     flag("--chat_template", metavar="FILE", help="Jinja template that shows messages (default: the tokenizer's)")
     flag("--sequence_length", type=positive, metavar="N",
          help="tokens per sequence (default: 1024, 256 for tiny, never more than the model's own limit)")
