@@ -35,7 +35,7 @@ class RemoteCheckout:
         """Return a word of a command as the node has it: this machine's paths become the node's."""
         head, equals, tail = word.partition("=") if word.startswith("--") else ("", "", word)
         for here, there in sorted([*self.paths, (str(ROOT), self.folder)], key=lambda pair: -len(pair[0])):
-            if tail == here or tail.startswith(here + "/"):
+            if tail == here or tail.startswith((here + "/", here + ":")):  # what follows a colon is a weight
                 return head + equals + there + tail[len(here) :]
         return word
 

@@ -25,6 +25,7 @@ from trainer.flags.dataset_words import name_and_weight
 SENT = ("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_", "DS_", "DEEPSPEED_")
 SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
 DATA_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".gz")
+PATHS = ("--adapter", "--eval_dataset", "--chat_template")  # the trainer's flags that may name what lies here
 ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 
 
@@ -81,6 +82,7 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
     """Return what the flags ask for. Raises UsageError, RunError, ClusterError."""
     script = Path(options.script).absolute() if options.script else TRAINER
     model = path_or_name("--model", options.model, hosts)
+    trainer_flags, more = (list(trainer_flags), []) if options.script else with_whole_paths(trainer_flags, hosts)
     datasets = [str(path_or_name("--dataset", name, hosts)) + (f":{weight:g}" if weight else "")
                 for name, weight in map(name_and_weight, options.dataset)]
     if options.script:
@@ -89,7 +91,7 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
         run, place = place_of_run(options, trainer_flags, run)
         arguments = [*arguments_of(options, run, model, datasets, config, trainer_flags),
                      *survival_flags(options, hosts), *trainer_flags, *place]
-    used = [str(config), model, *(name_and_weight(word)[0] for word in datasets), options.script]
+    used = [str(config), model, *more, *(name_and_weight(word)[0] for word in datasets), options.script]
     return TrainingRequest(
         hosts=hosts, run=run, script=script, arguments=tuple(arguments),
         files=tuple(path for word in used if word and word != "tiny" for path in files_of(word)),
@@ -145,6 +147,23 @@ def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
         raise UsageError(f"{flag} {word}: no such file or folder"
                          + (f": did you mean {beside / near[0]}?" if near else ""))
     return word
+
+
+def with_whole_paths(flags: Sequence[str], hosts: Hosts) -> tuple[list[str], list[str]]:
+    """Return the trainer's flags with what lies here by its absolute path, where ranks may start in another folder, and
+    those paths."""
+    found, used = list(flags), []
+    for number, word in enumerate(found):
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_").replace("__", "--", 1) not in PATHS:
+            continue
+        place = number if equals else number + 1
+        value = value if equals else "".join(found[place : place + 1])
+        if value and Path(value).expanduser().exists():
+            whole = value if hosts.are_here else str(Path(value).expanduser().absolute())
+            found[place] = f"{name}={whole}" if equals else whole
+            used.append(value)
+    return found, used
 
 
 def looks_like_path(word: str) -> bool:

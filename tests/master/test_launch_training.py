@@ -104,7 +104,21 @@ def test_the_place_of_a_run_is_told_once(flags: list[str], place: str, environme
     assert ours.count("--output_dir") + ours.count("--resume_from") == 1
 
 
+def test_what_lies_here_is_named_by_its_whole_path(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "h").write_text("gpu1 slots=2 type=CPU\ngpu2 slots=2 type=CPU\n")
+    for name in ("a.txt", "b.txt", "held.txt"):
+        (tmp_path / name).write_text("words")
+    (tmp_path / "adapter").mkdir()
+    done = launch("--model", "tiny", "--hostfile", "h", "--dataset", "a.txt:0.3", "b.txt", "--dry-run", "--",
+                  "--eval_dataset", "held.txt", "--adapter=adapter", environment=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = done.stdout.splitlines()[1]
+    assert f"--dataset_path {tmp_path}/a.txt:0.3 {tmp_path}/b.txt --eval_dataset {tmp_path}/held.txt " in ours
+    assert f"--adapter={tmp_path}/adapter " in ours
+
+
 @pytest.mark.parametrize(("words", "message"), [
+    (["--model", "tiny", "--dataset", "nowhere.jsonl"], "--dataset nowhere.jsonl: no such file or folder"),
     (["--resume", "runs/none", "--model", "tiny"], "runs/none: no such run"), (["--stop", "none"], "none: no such run"),
     ([], "which model?"), (["--model", "tiny", "--include", "gpu1"], "need --hostfile or --nodes"),
 ])

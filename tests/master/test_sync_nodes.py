@@ -62,9 +62,9 @@ def test_a_word_is_said_as_the_node_has_it() -> None:
     place = checkout_of({"dir": "/home/w/lanspeed", "python": "/p", "paths": {"/data": "/d", "/data/more": "/m"}})
     assert [place.translate_path(word) for word in (
         f"{ROOT}/trainer/train.py", str(ROOT), "/data/x.txt", "/data/more/y", "/database", "--eval_dataset=/data/z",
-        "data/x", "--lr=1e-4")] == [
+        "data/x", "--lr=1e-4", "/data:0.3")] == [
         "/home/w/lanspeed/trainer/train.py", "/home/w/lanspeed", "/d/x.txt", "/m/y", "/database", "--eval_dataset=/d/z",
-        "data/x", "--lr=1e-4"]
+        "data/x", "--lr=1e-4", "/d:0.3"]
     assert checkout_of({}) == RemoteCheckout(str(ROOT), sys.executable)
 
 

@@ -142,7 +142,8 @@ def summary(setup: Setup, workload: Workload, trainer: Any, seconds: float, toke
                              "loss_last": fmean(losses[-tenth:]) if losses else None}
     if by_dataset:
         found["tokens_by_dataset"] = dict(zip(names_of(setup), by_dataset, strict=True))
-    if step := trainer.state.best_global_step:  # of --early_stopping
+    step = trainer.state.best_global_step  # of --early_stopping; a checkpoint that couldn't be saved is none
+    if step and (step == trainer.state.global_step or (setup.run.checkpoints / f"checkpoint-{step}").is_dir()):
         found |= {"best_step": step, "best_eval_loss": trainer.state.best_metric,
                   "stopped_early": trainer.state.global_step < workload.steps}
     if rows:
