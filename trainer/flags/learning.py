@@ -59,7 +59,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
          help="another field of transformers' TrainingArguments; may be given several times")
     flag("--lan_compress", type=int, nargs="?", const=4, choices=[8, 4, 3], metavar="BITS",
          help="send gradients between hosts in 8, 4 or 3 bits (4), for weights that were trained before: with 4 a "
-         "sixth of ZeRO-1's bytes, and a training loss 1 to 2 %% higher after 100 steps (docs/lan_exchange.md)")
+         "sixth of ZeRO-1's bytes, and a training loss 1 to 4 %% higher after 100 steps (docs/lan_exchange.md)")
     flag("--lan_average", type=positive, metavar="H",
          help="each host trains by itself, and every H steps their weights become the average: for two hosts; with 5 "
          "the training loss was 3 to 5 %% higher after 100 steps")
