@@ -60,6 +60,27 @@ def test_each_way_learns_what_32_bits_do(words: list[str], config: str | None, n
     assert json.loads((found.path / "run.json").read_text())["summary"]["peak_bytes"] > 1 << 20
 
 
+@pytest.mark.parametrize("config", [None, "configs/zero1", "configs/zero3"])
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "muon"])
+def test_an_optimizer_by_name_learns(name: str, config: str | None, model: str, train: Train) -> None:
+    if name.endswith("8bit") and find_spec("bitsandbytes") is None:
+        pytest.skip("without bitsandbytes")
+    if name == "muon" and config is None:
+        pytest.skip("muon is DeepSpeed's")
+    run = learn(train, model, "--optim", name, config=config)
+    assert run.losses("eval_loss")[10] < run.losses("eval_loss")[0] and "gradients checked" in run.output
+
+
+@pytest.mark.parametrize("config", [None, "configs/zero1", "configs/zero3"])
+def test_dpo_learns_which_answer_is_better(config: str | None, tmp_path: Path, train: Train) -> None:
+    rows = [{"prompt": f"where is {number}?", "chosen": f" kindly look at {number}", "rejected": f" go away {number}"}
+            for number in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = train("--max_steps", "10", "--eval_fraction", "0.2", "--num_samples", "0", "--global_batch_size", "16",
+                data=tmp_path / "pairs.jsonl", launcher="python", config=config)
+    assert "on cuda" in run.output and run.losses("eval_rewards/accuracies")[10] > 0.9
+
+
 @pytest.mark.parametrize("flag", ["--lora", "--qlora"])
 @pytest.mark.parametrize("config", [None, "configs/zero2"])
 def test_an_adapter_is_trained_merged_and_resumed(flag: str, config: str | None, model: str, train: Train) -> None:
