@@ -105,15 +105,20 @@ def test_experts_have_an_adapter_too(name: str, share: float) -> None:
     assert any("experts" in key for key in learning) == bool(lora.expert_parameters(found))
 
 
-def test_experts_that_stay_frozen_are_counted() -> None:
+@pytest.mark.parametrize(("name", "words", "part"), [
+    ("llama4_text", [], ""), ("mixtral", ["--lora_targets", "q_proj", "v_proj"], "q_proj v_proj")])
+def test_weights_without_an_adapter_are_counted(name: str, words: list[str], part: str) -> None:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model("mixtral", **families.SHAPES["mixtral"]))
-    experts = sum(weight.numel() for weight in lora.expert_parameters(model).values())
-    every = experts + sum(module.weight.numel() for module in lora.linear_modules(model).values())
-    _, covered = lora.add_adapter(model, parse_options(["--model_name_or_path", "x", "--lora", "4"]), split=True)
-    assert covered == pytest.approx(1 - experts / every) and 0.05 < covered < 0.5
+        transformers.AutoConfig.for_model(name, **families.SHAPES[name]))
+    linear = {key: module.weight.numel() for key, module in lora.linear_modules(model).items()}
+    every = sum(linear.values()) + sum(weight.numel() for weight in lora.expert_parameters(model).values())
+    reached = sum(size for key, size in linear.items() if not part or key.split(".")[-1] in part.split())
+    found, covered = lora.add_adapter(
+        model, parse_options(["--model_name_or_path", "x", "--lora", "4", *words]), split=True)
+    assert covered == pytest.approx(reached / every) and 0.05 < covered < 0.95
+    assert not any("experts" in key for key, weight in found.named_parameters() if weight.requires_grad)
 
 
 def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:

@@ -37,7 +37,7 @@ class DatasetInfo:
     key: str
     name: str
     settings: dict[str, Any] = field(default_factory=dict)  # what decides what a step sees, by name
-    sources: list[str] = field(default_factory=list)  # the datasets' names, in the order of the column source
+    sources: list[str] = field(default_factory=list)  # the names of several, in the order of the column source
     form: str = TEXT  # or what rows.py calls it
     documents: int = 0
     dropped: int = 0
@@ -115,7 +115,7 @@ def prepare_dataset(
         say(f"data: {name}, tokenizing")
         os.makedirs(folder.parent, mode=0o700, exist_ok=True)  # private data is read by this user alone
         with cache.half_made(folder.parent) as scratch:
-            info = DatasetInfo(key, name, settings, [each.name for each in sources])
+            info = DatasetInfo(key, name, settings, [each.name for each in sources] if len(sources) > 1 else [])
             made = build(scratch, info, sources, evaluation, options, make_tokenizer, sequence_length)
             try:
                 os.rename(made, folder)
@@ -207,5 +207,6 @@ def build(
     if len(held_out):  # datasets cannot load a table without rows
         held_out.save_to_disk(str(made / "eval"))
     tokenizer.save_pretrained(str(made / "tokenizer"))
-    (made / "info.json").write_text(json.dumps(asdict(info), indent=1))
+    told = {name: value for name, value in asdict(info).items() if value or name != "sources"}  # as it was before
+    (made / "info.json").write_text(json.dumps(told, indent=1))
     return made

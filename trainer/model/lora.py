@@ -55,8 +55,8 @@ def add_adapter(model: Any, options: Options, split: bool, resized: bool = False
     """Return the model with an adapter of rank --lora at all its linear layers but the head and routers, the rest
     frozen; or with --adapter.
 
-    Experts that are kept as one parameter of three dimensions get one too, but where ZeRO-3 has `split` them, and
-    where dropout or DoRA needs layers. Embeddings that were `resized` are trained whole. Also return the share of the
+    Experts that are kept as one parameter of three dimensions get one too: of families that peft knows, of others but
+    where ZeRO-3 has `split` them, or dropout or DoRA needs layers. Embeddings that were `resized` are trained whole. Also return the share of the
     linear weights that have an adapter. Raises UserError for an architecture that has none.
     """
     experts = expert_parameters(model)
