@@ -50,8 +50,9 @@ class Desk:
         where = self.lab.master.words("env", "-C", str(self.folder), "-u", "SSH_AUTH_SOCK", "-u", "LANSPEED_CACHE",
                                       f"HOME={self.home}", f"TMPDIR={self.scratch}",
                                       f"PATH={Path(sys.executable).parent}:/usr/bin:/bin")
+        data = [] if "--dataset" in more else ["--dataset", str(self.texts)]  # another one would be added to it
         return [*where, sys.executable, str(ROOT / "master" / "launch_training.py"), "--model", "tiny",
-                "--hostfile", "hostfile.txt", "--host-keys", "accept-new", "--dataset", str(self.texts), *more]
+                "--hostfile", "hostfile.txt", "--host-keys", "accept-new", *data, *more]
 
     def script_words(self, script: Path, *more: str) -> list[str]:
         """The command that runs a script of its own on the hosts, instead of training tiny."""

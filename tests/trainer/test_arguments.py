@@ -75,8 +75,9 @@ def test_overrides_carry_what_hangs_on_them() -> None:
 
 def test_without_a_compiler_nothing_is_compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
-        check_compiler(parse_options(["--model_name_or_path", "x", "--torch_compile"]), "cpu")
+    for flag in (["--torch_compile"], ["--optim", "muon"]):
+        with pytest.raises(UserError, match=rf"{' '.join(flag)} on a CPU needs a C\+\+ compiler"):
+            check_compiler(parse_options(["--model_name_or_path", "x", *flag]), "cpu")
 
 
 @pytest.mark.slow

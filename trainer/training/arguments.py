@@ -99,7 +99,7 @@ def place_loggers(path: Any) -> None:
 
 
 def check_compiler(options: Options, device: str) -> None:
-    """Raise a UserError for --torch_compile on a CPU without a C++ compiler."""
-    if options.torch_compile and device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
-        raise UserError("--torch_compile on a CPU needs a C++ compiler: install g++, or leave the flag out",
-                        shared=True)
+    """Raise a UserError for what is compiled on a CPU without a C++ compiler: --torch_compile, Muon."""
+    flag = "--torch_compile" if options.torch_compile else "--optim muon" if options.optim == MUON else None
+    if flag and device == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
+        raise UserError(f"{flag} on a CPU needs a C++ compiler: install g++, or leave the flag out", shared=True)
