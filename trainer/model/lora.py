@@ -56,8 +56,9 @@ def add_adapter(model: Any, options: Options, split: bool, resized: bool = False
     frozen; or with --adapter.
 
     Experts that are kept as one parameter of three dimensions get one too: of families that peft knows, of others but
-    where ZeRO-3 has `split` them, or dropout or DoRA needs layers. Embeddings that were `resized` are trained whole. Also return the share of the
-    linear weights that have an adapter. Raises UserError for an architecture that has none.
+    where ZeRO-3 has `split` them, or dropout or DoRA needs layers. Embeddings that were `resized` are trained whole.
+    Also return the share of the linear weights that have an adapter. Raises UserError for an architecture that has
+    none.
     """
     experts = expert_parameters(model)
     every = sum(numel(module.weight) for module in linear_modules(model).values()) + sum(map(numel, experts.values()))
