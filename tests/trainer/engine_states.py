@@ -16,7 +16,7 @@ import deepspeed.ops
 import torch
 
 HIDDEN, LAYERS, MICRO_STEPS = 256, 4, 2
-SETTLING = 0.3  # seconds until gloo's threads have let go of the last gradient that they sent
+SETTLING = 0.3  # seconds until gloo's threads have let go of what they sent last
 SMALL: dict[str, Any] = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
 # Nothing gathered is kept, so that what remains is a rank's own.
 BARE: dict[str, Any] = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0,
@@ -54,6 +54,8 @@ def bytes_held(stage: int, dtype: torch.dtype, offloads: bool) -> tuple[int, int
     for number in range(2 * MICRO_STEPS):
         engine.backward(engine(torch.ones(1, HIDDEN, dtype=dtype)).float().pow(2).mean())
         if number == 2 * MICRO_STEPS - 1:
+            for group in (None, getattr(engine.optimizer, "dp_process_group", None)):  # whose threads take the next
+                torch.distributed.all_reduce(torch.zeros(1), group=group)
             time.sleep(SETTLING)
             found = held() - before
         engine.step()

@@ -139,6 +139,7 @@ def test_dpo_learns_which_answer_is_better(
     assert (run.path / "model" / "config.json").exists() and run.metrics[1]["tokens"] > 0
 
 
+@pytest.mark.slow
 def test_beta_keeps_the_model_close(train: Train, polite: Path) -> None:
     near, far = (train("--dpo_beta", beta, *SHORT, "--max_steps", "6", data=polite, name=beta)
                  for beta in ("1", "0.05"))
@@ -161,6 +162,7 @@ def test_dpo_resumes_as_if_never_stopped(train: Train, polite: Path, config: str
     assert "was trained with --dpo_beta 0.1, and this training runs with --dpo_beta 0.3" in other.output
 
 
+@pytest.mark.slow
 def test_an_adapter_is_compared_with_itself_as_it_was(train: Train, polite: Path) -> None:
     base = train("--max_steps", "2", "--sequence_length", "64", name="base").path / "model"
     first = train("--lora", "4", *SHORT, "--max_steps", "4", "--learning_rate", "1e-2", data=polite, model=str(base),

@@ -19,7 +19,7 @@ def checkpoint(run: Run) -> Path:
 
 
 @pytest.mark.parametrize(("name", "keys"), [("sgd", set()), ("adafactor", {"step", "exp_avg_sq", "RMS"}),
-                                            ("rmsprop", {"step", "square_avg"})])
+                                            pytest.param("rmsprop", {"step", "square_avg"}, marks=pytest.mark.slow)])
 def test_an_optimizer_by_name_is_the_one_that_steps(train: Train, name: str, keys: set[str]) -> None:
     run = train("--optim", name, "--max_steps", "3", *SHORT, "--learning_rate", "1e-2")
     states = torch.load(checkpoint(run) / "optimizer.pt", weights_only=True)["state"]
@@ -112,6 +112,7 @@ def test_early_stopping_keeps_the_best_model(train: Train) -> None:
     assert again.losses("eval_loss")[0] == pytest.approx(losses[best], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_on_after_a_resumption(train: Train) -> None:
     words = ("--early_stopping", "3", "--eval_steps", "1", *SHORT, "--learning_rate", "0.2", "--warmup_steps", "0",
              "--lr_scheduler_type", "constant", "--eval_fraction", "0.3", "--save_steps", "1", "--save_total_limit",
@@ -159,6 +160,7 @@ def test_modules_are_trained_whole_and_saved_with_the_adapter(train: Train, conf
     assert not torch.equal(load_file(plain.path / "model" / "model.safetensors")["lm_head.weight"], merged)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_further(train: Train) -> None:
     base = train("--max_steps", "2", *SHORT, name="base").path / "model"
     first = train("--lora", "4", "--lora_alpha", "4", "--max_steps", "4", *SHORT, "--learning_rate", "1e-2",
@@ -174,6 +176,7 @@ def test_an_adapter_is_trained_further(train: Train) -> None:
     assert f"--adapter {base}: no adapter_model.safetensors there" in wrong.output
 
 
+@pytest.mark.slow
 def test_embeddings_of_added_tokens_are_trained_with_an_adapter(train: Train, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
