@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--nodes", metavar="N", **several, help="find the GPUs of these hosts first, then train on them")
     flag("--slots", type=int, metavar="N",
          help="ranks on this machine, or at most on each of --nodes (default: all GPUs; 1 without any)")
-    flag("--grace", type=float, default=60, metavar="S", help="seconds after Ctrl-C to begin a save, and for it (60)")
+    flag("--grace", type=float, default=60, metavar="S", help="seconds to begin, and to end, a save after Ctrl-C (60)")
     flag("--include", default="", metavar="I", help="only these hosts and slots of the hostfile: gpu1@gpu2:0,2")
     flag("--exclude", default="", metavar="E", help="all hosts and slots but these")
     flag("--resume", metavar="RUN",

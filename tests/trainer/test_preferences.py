@@ -135,7 +135,7 @@ def test_dpo_learns_which_answer_is_better(
     assert run.losses("eval_loss")[0] == pytest.approx(0.6931, abs=1e-3) and run.losses("eval_loss")[12] < 0.65
     assert {"rewards/margins", "rewards/accuracies"} <= next(row for row in run.metrics if "loss" in row).keys()
     facts = json.loads((run.path / "run.json").read_text())
-    assert facts["method"] == "dpo" and facts["summary"]["accuracy_last"] == accuracy(run)[12]
+    assert facts["method"] == "dpo" and facts["summary"]["accuracy"] == accuracy(run)[12]
     assert (run.path / "model" / "config.json").exists() and run.metrics[1]["tokens"] > 0
 
 

@@ -74,15 +74,12 @@ def test_what_cannot_be_is_told_in_one_line(train: Train, words: list[str], mess
 def test_a_field_of_the_arguments_is_set_and_kept(train: Train) -> None:
     words = (*SHORT, "--learning_rate", "1e-2", "--warmup_steps", "0", "--lr_scheduler_type", "cosine_with_restarts",
              "--set", 'lr_scheduler_kwargs={"num_cycles": 2}', "--set", "run_name=mine")
-    run = train(*words, "--max_steps", "8", name="two")
-    rates = run.losses("learning_rate")
+    rates = train(*words, "--max_steps", "8", name="parts").losses("learning_rate")
     assert rates[5] == pytest.approx(rates[1]) and rates[4] < rates[1] / 2  # begun again in the middle
-    train(*words, "--max_steps", "8", "--save_steps", "3", name="parts")
-    for step in (6, 8):
-        folder = checkpoint(Run(0, "", run.path.parent / "parts"))
-        assert folder.name == f"checkpoint-{step}" or step == 6
     again = train(*words, "--max_steps", "12", "--resume_from_checkpoint", "auto", name="parts")
-    assert again.losses("learning_rate")[12] != run.losses("learning_rate")[8]
+    whole = train(*words, "--max_steps", "12", name="whole").losses("learning_rate")
+    found = again.losses("learning_rate")  # the first step has the checkpoint's own, of the shorter schedule
+    assert [found[step] for step in range(10, 13)] == pytest.approx([whole[step] for step in range(10, 13)])
 
 
 def test_noise_on_the_embeddings_changes_training_and_no_evaluation(train: Train) -> None:
@@ -185,8 +182,7 @@ def test_embeddings_of_added_tokens_are_trained_with_an_adapter(train: Train, tm
     before = len(tokenizer)
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(base)
-    refused = train("--lora", "4", "--max_steps", "1", *SHORT, model=str(base), name="refused", expect=None)
     run = train("--lora", "4", "--resize_embeddings", "--merge_lora", "--max_steps", "2", *SHORT, model=str(base))
     assert sorted(adapter_of(run)["modules_to_save"]) == ["embed_tokens", "lm_head"]
     merged = AutoModelForCausalLM.from_pretrained(run.path / "model")
-    assert merged.get_input_embeddings().num_embeddings == before + 1 and refused.code in (0, 1)
+    assert merged.get_input_embeddings().num_embeddings == before + 1

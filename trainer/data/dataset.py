@@ -207,6 +207,6 @@ def build(
     if len(held_out):  # datasets cannot load a table without rows
         held_out.save_to_disk(str(made / "eval"))
     tokenizer.save_pretrained(str(made / "tokenizer"))
-    told = {name: value for name, value in asdict(info).items() if value or name != "sources"}  # as it was before
+    told = {name: value for name, value in asdict(info).items() if value or name != "sources"}  # for older versions
     (made / "info.json").write_text(json.dumps(told, indent=1))
     return made

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.data import documents
 from trainer.data.documents import Document, text_of
 from trainer.data.preferences import normalized_pair
-from trainer.data.rows import COLUMNS, PREFERENCES, TEXT, columns_of, normalized, settled_form
+from trainer.data.rows import PREFERENCES, TEXT, columns_of, form_of, normalized, settled_form
 from trainer.data.values import table_row
 from trainer.errors import UserError, first_line
 from trainer.options import Options
@@ -51,7 +51,7 @@ class DocumentExtractor:
             self._note_unused(row)
         if form == TEXT:
             text = text_of(row, self.column, where)
-        elif not isinstance(row, dict) or not set(row).issuperset(COLUMNS[form]):
+        elif not isinstance(row, dict) or form_of(row, "dpo" if form == PREFERENCES else "sft") != form:
             raise UserError(f"{where}: no {form}, which the rows before it have")
         elif form == PREFERENCES:
             text = normalized_pair(row, where)

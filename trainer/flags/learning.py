@@ -40,7 +40,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
          help="sequences of all ranks per optimizer step (65,536 tokens, or what gives an epoch 50 steps)")
     flag("--measure", type=positive, metavar="N", help="make N steps, tell how fast they are, and keep nothing")
     flag("--learning_rate", type=float, metavar="R",
-         help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny)")
+         help="peak learning rate (2e-5; 2e-4 with an adapter; 6e-4 with --from_config; 3e-3 for tiny; DPO: 1e-6, "
+         "with an adapter 1e-5, for tiny 1e-3)")
     flag("--lr_scheduler_type", metavar="NAME",
          help="cosine, linear, constant, constant_with_warmup, ... (the DeepSpeed config's scheduler, else cosine)")
     flag("--warmup_steps", type=every, metavar="N", help="steps, or a share of all below 1 (0.05; 0.2 for tiny)")

@@ -109,7 +109,7 @@ def fields_set(words: Sequence[str]) -> dict[str, Any]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ': did you mean X?', or nothing."""
-    near = difflib.get_close_matches(name, [each for each in known], n=1)
+    near = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean {near[0]}?" if near else ""
 
 

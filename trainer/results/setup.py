@@ -9,7 +9,6 @@ from typing import Any
 from trainer.checkpoint import verification
 from trainer.checkpoint.verification import Layout
 from trainer.data.dataset import TokenizedDataset
-from trainer.data.rows import PREFERENCES
 from trainer.distributed import deepspeed_config
 from trainer.distributed.ranks import Ranks
 from trainer.estimate.shape import Shape
@@ -72,12 +71,12 @@ class Setup:
     @property
     def pairs(self) -> bool:
         """True for a training on pairs of answers (DPO)."""
-        return self.data.info.form == PREFERENCES
+        return self.options.method == "dpo"
 
     @property
     def row_tokens(self) -> int:
         """The most tokens of what a micro batch counts: a sequence, or both of a pair."""
-        return self.sequence_length * (2 if self.pairs else 1)
+        return row_tokens(self.options, self.sequence_length)
 
     @property
     def engine(self) -> str:
@@ -130,6 +129,11 @@ class Workload:
 def global_batch_size(options: Options, world_size: int) -> int:
     """Return the sequences of all ranks in an optimizer step."""
     return int(options.batch_per_rank * world_size)
+
+
+def row_tokens(options: Options, sequence_length: int) -> int:
+    """Return the most tokens of what a micro batch counts: a sequence, or both of a pair."""
+    return sequence_length * (2 if options.method == "dpo" else 1)
 
 
 def writes(ranks: Ranks, shared_disk: bool) -> bool:

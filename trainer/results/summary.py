@@ -153,7 +153,7 @@ def summary(setup: Setup, workload: Workload, trainer: Any, seconds: float, toke
                   "eval_sequences": workload.evaluated, "held_out_sequences": workload.held_out,
                   "gzip_bits_per_byte": setup.data.info.gzip_bits_per_byte}
     if ACCURACY in (rows or [{}])[0]:
-        found |= {"accuracy_first": rows[0][ACCURACY], "accuracy_last": rows[-1][ACCURACY]}
+        found["accuracy"] = rows[-1][ACCURACY]  # the first one is 0: nothing has been learnt
     return found
 
 
@@ -180,8 +180,8 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
     if "eval_loss_last" in found:
         say(f"  evaluation loss  {found['eval_loss_first']:.3f} -> {found['eval_loss_last']:.3f}"
             + (f" ({found['eval_sequences']:,} of {found['held_out_sequences']:,} held-out sequences)" if part else ""))
-    if "accuracy_last" in found:
-        say(f"  accuracy         {found['accuracy_last']:.0%} of the held-out pairs: the better answer has gained more")
+    if "accuracy" in found:
+        say(f"  accuracy         {found['accuracy']:.0%} of the held-out pairs: the better answer has gained more")
     if "best_step" in found:
         say(f"  lowest           {found['best_eval_loss']:.3f} at step {found['best_step']:,}, whose weights are in "
             f"{run.model.name}/" + (f"; no lower one in {setup.options.early_stopping} evaluations ended the training"

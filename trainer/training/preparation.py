@@ -33,7 +33,7 @@ from trainer.options import Options, with_defaults
 from trainer.preference import pairs
 from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run, make_private
-from trainer.results.setup import Hardware, Setup, global_batch_size, writes
+from trainer.results.setup import Hardware, Setup, global_batch_size, row_tokens, writes
 from trainer.sequences import mixture
 from trainer.training import memory_report
 from trainer.training.arguments import check_compiler, check_optimizer, check_packages
@@ -59,8 +59,8 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     data = make_data(options, ranks, console, config, length)
     options = settle_method(options, data)
     shape = shape_of(config, tokenizer.own_vocabulary(options, config))
-    row = length * (2 if options.method == "dpo" else 1)
-    options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config, row,
+    options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config,
+                                                       row_tokens(options, length),
                                                        sequences_of(data, options, length), ranks.world_size,
                                                        start.engine_ranks(options, ranks))
     if ds_config is not None and not ranks.on_one_machine and not options.lan_compress:
