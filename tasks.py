@@ -1,11 +1,13 @@
-"""The menu: one short task per tool. `invoke --list` shows them, `invoke TASK --help` a task's flags.
+"""The menu: one task per tool, in the order of use. `invoke --list` shows it, `invoke TASK --help` a task's flags.
 
-A task has exactly the flags of its tool, read from the tool's own parser when the task is typed.
+    invoke train --model tiny
+
+What follows a task's name goes to its tool as it is, which has a parser of its own; `./lanspeed` is the same from any
+folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import shlex
@@ -16,149 +18,75 @@ from pathlib import Path
 from typing import Any
 
 from invoke import Context, Exit, Task, task
-from invoke.parser import Argument
+from invoke.main import program
+
+from master.core import completion
+from master.core.run_cli import UsageError
+from master.core.task_words import split_tasks, without_secrets
+from master.core.terminal import say
+from master.core.tool_parser import ToolParser
 
 ROOT = Path(__file__).resolve().parent
+GROUPS = {"prepare the hosts": ("up", "setup-keys", "hostfile", "sync", "check"),
+          "decide": ("plan", "validate", "detect"),
+          "train": ("train", "watch", "stop", "drill"),
+          "this project": ("demo", "test", "lint", "bench", "completion", "help")}
+SHELL = os.path.basename(os.environ.get("SHELL", "bash"))
 
 
-def run_tool(tool: str, argv: Sequence[str]) -> None:
+def run_tool(tool: str, argv: Sequence[str], name: str = "") -> None:
     """Run a tool in this process, after showing the command that it stands for."""
-    shown = ["python", f"master/{tool}.py", *argv]
-    for number, word in enumerate(shown):  # a password must not be shown
-        flag, equals, _ = word.partition("=")
-        if is_password(shown[number - 1]) and not word.startswith("-"):
-            shown[number] = "***"
-        elif equals and is_password(flag):
-            shown[number] = f"{flag}=***"
-        elif shown[number - 1] == "--env" or word.startswith("--env="):  # nor a token
-            name, equals, _ = word.removeprefix("--env=").partition("=")
-            shown[number] = word[: word.startswith("--env=") * 6] + name + (equals and "=***")
-    print("$", shlex.join(shown), file=sys.stderr)
-    code = importlib.import_module(f"master.{tool}").main(list(argv))
+    print("$", shlex.join(without_secrets(["python", f"master/{tool}.py", *argv])), file=sys.stderr)
+    ToolParser.typed_as = f"invoke {name}" if name else ""
+    code = load(tool).main(list(argv))
     if code:
         raise Exit(code=code)
 
 
-def is_password(flag: str) -> bool:
-    """Return whether a flag's value is a password, however it is mistyped."""
-    return flag.replace("_", "-").startswith("--ssh-pa") and not flag.replace("_", "-").startswith("--ssh-password-")
-
-
-def after_dashes() -> list[str]:
-    """Return what the user wrote after --, word by word (invoke joins it to one string and loses the quoting)."""
-    return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+def load(tool: str) -> Any:
+    """Return a tool's module. Raises Exit where what it needs isn't installed in this Python."""
+    try:
+        return importlib.import_module(f"master.{tool}")
+    except ModuleNotFoundError as error:
+        raise Exit(f"error: {error.name} is missing in {sys.executable}: {ROOT / 'lanspeed'} in place of invoke takes "
+                   f"lanspeed's own Python; make -C {ROOT} install makes it", code=1) from None
 
 
 class ToolTask(Task):
-    """A task that passes its flags on to a tool in master/.
+    """A task that passes the words after its name on to a tool in master/; `default`: the words when none are given;
+    `takes_run`: one of them is a run folder."""
 
-    `word`: the name of the tool's positional argument as a flag of the task, since invoke has no optional positional
-    arguments; `default`: its value when none is given; `passes_on`: flags that the tool doesn't know are the trainer's.
-    """
+    def __init__(self, name: str, tool: str, summary: str, default: Sequence[str] = (), takes_run: bool = False
+                 ) -> None:
+        self.tool, self.default, self.takes_run = tool, default, takes_run
+        self.words: list[str] = []
 
-    def __init__(self, name: str, tool: str, summary: str, word: str = "", default: str = "",
-                 passes_on: bool = False) -> None:
-        self.tool, self.word, self.default, self.passes_on = tool, word, default, passes_on
-
-        def body(c: Context, **given: Any) -> None:
-            run_tool(tool, self.argv(given))
+        def body(c: Context) -> None:
+            run_tool(tool, self.words or self.default, name)
 
         body.__name__, body.__doc__ = name.replace("-", "_"), summary
-        super().__init__(body, name=name, positional=(), auto_shortflags=False)
+        super().__init__(body, name=name, auto_shortflags=False)
 
-    def actions(self) -> dict[str, argparse.Action]:
-        """Return the tool's flags by their name without dashes."""
-        parser = importlib.import_module(f"master.{self.tool}").build_parser()
-        return {action.option_strings[-1].lstrip("-"): action for action in parser._actions
-                if action.option_strings and action.dest != "help"}
-
-    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
-        """Return the arguments for invoke's parser; none, and no tool is loaded, if the task wasn't typed."""
-        if self.name not in sys.argv:
-            return []
-        actions = self.actions()
-        typed = self.typed(actions)
-        if self.passes_on or not self.word:
-            with_dashes(typed, actions, self.passes_on)
-        found = [Argument(name=name, attr_name=name.replace("-", "_") if "-" in name else None, help=action.help,
-                          kind=bool if action.nargs == 0 else list if is_list(action) else str,
-                          optional=action.nargs == "?", default=[] if is_list(action) else None)
-                 for name, action in actions.items()]
-        if self.word:
-            has_word = any(not word.startswith("-") and not takes_value(before, actions)
-                           for before, word in zip([self.name, *typed], typed, strict=False))
-            text = f"the same as {self.word.upper()}"
-            found.append(Argument(name=self.word, kind=str, positional=has_word, help=text))
-        return found
-
-    def typed(self, actions: dict[str, argparse.Action]) -> list[str]:
-        """Return the words of this task on the command line: up to -- or the next task."""
-        words = sys.argv[sys.argv.index(self.name) + 1 :]
-        words = words[: words.index("--")] if "--" in words else words
-        for number, word in enumerate(words):
-            if word in TASKS and not takes_value(words[number - 1] if number else "", actions):
-                return words[:number]
-        return words
-
-    def argv(self, given: dict[str, Any]) -> list[str]:
-        """Return the tool's command line for what invoke has parsed."""
-        words: list[str] = []
-        for name, value in given.items():
-            flag = f"--{name.replace('_', '-')}"
-            if name == self.word:
-                words = [*([value or self.default] if value or self.default else []), *words]
-            elif isinstance(value, list):
-                words += [word for each in value for word in (flag, each)]
-            elif value is not None and value is not False:
-                words += [flag] if value is True else [flag, str(value)]
-        rest = after_dashes()
-        return [*words, "--", *rest] if self.passes_on and rest else [*words, *rest]
+    def parser(self) -> ToolParser:
+        """Return the tool's parser."""
+        ToolParser.typed_as = f"invoke {self.name}"
+        parser: ToolParser = load(self.tool).build_parser()
+        return parser
 
 
-def is_list(action: argparse.Action | None) -> bool:
-    """Return True for a flag that takes several values, or may be given several times."""
-    return (action is not None and action.nargs in ("+", "*")) or isinstance(action, argparse._AppendAction)
-
-
-def takes_value(word: str, actions: dict[str, argparse.Action]) -> bool:
-    """Return True if the word after this one is its value."""
-    action = actions.get(word.removeprefix("--").replace("_", "-"))
-    return word.startswith("--") and "=" not in word and (action is None or action.nargs != 0)
-
-
-def with_dashes(typed: list[str], actions: dict[str, argparse.Action], passes_on: bool) -> None:
-    """Run the same command again as invoke takes it: --flag a b as --flag a --flag b, and the trainer's flags after --,
-    where it leaves them alone."""
-    own: list[str] = []
-    others: list[str] = []
-    target = own
-    for word in typed:
-        if word.startswith("-"):
-            name = word.partition("=")[0].removeprefix("--").replace("_", "-")
-            target = own if name in (*actions, "help", "-h") or not passes_on else others
-        elif target is own and own[1:] and not own[-1].startswith("-") and own[-2].startswith("--") and is_list(
-                actions.get(own[-2].removeprefix("--").replace("_", "-"))):
-            own.append(own[-2])
-        target.append(word)
-    if own + others != typed:
-        before = sys.argv[: len(sys.argv) - len(typed) - (len(after_dashes()) + 1 if "--" in sys.argv else 0)]
-        rest = [*others, *after_dashes()]
-        words = [*before[1:], *own, *(["--", *rest] if rest else [])]
-        os.execv(sys.executable, [sys.executable, "-m", "invoke", *words])  # noqa: S606, the same program again
-
-
-train = ToolTask("train", "launch_training", "Train on this machine, or on the hosts of a hostfile.", passes_on=True)
-watch = ToolTask("watch", "watch_training", "Follow a run: progress, speed, and each host's GPUs, memory and network.",
-                 word="run")
-stop = ToolTask("stop", "stop_training", "Stop a run; its ranks save a checkpoint first.", word="run")
+up = ToolTask("up", "prepare_cluster", "Make a cluster of hosts: do what is missing, step by step, and ask little.")
 setup_keys = ToolTask("setup-keys", "setup_keys", "Set up key login on every node, instead of a password.")
 hostfile = ToolTask("hostfile", "generate_hostfile", "Find the GPUs of all hosts and write hostfile.txt.")
-check = ToolTask("check", "check_cluster", "Check that every node is ready and consistent.")
 sync = ToolTask("sync", "sync_nodes", "Copy code, Python environment, model and data to every node.")
+check = ToolTask("check", "check_cluster", "Check that every node is ready and consistent.")
 plan = ToolTask("plan", "plan_ds_config", "What a training needs, how fast it is, and whether another machine helps.")
-drill = ToolTask("drill", "drill_cluster", "Try what a training survives on your hosts: kill, break, stop, resume.")
 validate = ToolTask("validate", "validate_ds_config", "Find and fix problems in a DeepSpeed config.",
-                    word="config", default=str(ROOT / "trainer" / "ds_config.json"))
+                    default=[str(ROOT / "trainer" / "ds_config.json")])
+train = ToolTask("train", "launch_training", "Train on this machine, or on the hosts of a hostfile.")
+watch = ToolTask("watch", "watch_training", "Follow a run: progress, speed, and each host's GPUs, memory and network.",
+                 takes_run=True)
+stop = ToolTask("stop", "stop_training", "Stop a run; its ranks save a checkpoint first.", takes_run=True)
+drill = ToolTask("drill", "drill_cluster", "Try what a training survives on your hosts: kill, break, stop, resume.")
 
 
 @task(auto_shortflags=False, help={"json": "the report as the one line that other tools read"})
@@ -206,11 +134,88 @@ def lint(c: Context) -> None:
         c.run(f"{shlex.quote(sys.executable)} -m ruff check .")
         c.run(f"{shlex.quote(sys.executable)} -m mypy")
         tools = Path(sys.executable).parent
-        c.run(f"{shlex.quote(str(tools / 'shellcheck'))} worker/*.sh master/*.sh .ci/run")
+        c.run(f"{shlex.quote(str(tools / 'shellcheck'))} lanspeed worker/*.sh master/*.sh .ci/run")
         # Left out: XML (entities are refused), paramiko's exec (callers quote), the hub (its revision is the user's).
         c.run(f"{shlex.quote(str(tools / 'bandit'))} --quiet -r master worker trainer tasks.py --severity-level medium "
               "--skip B314,B601,B615")
         c.run(f"{shlex.quote(str(tools / 'vermin'))} --quiet --no-tips -t=3.8- worker/*.py")
 
 
-TASKS = {value.name for value in vars().values() if isinstance(value, Task)}
+@task(name="completion", positional=["shell"], auto_shortflags=False, help={"shell": "bash, zsh or fish"})
+def print_completion(c: Context, shell=SHELL):  # type: ignore[no-untyped-def]
+    """Print the script that completes tasks and flags in a shell (default: yours)."""
+    if shell not in completion.SCRIPTS:
+        raise Exit(f"error: completion for {', '.join(completion.SCRIPTS)}; not for {shell}", code=2)
+    print(completion.SCRIPTS[shell])
+
+
+@task(name="help", default=True, auto_shortflags=False)
+def show_menu(c: Context) -> None:
+    """Show this menu."""
+    print("lanspeed trains a language model on several machines. The tasks, in the order of use:")
+    for group, names in GROUPS.items():
+        print(f"\n{group}")
+        for name in names:
+            print(f"  {name:<11} {(TASKS[name].__doc__ or '').splitlines()[0]}")
+    print("\nBegin with one of these; every task explains itself with --help:")
+    print("  invoke train --model tiny                trains a small model here, in a minute")
+    print("  invoke up --nodes gpu1,gpu2              makes a cluster of machines that you reach by SSH")
+
+
+TASKS: dict[str, Task] = {value.name: value for value in vars().values() if isinstance(value, Task)}
+
+
+def after_dashes() -> list[str]:
+    """Return what was typed after --, word by word (invoke joins it to one string and loses the quoting)."""
+    words = program.argv
+    return words[words.index("--") + 1 :] if "--" in words else []
+
+
+def parser_of(name: str) -> ToolParser | None:
+    """Return the parser of a tool's task, None for another task."""
+    found = TASKS[name]
+    return found.parser() if isinstance(found, ToolTask) else None
+
+
+def take_words() -> None:
+    """Answer what invoke would answer in another way, and give each tool's task its own words, which invoke's parser
+    then doesn't see. It runs while invoke loads this file, before it looks at what follows a task's name."""
+    given = program.args
+    if given.complete.value:
+        complete(after_dashes())
+        raise Exit
+    if given.help.value in TASKS:
+        program.core.unparsed[:] = [given.help.value, "--help"]
+    if given.list.value is True and given["list-format"].value == "flat":
+        program.core.unparsed[:] = ["help"]
+        given.list.set_value(False, cast=False)
+    found = split_tasks(program.core.unparsed, TASKS, parser_of)
+    program.core.unparsed[:] = [word for name, words in found for word in (
+        [name] if isinstance(TASKS[name], ToolTask) else [name, *words])]
+    for name, words in found:
+        if isinstance(own := TASKS[name], ToolTask):
+            own.words = words
+    if found and isinstance(last := TASKS[found[-1][0]], ToolTask) and "--" in program.argv:
+        last.words = [*last.words, *(["--"] if last.name == "train" else []), *after_dashes()]
+
+
+def complete(words: Sequence[str]) -> None:
+    """Print what may stand in the place of the last of these words, which begin with the program's name."""
+    if len(words) < 3 or words[1] not in TASKS:
+        print("\n".join(TASKS) if len(words) < 3 else "")
+        return
+    name, own = words[1], TASKS[words[1]]
+    more: list[str] = []
+    if name == "train":
+        from trainer.flags.parser import build_parser
+
+        more = [flag for flag in build_parser()._option_string_actions if flag.startswith("--")]
+    print("\n".join(completion.candidates(words[2:], name, parser_of(name), more, getattr(own, "takes_run", False))))
+
+
+if getattr(program, "core", None) and program.argv:
+    try:
+        take_words()
+    except UsageError as error:
+        say(f"error: {error}")
+        raise Exit(code=2) from None

@@ -35,6 +35,7 @@ from master.check.slot_tests import read_speeds, run_on_slots, speed_findings, s
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import HostTable, print_lines, say
+from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import (
     add_node_flags,
     chosen_nodes,
@@ -57,10 +58,9 @@ LEVELS = ("error", "warning", "info")
 FACTS_KEPT = ("packages", "python", "cores", "ram_bytes", "disks", "nics", "nccl", "driver", "glibc", "os")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        prog="check_cluster.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("check_cluster.py", __doc__, leading=("--nodes",))
     add_node_flags(parser)
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder or Hugging Face name that has to be on every host, and the same")

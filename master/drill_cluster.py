@@ -25,6 +25,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import print_lines, say
+from master.core.tool_parser import ToolParser
 from master.drill.drilled_run import DrilledRun
 from master.drill.faults import FaultResult, drill, problem
 from master.drill.host_faults import hosts_of, remove_run, wait_until_clean
@@ -35,10 +36,9 @@ from master.ssh.options import add_ssh_flags, ssh_flags, ssh_options
 LAST_LINES = 6  # of the launcher's output that are shown after a failure
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        prog="drill_cluster.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("drill_cluster.py", __doc__, leading=("--nodes",))
     flag = parser.add_argument
     flag("--hostfile", type=Path, metavar="H", default=Path("hostfile.txt"), help="the hosts (hostfile.txt)")
     flag("--include", default="", metavar="I", help="only these hosts and slots of the hostfile: gpu1@gpu2:0,2")

@@ -23,6 +23,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import HostTable, listed, say
+from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import (
     ClusterError,
     empty_cluster,
@@ -50,10 +51,9 @@ from master.ssh.route import SshError
 from master.ssh.run_on_all import run_on_all
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        prog="generate_hostfile.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("generate_hostfile.py", __doc__, leading=("--nodes",))
     flag = parser.add_argument
     flag("--nodes", action="extend", nargs="+", metavar="N", default=[],
          help="hosts: names, user@host:port, ranges gpu[1-4], @file, localhost; separated by spaces or commas")

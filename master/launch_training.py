@@ -28,6 +28,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.core.paths import PRESETS, ROOT, TRAINER
 from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import print_lines, say
+from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
@@ -44,11 +45,10 @@ RESTARTS_WITH_SPARE_HOSTS = 10
 LEAST_PATIENCE_S = 5.0  # hosts and master speak every few seconds
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's own flags."""
-    parser = argparse.ArgumentParser(
-        "launch_training.py", "%(prog)s --model M [flags] [flags of trainer/train.py]", __doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("launch_training.py", __doc__, "--model M [flags] [flags of trainer/train.py]",
+                        ("--model", "--dataset"))
     flag, several = parser.add_argument, dict[str, Any](action="extend", nargs="+", default=[])
     flag("--model", metavar="M", help="a Hugging Face name, a folder, or 'tiny' (needs no download)")
     flag("--dataset", metavar="D", **several, help="files, folders or names, D:0.3 with a weight (Python's own docs)")

@@ -26,6 +26,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import print_lines, say
+from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import empty_cluster, read_cluster
 from master.inventory.hostfile import Slots, read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus, local_cluster
@@ -45,10 +46,9 @@ MOST_CHOICES = 256  # of machines; more kinds of them than that aren't all tried
 ALIKE = 1.25  # times as fast that machines may be which count as alike
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        prog="plan_ds_config.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("plan_ds_config.py", __doc__, leading=("--model",))
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder, a Hugging Face name, or 'tiny'")
     flag("--parameters", type=float, metavar="P", help="a model by its numbers: parameters, like 7e9")

@@ -22,6 +22,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import run_cli
 from master.core.terminal import HostTable, confirm, print_lines, say
+from master.core.tool_parser import ToolParser
 from master.keys import host_blocks
 from master.keys.authorized_keys import install_key, key_is_there, remove_key
 from master.keys.key_pair import KeyPair, add_to_agent, find_pair, has_passphrase, make_pair
@@ -43,10 +44,9 @@ class HostResult:
     reason: str = ""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        prog="setup_keys.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("setup_keys.py", __doc__, leading=("--nodes",))
     flag = parser.add_argument
     flag("--nodes", action="extend", nargs="+", metavar="N", required=True,
          help="hosts: names, user@host:port, ranges gpu[1-4], @file")

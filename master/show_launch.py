@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.core.paths import ROOT
 from master.core.run_cli import run_cli
 from master.core.terminal import print_lines
+from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import read_cluster
 from master.inventory.hostfile import read_hostfile
 from master.training.deepspeed_command import first_address, launcher_words, trainer_words
@@ -24,8 +24,7 @@ from master.training.deepspeed_command import first_address, launcher_words, tra
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the commands; return 0, 1 for a bad hostfile."""
-    parser = argparse.ArgumentParser(
-        prog="show_launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("show_launch.py", __doc__)
     parser.add_argument("--hostfile", type=Path, default=Path("hostfile.txt"), metavar="H", help="hostfile.txt")
     parser.add_argument("--model", default="MODEL", metavar="M", help="a Hugging Face name, a folder, or tiny")
     options = parser.parse_args(argv)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +14,15 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.run_cli import run_cli
+from master.core.tool_parser import ToolParser
 from master.ssh.options import add_ssh_flags
 from master.training.stop_run import stop
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        prog="stop_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or name (default: the newest active run)")
+    parser = ToolParser("stop_training.py", __doc__)
+    parser.word_or_flag("run", "RUN", "run folder or name (default: the newest active run)")
     parser.add_argument("--grace", type=float, default=60, metavar="S", help="seconds that the ranks get to save (60)")
     add_ssh_flags(parser)
     return parser

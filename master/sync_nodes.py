@@ -29,6 +29,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import print_lines, say
+from master.core.tool_parser import ToolParser
 from master.inventory import cluster_file
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, update_cluster, with_logins
 from master.ssh.node_names import Node
@@ -46,10 +47,9 @@ from master.sync.wheelhouse import fill_wheelhouse, wheels
 from trainer.flags.dataset_words import name_and_weight
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        prog="sync_nodes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("sync_nodes.py", __doc__, leading=("--nodes",))
     cluster_file.add_node_flags(parser)
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder, or a Hugging Face name (from the cache here, or fetched once)")

@@ -27,6 +27,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 from master.core.atomic_write import write_atomically
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import confirm, print_lines, say
+from master.core.tool_parser import ToolParser
 from master.ds_config.json_text import Document, TextError
 from master.ds_config.problem import LEVELS, PARSE, Problem, Target
 from master.inventory.cluster_file import ClusterError, read_cluster
@@ -49,12 +50,12 @@ class Verdict:
         return sum(problem.level == level for problem in self.problems)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of the flags."""
-    parser = argparse.ArgumentParser(
-        prog="validate_ds_config.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("validate_ds_config.py", __doc__)
     flag = parser.add_argument
     flag("files", nargs="*", metavar="FILE", help="configs; - or nothing reads one from standard input")
+    flag("--config", action="append", default=[], metavar="FILE", help="the same as FILE")
     flag("--json", action="store_true", help="print what was found as JSON")
     flag("--strict", action="store_true", help="warnings count as errors")
     target = parser.add_mutually_exclusive_group()
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def answer(options: argparse.Namespace) -> int:
     """Do what the flags say; return the exit code."""
-    names = options.files or ["-"]
+    names = [*options.files, *options.config] or ["-"]
     if names == ["-"] and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError("which config? invoke validate --config ds_config.json")
     if options.fix and "-" in names:

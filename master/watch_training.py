@@ -23,6 +23,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
 
 from master.core.run_cli import run_cli
 from master.core.terminal import is_terminal, one_line, print_lines
+from master.core.tool_parser import ToolParser
 from master.diagnosis.host_metrics import HostMetrics
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
@@ -202,11 +203,10 @@ def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) 
     return str(state["status"])
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        prog="watch_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder (default: the newest)")
+    parser = ToolParser("watch_training.py", __doc__)
+    parser.word_or_flag("run", "RUN", "run folder or name (default: the newest)")
     parser.add_argument("--once", action="store_true", help="print the state once")
     parser.add_argument("--stacks", action="store_true", help="print where each rank is, and whom others wait for")
     parser.add_argument("--json", action="store_true", help="print the state as JSON, once")

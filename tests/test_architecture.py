@@ -14,7 +14,7 @@ FOLDERS = [ROOT / name for name in ("master", "worker", "trainer", "benchmarks",
 # what stands beside the packages: the tools of the master; of the trainer, its program.
 LAYERS = {
     "master": [["core"], ["ssh"], ["inventory"], ["run"], ["diagnosis"],
-               ["keys", "sync", "check", "training", "drill", "ds_config", "plan"], ["top"]],
+               ["keys", "sync", "check", "training", "drill", "ds_config", "plan", "readiness"], ["top"]],
     "trainer": [["errors"], ["flags", "bounds", "cache"], ["options"], ["estimate"], ["distributed"], ["exchange"],
                 ["model", "data"], ["sequences", "checkpoint"], ["results"], ["steps"], ["preference"],
                 ["training"], ["top"]]}

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; raise a UserError that names the nearest known flag for an unknown one."""
-        options, unknown = self.parse_known_args([with_underscores(word) for word in argv])
+        options, unknown = self.parse_known_args([as_spelled_here(word) for word in argv])
         if unknown:
             name = unknown[0].split("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
@@ -40,12 +40,18 @@ class Parser(argparse.ArgumentParser):
         return options
 
 
-def with_underscores(word: str) -> str:
-    """Turn --max-steps=5 into --max_steps=5; leave every other word as it is."""
+# How the other tools call what this one knows too.
+OTHER_NAMES = {"--model": "--model_name_or_path", "--dataset": "--dataset_path", "--config": "--deepspeed_config",
+               "--resume": "--resume_from_checkpoint"}
+
+
+def as_spelled_here(word: str) -> str:
+    """Turn --max-steps=5 into --max_steps=5, and --model into --model_name_or_path; leave other words as they are."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+    name = "--" + name[2:].replace("-", "_")
+    return OTHER_NAMES.get(name, name) + equals + value
 
 
 def build_parser() -> Parser:

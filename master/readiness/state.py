@@ -1,0 +1,83 @@
+"""What hosts still need before they can train: keys, a hostfile, lanspeed with model and data, a measured network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from master.inventory.cluster_file import known_by_name, read_cluster
+from master.inventory.hostfile import Slots, read_hostfile
+from master.ssh.node_names import Node
+from master.ssh.route import SshError, SshOptions
+from master.ssh.run_on_all import run_on_all
+
+BY_SYNC = "invoke sync"  # how the fix begins of what a check finds and a sync brings
+
+
+@dataclass(frozen=True)
+class Logins:
+    """Which hosts take a key, which need setup-keys first, and which can't be reached."""
+
+    ready: tuple[str, ...]
+    refused: tuple[str, ...]
+    lost: tuple[SshError, ...]
+
+
+def logins(nodes: Sequence[Node], ssh: SshOptions) -> Logins:
+    """Try the keys on all hosts; no password is used, and no host key is accepted."""
+    alone = replace(ssh, password=None, host_keys="yes")
+    found = run_on_all([node for node in nodes if not node.is_local], alone, lambda session: session.run("exit 0").code)
+    errors = [error for error in found.values() if isinstance(error, SshError)]
+    for_setup = [error for error in errors if error.stage in ("authentication", "host key")]
+    refused = {error.host for error in for_setup if " is not the one in " not in error.reason}
+    return Logins(tuple(str(node) for node in found if not isinstance(found[node], SshError)),
+                  tuple(str(node) for node in found if str(node) in refused),
+                  tuple(error for error in errors if error.host not in refused))
+
+
+def hosts_in(hostfile: Path) -> list[Slots]:
+    """Return the hosts of a hostfile, [] where there is none."""
+    return read_hostfile(hostfile) if hostfile.exists() else []
+
+
+def other_hosts(hostfile: Path, nodes: Sequence[Node]) -> tuple[str, ...] | None:
+    """Return the hosts that a hostfile has and `nodes` don't; None if it is the one of these nodes.
+
+    A node that answered and has no slots to give stands in cluster.json alone.
+    """
+    names = {str(node) for node in nodes}
+    trains = {host.host for host in hosts_in(hostfile)}
+    known = trains | set(known_by_name(read_cluster(hostfile.with_name("cluster.json"))))
+    if trains and trains <= names <= known:
+        return None
+    return tuple(sorted(trains - names))
+
+
+def missing_parts(report: Mapping[str, Any], own_code: str | None) -> dict[str, list[str]]:
+    """Return what a sync would bring, with the hosts that need it, by `check --fast --json` and this machine's code."""
+    found: dict[str, list[str]] = {}
+    for finding in report["findings"]:
+        if finding["fix"].startswith(BY_SYNC):
+            found.setdefault(finding["what"], []).extend(finding["hosts"])
+    behind = [host for host, facts in report["hosts"].items() if facts["code"] != own_code]
+    if behind:
+        found.setdefault("another version of lanspeed than here", []).extend(behind)
+    return found
+
+
+def other_errors(report: Mapping[str, Any]) -> list[str]:
+    """Return what a check found that no sync repairs, in a line each."""
+    return [f"{', '.join(finding['hosts'])}: {finding['what']}: {finding['effect']}. {finding['fix']}".rstrip(". ")
+            for finding in report["findings"] if finding["level"] == "error" and not finding["fix"].startswith(BY_SYNC)]
+
+
+def measured_on(hosts: Sequence[str], cluster: Mapping[str, Any]) -> str | None:
+    """Return the day of the oldest measurement of these hosts' network; None if a pair was never measured."""
+    pairs = {(pair["from"], pair["to"]): pair for pair in cluster["pairs"] if pair["bandwidth_bytes_per_s"]}
+    wanted = [(one, other) for one in hosts for other in hosts if one != other]
+    if not wanted or not set(wanted) <= set(pairs):
+        return None
+    return time.strftime("%Y-%m-%d", time.localtime(min(pairs[pair]["read_at"] for pair in wanted)))
