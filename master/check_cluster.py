@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from master.check.network_test import RENDEZVOUS, Pair, firewall_finding, networ
 from master.check.slot_tests import read_speeds, run_on_slots, speed_findings, speed_lines
 from master.core.paths import ROOT
 from master.core.run_cli import UsageError, run_cli
-from master.core.terminal import HostTable, print_lines, say
+from master.core.terminal import HostTable, plural, print_lines, say
 from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import (
     add_node_flags,
@@ -222,8 +223,19 @@ def show(facts: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], pa
             else ""))
     if lines:
         print_lines(*lines)
-    counts = [f"{sum(finding.level == level for finding in findings)} {level}s" for level in LEVELS[:2]]
-    print(f"{len(facts)} hosts asked: {', '.join(counts)}")
+    counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS[:2]}
+    print(f"{plural(len(facts), 'host')} answered: " + ", ".join(plural(counts[level], level) for level in counts))
+    if not counts["error"]:
+        say(f"next: {next_command(facts, options)}")
+
+
+def next_command(hosts: Collection[str], options: argparse.Namespace) -> str:
+    """Return the command that follows a check without errors."""
+    hostfile = options.hostfile or Path("hostfile.txt")
+    if not hostfile.exists():
+        return f"invoke hostfile --nodes {','.join(hosts)}"
+    data = ["--dataset", *options.dataset] if options.dataset else []
+    return shlex.join(["invoke", "train", "--model", options.model or "tiny", *data, "--hostfile", str(hostfile)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -201,7 +201,8 @@ def conclude(answers: Sequence[HostAnswer], options: argparse.Namespace) -> int:
     if failed:
         say(f"failed: {', '.join(answer.name for answer in failed)}")
     if not hosts:
-        say("no host has a GPU to train on; no hostfile was written (--cpu-slots N trains on CPUs)")
+        say("no host answered; no hostfile was written" if len(failed) == len(answers) else
+            "no host has a GPU to train on; no hostfile was written (--cpu-slots N trains on CPUs)")
         return 1
     total = sum(len(host.use) for host in hosts)
     if not options.json:
@@ -210,6 +211,8 @@ def conclude(answers: Sequence[HostAnswer], options: argparse.Namespace) -> int:
         say(f"changed: {change}")
     say(f"{options.output}: {'written' if changed else 'unchanged'}, {len(hosts)} of {len(answers)} hosts, "
         f"{total} slots")
+    if answers[0].node and not all(answer.node and answer.node.is_local for answer in answers):
+        say("next: invoke sync copies what a training needs; invoke check then tries it")
     return 1 if failed and not options.allow_missing else 0
 
 

@@ -38,7 +38,7 @@ from master.run.launcher_process import detach, ensure_not_running
 from master.run.run_folder import find_run, new_run_path
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from master.ssh.route import SshOptions
-from master.training.deepspeed_command import is_only_here
+from master.training.deepspeed_command import is_only_here, needs_of_plain
 from master.training.request import Hosts, TrainingRequest, request_of, shown
 
 RESTARTS_WITH_SPARE_HOSTS = 10
@@ -95,7 +95,7 @@ def existing(config: Path | None) -> Path | None:
     return config and config.absolute()
 
 
-def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None) -> Hosts:
+def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions) -> Hosts:
     """Return where to train: --nodes, --hostfile, where a resumed run was, or this machine."""
     before = run / "hostfile.txt"
     resumed = options.resume and not options.slots and before.exists()
@@ -103,7 +103,6 @@ def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None)
         say(f"{before} is not this machine's own: --hostfile names hosts; without it this machine trains")
         resumed = False
     if options.nodes:
-        assert ssh
         return ask_nodes(options, ssh)
     if hostfile := options.hostfile or (before if resumed else None):
         if options.slots:
@@ -118,7 +117,7 @@ def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions | None)
 
 
 def ask_nodes(options: argparse.Namespace, ssh: SshOptions) -> Hosts:
-    """Return the hosts of --nodes, whose GPUs generate_hostfile.py finds. Raises HostsError if one of them failed."""
+    """Return the hosts of --nodes, whose GPUs generate_hostfile.py finds. Raises UserError if one of them failed."""
     password = {PASSWORD_VARIABLE: ssh.password} if ssh.password else {}
     with tempfile.TemporaryDirectory(prefix="lanspeed-") as folder:
         hostfile = Path(folder) / "hostfile.txt"
@@ -128,7 +127,7 @@ def ask_nodes(options: argparse.Namespace, ssh: SshOptions) -> Hosts:
                    "--output", str(hostfile), *ssh_flags(options)]
         command += ["--slots", str(options.slots)] if options.slots else []
         if subprocess.run(command, stdout=sys.stderr, env={**os.environ, **password}).returncode:
-            raise HostsError("nothing was started: fix what failed or leave it out of --nodes (--slots N trains on "
+            raise UserError("nothing was started: fix what failed or leave it out of --nodes (--slots N trains on "
                              "CPUs)")
         hosts = select(read_hostfile(hostfile), options.include, options.exclude)
         # The name to show is the one that `invoke hostfile --nodes ...` would write.
@@ -136,28 +135,23 @@ def ask_nodes(options: argparse.Namespace, ssh: SshOptions) -> Hosts:
 
 
 def check_flags(request: TrainingRequest) -> None:
-    """Have the trainer check its flags before anything starts. Raises FlagsError with its message."""
+    """Have the trainer check its flags before anything starts. Raises UsageError with its message."""
     if request.is_ours:
-        words = [sys.executable, str(TRAINER.with_name("options.py")), *request.arguments]
+        elsewhere = [] if request.hosts.are_here else ["--elsewhere"]
+        words = [sys.executable, str(TRAINER.with_name("check_inputs.py")), *elsewhere, *request.arguments]
         if (done := subprocess.run(words, capture_output=True, text=True)).returncode:
-            raise FlagsError(done.stderr.strip().removeprefix("error: "))
+            raise UsageError(done.stderr.strip().removeprefix("error: "))
 
 
-class FlagsError(UsageError):
-    """Flags that the trainer doesn't take."""
+def show(request: TrainingRequest, ssh: SshOptions) -> int:
+    """Print what would run, here and by plain DeepSpeed; return 0, 1 if something prevents it."""
+    from master.training.attempts import is_possible
 
-
-class HostsError(UserError):
-    """Hosts that can't train."""
-
-
-def show(request: TrainingRequest) -> int:
-    """Print what would run, here and by plain DeepSpeed; return 0."""
     where = "; ".join(f"{host.host}: slots {','.join(map(str, host.use))}" for host in request.hosts.slots)
     print_lines(f"would run on {where}:", f"  {shlex.join([str(request.script), *request.arguments])}",
-                f"the same with plain DeepSpeed{'' if request.hosts.are_here else ', over pdsh'}:",
+                f"the same with plain DeepSpeed{needs_of_plain(request.hosts.slots, request.hosts.known)}:",
                 f"  {request.plain_command}")
-    return 0
+    return 0 if is_possible(request, ssh) else 1
 
 
 def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOptions) -> TrainingRequest:
@@ -185,7 +179,7 @@ def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     from master.training.attempts import train
 
     run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
-    ssh = ssh_options(options) if options.nodes or not options.dry_run else None
+    ssh = ssh_options(options)
     hosts = choose_hosts(options, run, ssh)
     plan = choose(existing(options.config), None if options.script or options.resume else options.model,
                   options.dataset, trainer_flags, hosts.slots, hosts.cluster)
@@ -195,9 +189,9 @@ def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
         ensure_accepted(plan.config, hosts.ranks, shown(plan.config))
     request = request_of(options, trainer_flags, hosts, run, plan.config)
     check_flags(request)
+    ssh = with_logins(ssh, hosts.cluster)
     if options.dry_run:
-        return show(request)
-    ssh = with_logins(ssh or ssh_options(options), hosts.cluster)
+        return show(request, ssh)
     ensure_not_running(request.run)
     if options.resume and request.is_ours and (before := run / "hostfile.txt").exists():
         request = with_whole_checkpoint(request, before, ssh)

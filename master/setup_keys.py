@@ -21,13 +21,13 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.run_cli import run_cli
-from master.core.terminal import HostTable, confirm, print_lines, say
+from master.core.terminal import HostTable, confirm, listed, print_lines, say
 from master.core.tool_parser import ToolParser
 from master.keys import host_blocks
 from master.keys.authorized_keys import install_key, key_is_there, remove_key
 from master.keys.key_pair import KeyPair, add_to_agent, find_pair, has_passphrase, make_pair
 from master.ssh.node_names import Node, read_nodes
-from master.ssh.options import OWN_KEY, add_ssh_flags, host_key_prompt, ssh_options
+from master.ssh.options import OWN_KEY, PASSWORD_VARIABLE, add_ssh_flags, host_key_prompt, ssh_options
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session
@@ -100,6 +100,8 @@ def visit_once(
         def tell(node: Node, result: HostResult | SshError) -> None:
             if isinstance(result, SshError) and result.stage == "authentication" and may_ask and not ssh.only:
                 answers.tell(str(node), "no key", "takes none of the keys here: its password will be asked for")
+            elif isinstance(result, SshError) and result.stage == "authentication" and ssh.only == "password":
+                answers.tell(str(node), "failed", "the password was refused", failed=True)
             elif isinstance(result, SshError):
                 answers.tell(str(node), "failed", str(result).removeprefix(f"{node}: "), failed=True)
             else:
@@ -127,7 +129,8 @@ def visit_all(
                    if isinstance(result, SshError) and result.stage == "authentication"]
         left = refused if may_ask else []
         if left:
-            say(f"no key was accepted by {', '.join(map(str, left))}")
+            say(f"the password was refused by {listed(list(map(str, left)))}" if ssh.only == "password" else
+                f"no key was accepted by {listed(list(map(str, left)))}")
             if options.password_per_host:
                 for node in left:
                     if password := getpass.getpass(f"password of {node} (empty: leave it out): "):
@@ -137,7 +140,8 @@ def visit_all(
             if len(left) > 1:
                 say("one password goes to all of them, and to whoever has taken one over: --password-per-host asks for "
                     "each")
-            password = getpass.getpass("their password (empty: leave them out): ")
+            again = "again, " if ssh.only == "password" else ""
+            password = getpass.getpass(f"their password ({again}empty: leave them out): ")
             if not password:
                 break
             ssh = replace(ssh, password=password, only="password")
@@ -148,6 +152,9 @@ def as_result(node: Node, result: HostResult | SshError) -> HostResult:
     """Return what came of a visit, a failed one as a result with its reason."""
     if isinstance(result, HostResult):
         return result
+    if result.stage == "authentication":
+        return HostResult(node, reason=f"{result.reason}: run this on a terminal, which asks for the password, or give "
+                                       f"--ssh-password-file F or {PASSWORD_VARIABLE}")
     return HostResult(node, reason=str(result).removeprefix(f"{node}: "))
 
 
@@ -228,6 +235,8 @@ def set_up(options: argparse.Namespace) -> int:
     show(results)
     if options.remove and not options.dry_run:
         say(f"kept here: {path}, and the hosts' keys in known_hosts")
+    elif not options.dry_run and (good := [str(result.node) for result in results if not result.reason]):
+        say(f"next: invoke hostfile --nodes {','.join(good)}")
     return 1 if any(result.reason for result in results) else 0
 
 

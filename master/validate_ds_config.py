@@ -14,6 +14,7 @@ import argparse
 import difflib
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -166,6 +167,8 @@ def offer_fixes(verdict: Verdict, target: Target, ask: bool) -> Verdict:
     except TextError:
         done = []
     if not done or verdict.text is None:
+        if verdict.count("error") or verdict.count("warning"):
+            say(f"{verdict.name}: none of this has one safe fix: change it by hand, as each line says")
         return verdict
     change = difflib.unified_diff(verdict.text.splitlines(), text.splitlines(), verdict.name,
                                   f"{verdict.name} (fixed)", lineterm="")
@@ -211,7 +214,7 @@ def answer(options: argparse.Namespace) -> int:
     (print_json if options.json else print_text)(verdicts)
     sys.stdout.flush()
     if not (options.fix or options.json) and any(fixable(verdict, target) for verdict in verdicts):
-        say("--fix fixes some of it")
+        say("--fix fixes some of it: invoke validate --fix " + shlex.join(names))
     levels = ("error", "warning") if options.strict else ("error",)
     return int(any(verdict.count(level) for verdict in verdicts for level in levels))
 

@@ -15,8 +15,8 @@ FOLDERS = [ROOT / name for name in ("master", "worker", "trainer", "benchmarks",
 LAYERS = {
     "master": [["core"], ["ssh"], ["inventory"], ["run"], ["diagnosis"],
                ["keys", "sync", "check", "training", "drill", "ds_config", "plan", "readiness"], ["top"]],
-    "trainer": [["errors"], ["flags", "bounds", "cache"], ["options"], ["estimate"], ["distributed"], ["exchange"],
-                ["model", "data"], ["sequences", "checkpoint"], ["results"], ["steps"], ["preference"],
+    "trainer": [["errors"], ["flags", "bounds", "cache", "hub"], ["options"], ["estimate"], ["distributed"],
+                ["exchange"], ["model", "data"], ["sequences", "checkpoint"], ["results"], ["steps"], ["preference"],
                 ["training"], ["top"]]}
 LEVEL = {(folder, package): level for folder, layers in LAYERS.items()
          for level, packages in enumerate(layers) for package in packages}

@@ -59,6 +59,7 @@ class Options:
     dataset_config: str | None
     dataset_split: str
     text_column: str | None
+    columns: dict[str, str]  # by the names that the data has for them
     chat_template: str | None
     sequence_length: int | None
     streaming: bool
@@ -97,7 +98,7 @@ class Options:
     dataloader_workers: int | None
     seed: int
     output_dir: str | None
-    logging_steps: int
+    logging_steps: int | None  # None: by the number of steps
     eval_steps: float
     save_steps: float
     save_total_limit: int

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from trainer import hub
 from trainer.distributed import heartbeat
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.signals import Interrupted, SignalWatch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 CAUSE_FIRST_S = 3  # a launcher looks at its ranks once a second, and should find the one that failed first
 # What gloo, NCCL and torch's store say when the process at the other end has ended.
+DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing")
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe")
 
 
@@ -71,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         console.stop_bar()
         console.keep(traceback.format_exc())
+        if any(sign in str(error) for sign in DISK_FULL):  # what libraries make of it, which is no OSError
+            console.error(f"{ranks.host}: no space left on device: free some, then resume")
+            return 1
         if not (ranks.world_size > 1 and any(sign in str(error) for sign in PEER_LOST)):
             raise
         console.error(f"{ranks.host}: rank {ranks.rank} lost another rank, whose own message says why")
@@ -79,13 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stay_offline(options: Options) -> None:
-    """Switch the Hugging Face hub off unless a name of it is used; never tell it about this machine."""
+    """Switch the Hugging Face hub off unless a name of it is used and it can be reached; never tell it about this
+    machine."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     here = [options.model_name_or_path == "tiny" or os.path.exists(options.model_name_or_path)]
     here += [name is None or os.path.exists(name) for name in (*(part.name for part in options.datasets),
                                                                    options.eval_dataset)]
     here += [options.adapter is None or os.path.isdir(options.adapter)]
-    if all(here):
+    if all(here) or not (hub.is_offline() or hub.is_reachable()):  # its library tries for half a minute
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -565,6 +565,11 @@ class Node:
         job = self.job
         variables, interface = environment(job)
         variables["LANSPEED_PROGRESS"] = self.progress
+        for path, text in job.get("sent", {}).items():
+            place = os.path.join(self.logs, os.path.basename(path))
+            with open(place, "w", encoding="utf-8") as file:
+                file.write(text)
+            job["arguments"] = [place if word == path else word for word in job["arguments"]]
         if job.get("observer"):
             make_observable(variables, job["observer"], self.logs)
         command = launcher_words(job, self.logs)

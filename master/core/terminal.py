@@ -54,6 +54,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun: 0 errors, 1 error."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def confirm(question: str) -> bool:
     """Ask a question on the terminal; return True for yes. Anything else, the end of the input or Ctrl-C is a no."""
     print(f"{one_line(question)} [y/N] ", end="", file=sys.stderr, flush=True)

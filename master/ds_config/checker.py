@@ -119,5 +119,6 @@ def ensure_accepted(path: Path, ranks: int, name: str) -> None:
         if problem.level != "info":
             say(problem.line(name, document.line(document.place(problem.path))[0]))
     if errors := sum(problem.level == "error" for problem in problems):
-        raise ConfigError(f"{name} has {errors} error{'s' * (errors > 1)}: "
-                          f"invoke validate --config {shlex.quote(name)} --fix")
+        fixable = "invoke validate --fix" if any(problem.fix for problem in problems if problem.level == "error") else \
+            "change it as said above, then invoke validate"
+        raise ConfigError(f"{name} has {errors} error{'s' * (errors > 1)}: {fixable} {shlex.quote(name)}")

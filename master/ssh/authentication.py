@@ -153,4 +153,4 @@ def log_in(transport: paramiko.Transport, route: Route, ssh: SshOptions) -> str:
             notes.append("too many keys were offered: name one with --ssh-key, or set IdentitiesOnly")
     what = f"refused {', '.join(tried)}" if tried else "no key to offer"
     raise SshError(host, "authentication", f"user {route.user}: " + "; ".join([what, *notes]),
-                   "install a key there (ssh-copy-id), or --ssh-password")
+                   "invoke setup-keys installs a key there, or --ssh-password")

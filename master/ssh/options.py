@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OWN_KEY = Path("~/.ssh/id_ed25519_lanspeed")
 PASSWORD_VARIABLE = "LANSPEED_SSH_PASSWORD"  # noqa: S105, the name of a variable
+CONNECT_TIMEOUT_S, TIMEOUT_S = 10, 90
 PROMPT = object()  # --ssh-password without a value
 
 
@@ -43,8 +44,9 @@ def add_ssh_flags(parser: argparse.ArgumentParser) -> None:
          help="unknown host keys: ask, accept-new (note them), yes (refuse them); a changed key is always refused")
     flag("--trust-folder", action=TrustFolder, nargs=0, default=False,
          help="obey a hostfile, cluster.json or run folder that others own or may write")
-    flag("--connect-timeout", type=positive, default=10, metavar="S", help="seconds for a host to answer (10)")
-    flag("--timeout", type=positive, default=90, metavar="S", help="seconds for the work on one host (90)")
+    flag("--connect-timeout", type=positive, default=CONNECT_TIMEOUT_S, metavar="S",
+         help="seconds for a host to answer (10)")
+    flag("--timeout", type=positive, default=TIMEOUT_S, metavar="S", help="seconds for the work on one host (90)")
 
 
 def positive(text: str) -> float:
@@ -73,7 +75,8 @@ def ssh_flags(options: argparse.Namespace) -> list[str]:
     """Return the flags again, for another tool; not a password, which goes by LANSPEED_SSH_PASSWORD."""
     names = ("ssh_user", "ssh_port", "ssh_key", "ssh_password_file", "ssh_config", "host_keys", "connect_timeout",
              "timeout")
-    return [word for name in names if getattr(options, name) is not None
+    defaults = {"connect_timeout": CONNECT_TIMEOUT_S, "timeout": TIMEOUT_S}
+    return [word for name in names if getattr(options, name) not in (None, defaults.get(name))
             for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
             ] + ["--trust-folder"] * options.trust_folder
 

@@ -191,5 +191,5 @@ def fix_for(said: str) -> str:
     if "No space left" in said:
         return "free disk space there; what was downloaded is kept"
     if "dns error" in said or "Connect" in said or "Request failed" in said:
-        return "without internet there: --wheelhouse DIR sends wheels from here"
+        return "is there internet, and that index? --index-url U names another, --wheelhouse DIR sends wheels from here"
     return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from master.core.terminal import listed, say
 from master.inventory.hostfile import Slots
@@ -55,6 +56,25 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
         if code == 0 or result.asked_to_stop or result.is_unknown:
             return code
     return code
+
+
+def is_possible(request: TrainingRequest, ssh: SshOptions) -> bool:
+    """Return whether a training could start now, after telling what prevents it; nothing is started or kept."""
+    before, answers = request.run.exists(), list[bool]()
+    training = Training(request)
+
+    def look(facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> None:
+        answers.append(training.is_ready(facts, unreached))
+
+    job = ClusterJob(training.parts, ssh, training.new_name(), request.supervision, training.run,
+                     RankOutput(training.run), say)
+    try:
+        job.start(training.wanted(), look, host_key_prompt())
+    finally:
+        (training.run / f".{training.name}").unlink(missing_ok=True)
+        if not before:
+            _forget(training)
+    return answers == [True]
 
 
 def record(training: Training) -> None:

@@ -60,21 +60,8 @@ class Training:
     def approve(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> dict[str, Any] | None:
         """Return the job, or None after telling what prevents it."""
         mark = self.run.absolute() / f".{self.name}"
-        found: list[NodeProblem | SshError] = [*unreached.values()]
-        found += node_problems(facts, local_facts({"folder": str(ROOT)}))
-        found += [reason for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
-                  for reason in gpu_problems(str(part.node), part.slots, gpus)]
-        found += [reason for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
-                  for reason in torch_problems(str(part.node), part.slots, torch)]
         mark.unlink(missing_ok=True)
-        for host, each in facts.items():  # it may have been started from elsewhere, or outlived its launcher
-            mine = [job for job in each["jobs"] if re.fullmatch(re.escape(job_prefix(self.run)) + "-[0-9a-f]{6}", job)]
-            found += [NodeProblem(host, f"{job} is still running there: invoke stop {shlex.quote(str(self.run))}")
-                      for job in mine]
-        self.failing = {problem.host for problem in found}
-        if found:
-            for problem in found:
-                say(str(problem))
+        if not self.is_ready(facts, unreached):
             return None
         first = str(self.parts[0].node)
         address = self._address(facts[first])
@@ -89,11 +76,29 @@ class Training:
                 "master_port": port, "secret": secrets.token_hex(32),
                 "observer": source(WORKER / "observe_rank.py").decode(),
                 "environment": self.variables, "arguments": [*self.request.arguments, *self.resume],
+                "sent": dict(self.request.sent),
                 "continue_without_master": self.request.supervision.survives_master,
                 "no_local_rank": self.request.no_local_rank,
                 "follow": follow, "folders": folders, "checkpoints": str(self.run / "checkpoints"),
                 "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
                 "scripts": {str(part.node): part.place.translate_path(str(self.request.script)) for part in self.parts}}
+
+    def is_ready(self, facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> bool:
+        """Return whether nothing prevents the training, after telling what does."""
+        found: list[NodeProblem | SshError] = [*unreached.values()]
+        found += node_problems(facts, local_facts({"folder": str(ROOT)}))
+        found += [reason for part in self.parts if (gpus := facts.get(str(part.node), {}).get("gpus"))
+                  for reason in gpu_problems(str(part.node), part.slots, gpus)]
+        found += [reason for part in self.parts if (torch := facts.get(str(part.node), {}).get("torch"))
+                  for reason in torch_problems(str(part.node), part.slots, torch)]
+        for host, each in facts.items():  # it may have been started from elsewhere, or outlived its launcher
+            mine = [job for job in each["jobs"] if re.fullmatch(re.escape(job_prefix(self.run)) + "-[0-9a-f]{6}", job)]
+            found += [NodeProblem(host, f"{job} is still running there: invoke stop {shlex.quote(str(self.run))}")
+                      for job in mine]
+        self.failing = {problem.host for problem in found}
+        for problem in found:
+            say(str(problem))
+        return not found
 
     def _address(self, facts: dict[str, Any]) -> str:
         """Return rank 0's address for the others: from cluster.json, as it was reached, or this machine's."""

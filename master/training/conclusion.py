@@ -36,6 +36,7 @@ def conclude(place: RunPlace, result: JobResult, ssh: SshOptions) -> int:
     if result.ended_alone and not failed:
         return tell_what_was_missed(place, result)
     if not failed:
+        tell_how_to_go_on(place)
         return 0 if here else 1
     if result.asked_to_stop and cause is None:
         return tell_what_was_killed(place, result)
@@ -47,8 +48,9 @@ def conclude(place: RunPlace, result: JobResult, ssh: SshOptions) -> int:
     if cause:
         explain(cause, place.run)
     if not usage:
-        say(f"output: {shlex.quote(str(place.run / 'logs'))}")
         tell_how_to_resume(place, result)
+        name = f"{cause.host}.log" if cause and (place.run / "logs" / f"{cause.host}.log").exists() else "*.log"
+        say(f"all output: less {shlex.quote(str(place.run / 'logs'))}/{name}")
     return WRONG_USAGE if usage else 1
 
 
@@ -80,6 +82,14 @@ def tell_what_was_killed(place: RunPlace, result: JobResult) -> int:
     mark_failed(place.run, 1)
     tell_how_to_resume(place, result)
     return 1
+
+
+def tell_how_to_go_on(place: RunPlace) -> None:
+    """Name the command that makes sense after a training that is finished."""
+    record = read_object(place.run / "run.json")
+    steps = record.get("steps")
+    if place.is_ours and record.get("status") == "finished" and isinstance(steps, int):
+        say(f"to train it further: invoke train --resume {shlex.quote(str(place.run))} --max_steps {2 * steps}")
 
 
 def tell_how_to_resume(place: RunPlace, result: JobResult) -> None:

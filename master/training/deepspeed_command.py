@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from master.core.paths import ROOT
+from master.core.terminal import listed
 from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots, include_filter
+from master.inventory.node_facts import checkout_of
 
 
 def is_only_here(hosts: Sequence[Slots]) -> bool:
@@ -47,7 +53,30 @@ def launcher_words(hostfile: Path | None, hosts: Sequence[Slots], address: str |
             *([f"--master_addr={address}"] if address else []), *(["--force_multi"] if far else [])]
 
 
+def plain_command(hostfile: Path | None, hosts: Sequence[Slots], cluster: Mapping[str, Any], program: Sequence[str],
+                  no_local_rank: bool) -> str:
+    """Return a training as a plain `deepspeed` command; `program`: the script and its flags. Raises ClusterError."""
+    words = [*launcher_words(hostfile, hosts, first_address(hosts, cluster)),
+             *(["--no_local_rank"] if no_local_rank else []), *program]
+    return ("DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else "") + shlex.join(words)
+
+
 def trainer_words(hosts: Sequence[Slots], model: str) -> list[str]:
     """Return the script and its flags, as typed in the project's folder."""
     return ["trainer/train.py", "--model_name_or_path", model, "--deepspeed", "--deepspeed_config",
             default_config(hosts)]
+
+
+def needs_of_plain(hosts: Sequence[Slots], known: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what plain DeepSpeed needs on these hosts, as the end of a sentence; '' for this machine alone.
+
+    It starts the same Python, in the same folder as here, on each.
+    """
+    if is_only_here(hosts):
+        return ""
+    moved = [host.host for host in hosts if (place := checkout_of(known.get(host.host, {})))
+             and (place.folder, place.python) != (str(ROOT), sys.executable)]
+    needs = ["" if shutil.which("pdsh") else "pdsh here",
+             f"lanspeed, Python and data at the same paths as here on {listed(moved)}" if moved else ""]
+    missing = ", and ".join(need for need in needs if need)
+    return f", over pdsh (it still needs {missing})" if missing else ", over pdsh"

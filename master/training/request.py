@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import glob
+import itertools
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from master.core.paths import TRAINER
+from master.core.paths import ROOT, TRAINER
 from master.core.run_cli import UsageError
 from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
 from master.run.command_record import flags_to_repeat
-from master.training.deepspeed_command import first_address, is_only_here, launcher_words
+from master.training.deepspeed_command import is_only_here, plain_command
 from master.training.job import Supervision
 from trainer.flags.dataset_words import name_and_weight
 
@@ -26,6 +26,8 @@ SENT = ("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_", "DS_", "DEEPSPEED_")
 SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
 DATA_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".gz")
 PATHS = ("--adapter", "--eval_dataset", "--chat_template")  # the trainer's flags that may name what lies here
+CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed")  # of this project's trainer, and of others
+MOST_SENT = 1 << 20  # bytes of a config
 ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 
 
@@ -58,13 +60,15 @@ class Hosts:
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """What each rank runs, where. `is_ours`: the script is trainer/train.py; `files`: what every host must have."""
+    """What each rank runs, where. `is_ours`: the script is trainer/train.py; `files`: what every host must have;
+    `sent`: texts of small files, by their path here, that the hosts are sent."""
 
     hosts: Hosts
     run: Path
     script: Path
     arguments: tuple[str, ...]
     files: tuple[str, ...]
+    sent: Mapping[str, str]
     environment: Mapping[str, str]
     plain_command: str
     no_local_rank: bool
@@ -91,12 +95,15 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
         run, place = place_of_run(options, trainer_flags, run)
         arguments = [*arguments_of(options, run, model, datasets, config, trainer_flags),
                      *survival_flags(options, hosts), *trainer_flags, *place]
-    used = [str(config), model, *more, *(name_and_weight(word)[0] for word in datasets), options.script]
+    sent = files_to_send(arguments, hosts)
+    used = [*({str(config)} - set(sent)), model, *more, *(name_and_weight(word)[0] for word in datasets),
+            options.script]
     return TrainingRequest(
         hosts=hosts, run=run, script=script, arguments=tuple(arguments),
         files=tuple(path for word in used if word and word != "tiny" for path in files_of(word)),
-        environment=environment(hosts.slots[0].vendor, options.env),
-        plain_command=plain_command(hosts, options.script or shown(TRAINER), arguments, options.no_local_rank),
+        sent=sent, environment=environment(hosts.slots[0].vendor, options.env),
+        plain_command=plain_command(hosts.hostfile, hosts.slots, hosts.cluster,
+                                    [options.script or shown(TRAINER), *arguments], options.no_local_rank),
         no_local_rank=options.no_local_rank, master_port=options.master_port,
         supervision=Supervision(options.grace, options.restarts, options.stall_timeout,
                                 options.on_lost_master == "continue", options.patience, options.on_stall == "end",
@@ -107,8 +114,9 @@ def on_hosts(request: TrainingRequest, slots: Sequence[Slots]) -> TrainingReques
     """Return the same training on other hosts. Raises ClusterError."""
     hosts = replace(request.hosts, slots=tuple(slots))
     script = shown(request.script) if request.is_ours else str(request.script)
-    return replace(request, hosts=hosts, plain_command=plain_command(hosts, script, request.arguments,
-                                                                     request.no_local_rank))
+    plain = plain_command(hosts.hostfile, hosts.slots, hosts.cluster, [script, *request.arguments],
+                          request.no_local_rank)
+    return replace(request, hosts=hosts, plain_command=plain)
 
 
 def survival_flags(options: argparse.Namespace, hosts: Hosts) -> list[str]:
@@ -128,6 +136,15 @@ def files_of(word: str) -> list[str]:
     if Path(word).exists():
         return [str(Path(word).absolute())]
     return [os.path.abspath(path) for path in sorted(glob.glob(os.path.expanduser(word), recursive=True))[:100]]
+
+
+def files_to_send(arguments: Sequence[str], hosts: Hosts) -> dict[str, str]:
+    """Return the DeepSpeed config that is named among a script's flags, by its path, unless the hosts have it."""
+    if hosts.are_here:
+        return {}
+    found = {word: Path(word) for flag, word in itertools.pairwise(arguments) if flag in CONFIG_FLAGS}
+    return {word: path.read_text(encoding="utf-8") for word, path in found.items()
+            if path.is_file() and not path.absolute().is_relative_to(ROOT) and path.stat().st_size <= MOST_SENT}
 
 
 def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
@@ -223,14 +240,6 @@ def environment(vendor: str, wanted: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--env {word}: NAME=VALUE, or the NAME of a variable that is set here")
         found[name] = value if equals else os.environ[name]
     return found
-
-
-def plain_command(hosts: Hosts, script: str, arguments: Sequence[str], no_local_rank: bool) -> str:
-    """Return the same training as a plain `deepspeed` command. Raises ClusterError."""
-    address = first_address(hosts.slots, hosts.cluster)
-    words = [*launcher_words(hosts.hostfile, hosts.slots, address), *(["--no_local_rank"] if no_local_rank else []),
-             script, *arguments]
-    return ("DS_ACCELERATOR=cpu " if hosts.slots[0].vendor == "CPU" else "") + shlex.join(words)
 
 
 def shown(path: Path) -> str:

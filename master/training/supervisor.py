@@ -238,8 +238,7 @@ class ClusterJob:
         host = str(session.node)
         part = self._parts[host]
         facts = query_facts(session, part.place, wanted)
-        gpus = query_gpu_use(session) if wanted.get("gpus") else None
-        self._events.put(host, ("facts", {**facts, "gpus": gpus}))
+        self._events.put(host, ("facts", {**facts, "gpus": query_gpu_use(session) if wanted.get("gpus") else None}))
         self._decided.wait()
         if (job := self._order) is None:
             return
@@ -247,4 +246,5 @@ class ClusterJob:
             **job, "job": self._name, "python": part.place.python, "patience": self._supervision.patience,
             "grace": self._supervision.grace, "node_rank": list(self._parts).index(host),
             "folder": job["folders"][host], "script": job["scripts"][host], "log": job["logs"][host],
-            "arguments": [part.place.translate_path(word) for word in job["arguments"]]})
+            "arguments": [part.place.translate_path(word) for word in job["arguments"]],
+            "sent": {part.place.translate_path(path): text for path, text in job["sent"].items()}})

@@ -103,7 +103,8 @@ def prepare_dataset(
                 "--sequence_length": sequence_length}
     settings |= {f"--{name}": getattr(options, name) for name in (
         "seed", "eval_fraction", "text_column", "streaming", "dataset_config", "dataset_split", "eval_config",
-        "eval_split", "eval_on_train")} | ({"--method": options.method} if options.method else {})
+        "eval_split", "eval_on_train")}
+    settings |= {f"--{name}": getattr(options, name) for name in ("method", "columns") if getattr(options, name)}
     key = hashed(json.dumps(part).encode() for part in (
         FORMAT, fingerprint, evaluation and evaluation.fingerprint, tokenizer_id, settings))[:32]
     if options.streaming:

@@ -11,7 +11,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -47,6 +47,9 @@ class Extractor(Protocol):
 
 
 TEXT_FORMS = {".txt", ".md"}
+# How columns are called that hold a question and its answer, the likeliest first.
+QUESTIONS = ("prompt", "question", "query", "problem", "instruction", "input", "user", "source")
+ANSWERS = ("completion", "answer", "response", "solution", "output", "assistant", "target", "reply", "summary")
 FORMS = TEXT_FORMS | {".jsonl", ".json", ".csv", ".parquet"}
 
 
@@ -117,13 +120,22 @@ def text_of(row: Any, column: str, where: str) -> str:
         raise UserError(f"{where}: a row is an object or a string, not a {type(row).__name__}")
     if column not in row:
         names = ", ".join(map(str, row)) or "nothing"
-        raise UserError(f"{where}: no column '{column}'; it has {names}. Choose one: --text_column NAME")
+        raise UserError(f"{where}: no column '{column}'; it has {names}. {what_they_may_be(row)}")
     text = row[column]
     if text is None:
         return ""
     if not isinstance(text, str):
         raise UserError(f"{where}: column '{column}' holds a {type(text).__name__}, not text")
     return text
+
+
+def what_they_may_be(names: Iterable[str]) -> str:
+    """Return the flag that says what columns hold, as far as their names tell."""
+    known = {str(name).lower(): str(name) for name in names}
+    asked, said = (next((known[name] for name in likely if name in known), None) for likely in (QUESTIONS, ANSWERS))
+    if asked and said:
+        return f"Say what they are: --columns prompt={asked},completion={said}, or choose one: --text_column NAME"
+    return "Choose one: --text_column NAME, or say what they are: --columns prompt=NAME,completion=NAME"
 
 
 def read_text(path: Path, extract: Extractor) -> Iterator[Document]:

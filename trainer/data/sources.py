@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,29 @@ class DocumentExtractor:
     """Takes the document out of each row of a source: a column's text, or a conversation as JSON.
 
     Without `column` the first row decides by the names of its columns, where they are good for the `method`; all others
-    must be of the same form. `notes` counts what was left out or replaced, by what it was.
+    must be of the same form. `renamed`: columns by the names that the data has for them. `notes` counts what was left
+    out or replaced, by what it was.
     """
 
-    def __init__(self, column: str | None = None, method: str | None = None) -> None:
+    def __init__(self, column: str | None = None, method: str | None = None, renamed: Mapping[str, str] | None = None
+                 ) -> None:
+        self.renamed = renamed or {}
         self.column, self.form, self.method = column or "text", TEXT if column else None, method
         self.notes: Counter[str] = Counter()
 
     def columns(self, names: Sequence[str], where: str) -> list[str]:
         """Return those of a table's columns that a document is made of; raise UserError if it has none such."""
-        form = self._settle(names, where)
+        known = self._known({name: name for name in names})  # ours -> theirs
+        form = self._settle(known, where)
         wanted = [self.column] if form == TEXT else list(columns_of(form))
-        if wanted[0] not in names:
+        if wanted[0] not in known:
             text_of(dict.fromkeys(names), self.column, where)
-        self._note_unused(names)
-        return [name for name in wanted if name in names]
+        self._note_unused(known)
+        return [known[name] for name in wanted if name in known]
 
     def __call__(self, row: Any, where: str) -> Document:
         """Return a row's document, '' for an empty one; raise UserError for a row of another shape."""
+        row = self._known(row) if isinstance(row, dict) else row
         form = self._settle(row if isinstance(row, dict) else ["text"], where)
         if isinstance(row, dict):
             self._note_unused(row)
@@ -58,6 +63,11 @@ class DocumentExtractor:
         else:
             text = normalized(row, form, where, self.notes)
         return Document(self._encodable(text), where)
+
+    def _known(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row under the names that are known here."""
+        kept = {name: value for name, value in row.items() if name not in self.renamed}
+        return kept | {ours: row[theirs] for theirs, ours in self.renamed.items() if theirs in row}
 
     def _settle(self, names: Iterable[str], where: str) -> str:
         if self.form is None:
@@ -106,10 +116,15 @@ def looks_like_path(name: str) -> bool:
     return name.count("/") > 1 or wild or bool(documents.form_of(Path(name)))
 
 
+def extractor_of(options: Options) -> DocumentExtractor:
+    """Return what takes documents out of rows as the flags say."""
+    return DocumentExtractor(options.text_column, options.method, options.columns)
+
+
 def open_source(name: str | None, options: Options, built_in: Callable[[], list[str]], evaluation: bool = False
                 ) -> Source:
     """Return the Source that --dataset_path or --eval_dataset names; raise a UserError if it isn't there."""
-    extract = DocumentExtractor(options.text_column, options.method)
+    extract = extractor_of(options)
     if name is None:
         texts = [Document(text, BUILT_IN) for text in built_in()]
         return Source(BUILT_IN, hashed([text.encode() for text in texts]), lambda: texts, DocumentExtractor("text"))

@@ -180,6 +180,11 @@ def total(inputs: MemoryInputs) -> float:
     return sum(bytes_needed(inputs).values())
 
 
+def sized(size: float) -> str:
+    """Return bytes in the unit that reads best: 615 kB, 12 MB, 3.4 GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+
+
 def gigabytes(size: float) -> str:
     """Return bytes as GB with two digits that count."""
     return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from trainer.errors import usage_error
 from trainer.flags.learning import add_adapter_flags, add_preference_flags, add_training_flags
-from trainer.flags.values import every, fraction, natural, positive
+from trainer.flags.values import column_names, every, fraction, natural, positive
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_config.json"
 
@@ -108,6 +108,8 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     flag("--dataset_split", metavar="NAME", default="train", help="split of a Hugging Face dataset (train)")
     flag("--text_column", metavar="NAME", help="column or key that holds the text (text; else messages, conversations, "
          "prompt + completion, instruction + output or chosen + rejected are recognised)")
+    flag("--columns", metavar="OURS=THEIRS,...", type=column_names, default={},
+         help="how the data calls the columns that are recognised: prompt=question,completion=answer")
     flag("--chat_template", metavar="FILE", help="Jinja template that shows messages (default: the tokenizer's)")
     flag("--sequence_length", type=positive, metavar="N",
          help="tokens per sequence (default: 1024, 256 for tiny, never more than the model's own limit)")
@@ -128,7 +130,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say what is written, where and when."""
     flag = group.add_argument
     flag("--output_dir", metavar="DIR", help="the run folder (default: runs/<time>-<model>)")
-    flag("--logging_steps", type=positive, default=10, metavar="N", help="steps between metrics (10)")
+    flag("--logging_steps", type=positive, metavar="N", help="steps between metrics (10, fewer in a short training)")
     flag("--eval_steps", type=every, default=0.2, metavar="N",
          help="steps between evaluations, or a share of all steps below 1 (0.2; 0: only first and last)")
     flag("--save_steps", type=every, default=500, metavar="N",

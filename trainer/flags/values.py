@@ -32,3 +32,19 @@ def every(text: str) -> float:
     if value < 0 or (value >= 1 and value != int(value)):
         raise argparse.ArgumentTypeError(f"{text} is neither whole steps nor a share of them below 1")
     return value
+
+
+# Those that rows are read by (trainer/data/rows.py).
+COLUMNS = ("text", "messages", "prompt", "completion", "instruction", "input", "output", "conversations", "chosen",
+           "rejected", "system", "tools", "history")
+
+
+def column_names(text: str) -> dict[str, str]:
+    """Read prompt=question,completion=answer as {"question": "prompt", "answer": "completion"}."""
+    found = {}
+    for pair in text.split(","):
+        ours, _, theirs = pair.partition("=")
+        if ours not in COLUMNS or not theirs:
+            raise argparse.ArgumentTypeError(f"{pair}: write NAME=COLUMN with a NAME of {', '.join(COLUMNS)}")
+        found[theirs] = ours
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainer.checkpoint import verification
 from trainer.errors import UserError
+from trainer.estimate.memory import sized
 from trainer.results.setup import Setup, Workload
 
 
@@ -23,8 +24,10 @@ def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
         parts = ranks.world_size
     one = verification.expected_bytes(workload.trained, weight, parts, ranks.world_size)
     needed, free = together * one + weight * workload.parameters, verification.free_bytes(path)
-    short = (f"{ranks.host}: {path} needs about {needed / 1e9:.1f} GB for {together} checkpoints and the model, and "
-             f"{free / 1e9:.1f} GB are free: --save_total_limit 1, or another --output_dir")
+    fewer = "--save_total_limit 1, " if options.save_total_limit > 1 and together > 2 else ""
+    what = f"{together} checkpoint{'s' * (together > 1)} and the model"
+    short = (f"{ranks.host}: {path} needs about {sized(needed)} for {what}, and {sized(free)} are free: "
+             f"{fewer}another --output_dir, or free some space")
     found = [text for text in ranks.all_gather_json("room", short if free < needed else None) if text]
     if found:
         raise UserError(found[0], shared=True)

@@ -16,6 +16,7 @@ from trainer.options import Options
 from trainer.results.setup import Setup
 
 NEVER = 10**9
+LOGGING_STEPS = 10
 # What a flag needs beside what is always installed, by the name of the module.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "liger": "liger_kernel",
             "qlora": "bitsandbytes"}
@@ -47,7 +48,7 @@ def training_arguments(setup: Setup, kind: type[TrainingArguments] = TrainingArg
             weight_decay=o.weight_decay, adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2,
             adam_epsilon=o.adam_epsilon, max_grad_norm=o.max_grad_norm, bf16=setup.precision == "bf16",
             fp16=setup.precision == "fp16", activation_checkpointing=o.activation_checkpointing,
-            seed=o.seed, use_cpu=setup.device == "cpu", logging_steps=o.logging_steps,
+            seed=o.seed, use_cpu=setup.device == "cpu", logging_steps=o.logging_steps or LOGGING_STEPS,
             logging_first_step=True, logging_nan_inf_filter=False,
             eval_strategy="steps" if setup.evaluates else "no", eval_steps=o.eval_steps or NEVER,
             eval_on_start=setup.evaluates and not setup.resume_step, save_steps=o.save_steps or NEVER,

@@ -28,6 +28,7 @@ from trainer.model.head_loss import chunk_tokens
 from trainer.options import Options
 from trainer.results.setup import Hardware, Setup, Workload
 
+SCARCE = 0.5  # share of a rank's memory that it needs, from which that may be what ran out
 REPEATS_KEYS = ("sdpa", "eager")  # attention that gets keys and values for every head, however few the model has
 UNKNOWN_SHAPE = (AttributeError, TypeError, ZeroDivisionError)
 
@@ -144,7 +145,8 @@ def described(setup: Setup, workload: Workload) -> dict[str, Any] | None:
         load = memory_inputs(setup, workload)
     except UNKNOWN_SHAPE:
         return None
-    host = report_lines(load, False, setup.memory) if setup.device == "cpu" else []
+    scarce = total(load) > SCARCE * setup.memory  # else it is something other than this model that fills it
+    host = report_lines(load, False, setup.memory) if setup.device == "cpu" and scarce else []
     if host:
         host.append(f"and fewer slots a host: {setup.ranks.local_world_size} ranks share the memory of "
                     f"{setup.ranks.host}")

@@ -16,19 +16,22 @@ from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
 from trainer.steps.verified_trainer import VerifiedTrainer
 
+LOGS = 20  # that a training makes at least, as far as it has steps
+
 
 class ProgressReport(TrainerCallback):
     """Write metrics.jsonl and show progress. `flops_per_token` and `peak` (FLOP/s) give the MFU if both are known;
-    `sent` counts this host's bytes."""
+    `sent` counts this host's bytes; `logs_as_told`: the user said how often."""
 
     KEPT = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu", "sent_per_step",
             "tokens_by_dataset", "rewards/margins", "rewards/accuracies")
 
     def __init__(
         self, ranks: Ranks, run: RunFolder, console: Console, flops_per_token: float | None, peak: float | None,
-        sent: SentBytes
+        sent: SentBytes, logs_as_told: bool
     ) -> None:
         self._ranks, self._run, self._console, self._sent = ranks, run, console, sent
+        self._logs_as_told = logs_as_told
         self._flops_per_token, self._peak = flops_per_token, peak
         self._trainer: VerifiedTrainer | None = None
         self._since = self._paused = 0.0
@@ -49,12 +52,17 @@ class ProgressReport(TrainerCallback):
         self.tokens, self._by_dataset_before = before.get("tokens", 0), before.get("tokens_by_dataset")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Start the clock and the bar."""
+        """Start the clock and the bar; a short training is logged more often."""
+        if not self._logs_as_told:
+            state.logging_steps = min(int(args.logging_steps), max(1, state.max_steps // LOGS))
         self._since = time.monotonic()
         self._console.start_bar(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Move the bar."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Move the bar; the last step is logged whatever its number."""
+        control.should_log |= state.global_step >= state.max_steps or control.should_training_stop
         heartbeat.report(f"step {state.global_step}/{state.max_steps}", often=True)
         self._console.show_step(state.global_step, state.max_steps)
 

@@ -6,6 +6,8 @@ The model is built last: DeepSpeed's config must be known to transformers before
 from __future__ import annotations
 
 import gc
+import os
+import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -67,7 +69,8 @@ class Session:
         built, arguments = build_model(setup)
         self.stop = StopOnSignal(ranks)
         self._sent = SentBytes("" if ranks.on_one_machine else card_of_ranks())
-        self._report = ProgressReport(ranks, setup.run, setup.console, flops_of(setup, built), setup.peak, self._sent)
+        self._report = ProgressReport(ranks, setup.run, setup.console, flops_of(setup, built), setup.peak, self._sent,
+                                      bool(setup.options.logging_steps))
         make = pair_trainer if setup.pairs else text_trainer
         self.workload, self.trainer = make(setup, built, arguments,
                                            [self.stop, self._sent, self._report, self._communication])
@@ -121,8 +124,9 @@ class Session:
                 draw_curve(run)
             what = f"not saved: the last checkpoint is of step {self.trainer.saved_step or setup.resume_step or 0}" \
                 if lost else f"saved {run.checkpoints}/checkpoint-{step}"
-            setup.console.result(f"stopped at step {step} of {self.workload.steps}; {what}\n"
-                                 f"continue: the same command with --resume_from_checkpoint {run.path}")
+            again = f"invoke train --resume {shlex.quote(str(run.path))}" if "LANSPEED_PLAIN" in os.environ else \
+                f"the same command with --resume_from_checkpoint {run.path}"  # without the launcher
+            setup.console.result(f"stopped at step {step} of {self.workload.steps}; {what}\ncontinue: {again}")
         else:
             self._save()
             if setup.ranks.is_first:
