@@ -7,7 +7,6 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 STAMP := $(VENV)/.installed
-LOG := $(VENV)/install.log
 # Faster kernels, where an NVIDIA GPU is found.
 GPU = $(shell bash worker/detect_gpus.sh --json 2>/dev/null | grep -q '"vendor": "NVIDIA"' && echo ,gpu)
 ROOM_MB := 3000
@@ -23,19 +22,14 @@ install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed: sudo apt install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $$($(PYTHON) --version) is too old, lanspeed needs 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "make: $(PYTHON) cannot make virtual environments: sudo apt install python3-venv"; exit 1; }
 	@place=$(VENV); while [ ! -d "$$place" ]; do place=$$(dirname "$$place"); done; \
 		test "$$(df -Pm "$$place" | awk 'NR == 2 {print $$4}')" -ge $(ROOM_MB) || \
 		{ echo "make: $(VENV) needs $(ROOM_MB) MB here, more with CUDA; free some, or: make VENV=/elsewhere"; exit 1; }
-	@echo "installing into $(VENV): about 2 GB, a few minutes the first time (what pip says: $(LOG))"
-	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
-		-e '.[train,dpo,dev$(GPU)]' -c constraints.txt >$(LOG) 2>&1 || { \
-		if grep -q 'No space left' $(LOG); then echo "make: no space left on the disk of $(VENV): make VENV=/elsewhere"; \
-		elif grep -qE 'Retrying|ConnectionError|Temporary failure|Network is unreachable' $(LOG); then \
-			echo "make: the package index cannot be reached: is there a network? (proxy: export HTTPS_PROXY=...)"; \
-		else echo "make: installing failed: $$(grep -m1 ERROR $(LOG)) (all of it: $(LOG))"; fi; exit 1; }
+	@$(PYTHON) master/make_environment.py $(VENV) --extras train,dpo,dev$(GPU) $(PIP_FLAGS)
 	@touch $@
 
 # Inputs that nobody would think of, for some minutes; other ones each time.

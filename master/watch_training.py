@@ -25,10 +25,10 @@ from master.core.run_cli import run_cli
 from master.core.terminal import is_terminal, one_line, print_lines
 from master.core.tool_parser import ToolParser
 from master.diagnosis.host_metrics import HostMetrics
+from master.diagnosis.run_state import ACTIVE, look, next_commands, state_line
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.inventory.node_facts import checkout_of
-from master.run.launcher_process import RECORD, is_active, read_launcher_record, read_object
 from master.run.metrics_file import MetricsFile
 from master.run.run_folder import find_run
 from master.ssh.node_names import parse_node
@@ -37,67 +37,10 @@ from master.training.rank_stacks import show_stacks
 from master.training.takeover import is_abandoned, take_over_in_background
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 EVERY = 2.0  # seconds between two looks
 PATIENCE = 15.0  # seconds that one look waits for the hosts
-ACTIVE = ("running", "starting")
-KNOWN = (*ACTIVE, "finished", "stopped", "failed")
-LAST_BYTES = 64 << 10  # of a log, in which its last line is looked for
-
-
-def last_line(path: Path) -> str:
-    """Return the last line of a log that may be long."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - LAST_BYTES))
-        return (file.read().decode("utf-8", "replace").splitlines() or [""])[-1]
-
-
-def figure(value: Any) -> float | None:
-    """Return a number of a run folder, None for what is none."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18 else None
-
-
-def written_at(path: Path) -> float:
-    """Return when a file was written, in seconds since 1970; 0 for none."""
-    return path.stat().st_mtime if path.exists() else 0.0
-
-
-def look(run: Path, metrics: MetricsFile | None = None) -> dict[str, Any]:
-    """Return the state of a run: status, step of steps, the newest figures, each host's last line and its age.
-
-    `metrics`: of earlier looks, which is then read on.
-    """
-    record = read_object(run / "run.json")
-    newest = (metrics or MetricsFile(run / "metrics.jsonl")).newest()
-    launcher = read_launcher_record(run)
-    status = record.get("status") if record.get("status") in KNOWN else "running" if newest else "starting"
-    ended = figure(record.get("ended")) or 0
-    if status not in ACTIVE and launcher.is_alive_here and written_at(run / RECORD) > ended:
-        status = "starting"  # again: what stands there is of the training that it resumes
-    if status in ACTIVE and not is_active(run):
-        status = "not running any more"
-    hosts = {}
-    for path in sorted((run / "logs").glob("*.log")):
-        hosts[path.stem] = {"last": last_line(path), "seconds_ago": round(time.time() - path.stat().st_mtime)}
-    figures = {key: figure(newest.get(key)) for key in (
-        "step", "loss", "eval_loss", "tokens_per_second", "learning_rate", "sent_per_step")}
-    return {"run": str(run), "status": status, "launcher": launcher.host if launcher.is_elsewhere else None,
-            "steps": figure(record.get("steps")), "world_size": figure(record.get("world_size")),
-            **figures, "hosts": hosts}
-
-
-def state_line(state: dict[str, Any]) -> str:
-    """Return a state as one line."""
-    steps = f"/{state['steps']}" if state["steps"] else ""
-    where = f" on {state['launcher']}" if state.get("launcher") and state["status"] in ACTIVE else ""
-    parts = [f"{state['run']}: {state['status']}{where}"]
-    for text, name, unit in ((f"step {state['step']}{steps}", "step", 1), ("loss {:.4f}", "loss", 1),
-                             ("evaluation loss {:.4f}", "eval_loss", 1), ("{:,.0f} tokens/s", "tokens_per_second", 1),
-                             ("{:,.3g} MB sent a step", "sent_per_step", 1e6)):
-        if state.get(name) is not None:
-            parts.append(text.format(state[name] / unit))
-    return ", ".join(parts)
 
 
 def cells(measured: dict[str, Any]) -> tuple[str, str, str]:
@@ -146,20 +89,23 @@ def host_lines(state: dict[str, Any]) -> list[str]:
     return lines
 
 
-def table(state: dict[str, Any]) -> Table:
+def table(state: dict[str, Any]) -> Group:
     """Return what a terminal shows."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(one_line(state_line(state))), title_justify="left", box=None, pad_edge=False)
-    for name in ("host", "busy", "memory", "network", "last line"):
-        shown.add_column(name, overflow="ellipsis", no_wrap=name in ("host", "last line"))
+    shown = Table(box=None, pad_edge=False)
+    for name in ("host", "busy", "memory", "network"):
+        shown.add_column(name, overflow="ellipsis", no_wrap=True)
     nodes: dict[str, dict[str, Any]] = state["nodes"]
     for host in dict.fromkeys([*nodes, *state["hosts"]]):
-        measured, last = nodes.get(host, {}), state["hosts"].get(host, {"last": ""})
-        words = [Text("\n".join(map(one_line, text.split("\n")))) for text in (host, *cells(measured), last["last"])]
+        measured = nodes.get(host, {})
+        words = [Text("\n".join(map(one_line, text.split("\n")))) for text in (host, *cells(measured))]
         shown.add_row(*words, style="red" if "fault" in measured or measured.get("problem") else None)
-    return shown
+    lines = [Text(one_line(f"{host}: {last['last']}"), "dim", no_wrap=True, overflow="ellipsis")
+             for host, last in state["hosts"].items() if last["last"]]
+    return Group(Text(one_line(state_line(state))), shown, *lines, Text(one_line(next_commands(state)), "dim"))
 
 
 def measured(metrics: HostMetrics | None, state: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +146,8 @@ def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) 
     if not live:
         for line in host_lines(state):
             print_lines(line)
+    if (line := next_commands(state)) and not (live and state["status"] in ACTIVE):
+        print_lines(line)
     return str(state["status"])
 
 

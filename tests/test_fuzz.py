@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from master.core.run_cli import UserError
 from master.core.terminal import one_line
+from master.diagnosis.run_state import look, state_line
 from master.ds_config.checker import Target, check
 from master.ds_config.json_text import Document, TextError
 from master.inventory.cluster_file import read_cluster
@@ -32,7 +33,7 @@ from master.ssh.json_channel import parse_object
 from master.ssh.node_names import read_nodes
 from master.ssh.route import SshError
 from master.ssh.worker_message import SCHEMA, check_event
-from master.watch_training import host_lines, look, state_line
+from master.watch_training import host_lines
 from trainer.checkpoint import verification
 from trainer.data.documents import find_files, read_documents
 from trainer.data.sources import DocumentExtractor

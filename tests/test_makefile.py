@@ -20,15 +20,16 @@ def make(folder: Path, *words: str, **variables: str) -> subprocess.CompletedPro
     for package in ("master", "trainer"):
         (folder / package).mkdir()
         (folder / package / "__init__.py").touch()
+    shutil.copy(ROOT / "master" / "make_environment.py", folder / "master")
     # The tests may run under `make test` themselves; this make is nobody's child.
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(["make", "install", *words], cwd=folder, capture_output=True, text=True,
                           env={**own, **variables})
 
 
-def fake_python(folder: Path, refuses: str) -> str:
+def fake_python(folder: Path, refuses: str, name: str = "python") -> str:
     """A Python that cannot run programs with a certain word in them."""
-    path = folder / "python"
+    path = folder / name
     path.write_text(f'#!/bin/sh\ncase "$*" in *{refuses}*) exit 1;; esac\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return str(path)
@@ -38,10 +39,11 @@ def fake_python(folder: Path, refuses: str) -> str:
     (["PYTHON="], "make: Python 3.11 or newer is needed: sudo apt install python3 python3-venv"),
     (["ROOM_MB=999999999"], "make: .venv needs 999999999 MB here"),
     (["PYTHON={fake}"], "cannot make virtual environments: sudo apt install python3-venv"),
+    (["PYTHON={old}"], "is too old, lanspeed needs 3.11 or newer: make PYTHON=python3.12"),
 ])
 def test_what_is_missing_is_told_in_one_line(words: list[str], message: str, tmp_path: Path) -> None:
-    fake = fake_python(tmp_path, "ensurepip")
-    done = make(tmp_path, *[word.format(fake=fake) for word in words])
+    fake, old = fake_python(tmp_path, "ensurepip"), fake_python(tmp_path, "version_info", "old")
+    done = make(tmp_path, *[word.format(fake=fake, old=old) for word in words])
     assert done.returncode == 2
     assert message in done.stdout
     assert len(done.stdout.splitlines()) == 1
@@ -55,9 +57,9 @@ def test_faster_kernels_are_installed_where_a_gpu_is_found(machine: Machine) -> 
         return subprocess.run(["make", "-n", "--always-make", "install"], cwd=ROOT, capture_output=True, text=True,
                               check=True, env=environment).stdout
 
-    assert "[train,dpo,dev]" in planned()
+    assert "train,dpo,dev " in planned()
     machine.nvidia(nvidia_gpu(0))
-    assert "[train,dpo,dev,gpu]" in planned()
+    assert "train,dpo,dev,gpu " in planned()
 
 
 def test_an_index_that_cannot_be_reached_is_told(tmp_path: Path) -> None:

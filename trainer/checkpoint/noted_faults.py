@@ -39,7 +39,7 @@ def reason_of(error: Exception) -> str:
     """Return what an error of a write says, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if "PytorchStreamWriter" in str(error):  # which doesn't say why
+    if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # which don't say why
         return "the file could not be written whole: no space left?"
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
