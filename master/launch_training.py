@@ -78,7 +78,7 @@ def build_parser() -> ToolParser:
     flag("--detach", action="store_true", help="continue without this terminal")
     flag("--stop", nargs="?", const="", metavar="RUN",
          help="stop a run; its ranks save first (default: the newest active run)")
-    flag("--script", metavar="F", help="your own training script instead of trainer/train.py ")
+    flag("--script", metavar="F", help="your own training script, or a module like trl.scripts.sft")
     flag("--no-local-rank", action="store_true", help="start it without DeepSpeed's --local_rank=N")
     flag("--env", action="append", default=[], metavar="K=V",
          help="an environment variable for all ranks; K alone: with its value here")
@@ -205,7 +205,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv` and train; return 0, 1 on a fault, 2 on wrong usage."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    options, unknown = build_parser().parse_known_args(words[:cut])
+    parser = build_parser()
+    if any(word.partition("=")[0] == "--script" for word in words[:cut]):
+        parser.other_names = {}  # what it calls --model_name_or_path is its own matter
+    options, unknown = parser.parse_known_args(words[:cut])
     return run_cli(lambda: act(options, [*unknown, *words[cut + 1 :]]))
 
 

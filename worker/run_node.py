@@ -444,7 +444,8 @@ def launcher_words(job: dict[str, Any], logs: str) -> list[str]:
     return [job["python"], "-P", "-u", "-m", "deepspeed.launcher.launch", "--world_info=" + world,
             f"--node_rank={job['node_rank']}", f"--master_addr={job['master_addr']}",
             f"--master_port={job['master_port']}", "--log_level=critical", f"--enable_each_rank_log={logs}",
-            *(["--no_local_rank"] if job.get("no_local_rank") else []), job["script"]] + job["arguments"]
+            *(["--no_local_rank"] if job.get("no_local_rank") else []),
+            *(["--module"] if job.get("module") else []), job["script"]] + job["arguments"]
 
 
 def make_observable(variables: dict[str, str], observer: str, folder: str) -> None:
@@ -565,6 +566,9 @@ class Node:
         job = self.job
         variables, interface = environment(job)
         variables["LANSPEED_PROGRESS"] = self.progress
+        if job.get("run"):
+            variables["LANSPEED_RUN"] = run = os.path.join(job["folder"], job["run"])
+            os.makedirs(run, 0o700, exist_ok=True)
         for path, text in job.get("sent", {}).items():
             place = os.path.join(self.logs, os.path.basename(path))
             with open(place, "w", encoding="utf-8") as file:

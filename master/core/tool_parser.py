@@ -29,7 +29,7 @@ class ToolParser(argparse.ArgumentParser):
     def __init__(self, file: str, text: str | None, usage: str = "[flags]", leading: Sequence[str] = ()) -> None:
         super().__init__(ToolParser.typed_as or file, f"%(prog)s {usage}", text, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.leading = leading
+        self.leading, self.other_names = leading, OTHER_NAMES
 
     def word_or_flag(self, name: str, metavar: str, text: str) -> None:
         """Add an optional word that a flag of the same name may give too: `stop RUN`, `stop --run RUN`."""
@@ -72,7 +72,7 @@ class ToolParser(argparse.ArgumentParser):
         if not name.startswith("--") or name in self._option_string_actions:
             return word
         dashed = "--" + name[2:].replace("_", "-")
-        for other in (dashed, "--" + name[2:].replace("-", "_"), OTHER_NAMES.get(dashed)):
+        for other in (dashed, "--" + name[2:].replace("-", "_"), self.other_names.get(dashed)):
             if other in self._option_string_actions:
                 return other + equals + value
         return word

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from master.run.command_record import RECORD as COMMAND
 from master.run.launcher_process import RECORD, is_active, read_launcher_record, read_object
 from master.run.metrics_file import MetricsFile
 
@@ -87,4 +88,5 @@ def next_commands(state: dict[str, Any]) -> str:
     run = shlex.quote(state["run"])
     if state["status"] in ACTIVE:
         return f"it trains on when this ends; to save and end it: invoke stop {run}"
-    return f"to continue: invoke train --resume {run}" if state["status"] != "finished" else ""
+    repeats = (Path(state["run"]) / COMMAND).exists()  # a script of the user's is started by its own flags
+    return f"to continue: invoke train --resume {run}" if repeats and state["status"] != "finished" else ""

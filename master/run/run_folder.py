@@ -49,6 +49,13 @@ def mark_failed(run: Path, code: int) -> None:
         write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
+def mark_script(run: Path, status: str, code: int) -> None:
+    """Write run.json for a script of the user's, which writes none: how it ended."""
+    if run.is_dir() and not (run / "run.json").exists():
+        record = {"schema": "run/1", "status": status, "exit": code, "ended": time.time()}
+        write_atomically(run / "run.json", json.dumps(record, indent=1) + "\n")
+
+
 def memory_advice(run: Path) -> list[str]:
     """Return what run.json says would save a host's memory, [] where it says nothing."""
     memory = read_object(run / "run.json").get("memory")

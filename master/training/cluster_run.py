@@ -78,7 +78,8 @@ class Training:
                 "environment": self.variables, "arguments": [*self.request.arguments, *self.resume],
                 "sent": dict(self.request.sent),
                 "continue_without_master": self.request.supervision.survives_master,
-                "no_local_rank": self.request.no_local_rank,
+                "no_local_rank": self.request.no_local_rank, "module": self.request.is_module,
+                "run": None if self.request.is_ours else str(self.run),
                 "follow": follow, "folders": folders, "checkpoints": str(self.run / "checkpoints"),
                 "logs": {str(part.node): str(self.run / "logs" / f"{part.node}.log") for part in self.parts},
                 "scripts": {str(part.node): part.place.translate_path(str(self.request.script)) for part in self.parts}}

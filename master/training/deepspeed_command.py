@@ -54,10 +54,13 @@ def launcher_words(hostfile: Path | None, hosts: Sequence[Slots], address: str |
 
 
 def plain_command(hostfile: Path | None, hosts: Sequence[Slots], cluster: Mapping[str, Any], program: Sequence[str],
-                  no_local_rank: bool) -> str:
-    """Return a training as a plain `deepspeed` command; `program`: the script and its flags. Raises ClusterError."""
+                  no_local_rank: bool, is_module: bool) -> str:
+    """Return a training as a plain `deepspeed` command; `program`: the script or module, and its flags.
+
+    Raises ClusterError.
+    """
     words = [*launcher_words(hostfile, hosts, first_address(hosts, cluster)),
-             *(["--no_local_rank"] if no_local_rank else []), *program]
+             *(["--no_local_rank"] if no_local_rank else []), *(["--module"] if is_module else []), *program]
     return ("DS_ACCELERATOR=cpu " if hosts[0].vendor == "CPU" else "") + shlex.join(words)
 
 

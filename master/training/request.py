@@ -7,6 +7,7 @@ import difflib
 import glob
 import itertools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +18,16 @@ from master.core.run_cli import UsageError
 from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
 from master.run.command_record import flags_to_repeat
+from master.run.rank_environment import environment
 from master.training.deepspeed_command import is_only_here, plain_command
 from master.training.job import Supervision
 from trainer.flags.dataset_words import name_and_weight
 
-# What the hosts get of this shell's environment: settings of the libraries, never all of it.
-SENT = ("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_", "DS_", "DEEPSPEED_")
-SENT_NAMES = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
 DATA_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".gz")
 PATHS = ("--adapter", "--eval_dataset", "--chat_template")  # the trainer's flags that may name what lies here
 CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed")  # of this project's trainer, and of others
+MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 MOST_SENT = 1 << 20  # bytes of a config
-ACCELERATORS = {"CPU": "cpu", "NVIDIA": "cuda", "AMD": "cuda", "INTEL": "xpu"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Hosts:
 @dataclass(frozen=True)
 class TrainingRequest:
     """What each rank runs, where. `is_ours`: the script is trainer/train.py; `files`: what every host must have;
-    `sent`: texts of small files, by their path here, that the hosts are sent."""
+    `sent`: texts of small files, by their path here, that the hosts are sent; `is_module`: the script is one's name."""
 
     hosts: Hosts
     run: Path
@@ -72,6 +71,7 @@ class TrainingRequest:
     environment: Mapping[str, str]
     plain_command: str
     no_local_rank: bool
+    is_module: bool
     master_port: int | None
     supervision: Supervision
 
@@ -84,7 +84,7 @@ class TrainingRequest:
 def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts: Hosts, run: Path, config: Path
                ) -> TrainingRequest:
     """Return what the flags ask for. Raises UsageError, RunError, ClusterError."""
-    script = Path(options.script).absolute() if options.script else TRAINER
+    script, is_module = script_of(options.script)
     model = path_or_name("--model", options.model, hosts)
     trainer_flags, more = (list(trainer_flags), []) if options.script else with_whole_paths(trainer_flags, hosts)
     datasets = [str(path_or_name("--dataset", name, hosts)) + (f":{weight:g}" if weight else "")
@@ -103,11 +103,21 @@ def request_of(options: argparse.Namespace, trainer_flags: Sequence[str], hosts:
         files=tuple(path for word in used if word and word != "tiny" for path in files_of(word)),
         sent=sent, environment=environment(hosts.slots[0].vendor, options.env),
         plain_command=plain_command(hosts.hostfile, hosts.slots, hosts.cluster,
-                                    [options.script or shown(TRAINER), *arguments], options.no_local_rank),
-        no_local_rank=options.no_local_rank, master_port=options.master_port,
+                                    [options.script or shown(TRAINER), *arguments], options.no_local_rank,
+                                    is_module),
+        no_local_rank=options.no_local_rank, is_module=is_module, master_port=options.master_port,
         supervision=Supervision(options.grace, options.restarts, options.stall_timeout,
                                 options.on_lost_master == "continue", options.patience, options.on_stall == "end",
                                 options.min_hosts))
+
+
+def script_of(word: str | None) -> tuple[Path, bool]:
+    """Return the script that --script names (None: the trainer), and whether it is a module. Raises UsageError."""
+    if not word or Path(word).is_file():
+        return (Path(word).absolute() if word else TRAINER), False
+    if MODULE.fullmatch(word) and not word.endswith(".py"):
+        return Path(word), True
+    raise UsageError(f"--script {word}: no such file, nor a module's name like trl.scripts.sft")
 
 
 def on_hosts(request: TrainingRequest, slots: Sequence[Slots]) -> TrainingRequest:
@@ -115,7 +125,7 @@ def on_hosts(request: TrainingRequest, slots: Sequence[Slots]) -> TrainingReques
     hosts = replace(request.hosts, slots=tuple(slots))
     script = shown(request.script) if request.is_ours else str(request.script)
     plain = plain_command(hosts.hostfile, hosts.slots, hosts.cluster, [script, *request.arguments],
-                          request.no_local_rank)
+                          request.no_local_rank, request.is_module)
     return replace(request, hosts=hosts, plain_command=plain)
 
 
@@ -225,21 +235,6 @@ def place_of_run(options: argparse.Namespace, trainer_flags: Sequence[str], run:
         path = Path(found.resume_from_checkpoint)
         return (path.parent.parent if path.name.startswith("checkpoint-") else path), []
     return run, ["--output_dir", str(run)]
-
-
-def environment(vendor: str, wanted: Sequence[str]) -> dict[str, str]:
-    """Return the variables for all ranks; `wanted` are --env's K=V, or K for this shell's. Raises UsageError."""
-    found = {name: value for name, value in os.environ.items() if name.startswith(SENT) or name in SENT_NAMES}
-    found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    found.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of each peer that no name server knows
-    if vendor in ACCELERATORS:  # so that a host with a broken driver fails instead of training on its CPU
-        found["DS_ACCELERATOR"] = ACCELERATORS[vendor]
-    for word in wanted:
-        name, equals, value = word.partition("=")
-        if not name.isidentifier() or (not equals and name not in os.environ):
-            raise UsageError(f"--env {word}: NAME=VALUE, or the NAME of a variable that is set here")
-        found[name] = value if equals else os.environ[name]
-    return found
 
 
 def shown(path: Path) -> str:

@@ -20,6 +20,7 @@ from trainer.sequences import mixture
 
 ACCURACY = "eval_rewards/accuracies"
 MEASURED = "@@STEPS "
+FEW_TOKENS = 500
 SHOWN = 1000  # characters at each end of the first example
 MIN_WAIT_SHARE = 0.02  # share of the time that goes by in waiting for the slowest rank
 
@@ -74,6 +75,9 @@ def describe(setup: Setup, workload: Workload) -> None:
         setup.console.warn(
             f"ZeRO-3 sends each rank {lora.gathered_gigabytes(workload.parameters, weight, ranks.world_size):.1f} GB "
             "of frozen weights at every micro step: trainer/configs/zero1.json sends the adapter's gradients alone")
+    if packed.loss_tokens < FEW_TOKENS:
+        setup.console.warn(f"only {packed.loss_tokens:,} trained tokens: no model learns from so few; is "
+                           "--dataset_path the right one?")
     if shown := example(setup):
         setup.console.result("the first example as the model sees it; the tokens between » and « are trained:\n"
                              + textwrap.indent(shown.rstrip(), "  "))
@@ -207,6 +211,6 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
     if traffic:
         say(f"  network          {traffic}")
     if run.sample.exists():
-        say("\nthe model's continuation after >>>, in held-out text:\n")
+        say(f"\nthe model's continuation after >>>, in {'held-out' if setup.evaluates else 'training'} text:\n")
         say(textwrap.indent(run.sample.read_text(encoding="utf-8").rstrip(), "  "))
     say(f"\nmodel   {run.model}\ncurve   {run.curve}\nsamples {run.samples}")
