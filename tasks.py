@@ -13,7 +13,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ GROUPS = {"prepare the hosts": ("up", "setup-keys", "hostfile", "sync", "check")
           "decide": ("plan", "validate", "detect"),
           "train": ("train", "watch", "stop", "drill"),
           "this project": ("demo", "test", "lint", "bench", "completion", "help")}
-SHELL = os.path.basename(os.environ.get("SHELL", "bash"))
 
 
 def run_tool(tool: str, argv: Sequence[str], name: str = "") -> None:
@@ -52,22 +51,33 @@ def load(tool: str) -> Any:
                    f"lanspeed's own Python; make -C {ROOT} install makes it", code=1) from None
 
 
-class ToolTask(Task):
-    """A task that passes the words after its name on to a tool in master/; `default`: the words when none are given;
-    `takes_run`: one of them is a run folder."""
+class WordsTask(Task):
+    """A task that is given the words after its name as they are."""
 
-    def __init__(self, name: str, tool: str, summary: str, default: Sequence[str] = (), takes_run: bool = False
-                 ) -> None:
-        self.tool, self.default, self.takes_run = tool, default, takes_run
+    def __init__(self, name: str, summary: str, act: Callable[[list[str]], None]) -> None:
         self.words: list[str] = []
 
         def body(c: Context) -> None:
-            run_tool(tool, self.words or self.default, name)
+            act(self.words)
 
         body.__name__, body.__doc__ = name.replace("-", "_"), summary
         super().__init__(body, name=name, auto_shortflags=False)
 
-    def parser(self) -> ToolParser:
+    def parser(self) -> ToolParser | None:
+        """Return the parser of the words, None if there is none."""
+        return None
+
+
+class ToolTask(WordsTask):
+    """A task that passes its words on to a tool in master/; `default`: the words when none are given; `takes_run`: one
+    of them is a run folder."""
+
+    def __init__(self, name: str, tool: str, summary: str, default: Sequence[str] = (), takes_run: bool = False
+                 ) -> None:
+        self.tool, self.takes_run = tool, takes_run
+        super().__init__(name, summary, lambda words: run_tool(tool, words or default, name))
+
+    def parser(self) -> ToolParser | None:
         """Return the tool's parser."""
         ToolParser.typed_as = f"invoke {self.name}"
         parser: ToolParser = load(self.tool).build_parser()
@@ -141,12 +151,16 @@ def lint(c: Context) -> None:
         c.run(f"{shlex.quote(str(tools / 'vermin'))} --quiet --no-tips -t=3.8- worker/*.py")
 
 
-@task(name="completion", positional=["shell"], auto_shortflags=False, help={"shell": "bash, zsh or fish"})
-def print_completion(c: Context, shell=SHELL):  # type: ignore[no-untyped-def]
-    """Print the script that completes tasks and flags in a shell (default: yours)."""
+def print_completion(words: Sequence[str]) -> None:
+    """Print the script for the shell that is named, or for this user's."""
+    shell = words[0] if words else os.path.basename(os.environ.get("SHELL", "bash"))
     if shell not in completion.SCRIPTS:
         raise Exit(f"error: completion for {', '.join(completion.SCRIPTS)}; not for {shell}", code=2)
     print(completion.SCRIPTS[shell])
+
+
+complete_in_shell = WordsTask("completion", "Print the script that completes tasks and flags in bash, zsh or fish.",
+                              print_completion)
 
 
 @task(name="help", default=True, auto_shortflags=False)
@@ -174,7 +188,7 @@ def after_dashes() -> list[str]:
 def parser_of(name: str) -> ToolParser | None:
     """Return the parser of a tool's task, None for another task."""
     found = TASKS[name]
-    return found.parser() if isinstance(found, ToolTask) else None
+    return found.parser() if isinstance(found, WordsTask) else None
 
 
 def take_words() -> None:
@@ -191,9 +205,9 @@ def take_words() -> None:
         given.list.set_value(False, cast=False)
     found = split_tasks(program.core.unparsed, TASKS, parser_of)
     program.core.unparsed[:] = [word for name, words in found for word in (
-        [name] if isinstance(TASKS[name], ToolTask) else [name, *words])]
+        [name] if isinstance(TASKS[name], WordsTask) else [name, *words])]
     for name, words in found:
-        if isinstance(own := TASKS[name], ToolTask):
+        if isinstance(own := TASKS[name], WordsTask):
             own.words = words
     if found and isinstance(last := TASKS[found[-1][0]], ToolTask) and "--" in program.argv:
         last.words = [*last.words, *(["--"] if last.name == "train" else []), *after_dashes()]

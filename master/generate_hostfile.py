@@ -64,6 +64,7 @@ def build_parser() -> ToolParser:
          help="train on this vendor's hosts (default: the one with most usable GPUs)")
     flag("--slots", type=int, metavar="N", help="at most N slots a host: GPUs, or CPU slots where no host has a GPU")
     flag("--cpu-slots", type=int, metavar="N", help="N CPU slots on every host, whatever GPUs it has")
+    flag("--keep", action="store_true", help="leave a hostfile that is there as it is, and write cluster.json alone")
     flag("--allow-missing", action="store_true", help="exit 0 even if a host failed")
     flag("--script-path", metavar="P", help="run the detect_gpus.sh that was copied there, instead of sending it")
     flag("--json", action="store_true", help="print what was found as JSON")
@@ -138,7 +139,8 @@ def write_files(
         before = read_hostfile(path) if path.exists() else None
     except HostfileError:
         before = None
-    changed = write_hostfile(path, render_hostfile(hosts, notes))
+    kept = options.keep and path.exists()
+    changed = not kept and write_hostfile(path, render_hostfile(hosts, notes))
     beside = path.with_name("cluster.json")
     known = [cluster_host(answer, options) for answer in answers if answer.found]
     try:
@@ -146,7 +148,7 @@ def write_files(
     except ClusterError as error:
         say(f"warning: {error}")
         write_cluster(beside, merge_hosts(empty_cluster(), known))
-    return changed, [] if before is None else differences(before, hosts)
+    return changed, [] if before is None or kept else differences(before, hosts)
 
 
 def reported(answer: HostAnswer) -> GpuReport:
@@ -184,7 +186,8 @@ def conclude(answers: Sequence[HostAnswer], options: argparse.Namespace) -> int:
     vendor = "CPU" if options.cpu_slots else options.vendor or choose_vendor(answers)
     hosts = [line for answer in answers if (line := slots_of(answer, vendor, options.cpu_slots, options.slots))]
     failed = [answer for answer in answers if answer.reason]
-    changed, changes = write_files(answers, hosts, vendor, options) if hosts else (False, [])
+    keeps = options.keep and options.output.expanduser().exists()
+    changed, changes = write_files(answers, hosts, vendor, options) if hosts or keeps else (False, [])
     if options.json:
         print(json.dumps({"vendor": vendor if hosts else None, "hosts": [
             {"name": answer.name, "fault": answer.reason,
@@ -200,6 +203,10 @@ def conclude(answers: Sequence[HostAnswer], options: argparse.Namespace) -> int:
         say(f"warning: {warning}")
     if failed:
         say(f"failed: {', '.join(answer.name for answer in failed)}")
+    if keeps:
+        told = len(answers) - len(failed)
+        say(f"{options.output}: left as it is; cluster.json has {told} of {len(answers)} hosts")
+        return 1 if failed and not options.allow_missing else 0
     if not hosts:
         say("no host answered; no hostfile was written" if len(failed) == len(answers) else
             "no host has a GPU to train on; no hostfile was written (--cpu-slots N trains on CPUs)")

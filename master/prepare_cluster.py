@@ -24,7 +24,7 @@ from master.core.terminal import listed, print_lines, say
 from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import read_cluster, with_logins
 from master.readiness.candidates import find_candidates
-from master.readiness.state import hosts_in, other_hosts
+from master.readiness.state import files_of, hosts_in
 from master.readiness.steps import (
     Cluster,
     copy_what_is_missing,
@@ -94,7 +94,8 @@ def prepare(options: argparse.Namespace) -> int:
     cluster = Cluster(tuple(nodes), with_logins(ssh, read_cluster(beside)), options)
     set_up_keys(cluster)
     write_hostfile(cluster)
-    if options.dry_run and other_hosts(cluster.hostfile, nodes) is not None:
+    found = files_of(cluster.hostfile, nodes)
+    if options.dry_run and not (found.is_theirs and found.are_known):
         say("then: sync, check --network and plan, of which is done what turns out to be missing")
         return 0
     copy_what_is_missing(cluster)

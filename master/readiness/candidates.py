@@ -39,6 +39,7 @@ class Candidate:
     node: Node
     source: str
     address: str = ""
+    port: int = 22
     state: str = ""
 
 
@@ -50,13 +51,18 @@ def find_candidates(ssh: SshOptions) -> list[Candidate]:
              *named(known_names(home / "known_hosts"), KNOWN)]
     with ThreadPoolExecutor(MOST_TRIED) as pool:
         at_home = [each for each in pool.map(lambda each: with_address(each, ssh), found) if is_near(each)]
-    unique: dict[str, Candidate] = {}
+    unique: list[Candidate] = []
     for each in [*at_home, *named(neighbours(), "neighbour"), *named(mdns_names(), "mDNS"),
                  *named(tailscale_names(), "Tailscale")]:
-        if not {str(each.node), each.node.host, each.address} & {
-                word for other in unique.values() for word in (str(other.node), other.address) if word}:
-            unique[str(each.node)] = each
-    return tried(list(unique.values()), ssh)
+        if not any(is_same(each, other) for other in unique):
+            unique.append(each)
+    return tried(unique, ssh)
+
+
+def is_same(one: Candidate, other: Candidate) -> bool:
+    """Return whether two candidates have a name or an address with its port in common."""
+    return str(one.node) == str(other.node) or bool(
+        one.address and (one.address, one.port) == (other.address, other.port))
 
 
 def named(names: Sequence[str], source: str) -> list[Candidate]:
@@ -96,7 +102,7 @@ def with_address(candidate: Candidate, ssh: SshOptions) -> Candidate:
         found = socket.getaddrinfo(route.address, route.port, type=socket.SOCK_STREAM)
     except (SshError, OSError, UnicodeError):
         return nowhere
-    return replace(candidate, address=str(found[0][4][0]))
+    return replace(candidate, address=str(found[0][4][0]), port=route.port)
 
 
 def config_hosts(path: Path, depth: int = 0) -> list[str]:

@@ -43,17 +43,22 @@ def hosts_in(hostfile: Path) -> list[Slots]:
     return read_hostfile(hostfile) if hostfile.exists() else []
 
 
-def other_hosts(hostfile: Path, nodes: Sequence[Node]) -> tuple[str, ...] | None:
-    """Return the hosts that a hostfile has and `nodes` don't; None if it is the one of these nodes.
+@dataclass(frozen=True)
+class Files:
+    """How hostfile and cluster.json stand to the hosts that are meant: `others`: those that the hostfile has besides;
+    `is_theirs`: it has no others, and lacks none but those without slots; `are_known`: cluster.json has them all."""
 
-    A node that answered and has no slots to give stands in cluster.json alone.
-    """
+    others: tuple[str, ...]
+    is_theirs: bool
+    are_known: bool
+
+
+def files_of(hostfile: Path, nodes: Sequence[Node]) -> Files:
+    """Return how the files stand to these hosts. A host that has no slots to give stands in cluster.json alone."""
     names = {str(node) for node in nodes}
     trains = {host.host for host in hosts_in(hostfile)}
-    known = trains | set(known_by_name(read_cluster(hostfile.with_name("cluster.json"))))
-    if trains and trains <= names <= known:
-        return None
-    return tuple(sorted(trains - names))
+    known = set(known_by_name(read_cluster(hostfile.with_name("cluster.json"))))
+    return Files(tuple(sorted(trains - names)), bool(trains) and trains <= names <= trains | known, names <= known)
 
 
 def missing_parts(report: Mapping[str, Any], own_code: str | None) -> dict[str, list[str]]:

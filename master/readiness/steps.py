@@ -20,7 +20,7 @@ from master.core.run_cli import UserError
 from master.core.terminal import confirm, listed, say
 from master.inventory.cluster_file import read_cluster
 from master.inventory.node_facts import local_facts
-from master.readiness.state import hosts_in, logins, measured_on, missing_parts, other_errors, other_hosts
+from master.readiness.state import files_of, hosts_in, logins, measured_on, missing_parts, other_errors
 from master.ssh.node_names import Node
 from master.ssh.options import PASSWORD_VARIABLE, ssh_flags
 from master.ssh.route import SshOptions
@@ -99,19 +99,26 @@ def set_up_keys(cluster: Cluster) -> None:
 def write_hostfile(cluster: Cluster) -> None:
     """Have a hostfile of these hosts. Raises StepError."""
     options, path = cluster.options, cluster.hostfile
-    others = other_hosts(path, cluster.nodes)
-    if others is None:
+    found = files_of(path, cluster.nodes)
+    words = ["--nodes", *cluster.words, "--output", str(path)]
+    if found.is_theirs and found.are_known:
         hosts = hosts_in(path)
         cluster.tell("hostfile", f"done: {path} has {len(hosts)} hosts, {sum(len(host.use) for host in hosts)} slots")
         return
+    if found.is_theirs:
+        cluster.tell("hostfile", f"{path} stays as it is; its hosts are asked for what other tools need to know",
+                     "cluster.json here")
+        if cluster.run("generate_hostfile", *words, "--keep").returncode:
+            raise StepError(f"not all hosts of {path} answered: fix what failed and run this again")
+        return
     cluster.tell("hostfile", f"{path} {'has other hosts' if path.exists() else 'is not there'}: all are asked for "
                  "their GPUs", f"{path} and cluster.json here")
-    if others and not options.yes and not options.dry_run:
+    if found.others and not options.yes and not options.dry_run:
+        others = listed(found.others)
         if not sys.stdin.isatty():
-            raise StepError(f"{path} also names {listed(others)}: --yes writes it anew, --hostfile F writes another")
-        if not confirm(f"{path} also names {listed(others)}. Write it anew without?"):
+            raise StepError(f"{path} also names {others}: --yes writes it anew, --hostfile F writes another")
+        if not confirm(f"{path} also names {others}. Write it anew without?"):
             raise StepError(f"{path} is left as it was: --hostfile F writes another")
-    words = ["--nodes", *cluster.words, "--output", str(path)]
     slots = ["--cpu-slots", str(options.cpu_slots)] if options.cpu_slots else []
     done = cluster.run("generate_hostfile", *words, *slots)
     if done.returncode and not slots and not path.exists() and (options.yes or (
@@ -183,6 +190,6 @@ def show_plan(cluster: Cluster) -> None:
     model = cluster.options.model or "tiny"
     data = ["--dataset", *cluster.options.dataset] if cluster.options.dataset else []
     done = cluster.run("plan_ds_config", "--model", model, "--hostfile", str(cluster.hostfile), *data, quiet=True)
-    best = next((line for line in (done.stdout or "").splitlines() if line.startswith("best: ")), "")
+    best = next((line for line in (done.stdout or "").splitlines() if line.startswith(("best: ", "can't tell"))), "")
     why = (done.stderr or "").strip().splitlines()[-1:]
     cluster.tell("plan", best or f"none for {model}: {''.join(why).removeprefix('error: ') or 'see invoke plan'}")

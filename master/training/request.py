@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from master.core.paths import ROOT, TRAINER
+from master.core.paths import TRAINER
 from master.core.run_cli import UsageError
 from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
@@ -153,8 +153,9 @@ def files_to_send(arguments: Sequence[str], hosts: Hosts) -> dict[str, str]:
     if hosts.are_here:
         return {}
     found = {word: Path(word) for flag, word in itertools.pairwise(arguments) if flag in CONFIG_FLAGS}
+    own = TRAINER.parent  # whose files are code, and the same everywhere
     return {word: path.read_text(encoding="utf-8") for word, path in found.items()
-            if path.is_file() and not path.absolute().is_relative_to(ROOT) and path.stat().st_size <= MOST_SENT}
+            if path.is_file() and not path.absolute().is_relative_to(own) and path.stat().st_size <= MOST_SENT}
 
 
 def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
