@@ -42,6 +42,7 @@ from master.training.deepspeed_command import is_only_here, needs_of_plain
 from master.training.request import Hosts, TrainingRequest, request_of, shown
 
 RESTARTS_WITH_SPARE_HOSTS = 10
+WRONG_USAGE = 2  # the exit code
 LEAST_PATIENCE_S = 5.0  # hosts and master speak every few seconds
 
 
@@ -139,8 +140,8 @@ def check_flags(request: TrainingRequest) -> None:
     if request.is_ours:
         elsewhere = [] if request.hosts.are_here else ["--elsewhere"]
         words = [sys.executable, str(TRAINER.with_name("check_inputs.py")), *elsewhere, *request.arguments]
-        if (done := subprocess.run(words, capture_output=True, text=True)).returncode:
-            raise UsageError(done.stderr.strip().removeprefix("error: "))
+        if code := (done := subprocess.run(words, capture_output=True, text=True)).returncode:
+            raise (UsageError if code == WRONG_USAGE else UserError)(done.stderr.strip().removeprefix("error: "))
 
 
 def show(request: TrainingRequest, ssh: SshOptions) -> int:

@@ -54,7 +54,8 @@ class Shell:
     def _read(self, seconds: float) -> None:
         if select.select([self.terminal], [], [], seconds)[0]:
             with contextlib.suppress(OSError):
-                self.screen += ESCAPES.sub("", os.read(self.terminal, 65536).decode(errors="replace"))
+                text = ESCAPES.sub("", os.read(self.terminal, 65536).decode(errors="replace"))
+                self.screen += text.replace("\r\n", "\n").replace("\r", "\n")  # a line that is written anew
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """Read until a text comes; return what came up to its end. Fails with the screen."""

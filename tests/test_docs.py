@@ -48,7 +48,7 @@ def test_each_command_exists_and_takes_its_flags(command: str) -> None:
     elif words[0] == "invoke":
         cut = words.index("--") if "--" in words else len(words)
         shown = known_flags("-m", "invoke", words[1])
-        assert "Docstring:" in shown
+        assert shown.lower().startswith("usage: inv")
         unknown = [number for number, word in enumerate(words[2:cut], 2)
                    if word.startswith("--") and not is_known(word, shown)]
         if words[1] == "train" and unknown:  # the trainer's own, or those of --script

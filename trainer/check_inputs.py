@@ -61,10 +61,13 @@ def check_here(kind: str, flag: str, path: Path, options: Options) -> None:
         return
     try:
         files = documents.find_files(path)
+    except UserError as error:
+        raise usage_error(f"{flag} {error}") from None
+    try:
         if documents.form_of(files[0]) not in documents.TEXT_FORMS and files[0].stat().st_size < MOST_BYTES:
             next(iter(documents.read_documents(files[:1], extractor_of(options))), None)
     except UserError as error:
-        raise usage_error(f"{flag} {error}") from None
+        raise UserError(f"{flag} {error}") from None
 
 
 def similar(kind: str, name: str) -> str:
@@ -75,7 +78,7 @@ def similar(kind: str, name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check; return 0, or 2 after saying what is wrong."""
+    """Check; return 0, 1 for data that can't be read, 2 for wrong usage, after saying what is wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
     elsewhere = words[:1] == [ELSEWHERE]
     try:

@@ -60,7 +60,7 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
 
 def is_possible(request: TrainingRequest, ssh: SshOptions) -> bool:
     """Return whether a training could start now, after telling what prevents it; nothing is started or kept."""
-    before, answers = request.run.exists(), list[bool]()
+    before, answers = [path.exists() for path in (request.run, request.run.parent)], list[bool]()
     training = Training(request)
 
     def look(facts: dict[str, dict[str, Any]], unreached: dict[str, SshError]) -> None:
@@ -72,8 +72,10 @@ def is_possible(request: TrainingRequest, ssh: SshOptions) -> bool:
         job.start(training.wanted(), look, host_key_prompt())
     finally:
         (training.run / f".{training.name}").unlink(missing_ok=True)
-        if not before:
+        if not before[0]:
             _forget(training)
+        if not before[1]:
+            request.run.parent.rmdir()
     return answers == [True]
 
 

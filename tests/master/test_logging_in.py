@@ -74,7 +74,7 @@ def attempt(kinds: str, password: str | None, keys: tuple[Path, ...] = ()) -> st
 
 def test_a_password_that_is_asked_for_as_a_question_is_right_or_refused() -> None:
     assert attempt("keyboard-interactive", "secret") == "password"
-    with pytest.raises(SshError, match="user me: refused password: install a key") as error:
+    with pytest.raises(SshError, match="user me: refused password: invoke setup-keys installs a key") as error:
         attempt("keyboard-interactive", "wrong")
     assert "takes no passwords" not in str(error.value)
     with pytest.raises(SshError, match="the server takes no passwords, only publickey"):

@@ -237,7 +237,8 @@ def test_a_wrong_password_is_tried_once_and_told(tmp_path: Path) -> None:
              "--ssh-key", str(tmp_path / "id_new"), "--host-keys", "accept-new", "--ssh-password-file", str(secret)],
             capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 1
-        assert "authentication" in done.stdout and "password" in done.stdout and "wrong secret" not in done.stdout
+        assert "password: run this on a terminal" in done.stdout and "--ssh-password-file F" in done.stdout
+        assert "wrong secret" not in done.stdout
         assert (server.folder / "sshd.log").read_text().count("Failed password") <= 1
 
 

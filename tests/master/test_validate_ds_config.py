@@ -59,7 +59,7 @@ def test_a_finding_is_a_line_with_place_and_mend(tmp_path: Path) -> None:
     assert [line.split(":")[1] for line in done.stdout.splitlines()[:-1]] == ["1", "2", "2", "3", "6", "7", "9", "10",
                                                                               "12"]
     assert done.stdout.splitlines()[-1] == "1 file: 6 errors, 0 warnings, 3 info"
-    assert done.stderr == "--fix fixes some of it\n"
+    assert done.stderr == "--fix fixes some of it: invoke validate --fix old.json\n"
 
 
 def test_good_files_are_ok_and_every_file_is_looked_at(tmp_path: Path) -> None:

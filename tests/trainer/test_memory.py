@@ -176,7 +176,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_rank_that_runs_out_ends_the_training_and_says_what_saves_memory(
         ranks: int, limited: int, tmp_path: Path, texts: Path, environment: dict[str, Any], train: Train) -> None:
     run = train("--max_steps", "1", "--sequence_length", "64")  # with data that is tokenized
-    assert json.loads((run.path / "run.json").read_text())["memory"]["host"][-1].startswith("and fewer slots a host")
+    assert json.loads((run.path / "run.json").read_text())["memory"]["host"] == []  # so small a model fills none
     (tmp_path / "limited.py").write_text(LIMITED)
     words = [str(tmp_path / "limited.py"), str(limited), str(TRAINER), "--model_name_or_path", "tiny",
              "--dataset_path", str(texts), "--sequence_length", "64", "--per_device_train_batch_size", "1500",

@@ -94,6 +94,27 @@ def test_other_forms_are_refused(plant: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "planted").exists()
 
 
+def test_an_enum_s_member_by_name_is_taken_and_nothing_else_by_getattr(tmp_path: Path) -> None:
+    """As Python 3.11.0 to 3.11.3, of Debian 12, write DeepSpeed's stage."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    class ByName:
+        def __init__(self, owner: Any, name: str) -> None:
+            self.found = owner, name
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, self.found
+
+    path = tmp_path / "a.pt"
+    torch.save({"zero_stage": ByName(ZeroStageEnum, "weights")}, path)
+    assert pickles.why_not_loaded(path) is None
+    assert torch.load(path, weights_only=False)["zero_stage"] is ZeroStageEnum.weights
+    for owner, name in ((LossScaler, "__init__"), (ZeroStageEnum, "__init__"), (dict, "get")):
+        torch.save({"zero_stage": ByName(owner, name)}, path)
+        assert pickles.why_not_loaded(path)
+
+
 def test_nothing_leads_out_of_the_checkpoint(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
     (folder / "latest").write_text("../elsewhere/global_step2")

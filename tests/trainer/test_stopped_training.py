@@ -137,7 +137,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.root
 def test_a_full_disk_is_told_before_the_run(small_disk: Path, train: Train) -> None:
     run = train(*SMALL, "--max_steps", "30", "--save_steps", "5", "--output_dir", str(small_disk / "run"), expect=1)
-    assert "checkpoints and the model, and 0.0 GB are free" in run.output
+    assert "3 checkpoints and the model, and 17 MB are free: --save_total_limit 1" in run.output
 
 
 @pytest.mark.root

@@ -12,6 +12,7 @@ import re
 import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint import verification
 
@@ -48,7 +49,7 @@ def why_not_loaded(path: Path) -> str | None:
 
     import torch
 
-    known = []
+    known: list[Any] = [(enum_member, "builtins.getattr")]
     for module, name in DEEPSPEED_NAMES:
         with contextlib.suppress(ImportError, AttributeError):
             known.append(getattr(importlib.import_module(module), name))
@@ -59,6 +60,18 @@ def why_not_loaded(path: Path) -> str | None:
         found = re.search(REASON, str(error))
         return (found[1] if found else f"{type(error).__name__}: {error}".splitlines()[0])[:MAX_REASON]
     return None
+
+
+def enum_member(kind: Any, name: str) -> Any:
+    """Stand in for getattr, by which Python 3.11.0 to 3.11.3 pickle members of enums: DeepSpeed's stages, nothing else.
+
+    Raises ValueError for another object.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if kind is not ZeroStageEnum:
+        raise ValueError(f"getattr of {kind!r}")
+    return ZeroStageEnum[name]
 
 
 def who_may_write(folder: Path) -> str | None:

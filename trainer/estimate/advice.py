@@ -9,14 +9,14 @@ from dataclasses import replace
 from trainer.estimate.memory import NF4, USABLE, MemoryInputs, bytes_needed, gigabytes, total
 
 LORA_SHARE = 0.01  # of a model's weights in an adapter of rank 16, about
-MIN_SAVING, MIN_SAVED = 0.02, 10e6  # of what is needed, and bytes: less isn't worth a word
+MIN_SAVING = 0.02  # of what is needed: less isn't worth a word
 
 
 def savings(inputs: MemoryInputs, on_gpu: bool, room: float) -> list[tuple[str, float]]:
     """Return what would save memory and how many bytes of a rank's, least intrusive first; `room` as in `fitting`."""
     before = total(inputs)
     found = [(words, before - total(other)) for words, other in alternatives(inputs, on_gpu, room)]
-    return [(words, saved) for words, saved in found if saved > max(MIN_SAVING * before, MIN_SAVED)]
+    return [(words, saved) for words, saved in found if saved > MIN_SAVING * before]
 
 
 def smaller_batch(inputs: MemoryInputs, room: float) -> MemoryInputs:
