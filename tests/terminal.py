@@ -9,7 +9,7 @@ import re
 import select
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07")
@@ -65,6 +65,13 @@ class Shell:
             self._read(0.5)
         before, self.read_to = self.read_to, at + len(text)
         return self.screen[before : self.read_to]
+
+    def until(self, happened: Callable[[], object], seconds: float = 60) -> None:
+        """Read until something has happened elsewhere."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < end, self.screen[-6000:]
+            self._read(0.5)
 
     def during(self, seconds: float) -> str:
         """Return what is printed in some seconds."""

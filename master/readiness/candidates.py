@@ -196,7 +196,7 @@ def tailscale_names() -> list[str]:
 def tried(candidates: Sequence[Candidate], ssh: SshOptions) -> list[Candidate]:
     """Return candidates with what came of trying the keys here on those that may be tried."""
     may = [each.node for each in candidates if each.source in TRIED][:MOST_TRIED]
-    quick = replace(ssh, password=None, connect_timeout=min(ssh.connect_timeout, TRY_LIMIT_S))
+    quick = replace(ssh, password=None, host_keys="yes", connect_timeout=min(ssh.connect_timeout, TRY_LIMIT_S))
     found = run_on_all(may, quick, lambda session: session.run("exit 0").code) if may else {}
     return [replace(each, state=state_of(found[each.node]) if each.node in found else "not tried")
             for each in candidates]

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from master.core.terminal import HostTable
 from master.inventory.cluster_file import known_by_name, read_cluster
 from master.inventory.hostfile import Slots, read_hostfile
 from master.ssh.node_names import Node
+from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 
@@ -26,13 +28,14 @@ class Logins:
     lost: tuple[SshError, ...]
 
 
-def logins(nodes: Sequence[Node], ssh: SshOptions) -> Logins:
-    """Try the keys on all hosts; no password is used, and no host key is accepted."""
-    alone = replace(ssh, password=None, host_keys="yes")
-    found = run_on_all([node for node in nodes if not node.is_local], alone, lambda session: session.run("exit 0").code)
+def logins(nodes: Sequence[Node], ssh: SshOptions, may_ask: bool) -> Logins:
+    """Try the keys on all hosts, without a password; `may_ask`: about unknown host keys."""
+    far = [node for node in nodes if not node.is_local]
+    with HostTable([str(node) for node in far]) as waiting:
+        found = run_on_all(far, replace(ssh, password=None), lambda session: session.run("exit 0").code,
+                           waiting.paused(host_key_prompt()) if may_ask else None)
     errors = [error for error in found.values() if isinstance(error, SshError)]
-    for_setup = [error for error in errors if error.stage in ("authentication", "host key")]
-    refused = {error.host for error in for_setup if " is not the one in " not in error.reason}
+    refused = {error.host for error in errors if error.stage == "authentication"}
     return Logins(tuple(str(node) for node in found if not isinstance(found[node], SshError)),
                   tuple(str(node) for node in found if str(node) in refused),
                   tuple(error for error in errors if error.host not in refused))

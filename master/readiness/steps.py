@@ -11,7 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from master.inventory.cluster_file import read_cluster
 from master.inventory.node_facts import local_facts
 from master.readiness.state import files_of, hosts_in, logins, measured_on, missing_parts, other_errors
 from master.ssh.node_names import Node
-from master.ssh.options import PASSWORD_VARIABLE, ssh_flags
+from master.ssh.options import OWN_KEY, PASSWORD_VARIABLE, ssh_flags
 from master.ssh.route import SshOptions
 
 STEPS = ("keys", "hostfile", "copies", "agreement", "network", "plan")
@@ -75,17 +75,24 @@ class Cluster:
                               env={**os.environ, **password})
 
 
+def own_key_too(ssh: SshOptions) -> SshOptions:
+    """Return the options with the key that setup-keys may just have made."""
+    path = OWN_KEY.expanduser()
+    return replace(ssh, more_keys=tuple({*ssh.more_keys, path})) if path.exists() else ssh
+
+
 def set_up_keys(cluster: Cluster) -> None:
     """Have every host take a key of this user's. Raises StepError."""
-    found = logins(cluster.nodes, cluster.ssh)
+    options = cluster.options
+    ssh = replace(cluster.ssh, host_keys="accept-new") if options.yes and not options.host_keys else cluster.ssh
+    found = logins(cluster.nodes, ssh, may_ask=not options.dry_run)
     if found.refused:
         cluster.tell("keys", f"{listed(found.refused)}: no key of yours is accepted yet; a password is asked for once",
                      "a line in ~/.ssh/authorized_keys there; a key, known_hosts and Host blocks in ~/.ssh here")
-        accept = ["--yes", *(["--host-keys", "accept-new"] if not cluster.options.host_keys else [])]
-        cluster.run("setup_keys", "--nodes", *found.refused, *(accept if cluster.options.yes else []))
-        if cluster.options.dry_run:
+        cluster.run("setup_keys", "--nodes", *found.refused, *(["--yes"] if options.yes else []))
+        if options.dry_run:
             return
-        found = logins(cluster.nodes, cluster.ssh)
+        found = logins(cluster.nodes, own_key_too(ssh), may_ask=False)
     for error in found.lost:
         say(str(error))
     if found.refused or found.lost:

@@ -27,6 +27,12 @@ def bare_clone(folder: Path) -> Path:
     return clone
 
 
+def steps_logged(clone: Path) -> int:
+    """Return how many lines of losses the newest run has."""
+    files = sorted(clone.glob("runs/*/metrics.jsonl"))
+    return files[-1].read_text().count('"loss"') if files else 0
+
+
 def packages() -> list[str]:
     """Return what `make install` installs, and what builds the project."""
     parser = configparser.ConfigParser()
