@@ -107,6 +107,7 @@ def test_each_message_that_is_explained_exists() -> None:
     """Of each row of the table, every quoted message stands in the source, whose strings may go over several lines."""
     source = "".join(path.read_text() for folder in ("master", "trainer", "worker")
                      for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".sh"))
+    source += (ROOT / "tasks.py").read_text()
     joined = re.sub(r"\"\s*\n\s*f?\"", "", source)
     rows = re.findall(r"^\| (`.*?) \|", TEXTS[Path("docs/troubleshooting.md")], re.M)
     from_elsewhere = {"No route to host", "No space left on device", "killed by SIGKILL"}

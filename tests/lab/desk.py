@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from conftest import ROOT
@@ -58,6 +59,12 @@ class Desk:
         """The command that runs a script of its own on the hosts, instead of training tiny."""
         words = [word for word in self.words() if word not in ("--model", "tiny", "--dataset", str(self.texts))]
         return [*words, "--script", str(script), "--", *more]
+
+    def start_script(self, script: Path | str, *more: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """Start a script of its own, or a module, with flags of the launcher `before` those of the script."""
+        words = [word for word in self.words() if word not in ("--model", "tiny", "--dataset", str(self.texts))]
+        return subprocess.Popen([*words, *before, "--script", str(script), "--", *more], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(self.words(*more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -130,33 +130,6 @@ def test_hosts_go_on_without_the_master_until_they_are_stopped(lab: Lab, texts: 
     assert_nothing_left(desk)
 
 
-def test_scripts_for_other_launchers_run_unchanged(lab: Lab, texts: Path, cache: Path) -> None:
-    desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
-    strict = desk.folder / "strict.py"  # as those for `accelerate launch` are
-    strict.write_text("import argparse\nfrom accelerate import Accelerator\nimport torch\n"
-                      "argparse.ArgumentParser().parse_args()\nwhole = Accelerator(cpu=True)\n"
-                      "print(whole.num_processes, int(whole.reduce(torch.ones(1)).item()))\nwhole.end_training()\n")
-    code, output = desk.run("--script", str(strict), "--")
-    assert code == 1 and "hint: --no-local-rank starts a script without that flag" in output, output
-    code, output = desk.run("--no-local-rank", "--script", str(strict), "--")
-    assert code == 0 and "\n2 2\n" in output, output
-    trainer = desk.folder / "trainer.py"  # as transformers' own examples are
-    trainer.write_text(
-        "import torch\nfrom transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer\n"
-        "from transformers import TrainingArguments\n"
-        "(arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()\n"
-        "model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1,\n"
-        "                                     num_attention_heads=2, num_key_value_heads=2, vocab_size=64))\n"
-        "rows = [{'input_ids': torch.arange(8) % 64, 'labels': torch.arange(8) % 64}] * 16\n"
-        "trainer = Trainer(model, arguments, train_dataset=rows)\ntrainer.train()\n"
-        "print('steps', trainer.state.global_step, 'of', arguments.world_size, 'ranks')\n")
-    code, output = desk.run("--script", str(trainer), "--", "--output_dir", "made", "--max_steps", "3", "--use_cpu",
-                            "--per_device_train_batch_size", "2", "--save_strategy", "no", "--deepspeed",
-                            str(ROOT / "trainer" / "configs" / "cpu.json"))
-    assert code == 0 and "steps 3 of 2 ranks" in output, output
-    assert_nothing_left(desk)
-
-
 def test_nodes_are_found_and_trained_on_by_one_command(lab: Lab, texts: Path, cache: Path) -> None:
     desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
     (desk.folder / "hostfile.txt").unlink()

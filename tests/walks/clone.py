@@ -27,10 +27,10 @@ def bare_clone(folder: Path) -> Path:
     return clone
 
 
-def steps_logged(clone: Path) -> int:
-    """Return how many lines of losses the newest run has."""
+def steps_logged(clone: Path, runs: int = 1) -> int:
+    """Return how many lines of losses the newest of so many runs has."""
     files = sorted(clone.glob("runs/*/metrics.jsonl"))
-    return files[-1].read_text().count('"loss"') if files else 0
+    return files[-1].read_text().count('"loss"') if len(files) == runs else 0
 
 
 def packages() -> list[str]:
