@@ -59,6 +59,8 @@ def is_reachable() -> bool:
 def asked(url: str) -> int | None:
     """Return the status that a web server answers with, 0 where none can be reached, None where none came in time."""
     found: list[int] = []
+    if not url.startswith(("http://", "https://")):  # HF_ENDPOINT may be anything
+        return None
 
     def ask() -> None:
         request = urllib.request.Request(url, method="HEAD", headers=token_header())  # noqa: S310, http as configured

@@ -145,7 +145,7 @@ def test_a_stopped_rank_is_named_and_seen_by_watch(desk: Desk) -> None:
     assert job.returncode == 0 and "checkpoint-" in output, output
 
 
-@pytest.mark.parametrize("deaf", ["gpu1", "gpu2"])
+@pytest.mark.parametrize("deaf", ["gpu2"])
 def test_a_cable_that_carries_one_way_only_is_named_with_its_direction(deaf: str, desk: Desk) -> None:
     host, other = desk.hosts[deaf], desk.hosts["gpu2" if deaf == "gpu1" else "gpu1"]
     job = desk.start(*QUICKLY, *SMALL, "--max_steps", "100000")

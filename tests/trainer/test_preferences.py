@@ -124,7 +124,8 @@ def accuracy(run: Run) -> dict[int, float]:
     (1, None, ()), (2, "configs/zero1", ("--lora", "4", "--learning_rate", "1e-2")),
     pytest.param(2, "configs/zero3", (), marks=pytest.mark.slow),
     pytest.param(2, "configs/zero2", (), marks=pytest.mark.slow),
-    pytest.param(2, "configs/zero3", ("--lora", "4", "--learning_rate", "1e-2", *NO_SAMPLES), marks=pytest.mark.slow)])
+    pytest.param(2, "configs/zero3", ("--lora", "4", "--learning_rate", "1e-2", "--eval_steps", "12", *NO_SAMPLES),
+                 marks=pytest.mark.slow)])
 def test_dpo_learns_which_answer_is_better(
     train: Train, polite: Path, ranks: int, config: str | None, words: tuple[str, ...]
 ) -> None:

@@ -37,7 +37,7 @@ COMPILED = (pytest.mark.slow, pytest.mark.needs("g++"))  # as Muon is, when it i
 
 @pytest.mark.parametrize(("name", "config"), [
     ("adafactor", "configs/zero2"), pytest.param("sgd", "configs/zero3", marks=pytest.mark.slow),
-    *(pytest.param("muon", f"configs/zero{stage}", marks=COMPILED) for stage in (0, 1, 2))])
+    *(pytest.param("muon", f"configs/zero{stage}", marks=COMPILED) for stage in (0, 2))])
 def test_deepspeed_drives_an_optimizer_by_name(train: Train, name: str, config: str) -> None:
     run = train("--optim", name, "--max_steps", "8", *SHORT, "--learning_rate", "1e-2", ranks=2, config=config)
     first, last = run.losses("eval_loss")[0], run.losses("eval_loss")[8]
