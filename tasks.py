@@ -85,10 +85,10 @@ class ToolTask(WordsTask):
 
 
 up = ToolTask("up", "prepare_cluster", "Make a cluster of hosts: do what is missing, step by step, and ask little.")
-setup_keys = ToolTask("setup-keys", "setup_keys", "Set up key login on every node, instead of a password.")
+setup_keys = ToolTask("setup-keys", "setup_keys", "Set up key login on every host, instead of a password.")
 hostfile = ToolTask("hostfile", "generate_hostfile", "Find the GPUs of all hosts and write hostfile.txt.")
-sync = ToolTask("sync", "sync_nodes", "Copy code, Python environment, model and data to every node.")
-check = ToolTask("check", "check_cluster", "Check that every node is ready and consistent.")
+sync = ToolTask("sync", "sync_nodes", "Copy code, Python environment, model and data to every host.")
+check = ToolTask("check", "check_cluster", "Check that every host is ready and consistent.")
 plan = ToolTask("plan", "plan_ds_config", "What a training needs, how fast it is, and whether another machine helps.")
 validate = ToolTask("validate", "validate_ds_config", "Find and fix problems in a DeepSpeed config.",
                     default=[str(ROOT / "trainer" / "ds_config.json")])
@@ -199,8 +199,9 @@ def take_words() -> None:
     if given.complete.value:
         complete(after_dashes())
         raise Exit
-    if given.help.value in TASKS:
+    if given.help.value in TASKS:  # --help TASK is TASK --help
         program.core.unparsed[:] = [given.help.value, "--help"]
+        given.help.set_value(None, cast=False)
     if given.list.value is True and given["list-format"].value == "flat":
         program.core.unparsed[:] = ["help"]
         given.list.set_value(False, cast=False)

@@ -1,10 +1,10 @@
-"""Is every node ready and consistent? Ask all, compare them, try the network from each to each; say what to fix.
+"""Is every host ready and consistent? Ask all, compare them, try the network from each to each; say what to fix.
 
     invoke check --nodes 'gpu[1-3]'
     invoke check --hostfile hostfile.txt --network
     python master/check_cluster.py --nodes gpu1,gpu2 --fast --json
 
-Nothing is changed on a node. Exit code 1 if something prevents a training.
+Nothing is changed on a host. Exit code 1 if something prevents a training.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def build_parser() -> ToolParser:
 
 
 def facts_to_ask(nodes: Sequence[Node], options: argparse.Namespace) -> dict[str, Any]:
-    """Return what every node is asked."""
+    """Return what every host is asked."""
     paths, names = [], []
     words = [("model", options.model), *(("dataset", name_and_weight(word)[0]) for word in options.dataset)]
     for kind, word in words:

@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     place, *more = [word for word in words if word != "--extras"]
     venv = Path(place)
     log, python = venv / "install.log", venv / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    if subprocess.run([sys.executable, "-m", "venv", str(venv)]).returncode:
+        return 1
     log.write_text("")
     print(f"installing into {venv}, a few minutes the first time (what pip says: {log})", flush=True)
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off",

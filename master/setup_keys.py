@@ -1,11 +1,11 @@
-"""Log in to every node once with a password, so that keys do from then on: made, installed, proved, and undone.
+"""Log in to every host once with a password, so that keys do from then on: made, installed, proved, and undone.
 
     invoke setup-keys --nodes gpu1,gpu2
     python master/setup_keys.py --nodes admin@gpu1 gpu[2-4] --key-type rsa
     python master/setup_keys.py --nodes gpu1,gpu2 --remove
 
 Safe to repeat: a key that is there is left alone. Host keys are shown and noted, passwords asked for and never kept.
-Afterwards a Host block in ~/.ssh/config.d/lanspeed lets plain ssh, rsync and deepspeed reach the nodes the same way.
+Afterwards a Host block in ~/.ssh/config.d/lanspeed lets plain ssh, rsync and deepspeed reach the hosts the same way.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def build_parser() -> ToolParser:
     flag("--passphrase", action="store_true", help="ask for a passphrase for a new key, and load it into the agent")
     flag("--no-config", action="store_true", help="don't touch ~/.ssh/config")
     flag("--yes", action="store_true", help="write ~/.ssh/config without asking")
-    flag("--remove", action="store_true", help="remove the key from the nodes and the Host blocks from ~/.ssh/config")
+    flag("--remove", action="store_true", help="remove the key from the hosts and the Host blocks from ~/.ssh/config")
     flag("--dry-run", action="store_true", help="only print what would be done, by the keys that already work")
     parser.add_argument("--password-per-host", action="store_true",
                         help="ask for the password of each host that accepts no key, instead of one for all")
@@ -168,7 +168,7 @@ def prove(results: Sequence[HostResult], ssh: SshOptions, pair: KeyPair) -> None
     for result in results:
         refusal = found.get(result.node)
         if isinstance(refusal, SshError):
-            result.reason = (f"the key is installed and still refused ({refusal.reason}): on the node, look at the "
+            result.reason = (f"the key is installed and still refused ({refusal.reason}): on the host, look at the "
                              "modes of ~ and ~/.ssh, and at PubkeyAuthentication and AuthorizedKeysFile in sshd_config")
 
 
@@ -196,7 +196,7 @@ def update_config(results: Sequence[HostResult], options: argparse.Namespace, ke
             say("not written, no terminal to ask on: --yes writes it, --no-config never does")
             return
         question = "Delete these lines and files?" if options.remove else \
-            "Write this, so that plain ssh and deepspeed reach the nodes too?"
+            "Write this, so that plain ssh and deepspeed reach the hosts too?"
         if not confirm(question):
             return
     host_blocks.apply(changes)
@@ -211,7 +211,7 @@ def show(results: Sequence[HostResult]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Set up keys on all nodes; return 0, 1 if a host still refuses, 2 for wrong usage."""
+    """Set up keys on all hosts; return 0, 1 if a host still refuses, 2 for wrong usage."""
     options = build_parser().parse_args(argv)
     return run_cli(lambda: set_up(options), "stopped; what was installed stays; run it again to continue")
 

@@ -1,4 +1,4 @@
-"""Bring every node what a training needs: lanspeed's code, an equal environment, the model, the data.
+"""Bring every host what a training needs: lanspeed's code, an equal environment, the model, the data.
 
     invoke sync
     invoke sync --nodes 'gpu[1-3]' --model ./llama --dataset notes/
@@ -62,7 +62,7 @@ def build_parser() -> ToolParser:
          help="the Python to make them with: a version or a path there (default: this one's; fetched if need be)")
     flag("--index-url", default="", metavar="U", help="package index instead of PyPI and PyTorch's")
     flag("--wheelhouse", type=Path, metavar="DIR",
-         help="for nodes without internet: wheels go from this folder here, which is filled if it lacks some")
+         help="for hosts without internet: wheels go from this folder here, which is filled if it lacks some")
     flag("--overwrite", action="store_true", help="replace files that exist there with different content")
     flag("--dry-run", action="store_true", help="print what would be sent")
     flag("--remove", action="store_true", help="remove everything that lanspeed put there")
@@ -151,7 +151,7 @@ def sync(options: argparse.Namespace) -> int:
     if options.remove and options.dry_run:
         raise UsageError("--remove has no --dry-run: it removes only what lanspeed put there")
     if options.folder and not options.folder.startswith(("/", "~/")):
-        raise UsageError(f"--folder {options.folder}: a whole path on the nodes, or one below ~/")
+        raise UsageError(f"--folder {options.folder}: a whole path on the hosts, or one below ~/")
     nodes, path = cluster_file.chosen_nodes(options.nodes, options.hostfile)
     if len(nodes) == 1 and nodes[0].is_local:
         trees_of(options)

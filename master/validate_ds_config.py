@@ -1,4 +1,4 @@
-"""Tell what is wrong with DeepSpeed configs before any node starts, in one line each, with how to fix it.
+"""Tell what is wrong with DeepSpeed configs before any host starts, in one line each, with how to fix it.
 
     invoke validate --config ds_config.json
     python master/validate_ds_config.py --hostfile hostfile.txt ds_config.json

@@ -128,7 +128,8 @@ def test_help_of_a_task_begins_with_examples() -> None:
     shown = lanspeed("check", "--help").stdout
     assert shown.startswith("usage: invoke check [flags]")
     assert shown.index("    invoke check --nodes") < shown.index("options:")
-    assert shown == lanspeed("check", "-h").stdout
+    assert shown == lanspeed("check", "-h").stdout == lanspeed("--help", "check").stdout
+    assert lanspeed("--version").stdout.startswith("lanspeed 0.")
 
 
 def test_a_mistyped_task_is_told_at_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ def test_help_is_told_from_any_folder(tool: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, tool, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {tool.name}")
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=name_of)
+def test_help_opens_with_an_example(tool: Path) -> None:
+    shown = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True).stdout
+    before = shown[: shown.index("\noptions:") if "\noptions:" in shown else None]
+    assert re.search(rf"^ +.*({tool.stem}|invoke|deepspeed)\b", before.partition("\n")[2], re.M), before
 
 
 @pytest.mark.parametrize("words", [[str(tool), "--help"] for tool in TOOLS] + [["-m", "invoke", "--list"]], ids=str)

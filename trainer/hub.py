@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+BASE = "https://huggingface.co"
 LIMIT_S = 3.0  # that an answer may take; without one the name is believed
 REFUSED = (401, 403, 404)  # what the hub says of a name that isn't there, or that this account may not read
 TRUE = ("1", "ON", "YES", "TRUE")
@@ -42,9 +43,9 @@ def why_not(kind: str, name: str) -> str | None:
         return None
     if is_offline():
         return "it is not in the Hugging Face cache, and HF_HUB_OFFLINE is set"
-    base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    base = os.environ.get("HF_ENDPOINT", BASE).rstrip("/")
     answer = asked(f"{base}/api/{kind}s/{name}")
-    if answer in REFUSED:
+    if answer in REFUSED and base == BASE:  # a mirror may not know that question
         return f"the hub has no {kind} of this name that you may read (a private one needs HF_TOKEN)"
     if answer == 0:
         return f"it is not in the Hugging Face cache, and {base.partition('://')[2]} can't be reached"
@@ -53,7 +54,7 @@ def why_not(kind: str, name: str) -> str | None:
 
 def is_reachable() -> bool:
     """Return False where the hub's name leads nowhere, or no connection is made; True otherwise."""
-    return asked(os.environ.get("HF_ENDPOINT", "https://huggingface.co")) != 0
+    return asked(os.environ.get("HF_ENDPOINT", BASE)) != 0
 
 
 def asked(url: str) -> int | None:

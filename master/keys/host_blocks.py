@@ -1,4 +1,4 @@
-"""The Host blocks that make plain `ssh gpu1`, `rsync` and `deepspeed` reach the nodes as lanspeed does.
+"""The Host blocks that make plain `ssh gpu1`, `rsync` and `deepspeed` reach the hosts as lanspeed does.
 
 They stand in a file of their own, config.d/lanspeed beside the user's ssh configuration, which gets one Include line.
 """
@@ -17,7 +17,7 @@ HEADER = "# Written by `invoke setup-keys`; `invoke setup-keys --nodes ... --rem
 
 
 def alias_of(node: Node) -> str:
-    """Return the name by which a node is reached once its block is there: no user, port or colon in it."""
+    """Return the name by which a host is reached once its block is there: no user, port or colon in it."""
     return re.sub("[:%]+", "-", node.host).strip("-")
 
 
@@ -36,7 +36,7 @@ def aliases_of(nodes: Sequence[Node]) -> dict[Node, str]:
 
 
 def block_of(node: Node, user: str | None, port: int | None, key: Path, alias: str = "") -> str:
-    """Return a node's block: only what its name or the flags give, and the key."""
+    """Return a host's block: only what its name or the flags give, and the key."""
     alias, user, port = alias or alias_of(node), node.user or user, node.port or port
     home = Path.home()
     shown = f"~/{key.relative_to(home)}" if key.is_relative_to(home) else str(key)

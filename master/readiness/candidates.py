@@ -50,7 +50,7 @@ def find_candidates(ssh: SshOptions) -> list[Candidate]:
     found = [*named(config_hosts(ssh.ssh_config or home / "config"), CONFIG),
              *named(known_names(home / "known_hosts"), KNOWN)]
     with ThreadPoolExecutor(MOST_TRIED) as pool:
-        at_home = [each for each in pool.map(lambda each: with_address(each, ssh), found) if is_near(each)]
+        at_home = [each for each in pool.map(lambda each: with_address(each, ssh), found) if each and is_near(each)]
     unique: list[Candidate] = []
     for each in [*at_home, *named(neighbours(), "neighbour"), *named(mdns_names(), "mDNS"),
                  *named(tailscale_names(), "Tailscale")]:
@@ -85,23 +85,24 @@ def is_address(text: str) -> bool:
 
 
 def is_near(candidate: Candidate) -> bool:
-    """Return whether a host is worth trying: at an address of a private network, or behind a jump host ('')."""
+    """Return whether a host is worth trying: at an address of a private network, or of the ssh configuration without
+    one."""
     if not candidate.address:
         return candidate.source == CONFIG
     address = ipaddress.ip_address(candidate.address.partition("%")[0])
     return address.is_private or (address.version == 4 and address in SHARED)
 
 
-def with_address(candidate: Candidate, ssh: SshOptions) -> Candidate:
-    """Return a candidate with the address that its name leads to; a name of known_hosts without one is at '0.0.0.0'."""
-    nowhere = replace(candidate, address="" if candidate.source == CONFIG else "8.0.0.0")
+def with_address(candidate: Candidate, ssh: SshOptions) -> Candidate | None:
+    """Return a candidate with the address that its name leads to, '' behind a jump host; None for a name of known_hosts
+    that leads nowhere any more."""
     try:
         route = resolve(candidate.node, ssh)
         if route.proxy:
             return replace(candidate, address="")
         found = socket.getaddrinfo(route.address, route.port, type=socket.SOCK_STREAM)
     except (SshError, OSError, UnicodeError):
-        return nowhere
+        return replace(candidate, address="") if candidate.source == CONFIG else None
     return replace(candidate, address=str(found[0][4][0]), port=route.port)
 
 

@@ -73,7 +73,7 @@ def test_two_commands_lead_from_passwords_to_a_hostfile_and_back(lab: Lab, hosts
     nodes = ("--nodes", "gpu[1-3]")
     more = ("--", "--ssh-user", "worker", "--connect-timeout", "3")
     code, screen = type_into(desk.words("setup-keys", *nodes, *more), {
-        "Trust them from now on?": "yes", "their password": PASSWORD, "reach the nodes too?": "yes"})
+        "Trust them from now on?": "yes", "their password": PASSWORD, "reach the hosts too?": "yes"})
     assert code == 1, screen  # gpu3 refuses
     assert screen.count("their password") == 1 and PASSWORD not in screen
     assert screen.count("  installed") >= 2 and "gpu3  -" in screen and "FAILED: TCP" in screen

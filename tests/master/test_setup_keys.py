@@ -200,7 +200,7 @@ def test_one_password_on_the_terminal_does_for_all_hosts(tmp_path: Path) -> None
         command = [sys.executable, str(TOOL), "--nodes", "gpu1,gpu2", "--ssh-user", ACCOUNT, "--ssh-config",
                    str(client.config), "--ssh-key", str(key)]
         code, screen = type_into(command, {"Trust them from now on?": "yes", "their password": PASSWORD,
-                                           "reach the nodes too?": "yes"})
+                                           "reach the hosts too?": "yes"})
         assert code == 0, screen
         assert screen.count("their password") == 1 and PASSWORD not in screen
         assert "no key was accepted by gpu1, gpu2" in screen
@@ -217,7 +217,7 @@ def test_each_host_may_have_a_password_of_its_own(tmp_path: Path) -> None:
         command = [sys.executable, str(TOOL), "--nodes", "gpu1,gpu2", "--ssh-user", ACCOUNT, "--ssh-config",
                    str(client.config), "--ssh-key", str(tmp_path / "client" / "id_new"), "--password-per-host"]
         code, screen = type_into(command, {"Trust them from now on?": "yes", "password of gpu1": PASSWORD,
-                                           "password of gpu2": "", "reach the nodes too?": "yes"})
+                                           "password of gpu2": "", "reach the hosts too?": "yes"})
         assert code == 1 and PASSWORD not in screen and "their password" not in screen, screen
         rows = [line.split() for line in screen.splitlines() if "SHA256:" in line or "FAILED" in line]
         assert [(row[0], "FAILED:" in row) for row in rows[-2:]] == [("gpu1", False), ("gpu2", True)], screen

@@ -52,7 +52,8 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A hub on a loopback address."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(hub, "BASE", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.delenv("HF_ENDPOINT", raising=False)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield
@@ -112,6 +113,12 @@ def test_names_are_looked_up(kind: str, name: str, why: str | None, endpoint: No
     said = hub.why_not(kind, name)
     assert said is None if why is None else said and why in said
     assert hub.is_reachable()
+
+
+def test_a_mirror_is_believed(endpoint: None, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may serve files without knowing what the hub is asked."""
+    monkeypatch.setenv("HF_ENDPOINT", f"{hub.BASE}/mirror")
+    assert hub.why_not("model", "org/mistyped") is None
 
 
 def test_a_token_opens_what_is_private(endpoint: None, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

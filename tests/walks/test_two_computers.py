@@ -62,7 +62,7 @@ def test_two_computers_with_passwords(lab: Lab, wheels: Path) -> None:
         terminal.wait_for("the password was refused by pc1, pc2", 60)
         terminal.wait_for("their password (again, empty: leave them out): ", 60)
         terminal.type(PASSWORD)
-        terminal.wait_for("reach the nodes too? [y/N] ", 60)
+        terminal.wait_for("reach the hosts too? [y/N] ", 60)
         terminal.type("y")
         said = terminal.end_of_command(code=1)
         assert "pc3: TCP: pc3 port 22: No route to host" in said

@@ -71,7 +71,7 @@ def second_copy_within_a_machine(config: Config) -> Iterator[Problem]:
 
 @RULES.add
 def memory_and_drives(config: Config) -> Iterator[Problem]:
-    """Buffers against each node's RAM, NVMe folders against its drives, as far as cluster.json knows them."""
+    """Buffers against each host's RAM, NVMe folders against its drives, as far as cluster.json knows them."""
     need = sum(buffer_bytes(config, section) for section in ("offload_param", "offload_optimizer"))
     small = [host["name"] for host in config.target.hosts
              if isinstance(ram := host["facts"].get("ram_bytes"), int) and 0 < ram < need]
@@ -86,7 +86,7 @@ def memory_and_drives(config: Config) -> Iterator[Problem]:
                    and not any(_holds(disk, path) and not disk.get("rotational") for disk in host["facts"]["disks"])]
         if without:
             yield Problem("nvme", "warning", (ZERO, section, "nvme_path"), f"no fast drive holds {path} on "
-                          f"{listed(without)}", "name a folder on an NVMe drive of every node")
+                          f"{listed(without)}", "name a folder on an NVMe drive of every host")
 
 
 def _holds(disk: dict[str, Any], path: str) -> bool:

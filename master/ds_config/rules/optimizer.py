@@ -50,7 +50,7 @@ def optimizer_type(config: Config) -> Iterator[Problem]:
         yield fails("untested-optimizer", ("optimizer", "type"), f"ZeRO does not take {name} untested",
                     "choose AdamW, or set zero_allow_untested_optimizer to true")
     if name in ("muadam", "muadamw", "musgd"):
-        yield Problem("needs-package", "info", ("optimizer", "type"), "needs the package mup on every node",
+        yield Problem("needs-package", "info", ("optimizer", "type"), "needs the package mup on every host",
                       "pip install mup there")
 
 

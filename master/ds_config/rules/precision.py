@@ -67,13 +67,13 @@ def activation_checkpoints(config: Config) -> Iterator[Problem]:
 
 @RULES.add
 def monitors(config: Config) -> Iterator[Problem]:
-    """Packages that every node needs (monitor/utils.py imports them when the engine is built)."""
+    """Packages that every host needs (monitor/utils.py imports them when the engine is built)."""
     for name, package in (("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")):
         if config.on(name, "enabled"):
-            yield Problem("needs-package", "info", (name,), f"needs the package {package} on every node",
+            yield Problem("needs-package", "info", (name,), f"needs the package {package} on every host",
                           f"pip install {package} there")
     if config.get("comet", "api_key"):
-        yield Problem("secret", "info", ("comet", "api_key"), "a key in a file that is copied to every node",
+        yield Problem("secret", "info", ("comet", "api_key"), "a key in a file that is copied to every host",
                       "set COMET_API_KEY instead")
 
 

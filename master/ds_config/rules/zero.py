@@ -84,7 +84,7 @@ def nvme(config: Config) -> Iterator[Problem]:
         place, device = config.get(ZERO, section, "nvme_path"), config.device(section)
         if device == "nvme" and config.stage == 3 and (not isinstance(place, str) or place in ("", "auto", "none")):
             yield needs("missing", (ZERO, section, "nvme_path"), "device nvme needs nvme_path",
-                        "give a folder on a local drive of every node")
+                        "give a folder on a local drive of every host")
         elif isinstance(place, str) and (place.startswith("~") or (device == "nvme" and not place.startswith("/"))):
             wrong = "~ is not expanded" if place.startswith("~") else "not an absolute path"
             yield Problem("bad-value", "warning", (ZERO, section, "nvme_path"), f"{wrong}: a folder of that name is "
