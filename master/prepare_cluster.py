@@ -14,15 +14,17 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.run_cli import UsageError, run_cli
+from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import listed, print_lines, say
 from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import read_cluster, with_logins
+from master.keys.host_blocks import aliases_of
 from master.readiness.candidates import find_candidates
 from master.readiness.state import files_of, hosts_in
 from master.readiness.steps import (
@@ -35,7 +37,7 @@ from master.readiness.steps import (
 )
 from master.ssh.node_names import Node, parse_node, read_nodes
 from master.ssh.options import add_ssh_flags, ssh_options
-from master.ssh.route import SshOptions
+from master.ssh.route import SshError, SshOptions
 
 
 def build_parser() -> ToolParser:
@@ -84,6 +86,14 @@ def choose_nodes(options: argparse.Namespace, ssh: SshOptions) -> list[Node]:
     return read_nodes(chosen)
 
 
+def prepared(options: argparse.Namespace) -> int:
+    """Do what is missing; return 0. Raises UserError, also for a host that the ssh configuration can't be read for."""
+    try:
+        return prepare(options)
+    except SshError as error:
+        raise UserError(str(error)) from None
+
+
 def prepare(options: argparse.Namespace) -> int:
     """Do what is missing; return 0."""
     if options.cpu_slots is not None and not 0 < options.cpu_slots <= 1024:
@@ -92,7 +102,10 @@ def prepare(options: argparse.Namespace) -> int:
     nodes = choose_nodes(options, ssh)
     beside = options.hostfile.with_name("cluster.json")
     cluster = Cluster(tuple(nodes), with_logins(ssh, read_cluster(beside)), options)
-    set_up_keys(cluster)
+    aliases = aliases_of(nodes)
+    set_up_keys(cluster, aliases)
+    nodes = [node if node.is_local else parse_node(aliases[node]) for node in nodes]  # as a hostfile names them
+    cluster = replace(cluster, nodes=tuple(nodes))
     write_hostfile(cluster)
     found = files_of(cluster.hostfile, nodes)
     if options.dry_run and not (found.is_theirs and found.are_known):
@@ -103,14 +116,15 @@ def prepare(options: argparse.Namespace) -> int:
     show_plan(cluster)
     goods = ["--model", options.model or "tiny", *(["--dataset", *options.dataset] if options.dataset else [])]
     say("ready to train:")
-    print_lines(shlex.join(["invoke", "train", *goods, "--hostfile", str(cluster.hostfile)]))
+    config = ["--ssh-config", str(options.ssh_config)] if options.ssh_config else []  # what cluster.json doesn't keep
+    print_lines(shlex.join(["invoke", "train", *goods, "--hostfile", str(cluster.hostfile), *config]))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Set a cluster up; return 0, 1 if a step failed, 2 for wrong usage."""
     options = build_parser().parse_args(argv)
-    return run_cli(lambda: prepare(options), "stopped: what was done stays; the same command continues")
+    return run_cli(lambda: prepared(options), "stopped: what was done stays; the same command continues")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from typing import Any
 from master.core.terminal import HostTable
 from master.inventory.cluster_file import known_by_name, read_cluster
 from master.inventory.hostfile import Slots, read_hostfile
-from master.ssh.node_names import Node
+from master.ssh.known_hosts import UNKNOWN
+from master.ssh.node_names import Node, parse_node
 from master.ssh.options import host_key_prompt
-from master.ssh.route import SshError, SshOptions
+from master.ssh.route import SshError, SshOptions, resolve
 from master.ssh.run_on_all import run_on_all
 
 BY_SYNC = "invoke sync"  # how the fix begins of what a check finds and a sync brings
@@ -35,10 +36,20 @@ def logins(nodes: Sequence[Node], ssh: SshOptions, may_ask: bool) -> Logins:
         found = run_on_all(far, replace(ssh, password=None), lambda session: session.run("exit 0").code,
                            waiting.paused(host_key_prompt()) if may_ask else None)
     errors = [error for error in found.values() if isinstance(error, SshError)]
-    refused = {error.host for error in errors if error.stage == "authentication"}
+    refused = {error.host for error in errors if error.stage == "authentication" or (
+        not may_ask and error.stage == "host key" and error.reason.startswith(UNKNOWN))}
     return Logins(tuple(str(node) for node in found if not isinstance(found[node], SshError)),
                   tuple(str(node) for node in found if str(node) in refused),
                   tuple(error for error in errors if error.host not in refused))
+
+
+def lacks_alias(node: Node, alias: str, ssh: SshOptions) -> bool:
+    """Return whether a node that was typed with user or port is not what the ssh configuration reaches by its alias,
+    which is all that a hostfile can say."""
+    if node.is_local or (node.user is None and node.port is None):
+        return False
+    typed, named = resolve(node, ssh), resolve(parse_node(alias), ssh)
+    return (typed.address, typed.port, typed.user) != (named.address, named.port, named.user)
 
 
 def hosts_in(hostfile: Path) -> list[Slots]:

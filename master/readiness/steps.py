@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from master.core.run_cli import UserError
 from master.core.terminal import confirm, listed, say
 from master.inventory.cluster_file import read_cluster
 from master.inventory.node_facts import local_facts
-from master.readiness.state import files_of, hosts_in, logins, measured_on, missing_parts, other_errors
+from master.readiness.state import (
+    files_of,
+    hosts_in,
+    lacks_alias,
+    logins,
+    measured_on,
+    missing_parts,
+    other_errors,
+)
 from master.ssh.node_names import Node
 from master.ssh.options import OWN_KEY, PASSWORD_VARIABLE, ssh_flags
 from master.ssh.route import SshOptions
@@ -81,25 +90,33 @@ def own_key_too(ssh: SshOptions) -> SshOptions:
     return replace(ssh, more_keys=tuple({*ssh.more_keys, path})) if path.exists() else ssh
 
 
-def set_up_keys(cluster: Cluster) -> None:
-    """Have every host take a key of this user's. Raises StepError."""
+def set_up_keys(cluster: Cluster, aliases: Mapping[Node, str]) -> None:
+    """Have every host take a key of this user's, and be reached by its alias. Raises StepError, SshError."""
     options = cluster.options
     ssh = replace(cluster.ssh, host_keys="accept-new") if options.yes and not options.host_keys else cluster.ssh
     found = logins(cluster.nodes, ssh, may_ask=not options.dry_run)
-    if found.refused:
-        cluster.tell("keys", f"{listed(found.refused)}: no key of yours is accepted yet; a password is asked for once",
+    unnamed = [str(node) for node in cluster.nodes if lacks_alias(node, aliases[node], ssh)]
+    wanted = [name for name in cluster.words if name in (*found.refused, *unnamed)]
+    if wanted:
+        why = "no key of yours is accepted yet; a password is asked for once" if found.refused else \
+            "a hostfile takes neither user nor port: a Host block gives each a plain name"
+        cluster.tell("keys", f"{listed(found.refused or wanted)}: {why}",
                      "a line in ~/.ssh/authorized_keys there; a key, known_hosts and Host blocks in ~/.ssh here")
-        cluster.run("setup_keys", "--nodes", *found.refused, *(["--yes"] if options.yes else []))
+        cluster.run("setup_keys", "--nodes", *wanted, *(["--yes"] if options.yes else []))
         if options.dry_run:
             return
         found = logins(cluster.nodes, own_key_too(ssh), may_ask=False)
+        unnamed = [str(node) for node in cluster.nodes if lacks_alias(node, aliases[node], ssh)]
     for error in found.lost:
         say(str(error))
-    if found.refused or found.lost:
-        left = [*found.refused, *(error.host for error in found.lost)]
+    left = [*found.refused, *(error.host for error in found.lost)]
+    if left:
         rest = [name for name in cluster.words if name not in left]
         raise StepError(f"{listed(left)} can't be reached by key. Fix that and run this again"
                         + (f", or leave them out: invoke up --nodes {','.join(rest)}" if rest else ""))
+    if unnamed:
+        raise StepError(f"{listed(unnamed)}: a hostfile takes plain names alone: run this again and have the Host "
+                        "blocks written, or write them yourself")
     cluster.tell("keys", f"done: {listed(cluster.words)} {'takes' if len(cluster.nodes) == 1 else 'take'} your key")
 
 
@@ -168,8 +185,8 @@ def copy_what_is_missing(cluster: Cluster) -> None:
         report = ask_check(cluster)
         missing = missing_parts(report, own)
     else:
-        cluster.tell("copies", "done: every host has lanspeed, its environment" + (
-            ", the model and the data" if cluster.goods else ""))
+        more = ", its environment, model and data" if cluster.goods else " and its environment"
+        cluster.tell("copies", f"done: every host has lanspeed{more}")
     problems = [*(f"{listed(hosts)}: {what}" for what, hosts in missing.items()), *other_errors(report)]
     for line in problems:
         say(f"    {line}")
