@@ -39,6 +39,13 @@ class RemoteCheckout:
                 return head + equals + there + tail[len(here) :]
         return word
 
+    def here_of(self, word: str) -> str:
+        """Return a path of the node's as this machine has it; one that it has none for as it is."""
+        for here, there in sorted([*self.paths, (str(ROOT), self.folder)], key=lambda pair: -len(pair[1])):
+            if word == there or word.startswith(there + "/"):
+                return here + word[len(there) :]
+        return word
+
 
 def checkout_of(known: Mapping[str, Any]) -> RemoteCheckout:
     """Return a host's place by what cluster.json says of it; this machine's path where it says nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -13,8 +14,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from master.core.atomic_write import write_atomically
 from master.core.terminal import is_terminal, say
+from master.inventory.node_facts import RemoteCheckout
 from master.run.incoming_archive import MAX_BANNER_LINES, ArchiveStream, check_room, unpack
+from master.run.launcher_process import read_object
 from master.ssh.node_names import Node
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
@@ -153,3 +157,14 @@ def move_into_place(scratch: Path, run: Path, is_ours: bool) -> list[str]:
             shutil.rmtree(target)
         path.replace(target)
     return left_out
+
+
+def localize_adapters(run: Path, place: RemoteCheckout) -> None:
+    """Let the adapters of a run folder that came from a host name their base by this machine's path, where it has one.
+    """
+    for folder in ("model", "adapter"):
+        path = run / folder / "adapter_config.json"
+        config = read_object(path)
+        base = config.get("base_model_name_or_path")
+        if isinstance(base, str) and (here := place.here_of(base)) != base and not path.is_symlink():
+            write_atomically(path, json.dumps({**config, "base_model_name_or_path": here}, indent=2) + "\n")

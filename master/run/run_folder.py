@@ -16,6 +16,7 @@ from master.core.trust import refuse_foreign
 from master.inventory.cluster_file import known_by_name, write_cluster
 from master.inventory.hostfile import Slots, render_hostfile
 from master.run.launcher_process import is_active, make_private, read_launcher_record, read_object
+from trainer.flags.run_names import short_name
 
 
 class RunError(UserError):
@@ -24,8 +25,7 @@ class RunError(UserError):
 
 def new_run_path(model: str) -> Path:
     """Return runs/<time>-<model>, the folder of a run that starts now; with a number where another began just now."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
-    path = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    path = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{short_name(model)}"
     others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(each for each in itertools.chain([path], others) if not each.exists())
 

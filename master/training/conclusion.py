@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from master.core.terminal import say
-from master.run.fetch_run import fetch_run
+from master.run.fetch_run import fetch_run, localize_adapters
 from master.run.launcher_process import ENDED, read_object
 from master.run.run_folder import mark_failed, mark_script, memory_advice
 from master.ssh.route import SshOptions
@@ -33,6 +33,7 @@ def conclude(place: RunPlace, result: JobResult, ssh: SshOptions) -> int:
     if not here and (hosts[0] in result.launcher_codes or hosts[0] in result.ended_alone):
         here = fetch_run(place.parts[0].node, place.folders[hosts[0]], place.run, ssh, is_ours=place.is_ours,
                          optional=failed or not place.is_ours)
+        localize_adapters(place.run, place.parts[0].place)
     if not place.is_ours and not result.ended_alone:
         mark_script(place.run, "stopped" if result.asked_to_stop else "failed" if failed else "finished", int(failed))
     if result.ended_alone and not failed:

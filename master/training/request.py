@@ -22,6 +22,7 @@ from master.run.rank_environment import environment
 from master.training.deepspeed_command import is_only_here, plain_command
 from master.training.job import Supervision
 from trainer.flags.dataset_words import name_and_weight
+from trainer.flags.run_names import INSIDE
 
 DATA_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".gz")
 PATHS = ("--adapter", "--eval_dataset", "--chat_template")  # the trainer's flags that may name what lies here
@@ -172,6 +173,8 @@ def path_or_name(flag: str, word: str | None, hosts: Hosts) -> str | None:
     if looks_like_path(word) and (hosts.are_here or not os.path.isabs(word)):
         beside = Path(word).parent
         near = difflib.get_close_matches(Path(word).name, os.listdir(beside) if beside.is_dir() else [], n=1)
+        if beside.name and (beside / "run.json").exists() and Path(word).name in INSIDE:
+            raise UsageError(f"{flag} {word}: that run has no {Path(word).name} yet: invoke train --resume {beside}")
         raise UsageError(f"{flag} {word}: no such file or folder"
                          + (f": did you mean {beside / near[0]}?" if near else ""))
     return word

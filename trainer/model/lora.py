@@ -5,6 +5,7 @@ The run's model/ then holds the adapter; with --merge_lora the whole model, and 
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def add_adapter(model: Any, options: Options, split: bool, resized: bool = False
     except (ValueError, NotImplementedError, RuntimeError, KeyError) as error:
         flag = f"--adapter {options.adapter}" if options.adapter else "--lora"
         raise UserError(f"{flag}: {first_line(error)}", shared=True) from None
+    for config in found.peft_config.values():  # else it is found from this folder alone
+        if os.path.isdir(config.base_model_name_or_path or ""):
+            config.base_model_name_or_path = os.path.realpath(config.base_model_name_or_path)
     if options.activation_checkpointing:  # else nothing at the checkpoints' edges asks for gradients
         model.enable_input_require_grads()
     reached = {id(weight): numel(weight) for module in found.modules() if getattr(module, "lora_A", None)

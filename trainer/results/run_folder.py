@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -19,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.verification import write_atomically
+from trainer.flags.run_names import short_name
 from trainer.options import Options
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
-
-
-def short_name(model: str) -> str:
-    """Return a model's name as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
 
 
 def new_run_path(model: str, now: str) -> Path:

@@ -28,6 +28,7 @@ from trainer.results.best_model import SaveBest
 from trainer.results.console import Console
 from trainer.results.disk_space import check_disk_space
 from trainer.results.loss_curve import draw_curve
+from trainer.results.model_card import write_card
 from trainer.results.samples import Samples
 from trainer.results.setup import Setup, Workload
 from trainer.results.traffic_report import traffic_of
@@ -135,6 +136,7 @@ class Session:
                                         self._report.tokens, self._report.by_dataset) | {
                                             "peak_bytes": peak, "computed_tokens_per_second": self._report.usual_rate()}
                 traffic = traffic_of(setup, self.workload, self.trainer, self._sent.total, self._sent.steps)
+                write_card(setup, self.workload, found, step)
                 run.finish("finished", 0, step=step, waiting=waited, summary=found,
                            traffic=asdict(traffic) if traffic else None)
                 told = traffic.sentence(setup.ranks.host) if traffic else None
