@@ -36,8 +36,9 @@ def lines(setup: Setup, workload: Workload, found: dict[str, Any], step: int) ->
     adapter = bool(o.lora) and (setup.run.model / "adapter_config.json").exists()
     yield from front_matter(base_of(o.model_name_or_path), adapter)
     yield from (f"# {name}", "")
-    what = "A LoRA adapter of" if adapter else "Made from scratch:" if base_of(o.model_name_or_path) is None else \
-        "Fine-tuned from"
+    base = base_of(o.model_name_or_path)
+    what = "A LoRA adapter of" if adapter else "Made from scratch:" if base is None else \
+        "New weights in the shape of" if o.from_config else "Fine-tuned from"
     yield f"{what} `{clean(o.model_name_or_path)}`, {short(workload.parameters)} parameters, trained with lanspeed."
     yield from ("", "| | |", "|---|---|")
     for key, value in facts(setup, workload, found, step):
@@ -86,11 +87,10 @@ def facts(setup: Setup, workload: Workload, found: dict[str, Any], step: int) ->
 
 def use_of(adapter: bool) -> tuple[str, ...]:
     """Return the lines of Python that load the folder that the card lies in."""
-    kind = "peft", "AutoPeftModelForCausalLM"
-    if not adapter:
-        kind = "transformers", "AutoModelForCausalLM"
-    first = ("from transformers import AutoTokenizer", f"from {kind[0]} import {kind[1]}", "")
-    return (*first, f'model = {kind[1]}.from_pretrained(".")', 'tokenizer = AutoTokenizer.from_pretrained(".")')
+    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    first = ("from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer") if adapter else \
+        ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
+    return (*first, "", f'model = {kind}.from_pretrained(".")', 'tokenizer = AutoTokenizer.from_pretrained(".")')
 
 
 def command() -> str:

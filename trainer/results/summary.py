@@ -122,7 +122,8 @@ def run_facts(setup: Setup, workload: Workload, memory: dict[str, Any] | None) -
             "data_key": setup.data.info.key, "hosts": list(hosts), "slots": dict(hosts),
             "world_size": setup.ranks.world_size, "engine": setup.engine, "precision": setup.precision,
             "parameters": workload.parameters, "trained_parameters": workload.trained, "lora": setup.options.lora,
-            "steps": workload.steps, "seed": setup.options.seed, "memory": memory, "method": setup.options.method}
+            "steps": workload.steps, "seed": setup.options.seed, "memory": memory, "method": setup.options.method,
+            "form": setup.data.info.form}
 
 
 def evaluations(trainer: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,106 @@
+"""A model that was trained, to be used: whole or an adapter with its base, its tokenizer, and what ends an answer.
+
+Nothing that came with it is run: no code of a hub, no pickles; an adapter's base must be found here or on the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import UserError, first_line, is_out_of_memory
+from trainer.model import loading
+
+MARK = "\u2042 answer \u2042"  # a text that no template has
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model ready to answer; `has_adapter`: switched off, it is its own base."""
+
+    model: Any
+    tokenizer: Any
+    has_adapter: bool
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Have an adapter's base answer."""
+        with self.model.disable_adapter() if self.has_adapter else nullcontext():
+            yield
+
+
+def best_device() -> str:
+    """Return where a model answers: a GPU if there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cpu"
+
+
+def load_trained(name: str, device: str, base: str | None = None) -> TrainedModel:
+    """Load a model's folder, or a name of the hub; `base`: where an adapter's base is, if not where it says.
+
+    Raises UserError.
+    """
+    from transformers import AutoTokenizer
+
+    adapter = Path(name) if (Path(name) / "adapter_config.json").is_file() else None
+    if adapter and not (adapter / "config.json").exists():
+        base = base or loading.base_of(adapter)
+        if base.startswith(("/", ".", "~")) and not Path(base).expanduser().is_dir():
+            raise UserError(f"{adapter} is an adapter of {base}, which is not here: --base FOLDER says where it is")
+    model = load_weights(base if adapter and base else name, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if adapter:
+            from peft import PeftModel
+
+            rows = model.get_input_embeddings().num_embeddings
+            if len(tokenizer) > rows:  # an adapter that was trained with added tokens
+                model.resize_token_embeddings(len(tokenizer))
+            model = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
+    except Exception as error:  # a file that somebody made up can raise anything
+        raise UserError(f"{name}: {first_line(error)}") from None
+    return TrainedModel(model.to(device).eval(), tokenizer, adapter is not None)
+
+
+def load_weights(name: str, device: str) -> Any:
+    """Return a whole model: as it was saved on a GPU, in float32 on a CPU. Raises UserError."""
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    try:
+        refuse_code(name, PreTrainedConfig.get_config_dict(name)[0])
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto" if device != "cpu" else torch.float32,
+                                                    use_safetensors=True)
+    except UserError:
+        raise
+    except Exception as error:  # a file that somebody made up can raise anything
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{name}: {first_line(error)}") from None
+
+
+def refuse_code(name: str, config: Any) -> None:
+    """Raise UserError for a configuration that names code of the hub, which transformers would fetch and run."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise UserError(f"{name}: its config.json names code of somebody else ({key}: {str(value)[:100]})")
+        refuse_code(name, value)
+
+
+def ends_of_answer(trained: TrainedModel, chats: bool) -> list[int]:
+    """Return the tokens that end an answer: the model's own, and what the template writes after one."""
+    tokenizer = trained.tokenizer
+    known = trained.model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    if chats:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).partition(MARK)[2]
+        ids = tokenizer(after, add_special_tokens=False).input_ids
+        if ids and ids[0] in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
+            found.add(ids[0])
+    return sorted(found)
