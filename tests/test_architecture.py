@@ -123,7 +123,8 @@ def test_nothing_is_imported_in_a_circle() -> None:
 @pytest.mark.parametrize("path", [path for path in MODULES.values() if path.name == "__init__.py"], ids=name_of)
 def test_a_package_says_what_it_is_for_and_is_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) == 1  # its contract, and nothing that is handed on
-    assert len(list(path.parent.glob("*.py"))) <= 14
+    tools = path.parent.name == "master"  # at whose top there is one for each task
+    assert len(list(path.parent.glob("*.py"))) <= (20 if tools else 14)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "master").glob("*.py")), ids=name_of)
