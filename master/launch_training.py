@@ -29,12 +29,13 @@ from master.core.paths import PRESETS, ROOT, TRAINER
 from master.core.run_cli import UsageError, UserError, run_cli
 from master.core.terminal import print_lines, say
 from master.core.tool_parser import ToolParser
-from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, with_logins
+from master.inventory.cluster_file import empty_cluster, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
 from master.plan.launch_default import choose, compared
 from master.run.command_record import own_command
 from master.run.launcher_process import detach, ensure_not_running
+from master.run.repeated_run import compared_facts, take_flags
 from master.run.run_folder import find_run, new_run_path
 from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_options
 from master.ssh.route import SshOptions
@@ -64,6 +65,7 @@ def build_parser() -> ToolParser:
     flag("--exclude", default="", metavar="E", help="all hosts and slots but these")
     flag("--resume", metavar="RUN",
          help="resume a run from its newest valid checkpoint, with the flags it was started with")
+    flag("--like", metavar="RUN", help="train as that run did, in a new run; what differs is reported")
     flag("--restarts", type=int, metavar="N", help="restart after a failure, at most N times (0; with --min-hosts 10)")
     flag("--min-hosts", type=int, metavar="N",
          help="when hosts are lost for good, continue with the others, N at least, from the newest checkpoint")
@@ -96,11 +98,12 @@ def existing(config: Path | None) -> Path | None:
     return config and config.absolute()
 
 
-def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions) -> Hosts:
-    """Return where to train: --nodes, --hostfile, where a resumed run was, or this machine."""
-    before = run / "hostfile.txt"
-    resumed = options.resume and not options.slots and before.exists()
-    if resumed and not (options.hostfile or options.nodes or is_only_here(read_hostfile(before)) or own_command(run)):
+def choose_hosts(options: argparse.Namespace, again: Path | None, ssh: SshOptions) -> Hosts:
+    """Return where to train: --nodes, --hostfile, where the run was that is trained `again`, or this machine."""
+    before = (again or Path()) / "hostfile.txt"
+    resumed = again and not options.slots and before.exists()
+    if again and resumed and not (options.hostfile or options.nodes or is_only_here(read_hostfile(before))
+                                  or own_command(again)):
         say(f"{before} is not this machine's own: --hostfile names hosts; without it this machine trains")
         resumed = False
     if options.nodes:
@@ -112,7 +115,7 @@ def choose_hosts(options: argparse.Namespace, run: Path, ssh: SshOptions) -> Hos
         return Hosts(tuple(hosts), read_cluster(hostfile.with_name("cluster.json")), hostfile)
     if options.include or options.exclude:
         raise UsageError("--include and --exclude need --hostfile or --nodes")
-    if Path("hostfile.txt").exists() and not options.resume:
+    if Path("hostfile.txt").exists() and not again:
         say("hostfile.txt is not used: --hostfile hostfile.txt trains on its hosts")
     return Hosts((choose_slots(options.slots, count_gpus(), os.environ),), empty_cluster(), None)
 
@@ -155,33 +158,16 @@ def show(request: TrainingRequest, ssh: SshOptions) -> int:
     return 0 if is_possible(request, ssh) else 1
 
 
-def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOptions) -> TrainingRequest:
-    """Return the request with its hosts holding all of the resumed run's checkpoint, whose path is passed to the ranks.
-
-    `before` is the hostfile that it ran on. Raises RunError where the checkpoint can't be had.
-    """
-    from master.run.checkpoint_transfer import gather_and_send
-
-    hosts = read_hostfile(before)
-    known = known_by_name(read_cluster(before.with_name("cluster.json")))
-    if own_command(before.parent) is None:  # nobody is asked whom the user didn't name
-        known = {}
-        if unnamed := {host.host for host in hosts} - {host.host for host in request.hosts.slots}:
-            say(f"{before} is not this machine's own: {', '.join(sorted(unnamed))} won't be asked for shards")
-            return request
-    known = {**known, **request.hosts.known}
-    if not (found := gather_and_send(request.run, hosts, request.hosts.slots, known, ssh)):
-        return request
-    return replace(request, arguments=(*request.arguments, "--resume_from_checkpoint", str(found)))
-
-
 def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     """Run the training that the flags ask for and return its exit code. Raises UserError."""
-    from master.training.attempts import train
+    from master.training.attempts import train, with_whole_checkpoint
 
-    run = find_run(options.resume) if options.resume else new_run_path(options.model or "script")
+    again = find_run(options.resume or options.like) if options.resume or options.like else None
+    if again and options.like:
+        trainer_flags = take_flags(options, again, trainer_flags)
+    run = again if again and options.resume else new_run_path(options.model or "script")
     ssh = ssh_options(options)
-    hosts = choose_hosts(options, run, ssh)
+    hosts = choose_hosts(options, again, ssh)
     plan = choose(existing(options.config), None if options.script or options.resume else options.model,
                   options.dataset, trainer_flags, hosts.slots, hosts.cluster)
     if not options.script:
@@ -189,6 +175,8 @@ def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
 
         ensure_accepted(plan.config, hosts.ranks, shown(plan.config))
     request = request_of(options, trainer_flags, hosts, run, plan.config)
+    if again and options.like:
+        request = replace(request, environment={**request.environment, **compared_facts(again)})
     check_flags(request)
     ssh = with_logins(ssh, hosts.cluster)
     if options.dry_run:
@@ -229,7 +217,9 @@ def act(options: argparse.Namespace, trainer_flags: list[str]) -> int:
         ensure_not_running(run)
         read_job_record(run)
         return take_over(run, ssh) if not options.detach or detach(run) else 0
-    if not (options.model or options.script or options.resume):
+    if options.like and (options.resume or options.script):
+        raise UsageError("--like begins another run: give neither --resume nor --script")
+    if not (options.model or options.script or options.resume or options.like):
         raise UsageError("which model? invoke train --model tiny (or a Hugging Face name, or a folder)")
     if options.patience < LEAST_PATIENCE_S:
         raise UsageError(f"--patience {options.patience:g}: at least {LEAST_PATIENCE_S:g} s")

@@ -143,7 +143,7 @@ def flags_to_repeat(run: Path, typed: Sequence[str], ask: bool) -> list[str]:
         say(f"left out, type again what you want: {shlex.join(left_out)}")
     if ask and not sys.stdin.isatty():
         raise CommandError(f"{run}: no terminal to ask on: type its flags: {resume_words(run, '--model', 'M')}")
-    if ask and not confirm("Resume it with these flags?"):
+    if ask and not confirm("Train with these flags?"):
         raise CommandError(f"{run}: nothing was started")
     return taken
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from master.core.terminal import listed, say
-from master.inventory.hostfile import Slots
+from master.inventory.cluster_file import known_by_name, read_cluster
+from master.inventory.hostfile import Slots, read_hostfile
 from master.run.command_record import RECORD as COMMAND
-from master.run.command_record import write_command
+from master.run.command_record import own_command, write_command
 from master.run.launcher_process import LOCK, RECORD, survive_hangup, write_launcher_record
 from master.run.run_folder import RunError, save_hosts
 from master.ssh.node_names import parse_node
@@ -56,6 +59,26 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
         if code == 0 or result.asked_to_stop or result.is_unknown:
             return code
     return code
+
+
+def with_whole_checkpoint(request: TrainingRequest, before: Path, ssh: SshOptions) -> TrainingRequest:
+    """Return the request with its hosts holding all of the resumed run's checkpoint, whose path is passed to the ranks.
+
+    `before` is the hostfile that it ran on. Raises RunError where the checkpoint can't be had.
+    """
+    from master.run.checkpoint_transfer import gather_and_send
+
+    hosts = read_hostfile(before)
+    known = known_by_name(read_cluster(before.with_name("cluster.json")))
+    if own_command(before.parent) is None:  # nobody is asked whom the user didn't name
+        known = {}
+        if unnamed := {host.host for host in hosts} - {host.host for host in request.hosts.slots}:
+            say(f"{before} is not this machine's own: {', '.join(sorted(unnamed))} won't be asked for shards")
+            return request
+    known = {**known, **request.hosts.known}
+    if not (found := gather_and_send(request.run, hosts, request.hosts.slots, known, ssh)):
+        return request
+    return replace(request, arguments=(*request.arguments, "--resume_from_checkpoint", str(found)))
 
 
 def is_possible(request: TrainingRequest, ssh: SshOptions) -> bool:

@@ -107,6 +107,11 @@ class RunFolder:
         kept = [row for row in self.read_metrics() if row["step"] <= (resumed_at or 0)] if resumed_at else []
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What run.json says."""
+        return dict(self._record)
+
     def note(self, **facts: Any) -> None:
         """Add facts to run.json."""
         self._record.update(facts)

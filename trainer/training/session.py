@@ -27,6 +27,7 @@ from trainer.results import export, samples, summary
 from trainer.results.best_model import SaveBest
 from trainer.results.console import Console
 from trainer.results.disk_space import check_disk_space
+from trainer.results.likeness import differences
 from trainer.results.loss_curve import draw_curve
 from trainer.results.model_card import write_card
 from trainer.results.samples import Samples
@@ -95,6 +96,8 @@ class Session:
         if setup.ranks.is_first:
             facts = summary.run_facts(setup, workload, memory_report.described(setup, workload))
             setup.run.start(facts, setup.resume_step)
+            for line in differences(setup.run.record):
+                setup.console.say(line)
         rows = [row for row in setup.run.read_metrics() if "tokens" in row] if setup.resume_step else []
         self._report.watch(self.trainer, rows[-1] if rows else {})
         hosts = setup.hosts
