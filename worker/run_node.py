@@ -567,8 +567,7 @@ class Node:
         variables, interface = environment(job)
         variables["LANSPEED_PROGRESS"] = self.progress
         if job.get("run"):
-            variables["LANSPEED_RUN"] = run = os.path.join(job["folder"], job["run"])
-            os.makedirs(run, 0o700, exist_ok=True)
+            variables["LANSPEED_RUN"] = os.path.join(job["folder"], job["run"])
         for path, text in job.get("sent", {}).items():
             place = os.path.join(self.logs, os.path.basename(path))
             with open(place, "w", encoding="utf-8") as file:

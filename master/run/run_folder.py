@@ -52,7 +52,7 @@ def mark_failed(run: Path, code: int) -> None:
 def mark_script(run: Path, status: str, code: int) -> None:
     """Write run.json for a script of the user's, which writes none: how it ended."""
     if run.is_dir() and not (run / "run.json").exists():
-        record = {"schema": "run/1", "status": status, "exit": code, "ended": time.time()}
+        record = {"status": status, "exit": code, "ended": time.time()}
         write_atomically(run / "run.json", json.dumps(record, indent=1) + "\n")
 
 

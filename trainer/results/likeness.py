@@ -26,8 +26,8 @@ def differences(facts: dict[str, Any]) -> list[str]:
         if then is not None and then != now:
             found.append(f"{what} differ" if name in ONLY_SAME else f"{what}: {then} then, {now} now")
     then, now = earlier.get("versions"), facts.get("versions")
-    for name in sorted({*then, *now}) if isinstance(then, dict) and isinstance(now, dict) else ():
-        if then.get(name) != now.get(name):
-            found.append(f"{name}: {then.get(name) or 'none'} then, {now.get(name) or 'none'} now")
+    if isinstance(then, dict) and isinstance(now, dict):
+        found += [f"{name}: {then.get(name) or 'none'} then, {now.get(name) or 'none'} now"
+                  for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     head = f"like {str(earlier.get('run'))[:100]}"
     return [f"{head}, but {line}" for line in found] or [f"{head} in data, versions and machines"]
