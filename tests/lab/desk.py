@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -115,8 +116,12 @@ def job_processes(desk: Desk, host: Host | None = None) -> list[int]:
 
 def ranks_on(desk: Desk, host: str) -> list[int]:
     """The ranks on a machine, by their variables."""
-    return [pid for pid in job_processes(desk, desk.hosts[host])
-            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+    found = []
+    for pid in job_processes(desk, desk.hosts[host]):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(pid)
+    return found
 
 
 def launchers(desk: Desk) -> list[int]:

@@ -20,8 +20,8 @@ TOOL = ROOT / "master" / "plan_ds_config.py"
 
 
 @pytest.mark.parametrize(("slots", "micro_steps"), [
-    ({"gpu1": 1, "gpu2": 1}, 3), ({f"gpu{number}": 1 for number in range(1, 5)}, 2),
-    ({"gpu1": 2, "gpu2": 2}, 1)], ids=["2 hosts, 3 micro steps", "4 hosts, 2 micro steps", "2 x 2 ranks"])
+    ({"gpu1": 1, "gpu2": 1}, 3), ({f"gpu{number}": 1 for number in range(1, 5)}, 2)],
+    ids=["2 hosts, 3 micro steps", "4 hosts, 2 micro steps"])
 def test_a_step_sends_what_the_formula_says(slots: dict[str, int], micro_steps: int, lab: Lab, texts: Path,
                                             cache: Path) -> None:
     desk = Desk(lab, texts, cache, slots)

@@ -16,7 +16,7 @@ from lab.hosts import Lab
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("config", ["zero1", "zero3"])
+@pytest.mark.parametrize("config", ["zero3"])
 def test_two_machines_learn_which_answer_is_better(config: str, lab: Lab, tmp_path: Path, cache: Path) -> None:
     choose, data = random.Random(5), lab.folder / "pairs"
     data.mkdir()
