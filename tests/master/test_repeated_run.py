@@ -25,6 +25,7 @@ def launch(*words: str, environment: dict[str, str], cwd: Path) -> subprocess.Co
     return done
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_and_compared(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
     words = ("--max_steps", "2", "--sequence_length", "64", "--seed", "7", "--num_samples", "0")
     first = launch("--model", "tiny", "--dataset", str(texts), *words, environment=environment, cwd=tmp_path)

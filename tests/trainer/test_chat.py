@@ -49,22 +49,26 @@ def chat(desk: Path, *words: str, stdin: str = "") -> subprocess.CompletedProces
     return done
 
 
+@pytest.mark.slow
 def test_a_run_of_conversations_answers_and_ends_by_itself(desk: Path) -> None:
     done = chat(desk, "20260101-000000-tiny", "--prompt", "Your name?", "--temperature", "0")
     assert (done.returncode, done.stdout) == (0, "My name is Ada.\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_is_compared_with_its_base(desk: Path) -> None:
     done = chat(desk, "--compare", "--prompt", "-", "--temperature", "0", stdin="Your name?")
     assert done.stdout == "[base] My name is Ada.\n[trained] It is Bob.\n", done.stderr
 
 
+@pytest.mark.slow
 def test_plain_continues_the_text(desk: Path) -> None:
     done = chat(desk, "runs/20260101-000000-tiny", "--plain", "--prompt", "My name", "--temperature", "0",
                 "--max-new-tokens", "20")
     assert done.stdout.startswith(" is Ada."), done.stdout
 
 
+@pytest.mark.slow
 def test_an_adapter_without_its_base_says_where_it_was(desk: Path, tmp_path: Path) -> None:
     folder = tmp_path / "alone"
     shutil.copytree(desk / "runs" / "20260102-000000-tiny" / "model", folder)
@@ -78,6 +82,7 @@ def test_an_adapter_without_its_base_says_where_it_was(desk: Path, tmp_path: Pat
     assert found.stdout == "It is Bob.\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), [
     (("nowhere",), "nowhere: no such run"), (("20260103-000000-new",), "has no model yet: invoke train --resume runs/"),
     (("20260101-000000-tiny", "--compare"), "--compare needs a base, and this one was made from scratch")])
@@ -92,6 +97,7 @@ def test_without_runs_it_says_how_to_make_one(tmp_path: Path) -> None:
     assert done.returncode == 1 and "no run here has a model yet: invoke train --model tiny" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.needs("bash")
 def test_ctrl_c_ends_an_answer_and_not_the_chat(desk: Path) -> None:
     with Shell(["env", "-C", str(desk), "OMP_NUM_THREADS=1"]) as terminal:
@@ -108,6 +114,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(desk: Path) -> None:
         terminal.end_of_command()
 
 
+@pytest.mark.slow
 def test_the_card_of_a_model_says_what_it_is(desk: Path) -> None:
     whole = (desk / "runs" / "20260101-000000-tiny" / "model" / "README.md").read_text()
     adapter = (desk / "runs" / "20260102-000000-tiny" / "model" / "README.md").read_text()
