@@ -13,6 +13,7 @@ from master.run.metrics_file import MetricsFile
 
 ACTIVE = ("running", "starting")
 KNOWN = (*ACTIVE, "finished", "stopped", "failed")
+MOST_LEFT_S = 1e8  # three years
 LAST_BYTES = 64 << 10  # of a log, in which its last line is looked for
 
 
@@ -55,6 +56,7 @@ def look(run: Path, metrics: MetricsFile | None = None) -> dict[str, Any]:
         "step", "loss", "eval_loss", "tokens_per_second", "learning_rate", "sent_per_step")}
     steps, pace = figure(record.get("steps")), metrics.seconds_per_step()
     left = max(steps - figures["step"], 0) * pace if steps and pace and figures["step"] is not None else None
+    left = left if left is not None and left < MOST_LEFT_S else None  # of figures that make no sense
     return {"run": str(run), "status": status, "launcher": launcher.host if launcher.is_elsewhere else None,
             "steps": steps, "seconds_left": left, "world_size": figure(record.get("world_size")),
             **figures, "hosts": hosts}

@@ -50,9 +50,9 @@ def mark_failed(run: Path, code: int) -> None:
 
 
 def mark_script(run: Path, status: str, code: int) -> None:
-    """Write run.json for a script of the user's, which writes none: how it ended."""
-    if run.is_dir() and not (run / "run.json").exists():
-        record = {"status": status, "exit": code, "ended": time.time()}
+    """Write run.json for a script of the user's: how it ended last. One that the script wrote itself is left alone."""
+    record = {"status": status, "exit": code, "ended": time.time()}
+    if run.is_dir() and not set(read_object(run / "run.json")) - set(record):
         write_atomically(run / "run.json", json.dumps(record, indent=1) + "\n")
 
 

@@ -53,6 +53,7 @@ def test_a_script_with_transformers_is_watched_stopped_and_resumes(desk: Desk) -
     again = desk.start_script(script, *words, "--max_steps", str(step + 2), before=("--resume", desk.run_folder.name))
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and (desk.run_folder / "model.safetensors").exists(), output
+    assert json.loads((desk.run_folder / "run.json").read_text())["status"] == "finished"
     assert (desk.run_folder / f"checkpoint-{step + 2}").is_dir() and f"{step + 2}/{step + 2}" in output
     assert_nothing_left(desk)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from master.diagnosis.run_state import look, state_line, time_left
 from master.run.launcher_process import (
     RunningError,
     ensure_not_running,
@@ -118,3 +119,21 @@ def test_a_launcher_that_nobody_waited_for_has_ended() -> None:
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
         assert started_at(ended.pid) is None
     assert started_at(os.getpid())
+
+
+@pytest.mark.parametrize(("rows", "left"), [
+    ("", None), ('{"step": 1, "loss": 2, "time": 100}\n{"step": 3, "loss": 2, "time": 104}\n', 14.0),
+    ('{"step": 1, "loss": 2, "time": 100}\n{"step": 3, "loss": 2, "time": 1e308}\n', None),
+    ('{"step": 3, "loss": 2, "time": 1}\n{"step": 3, "loss": 2, "time": 2}\n', None),
+    ('{"step": 1, "loss": 2}\n{"step": "x", "loss": 2, "time": 2}\n', None)])
+def test_the_time_left_is_by_the_last_steps(rows: str, left: float | None, tmp_path: Path) -> None:
+    run = make_run(tmp_path, "running")
+    (run / "metrics.jsonl").write_text(rows)
+    found = look(run)
+    assert found["seconds_left"] == left
+    assert found["run"] in state_line(found)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (720, "12 min"), (12000, "3 h 20 min")])
+def test_a_time_is_told_as_a_person_says_it(seconds: float, text: str) -> None:
+    assert time_left(seconds) == text
