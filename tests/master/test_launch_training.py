@@ -149,6 +149,7 @@ def test_a_config_that_would_be_refused_starts_nothing(hosts: str, words: list[s
     assert "invoke validate --fix c.json" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "words", "code", "message"), [
     (None, [], 1, "error: h: No such file"), ("gpu1 slots=two\n", [], 1, "error: h:1: not 'HOST slots=N'"),
     ("gpu1 slots=2\n", ["--slots", "2"], 2, "the hostfile has slots of its own"),

@@ -21,7 +21,8 @@ def load(weights: float, stage: int, number: int, offloads: bool, ranks: int) ->
                         offloads=offloads, largest=LARGEST)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_states_are_what_engines_hold(ranks: int, environment: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
                "--rdzv-endpoint=127.0.0.1:0", str(PROGRAM)]
