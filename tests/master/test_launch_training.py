@@ -149,7 +149,6 @@ def test_a_config_that_would_be_refused_starts_nothing(hosts: str, words: list[s
     assert "invoke validate --fix c.json" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("text", "words", "code", "message"), [
     (None, [], 1, "error: h: No such file"), ("gpu1 slots=two\n", [], 1, "error: h:1: not 'HOST slots=N'"),
     ("gpu1 slots=2\n", ["--slots", "2"], 2, "the hostfile has slots of its own"),
@@ -162,6 +161,7 @@ def test_a_hostfile_that_does_not_serve_is_told(text: str | None, words: list[st
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_nor_a_compiler_needed(environment: dict[str, str], tmp_path: Path, texts: Path) -> None:
     environment["PATH"] = str(tmp_path / "empty")
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
