@@ -13,7 +13,6 @@ from conftest import ROOT
 from test_architecture import HEAVY, is_tool, name_of, sources
 
 TOOLS = [path for path in sources("master", "worker", "trainer") if is_tool(path) and "argparse" in path.read_text()]
-TOOLS = [path for path in TOOLS if path.name != "options.py"]
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=name_of)

@@ -1,7 +1,4 @@
-"""A training's options: what its flags say, and the defaults of what they leave open.
-
-    python trainer/options.py --model_name_or_path tiny --max_stepz 3     checks flags without training
-"""
+"""A training's options: what its flags say, and the defaults of what they leave open; check_inputs.py tries them."""
 
 from __future__ import annotations
 
@@ -11,10 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from trainer.errors import UserError, usage_error
+from trainer.errors import usage_error
 from trainer.flags.dataset_words import DatasetPart, parts_of
 from trainer.flags.parser import DEFAULT_DS_CONFIG, build_parser
 from trainer.flags.transformers_fields import check_optimizer, fields_set
@@ -211,17 +205,3 @@ def with_defaults(options: Options) -> Options:
                                 "adam_beta1": 0.9, "adam_epsilon": 1e-8, "num_epochs": 1, "max_steps": -1,
                                 "lr_scheduler_type": "cosine"}
     return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check the flags; return 0, or 2 after saying what is wrong."""
-    try:
-        parse_options(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

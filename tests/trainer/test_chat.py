@@ -122,3 +122,18 @@ def test_the_card_of_a_model_says_what_it_is(desk: Path) -> None:
     assert "A LoRA adapter of" in adapter and "library_name: peft" in adapter and "LoRA of rank 16" in adapter
     for text in (whole, adapter):
         assert "More Information Needed" not in text and "training loss" in text and "--max_steps" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "config", "message"), [
+    ("adapter_config.json", {"base_model_name_or_path": "someone/else", "peft_type": "LORA"},
+     "has an adapter of someone/else beside its weights"),
+    ("config.json", {"model_type": "llama", "text_config": {"experts_implementation": "someone/kernel"}},
+     "names code of somebody else (experts_implementation: someone/kernel)")])
+def test_what_would_load_or_run_something_else_is_refused(name: str, config: dict[str, object], message: str,
+                                                          desk: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "planted"
+    shutil.copytree(desk / "runs" / "20260101-000000-tiny" / "model", folder)
+    (folder / name).write_text(json.dumps(config))
+    done = chat(desk, str(folder), "--prompt", "x")
+    assert done.returncode == 1 and message in done.stderr, done.stderr

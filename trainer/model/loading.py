@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,20 @@ def refuse_kernels(options: Options, config: Any) -> None:
 
     Its attention doesn't count where --attn_implementation takes its place.
     """
-    for key, value in config.items() if isinstance(config, dict) else ():
+    for key, value in named_kernels(config):
         attention = key.endswith("attn_implementation")
-        if key.endswith("_implementation") and "/" in str(value) and not (attention and options.attn_implementation):
+        if not (attention and options.attn_implementation):
             fix = "--attn_implementation sdpa leaves that out" if attention else "take that out of it"
             raise UserError(f"model '{options.model_name_or_path}': its config.json names code of somebody else "
-                            f"({key}: {str(value)[:100]}): {fix}")
-        refuse_kernels(options, value)
+                            f"({key}: {value}): {fix}")
+
+
+def named_kernels(config: Any) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a configuration, at any depth, that name code of the hub, with that name."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith("_implementation") and "/" in str(value):
+            yield key, str(value)[:100]
+        yield from named_kernels(value)
 
 
 def refuse_adapter_beside(name: str, path: Path) -> None:

@@ -73,7 +73,9 @@ def load_weights(name: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     try:
-        refuse_code(name, PreTrainedConfig.get_config_dict(name)[0])
+        loading.refuse_adapter_beside(name, Path(name))
+        for key, value in loading.named_kernels(PreTrainedConfig.get_config_dict(name)[0]):
+            raise UserError(f"{name}: its config.json names code of somebody else ({key}: {value})")
         return AutoModelForCausalLM.from_pretrained(name, dtype="auto" if device != "cpu" else torch.float32,
                                                     use_safetensors=True)
     except UserError:
@@ -82,14 +84,6 @@ def load_weights(name: str, device: str) -> Any:
         if is_out_of_memory(error):
             raise
         raise UserError(f"{name}: {first_line(error)}") from None
-
-
-def refuse_code(name: str, config: Any) -> None:
-    """Raise UserError for a configuration that names code of the hub, which transformers would fetch and run."""
-    for key, value in config.items() if isinstance(config, dict) else ():
-        if key.endswith("_implementation") and "/" in str(value):
-            raise UserError(f"{name}: its config.json names code of somebody else ({key}: {str(value)[:100]})")
-        refuse_code(name, value)
 
 
 def ends_of_answer(trained: TrainedModel, chats: bool) -> list[int]:
