@@ -31,7 +31,8 @@ HOLDS_LOCK = """
 import ctypes
 def hold():
     print("ready", flush=True)
-    ctypes.PyDLL(None).sleep(600)  # a call that keeps Python's lock
+    while True:
+        ctypes.PyDLL(None).sleep(600)  # a call that keeps Python's lock, and that each signal ends
 hold()
 """
 COMPUTES = """
