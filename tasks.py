@@ -29,7 +29,7 @@ from master.core.tool_parser import ToolParser
 ROOT = Path(__file__).resolve().parent
 GROUPS = {"prepare the hosts": ("up", "setup-keys", "hostfile", "sync", "check"),
           "decide": ("plan", "validate", "detect"),
-          "train": ("train", "watch", "stop", "runs", "chat", "drill"),
+          "train": ("train", "watch", "stop", "runs", "report", "chat", "export", "drill"),
           "this project": ("demo", "test", "lint", "bench", "completion", "help")}
 
 
@@ -97,6 +97,10 @@ watch = ToolTask("watch", "watch_training", "Follow a run: progress, speed, and 
                  takes_run=True)
 stop = ToolTask("stop", "stop_training", "Stop a run; its ranks save a checkpoint first.", takes_run=True)
 chat = ToolTask("chat", "chat_with_run", "Talk with what was trained, or with its base beside it.", takes_run=True)
+export = ToolTask("export", "export_run", "Take what was trained elsewhere: GGUF, Ollama, a merged folder, the hub.",
+                  takes_run=True)
+report = ToolTask("report", "write_report", "Write a run, or several beside each other, as one HTML page.",
+                  takes_run=True)
 runs = ToolTask("runs", "list_runs", "List the runs of this folder: status, losses, speed.")
 drill = ToolTask("drill", "drill_cluster", "Try what a training survives on your hosts: kill, break, stop, resume.")
 

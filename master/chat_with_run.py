@@ -23,12 +23,8 @@ from master.core.paths import TRAINER
 from master.core.run_cli import UserError, run_cli
 from master.core.terminal import say
 from master.core.tool_parser import ToolParser
-from master.core.trust import refuse_foreign
-from master.run.launcher_process import read_object
-from master.run.run_folder import RunError, find_run
-from trainer.flags.run_names import INSIDE
+from master.run.trained_model import TEXT, find_model, form_of, record_of
 
-TEXT = "text"  # run.json's word for data that are no conversations
 OWN = ("run", "compare", "plain")  # flags that aren't passed on as they are
 
 
@@ -49,33 +45,15 @@ def build_parser() -> ToolParser:
     return parser
 
 
-def find_model(name: str | None) -> Path:
-    """Return the model's folder that a run or path means, without one the newest run's. Raises UserError."""
-    if name and any((Path(name) / each).exists() for each in ("config.json", "adapter_config.json")):
-        refuse_foreign(Path(name))
-        return Path(name)
-    if not name:
-        found = sorted(path for path in Path("runs").glob("*-*-*/model") if path.is_dir())
-        if not found:
-            raise RunError("no run here has a model yet: invoke train --model tiny")
-        refuse_foreign(found[-1].parent)
-        return found[-1]
-    run = find_run(name)
-    if not (run / "model").is_dir():
-        raise UserError(f"{run} has no model yet: invoke train --resume {run}")
-    return run / "model"
-
-
 def words_of(model: Path, options: argparse.Namespace) -> list[str]:
     """Return the trainer's command line for a chat. Raises UserError."""
     words = [str(model)]
-    record = read_object(model.parent / "run.json") if model.name in INSIDE else {}
-    if options.plain or record.get("form") == TEXT:
+    if options.plain or form_of(model) == TEXT:
         words.append("--plain")
     if options.compare and (model / "adapter_config.json").exists():
         words.append("--compare")
     elif options.compare:
-        base = record.get("model")
+        base = record_of(model).get("model")
         if not isinstance(base, str) or base == "tiny":
             raise UserError(f"{model}: --compare needs a base, and this one was made from scratch" if base else
                             f"{model} doesn't say what it was trained from: python trainer/chat_with_model.py {model} "

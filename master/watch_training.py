@@ -3,8 +3,10 @@
     invoke watch
     python master/watch_training.py runs/20261124-020457-tiny --once
     python master/watch_training.py --json
+    invoke watch --web
 
-It reads the run folder, and asks the hosts over SSH while somebody watches; nothing stays behind there.
+It reads the run folder, and asks the hosts over SSH while somebody watches; nothing stays behind there. --web shows the
+run's page in a browser of this machine, and how it goes on.
 """
 
 from __future__ import annotations
@@ -12,19 +14,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.run_cli import run_cli
-from master.core.terminal import is_terminal, one_line, print_lines
+from master.core.run_cli import UserError, run_cli
+from master.core.terminal import is_terminal, one_line, print_lines, say
 from master.core.tool_parser import ToolParser
 from master.diagnosis.host_metrics import HostMetrics
+from master.diagnosis.host_rows import cells
 from master.diagnosis.run_state import ACTIVE, look, next_commands, state_line
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
@@ -41,39 +46,6 @@ if TYPE_CHECKING:
 
 EVERY = 2.0  # seconds between two looks
 PATIENCE = 15.0  # seconds that one look waits for the hosts
-
-
-def cells(measured: dict[str, Any]) -> tuple[str, str, str]:
-    """Return what a host's row shows of its processors, its memory and its network."""
-    if "fault" in measured or not measured:
-        return measured.get("fault", "asked"), "", ""
-    gpus = measured["gpus"]
-    busy = [f"GPU {gpu['slot']}: {share(gpu['use_percent'])}" + (
-        f" {gpu['temperature_c']:.0f} °C" if gpu["temperature_c"] is not None else "") for gpu in gpus]
-    held = [f"{gpu['memory_used_mib'] / 1024:.1f}/{gpu['memory_total_mib'] / 1024:.0f} GiB" for gpu in gpus
-            if gpu["memory_used_mib"] is not None and gpu["memory_total_mib"]]
-    if measured["problem"]:
-        busy.append(measured["problem"])
-    if not busy:
-        busy.append(f"CPU: {share(measured['cpu_percent'])}")
-        if measured["ram_mib"] and measured["ram_available_mib"] is not None:
-            used = measured["ram_mib"] - measured["ram_available_mib"]
-            held.append(f"{used / 1024:.1f}/{measured['ram_mib'] / 1024:.0f} GiB")
-    return "\n".join(busy), "\n".join(held), network(measured["nics"])
-
-
-def share(percent: float | None) -> str:
-    """Return a percentage, or ? for an unknown one."""
-    return "?" if percent is None else f"{percent:.0f} %"
-
-
-def network(nics: list[dict[str, Any]]) -> str:
-    """Return what the busiest network card moves: into and out of the host."""
-    if not nics:
-        return "-"
-    nic = nics[0]
-    speed = f" of {nic['mbit'] / 8:.0f}" if nic["mbit"] else ""
-    return f"{nic['name']} in {nic['in'] / 1e6:.1f}, out {nic['out'] / 1e6:.1f}{speed} MB/s"
 
 
 def host_lines(state: dict[str, Any]) -> list[str]:
@@ -151,6 +123,27 @@ def follow(run: Path, metrics: HostMetrics | None, options: argparse.Namespace) 
     return str(state["status"])
 
 
+def serve(run: Path, metrics: HostMetrics | None, port: int) -> str:
+    """Serve a run's page until Ctrl-C; return the run's status then. Raises UserError."""
+    from master.report.live_page import live_body
+    from master.report.live_server import Page, served
+    from master.report.run_data import RunData
+
+    data = RunData(run).read()
+    page = Page(data.name, lambda: live_body(data.read(), metrics.latest() if metrics else {}), EVERY)
+    try:
+        with served(page, port) as address, contextlib.suppress(KeyboardInterrupt):
+            print_lines(address)
+            at = urlsplit(address).port
+            say("only this machine can read it; on another one, first: "
+                f"ssh -L {at}:127.0.0.1:{at} {socket.gethostname()}", "Ctrl-C ends the page; the training goes on")
+            while True:
+                time.sleep(EVERY)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}") from None
+    return str(look(run)["status"])
+
+
 def build_parser() -> ToolParser:
     """Return the parser of this tool's flags."""
     parser = ToolParser("watch_training.py", __doc__)
@@ -158,6 +151,8 @@ def build_parser() -> ToolParser:
     parser.add_argument("--once", action="store_true", help="print the state once")
     parser.add_argument("--stacks", action="store_true", help="print where each rank is, and whom others wait for")
     parser.add_argument("--json", action="store_true", help="print the state as JSON, once")
+    parser.add_argument("--web", action="store_true", help="serve the run's page to this machine, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="of --web's page (a free one)")
     add_ssh_flags(parser)
     return parser
 
@@ -182,7 +177,9 @@ def watch(options: argparse.Namespace) -> int:
             metrics.start(host_key_prompt())
             if options.once or options.json:
                 metrics.wait(PATIENCE)
-        if options.json:
+        if options.web:
+            status = serve(run, metrics, options.port)
+        elif options.json:
             print(json.dumps(measured(metrics, look(run)), indent=1))
         else:
             status = follow(run, metrics, options)

@@ -21,7 +21,7 @@ PACKAGES = {
     "sshd": "openssh-server", "openssl": "openssl", "pdsh": "pdsh", "faketime": "faketime", "nft": "nftables",
     "ip": "iproute2", "ss": "iproute2", "tc": "iproute2", "g++": "g++", "ps": "procps", "hostname": "hostname",
     "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "mount": "mount",
-    "/usr/bin/python3": "python3",
+    "/usr/bin/python3": "python3", "chromium": "chromium", "go": "golang-go",
 }
 LAB = ("unshare", "nsenter", "mount", "hostname", "ip", "ss", "ssh", "ssh-keygen", "sshd")  # what whole machines take
 

@@ -30,7 +30,8 @@ SLACK, SLACK_BYTES = 1.05, 32 << 20  # what a tar has beyond its files' sizes, a
 # What the trainer writes, and what only this machine writes: whatever a host sends, that stays as it is.
 FETCHED = {"run.json", "metrics.jsonl", "loss.png", "sample.txt", "samples", "model", "adapter", "ds_config.json",
            "tensorboard", "wandb", "trackio"}
-EXCLUDED = {"hostfile.txt", "cluster.json", "job.json", "launcher.json", "launch.log", "logs", "checkpoints"}
+EXCLUDED = {"hostfile.txt", "cluster.json", "job.json", "launcher.json", "launch.log", "logs", "checkpoints",
+            "events.jsonl", "hosts.jsonl", "report.html"}
 KEPT_HERE = {*EXCLUDED, "command.json"}
 SCRATCH = ".fetched"  # in the run folder
 

@@ -28,20 +28,28 @@ class MetricsFile:
         with contextlib.suppress(OSError), self._path.open("rb") as file:
             now = os.fstat(file.fileno())
             if now.st_ino != self._file or now.st_size < self._at:
-                self._file, self._at, self._rest, self._newest = now.st_ino, 0, b"", {}
-                self._lately.clear()
+                self._file, self._at, self._rest = now.st_ino, 0, b""
+                self.forget()
             file.seek(self._at)
             while block := file.read(BLOCK):
                 self._at += len(block)
                 *lines, self._rest = (self._rest + block).split(b"\n")
                 self._rest = self._rest[-BLOCK:]
                 for line in lines:
-                    with contextlib.suppress(ValueError, TypeError, KeyError):
-                        row = loads(line.decode("utf-8", "replace"))
-                        self._newest |= row
-                        if "loss" in row:
-                            self._lately.append((float(row["step"]), float(row["time"])))
+                    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                        self.take(loads(line.decode("utf-8", "replace")))
         return self._newest
+
+    def forget(self) -> None:
+        """Forget what was read: the file is another one."""
+        self._newest = {}
+        self._lately.clear()
+
+    def take(self, row: dict[str, Any]) -> None:
+        """Take in a line. Raises TypeError, KeyError, ValueError for one that says nothing."""
+        self._newest |= row
+        if "loss" in row:
+            self._lately.append((float(row["step"]), float(row["time"])))
 
     def seconds_per_step(self) -> float | None:
         """Return what a step has taken lately, None where too few are known."""

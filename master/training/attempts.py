@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from master.core.terminal import listed, say
+from master.diagnosis.run_history import EVENTS, HOSTS, measured_hosts, noting
 from master.inventory.cluster_file import known_by_name, read_cluster
 from master.inventory.hostfile import Slots, read_hostfile
 from master.run.command_record import RECORD as COMMAND
@@ -45,7 +46,7 @@ def train(request: TrainingRequest, ssh: SshOptions) -> int:
     survive_hangup(training.run)
     for attempt in range(restarts + 1):
         if attempt:
-            say(f"restart {attempt} of {restarts}: from the newest checkpoint that every host has")
+            noting(training.run)(f"restart {attempt} of {restarts}: from the newest checkpoint that every host has")
             training, result = start_again(request, training, ssh)
         else:
             result = run_once(training, ssh)
@@ -113,9 +114,11 @@ def run_once(training: Training, ssh: SshOptions) -> JobResult | None:
     """Run the job to its end; None if it couldn't begin."""
     name = training.new_name()
     job = ClusterJob(training.parts, ssh, name, training.request.supervision, training.run, RankOutput(training.run),
-                     say)
+                     noting(training.run))
+    pythons = {str(part.node): part.place.python for part in training.parts}
     try:
-        return job.start(training.wanted(), training.approve, host_key_prompt())
+        with measured_hosts(training.run, pythons, job.sessions):
+            return job.start(training.wanted(), training.approve, host_key_prompt())
     finally:
         training.stopped = job.stop_requested
         (training.run / f".{name}").unlink(missing_ok=True)
@@ -134,10 +137,10 @@ def start_again(request: TrainingRequest, last: Training, ssh: SshOptions) -> tu
             slots = list(request.hosts.slots)
         elif slots is None and set(absent) != missed:
             missed = set(absent)
-            say(f"waiting for {'; '.join(map(str, absent.values()))}")
+            noting(request.run)(f"waiting for {'; '.join(map(str, absent.values()))}")
         if slots is not None:
             if len(slots) < len(request.hosts.slots):
-                say(f"continuing without {listed(sorted(away))}, which the next restart uses again")
+                noting(request.run)(f"continuing without {listed(sorted(away))}, which the next restart uses again")
             training, result = try_on(slots, request, last, ssh)
             if result is not None or training.stopped:
                 return training, result
@@ -182,7 +185,7 @@ def _forget(training: Training) -> None:
     run = training.run
     if any((run / name).exists() for name in ("run.json", "metrics.jsonl")):
         return
-    for name in (RECORD, LOCK, COMMAND, JOB, "hostfile.txt", "cluster.json"):
+    for name in (RECORD, LOCK, COMMAND, JOB, EVENTS, HOSTS, "hostfile.txt", "cluster.json"):
         (run / name).unlink(missing_ok=True)
     for folder in (run / "logs", run):
         if folder.is_dir() and not any(folder.iterdir()):

@@ -57,9 +57,8 @@ class ClusterJob:
         self.result = JobResult()
 
     def start(self, wanted: Mapping[str, Any], approve: Approve, prompt: HostKeyPrompt | None) -> JobResult | None:
-        """Run to the end and return what happened; None if it was cancelled before it began.
-
-        `approve` is given every host's facts, and those `wanted`, and returns the job for run_node.py, or None.
+        """Run to the end and return what happened; None if it was cancelled before it began. `approve` is given every
+        host's facts, and those `wanted`, and returns the job for run_node.py, or None.
         """
         return self._run(lambda: self._start_all(wanted, prompt), lambda: self._collect_facts(approve))
 
@@ -94,6 +93,10 @@ class ClusterJob:
     def stop_requested(self) -> bool:
         """True once somebody has asked for the end."""
         return self._signals > 0
+
+    def sessions(self) -> dict[str, Session | None]:
+        """Return the connections to the hosts that train, None where there is none now."""
+        return {host: self._links[host].session for host in self._running & set(self._links)}
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
@@ -153,12 +156,10 @@ class ClusterJob:
                 self.result.ended_alone.add(host)
 
     def _look_for_hang(self, since: float) -> None:
-        """Have the ranks asked where they are when nothing has moved for too long; tell it, and end them if that is
-        wanted."""
+        """Have the ranks asked where they are when nothing has moved for too long; tell it; end them if asked to."""
         if stalled := self._hangs.overdue(since):
             self._say(stalled)
-            self._hangs.examine({host: link.session for host, link in self._links.items()},
-                                {end.rank: describe_exit(end.code) for end in self.result.exits})
+            self._hangs.examine(self.sessions(), {end.rank: describe_exit(end.code) for end in self.result.exits})
         if (report := self._hangs.take(self._say)) and report.cause.is_hang and self._supervision.ends_hangs:
             self.result.hang = report.cause.sentence
             self._fail("", since, "the training hangs")
@@ -235,8 +236,7 @@ class ClusterJob:
                    prompt, lambda node, result: self._events.put(str(node), ("over", result)), at_once=len(self._parts))
 
     def _work(self, session: Session, wanted: Mapping[str, Any]) -> None:
-        host = str(session.node)
-        part = self._parts[host]
+        part = self._parts[host := str(session.node)]
         facts = query_facts(session, part.place, wanted)
         self._events.put(host, ("facts", {**facts, "gpus": query_gpu_use(session) if wanted.get("gpus") else None}))
         self._decided.wait()

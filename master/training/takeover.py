@@ -20,6 +20,7 @@ from typing import Any
 from master.core.atomic_write import write_atomically
 from master.core.paths import ROOT
 from master.core.terminal import say
+from master.diagnosis.run_history import measured_hosts, noting
 from master.inventory.cluster_file import known_by_name, read_cluster, with_logins
 from master.inventory.hostfile import read_hostfile
 from master.run.command_record import is_signed, signature
@@ -105,8 +106,9 @@ def take_over(run: Path, ssh: SshOptions) -> int:
     except TypeError:
         raise RunError(f"{run}: its job was started by another version of lanspeed") from None
     say(f"{run}: connecting to its {len(parts)} host{'s' * (len(parts) > 1)}")
-    job = ClusterJob(parts, ssh, record["job"], supervision, run, RankOutput(run), say)
-    result = job.attach(record["follows"])
+    job = ClusterJob(parts, ssh, record["job"], supervision, run, RankOutput(run), noting(run))
+    with measured_hosts(run, {str(part.node): part.place.python for part in parts}, job.sessions):
+        result = job.attach(record["follows"])
     assert result is not None
     forget_job(run, result)
     return conclude(place, result, ssh)

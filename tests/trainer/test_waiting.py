@@ -13,7 +13,8 @@ from trainer.distributed.communication_time import time_shares
 
 def test_the_rank_that_waits_least_is_the_slowest() -> None:
     found = time_shares([5.0, 2.0, 7.0], [10.0, 10.0, 10.0], ["gpu1", "gpu2", "gpu3"])
-    assert found == {"network": 0.2, "slowest": 0.4, "slowest_rank": 1, "slowest_host": "gpu2"}
+    assert found == {"network": 0.2, "slowest": 0.4, "slowest_rank": 1, "slowest_host": "gpu2",
+                     "hosts": {"gpu1": 0.5, "gpu2": 0.2, "gpu3": 0.7}}
 
 
 @pytest.mark.parametrize("steps", [[10.0], [0.0, 10.0], []])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ class _Work:
 def time_shares(waited: Sequence[float], steps: Sequence[float], hosts: Sequence[str]) -> dict[str, Any] | None:
     """Return the shares of the steps' time that went by in waiting, from each rank's seconds; None without steps.
 
-    "network": for the network; "slowest": for `slowest_rank` on `slowest_host`, by the mean of the others.
+    "network": for the network; "slowest": for `slowest_rank` on `slowest_host`, by the mean of the others; "hosts":
+    for both, by the mean of each host's ranks.
     """
     parts = [seconds / total for seconds, total in zip(waited, steps, strict=True) if total > 0]
     if len(parts) < 2 or len(parts) < len(steps):
@@ -99,4 +101,6 @@ def time_shares(waited: Sequence[float], steps: Sequence[float], hosts: Sequence
     slowest = min(range(len(parts)), key=parts.__getitem__)
     others = (sum(parts) - parts[slowest]) / (len(parts) - 1)
     return {"network": round(parts[slowest], 3), "slowest": round(others - parts[slowest], 3),
-            "slowest_rank": slowest, "slowest_host": hosts[slowest]}
+            "slowest_rank": slowest, "slowest_host": hosts[slowest],
+            "hosts": {host: round(fmean(part for part, own in zip(parts, hosts, strict=True) if own == host), 3)
+                      for host in dict.fromkeys(hosts)}}

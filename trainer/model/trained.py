@@ -41,8 +41,9 @@ def best_device() -> str:
     return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cpu"
 
 
-def load_trained(name: str, device: str, base: str | None = None) -> TrainedModel:
-    """Load a model's folder, or a name of the hub; `base`: where an adapter's base is, if not where it says.
+def load_trained(name: str, device: str, base: str | None = None, dtype: str = "") -> TrainedModel:
+    """Load a model's folder, or a name of the hub; `base`: where an adapter's base is, if not where it says; `dtype`:
+    auto for the weights' own, without it what the device computes best in.
 
     Raises UserError.
     """
@@ -53,7 +54,7 @@ def load_trained(name: str, device: str, base: str | None = None) -> TrainedMode
         base = base or loading.base_of(adapter)
         if base.startswith(("/", ".", "~")) and not Path(base).expanduser().is_dir():
             raise UserError(f"{adapter} is an adapter of {base}, which is not here: --base FOLDER says where it is")
-    model = load_weights(base if adapter and base else name, device)
+    model = load_weights(base if adapter and base else name, dtype or ("float32" if device == "cpu" else "auto"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if adapter:
@@ -68,16 +69,15 @@ def load_trained(name: str, device: str, base: str | None = None) -> TrainedMode
     return TrainedModel(model.to(device).eval(), tokenizer, adapter is not None)
 
 
-def load_weights(name: str, device: str) -> Any:
-    """Return a whole model: as it was saved on a GPU, in float32 on a CPU. Raises UserError."""
+def load_weights(name: str, dtype: str) -> Any:
+    """Return a whole model, its weights in a dtype, auto for that of its file. Raises UserError."""
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     try:
         loading.refuse_adapter_beside(name, Path(name))
         for key, value in loading.named_kernels(PreTrainedConfig.get_config_dict(name)[0]):
             raise UserError(f"{name}: its config.json names code of somebody else ({key}: {value})")
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto" if device != "cpu" else torch.float32,
-                                                    use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except UserError:
         raise
     except Exception as error:  # a file that somebody made up can raise anything

@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.exchange import start
 from trainer.exchange.coalescing import Coalescing
 from trainer.model import document_attention, isolation
-from trainer.results import export
+from trainer.results import model_folder
 from trainer.results.setup import Setup
 from trainer.steps.gradient_check import GradientCheck
 from trainer.training import kernels, memory_report
@@ -30,7 +30,7 @@ class Preflight(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Raise a UserError if not; keep the config as DeepSpeed got it; tidy up what it was resumed from."""
         setup, trainer = self._setup, self._trainer
-        export.keep_ds_config(setup, trainer)
+        model_folder.keep_ds_config(setup, trainer)
         if setup.ds_config is not None:
             deepspeed_config.keep_gradient_norm(trainer.model_wrapped)
         if setup.universal:  # loaded by now, on all ranks

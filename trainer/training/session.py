@@ -23,7 +23,7 @@ from trainer.distributed.sent_bytes import SentBytes, card_of_ranks
 from trainer.exchange import host_engine
 from trainer.model import lora
 from trainer.options import Options
-from trainer.results import export, samples, summary
+from trainer.results import model_folder, samples, summary
 from trainer.results.best_model import SaveBest
 from trainer.results.console import Console
 from trainer.results.disk_space import check_disk_space
@@ -154,13 +154,13 @@ class Session:
         if setup.evaluates and summary.last_evaluation(trainer)["step"] != trainer.state.global_step:
             trainer.evaluate()
         heartbeat.report("saving the model")
-        export.save_model(setup, trainer)
+        model_folder.save_model(setup, trainer)
         if not setup.evaluates:  # else they came with it
             samples.write(setup, trainer)
-        if setup.ranks.is_first and export.merges(setup.options):
+        if setup.ranks.is_first and model_folder.merges(setup.options):
             heartbeat.report("merging the adapter")
             whole = lora.merged(setup.options, setup.tokenizer, dtype_of(setup), setup.run.adapter)
-            export.put_in_place(setup, whole, setup.run.model, type(whole).save_pretrained)
+            model_folder.put_in_place(setup, whole, setup.run.model, type(whole).save_pretrained)
 
     def fail(self) -> None:
         """Record in run.json that the training failed, if it had begun."""
