@@ -14,10 +14,11 @@ FOLDERS = [ROOT / name for name in ("master", "worker", "trainer", "benchmarks",
 # what stands beside the packages: the tools of the master; of the trainer, its program.
 LAYERS = {
     "master": [["core"], ["ssh"], ["inventory"], ["run"], ["diagnosis"],
-               ["keys", "sync", "check", "training", "drill", "ds_config", "plan", "readiness", "report"], ["top"]],
+               ["keys", "sync", "check", "training", "drill", "ds_config", "plan", "readiness", "report"],
+               ["top"]],
     "trainer": [["errors"], ["flags", "bounds", "cache", "hub"], ["options"], ["estimate"], ["distributed"],
-                ["exchange"], ["model", "data"], ["sequences", "checkpoint", "export"], ["results"], ["steps"], ["preference"],
-                ["training"], ["top"]]}
+                ["exchange"], ["model", "data"], ["sequences", "checkpoint", "export"], ["results"], ["steps"],
+                ["preference"], ["training"], ["top"]]}
 LEVEL = {(folder, package): level for folder, layers in LAYERS.items()
          for level, packages in enumerate(layers) for package in packages}
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "accelerate", "matplotlib", "paramiko"}

@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from master.core.atomic_write import write_atomically
@@ -43,6 +43,7 @@ NUMBERS = {"--vocab_size", "--lora", "--qlora", "--lan_compress", "--lan_average
 WORDS = {"--precision", "--lr_scheduler_type", "--dataset_config", "--dataset_split", "--text_column", "--eval_config",
          "--eval_split", "--optim", "--method", "--lora_targets", "--lora_modules_to_save"}
 NAMES = {"--model_name_or_path", "--dataset_path", "--eval_dataset", "--adapter"}  # of the hub, or paths inside the run
+NEEDED = {"--model_name_or_path": ("--model", "M"), "--dataset_path": ("--dataset", "D")}  # how this command names them
 NUMBER, WORD = re.compile(r"-?[0-9][0-9.e+-]{0,30}"), re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
 
@@ -122,8 +123,9 @@ def is_harmless(flag: str, values: Sequence[str], run: Path) -> bool:
     return bool((flag in NUMBERS and NUMBER.fullmatch(value)) or (flag in WORDS and WORD.fullmatch(value)))
 
 
-def flags_to_repeat(run: Path, typed: Sequence[str], ask: bool) -> list[str]:
-    """Return the flags that a run is resumed with, those of its place left out; `typed` are of this command.
+def flags_to_repeat(run: Path, typed: Sequence[str], ask: bool, by: str = "--resume") -> list[str]:
+    """Return the flags that a run is resumed or repeated with (`by`), those of its place left out; `typed` are of this
+    command.
 
     Of a run that this machine didn't start they are shown first, and asked about if `ask`. Raises CommandError.
     """
@@ -133,16 +135,18 @@ def flags_to_repeat(run: Path, typed: Sequence[str], ask: bool) -> list[str]:
         again = [flag for flag, _ in flags_of(words) if flag in ALWAYS_TYPED - now]
         if again:
             raise CommandError(f"{run} was started with {' and '.join(again)}, which runs code of the model's author: "
-                               f"type it again: {resume_words(run, *again)}")
+                               f"type it again: {repeating(run, by, *again)}")
         return joined((flag, values) for flag, values in last_of(words) if flag not in PLACE | ALWAYS_TYPED)
     found = [(flag, values) for flag, values in flags_of(foreign_command(run)) if flag not in PLACE]
     taken = joined((flag, values) for flag, values in found if is_harmless(flag, values, run))
-    left_out = joined((flag, values) for flag, values in found if not is_harmless(flag, values, run))
+    left_out = {flag: values for flag, values in found if flag not in now and not is_harmless(flag, values, run)}
     say(f"{run} was not started by lanspeed on this machine. Its flags: {shlex.join(taken) or 'none'}")
     if left_out:
-        say(f"left out, type again what you want: {shlex.join(left_out)}")
+        say(f"left out, type again what you want: {shlex.join(joined(left_out.items()))}")
+    if lacking := [word for flag in NEEDED if flag in left_out for word in NEEDED[flag]]:
+        raise CommandError(f"{run}: paths of another machine aren't taken: {repeating(run, by, *lacking)}")
     if ask and not sys.stdin.isatty():
-        raise CommandError(f"{run}: no terminal to ask on: type its flags: {resume_words(run, '--model', 'M')}")
+        raise CommandError(f"{run}: no terminal to ask on: type its flags: invoke train --model M")
     if ask and not confirm("Train with these flags?"):
         raise CommandError(f"{run}: nothing was started")
     return taken
@@ -159,14 +163,14 @@ def foreign_command(run: Path) -> list[str]:
             return shlex.split(command)[1:]
     except ValueError:
         pass
-    raise CommandError(f"{run} doesn't say how it was started: {resume_words(run, '--model', 'M')}")
+    raise CommandError(f"{run} doesn't say how it was started: {repeating(run, '--resume', '--model', 'M')}")
 
 
-def joined(flags: Iterator[tuple[str, list[str]]]) -> list[str]:
+def joined(flags: Iterable[tuple[str, list[str]]]) -> list[str]:
     """Return flags as words of a command line."""
     return [word for flag, values in flags for word in (flag, *values)]
 
 
-def resume_words(run: Path, *more: str) -> str:
-    """Return the command that resumes a run."""
-    return shlex.join(["invoke", "train", "--resume", str(run), *more])
+def repeating(run: Path, by: str, *more: str) -> str:
+    """Return the command that resumes or repeats a run."""
+    return shlex.join(["invoke", "train", by, str(run), *more])

@@ -26,7 +26,9 @@ def take_flags(options: argparse.Namespace, before: Path, typed: Sequence[str]) 
     """
     rest = []
     now = {flag for flag, _ in flags_of(typed)}
-    for flag, values in flags_of(flags_to_repeat(before, typed, ask=not options.dry_run)):
+    named = [*(["--model_name_or_path", options.model] if options.model else []),
+             *(["--dataset_path", *options.dataset] if options.dataset else [])]
+    for flag, values in flags_of(flags_to_repeat(before, [*named, *typed], not options.dry_run, "--like")):
         name = LAUNCHERS.get(flag)
         if name == "config":
             options.config = options.config or (Path(values[0]) if values and Path(values[0]).is_file() else None)

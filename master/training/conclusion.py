@@ -91,8 +91,13 @@ def tell_how_to_go_on(place: RunPlace) -> None:
     """Name the command that makes sense after a training that is finished."""
     record = read_object(place.run / "run.json")
     steps = record.get("steps")
-    if place.is_ours and record.get("status") == "finished" and isinstance(steps, int):
-        say(f"to train it further: invoke train --resume {shlex.quote(str(place.run))} --max_steps {2 * steps}")
+    if not place.is_ours or record.get("status") != "finished" or not isinstance(steps, int):
+        return
+    run = shlex.quote(str(place.run))
+    if (place.run / "model").is_dir():
+        say(f"to talk with it: invoke chat {run}", f"to take it elsewhere: invoke export {run}")
+    say(f"all of it as a page: invoke report {run}")
+    say(f"to train it further: invoke train --resume {run} --max_steps {2 * steps}")
 
 
 def tell_how_to_resume(place: RunPlace, result: JobResult) -> None:

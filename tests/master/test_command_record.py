@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from master.run.command_record import CommandError, flags_to_repeat, own_command, write_command
+from master.run.command_record import NEEDED, CommandError, flags_to_repeat, own_command, write_command
 
 LAUNCH = Path(__file__).resolve().parents[2] / "master" / "launch_training.py"
 
@@ -79,11 +79,15 @@ def test_a_run_from_elsewhere_gives_names_and_numbers(harmful: list[str], run: P
     (run / "model").mkdir()
     words = [*HARMLESS, "--eval_dataset", f"{run}/model", *harmful]
     (run / "run.json").write_text(json.dumps({"command": " ".join(f"'{word}'" for word in ["train.py", *words])}))
-    assert flags_to_repeat(run, [], ask=False) == [*HARMLESS, "--eval_dataset", f"{run}/model"]
+    if harmful[0] in NEEDED:  # what it trained, or on what, can't be left out without a word
+        with pytest.raises(CommandError, match="paths of another machine aren't taken: invoke train --resume "):
+            flags_to_repeat(run, [], ask=False)
+    typed = [harmful[0], "mine"] if harmful[0] in NEEDED else []
+    assert flags_to_repeat(run, typed, ask=False) == [*HARMLESS, "--eval_dataset", f"{run}/model"]
     shown = capsys.readouterr().err
     assert "was not started by lanspeed on this machine" in shown and "left out, type again" in shown
     with pytest.raises(CommandError, match="no terminal to ask on"):
-        flags_to_repeat(run, [], ask=True)
+        flags_to_repeat(run, typed, ask=True)
 
 
 @pytest.mark.parametrize("record", ["{}", "[]", '{"command": 5}', '{"command": "a \'b"}', "{" * 100000])

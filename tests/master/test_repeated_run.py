@@ -58,6 +58,22 @@ def test_what_somebody_sent_is_asked_about(environment: dict[str, str], tmp_path
     assert "--max_steps 3" in shown.stdout and "/etc" not in shown.stdout and "trust_remote_code" not in shown.stdout
 
 
+def test_paths_of_another_machine_have_to_be_named_here(environment: dict[str, str], tmp_path: Path, texts: Path
+                                                        ) -> None:
+    run = tmp_path / "sent"
+    run.mkdir()
+    (run / "command.json").write_text(json.dumps({"arguments": [
+        "--model_name_or_path", "/their/model", "--dataset_path", "/their/data.jsonl", "--max_steps", "3"]}))
+    done = launch("--like", "sent", environment=environment, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.endswith(
+        "error: sent: paths of another machine aren't taken: invoke train --like sent --model M --dataset D\n")
+    done = launch("--like", "sent", "--model", "tiny", environment=environment, cwd=tmp_path)
+    assert done.stderr.endswith("aren't taken: invoke train --like sent --dataset D\n"), done.stderr
+    shown = launch("--like", "sent", "--model", "tiny", "--dataset", str(texts), "--dry-run", environment=environment,
+                   cwd=tmp_path)
+    assert shown.returncode == 0 and "--max_steps 3" in shown.stdout and "their" not in shown.stdout + shown.stderr
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--like", "nope"], "nope: no such run"),
     (["--like", "x", "--resume", "y"], "give neither --resume nor --script")])
