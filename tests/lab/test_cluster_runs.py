@@ -97,11 +97,15 @@ def test_a_run_is_watched_and_goes_on_where_it_was_without_a_hostfile(lab: Lab, 
         assert f"  {host}: CPU: " in seen.stdout and "eth0 in " in seen.stdout
     nodes = json.loads(tool(desk, "watch_training.py", "--json").stdout)["nodes"]
     assert all(nodes[host]["ram_mib"] > 0 and nodes[host]["nics"][0]["in"] > 0 for host in desk.hosts)
+    wait_until(lambda: (desk.run_folder / "hosts.jsonl").exists())  # for its report
+    measured = json.loads((desk.run_folder / "hosts.jsonl").read_text().splitlines()[-1])["hosts"]
+    assert set(measured) == set(desk.hosts) and measured["gpu2"]["ram_used_mib"] > 0
     stopped = tool(desk, "launch_training.py", "--stop")
     assert stopped.returncode == 0 and ": stopped. Resume it: invoke train --resume runs/" in stopped.stderr
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 0, output
     reached = json.loads((desk.run_folder / "run.json").read_text())["step"]
+    assert "stopping: the ranks save first" in (desk.run_folder / "events.jsonl").read_text()
     (desk.folder / "hostfile.txt").unlink()
     again = tool(desk, "launch_training.py", "--resume", str(desk.run_folder), "--", "--max_steps", str(reached + 2))
     assert again.returncode == 0, again.stdout + again.stderr
