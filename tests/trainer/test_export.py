@@ -130,7 +130,7 @@ class Hub(BaseHTTPRequestHandler):
     asked: ClassVar[list[tuple[str, Any]]] = []
 
     def do_GET(self) -> None:
-        self.reply({"name": "me", "type": "user", "id": "1", "modelId": "me/mine", "sha": "0" * 40, "siblings": []})
+        self.reply({"name": "me", "type": "user", "id": "1", "modelId": "me/mine", "private": "open" not in self.path, "sha": "0" * 40, "siblings": []})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -182,7 +182,13 @@ def test_the_hub_gets_the_models_files_and_no_others(desk: Path, hub: str, tmp_p
     assert set(Hub.committed) == {path.name for path in files_of(model)} >= {"model.safetensors", "tokenizer.json"}
     assert Hub.committed["config.json"] == (model / "config.json").read_bytes()
     (created,) = (lines[0] for path, lines in Hub.asked if path.endswith("/api/repos/create"))
-    assert created["private"] is True and "hf_secret" not in done.stderr
+    assert created["visibility"] == "private" and "hf_secret" not in done.stdout + done.stderr
+
+
+def test_a_repository_that_everybody_reads_gets_nothing_by_mistake(desk: Path, hub: str, tmp_path: Path) -> None:
+    done = export(desk, "--to", "hub", "--name", "me/open", "--yes", HF_ENDPOINT=hub, HF_TOKEN="hf_secret",
+                  HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
+    assert done.returncode == 1 and "me/open is there and public: --public" in done.stderr and not Hub.committed
 
 
 def test_somebody_whom_the_hub_does_not_know_is_told_how_to_log_in(desk: Path, tmp_path: Path) -> None:

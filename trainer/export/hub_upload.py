@@ -34,6 +34,9 @@ def upload(folder: Path, repository: str, public: bool, agreed: bool) -> str:
         if not agreed and not confirmed():
             raise UserError("nothing was sent")
         api.create_repo(repository, private=not public, exist_ok=True)
+        if not public and not api.model_info(repository).private:  # one that was there before keeps what it is
+            raise UserError(f"{api.endpoint}/{repository} is there and public: --public if everybody may read this, or "
+                            "another --name")
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[path.name for path in files],
                           commit_message="Trained with lanspeed")
     except LocalTokenNotFoundError:
