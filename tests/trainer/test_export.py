@@ -130,7 +130,8 @@ class Hub(BaseHTTPRequestHandler):
     asked: ClassVar[list[tuple[str, Any]]] = []
 
     def do_GET(self) -> None:
-        self.reply({"name": "me", "type": "user", "id": "1", "modelId": "me/mine", "private": "open" not in self.path, "sha": "0" * 40, "siblings": []})
+        self.reply({"name": "me", "type": "user", "id": "1", "modelId": "me/mine", "sha": "0" * 40, "siblings": [],
+                    "private": "open" not in self.path})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
