@@ -33,7 +33,7 @@ from master.inventory.cluster_file import empty_cluster, read_cluster, with_logi
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
 from master.plan.launch_default import choose, compared
-from master.run.command_record import own_command
+from master.run.command_record import has_flag, own_command
 from master.run.launcher_process import detach, ensure_not_running
 from master.run.repeated_run import compared_facts, take_flags
 from master.run.run_folder import find_run, new_run_path
@@ -168,8 +168,9 @@ def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     run = again if again and options.resume else new_run_path(options.model or "script")
     ssh = ssh_options(options)
     hosts = choose_hosts(options, again, ssh)
-    plan = choose(existing(options.config), None if options.script or options.resume else options.model,
-                  options.dataset, trainer_flags, hosts.slots, hosts.cluster)
+    is_planned = not (options.script or options.resume or has_flag(trainer_flags, "--split_layers"))
+    plan = choose(existing(options.config), options.model if is_planned else None, options.dataset, trainer_flags,
+                  hosts.slots, hosts.cluster)
     if not options.script:
         from master.ds_config.checker import ensure_accepted
 

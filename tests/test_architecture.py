@@ -17,7 +17,7 @@ LAYERS = {
                ["keys", "sync", "check", "training", "drill", "ds_config", "plan", "readiness", "report"],
                ["top"]],
     "trainer": [["errors"], ["flags", "bounds", "cache", "hub"], ["options"], ["estimate"], ["distributed"],
-                ["exchange"], ["model", "data"], ["sequences", "checkpoint", "export"], ["results"], ["steps"],
+                ["exchange"], ["model", "data"], ["sequences", "checkpoint", "export", "split"], ["results"], ["steps"],
                 ["preference"], ["training"], ["top"]]}
 LEVEL = {(folder, package): level for folder, layers in LAYERS.items()
          for level, packages in enumerate(layers) for package in packages}

@@ -17,6 +17,10 @@ from trainer.flags.transformers_fields import check_optimizer, fields_set
 FROM_SCRATCH = "in 4 bits the loss was 5.6 % higher after 300 steps, with averages every 5 steps 6.5 %"
 
 NOT_IN_FP16 = "with fp16 each host would scale its loss by itself: --precision bf16 or fp32"
+# What a model whose layers are split isn't trained with.
+NOT_SPLIT = ("streaming", "no_packing", "qlora", "from_config", "lan_compress", "torch_compile", "early_stopping",
+             "resize_embeddings", "neftune_noise_alpha", "measure", "lora_modules_to_save", "trust_remote_code",
+             "allow_pickle", "liger", "checkpoint_copies", "set_fields")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Options:
     set_fields: dict[str, Any]  # of transformers' TrainingArguments
     method: str | None  # sft or dpo; None: what the data are for
     dpo_beta: float | None
+    split_layers: tuple[int, ...] | None
     lan_compress: int | None
     lan_average: int | None
     lan_compress_from_scratch: bool
@@ -154,6 +159,8 @@ def check(options: Options) -> None:
                           "and the ranks make: give two of the three")
     if options.lan_compress:
         check_lan(options)
+    if options.split_layers is not None:
+        check_split(options)
     if options.early_stopping and (not options.eval_steps or not (options.eval_fraction or options.eval_dataset)):
         raise usage_error("--early_stopping looks at evaluations: give it --eval_steps and data that is held out")
     if options.dpo_beta is not None and (options.dpo_beta <= 0 or options.method == "sft"):
@@ -192,6 +199,21 @@ def check_lan(options: Options) -> None:
     if new and not (options.resume_from_checkpoint or options.lan_compress_from_scratch):
         raise usage_error(f"{flag} harms new weights: {FROM_SCRATCH}. Train some hundred steps without it and resume "
                           "with it, or say --lan_compress_from_scratch")
+
+
+def check_split(options: Options) -> None:
+    """Raise a UserError for flags that a model whose layers are split can't be trained with."""
+    if options.deepspeed:
+        raise usage_error("--split_layers takes the place of DeepSpeed's engine: leave out --deepspeed")
+    if not (options.lora or options.adapter):
+        raise usage_error("--split_layers trains an adapter: add --lora")
+    if options.precision == "fp16":
+        raise usage_error("--split_layers: fp16's loss scale needs all layers in one place: --precision bf16")
+    for name in NOT_SPLIT:
+        if getattr(options, name):
+            raise usage_error(f"--split_layers can't be combined with --{name}")
+    if (options.attn_implementation or "sdpa") not in ("sdpa", "eager"):
+        raise usage_error("--split_layers: --attn_implementation sdpa or eager")
 
 
 def with_defaults(options: Options) -> Options:

@@ -32,7 +32,8 @@ ALWAYS_TYPED = {"--trust_remote_code", "--allow_pickle"}  # they run code of who
 SWITCHES = {"--from_config", "--resize_embeddings", "--activation_checkpointing", "--gradient_checkpointing",
             "--torch_compile", "--bf16_residual", "--liger", "--no_liger", "--merge_lora", "--streaming",
             "--no_packing", "--eval_on_train", "--no_gradient_check", "--flexible_batch", "--deepspeed",
-            "--lora", "--qlora", "--dora", "--rslora", "--lan_compress", "--lan_compress_from_scratch"}
+            "--lora", "--qlora", "--dora", "--rslora", "--lan_compress", "--lan_compress_from_scratch",
+            "--split_layers"}
 NUMBERS = {"--vocab_size", "--lora", "--qlora", "--lan_compress", "--lan_average", "--sequence_length",
            "--lora_alpha", "--lora_dropout", "--neftune_noise_alpha", "--early_stopping", "--dpo_beta",
            "--eval_fraction", "--num_epochs", "--max_steps", "--measure",
@@ -99,6 +100,11 @@ def flags_of(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
             values.append(word)
     if flag:
         yield flag, values
+
+
+def has_flag(words: Sequence[str], name: str) -> bool:
+    """Return whether words have a flag, in either spelling."""
+    return any(flag == name for flag, _ in flags_of(words))
 
 
 def last_of(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

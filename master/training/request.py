@@ -17,7 +17,7 @@ from master.core.paths import TRAINER
 from master.core.run_cli import UsageError
 from master.inventory.cluster_file import known_by_name
 from master.inventory.hostfile import Slots
-from master.run.command_record import flags_to_repeat
+from master.run.command_record import flags_to_repeat, has_flag
 from master.run.rank_environment import environment
 from master.training.deepspeed_command import is_only_here, plain_command
 from master.training.job import Supervision
@@ -212,7 +212,7 @@ def arguments_of(options: argparse.Namespace, run: Path, model: str | None, data
     Raises CommandError.
     """
     data = ["--dataset_path", *datasets] if datasets else []
-    engine = ["--deepspeed", "--deepspeed_config", str(config)]
+    engine = [] if has_flag(trainer_flags, "--split_layers") else ["--deepspeed", "--deepspeed_config", str(config)]
     if options.resume and not model:
         typed = [*data, *(engine if options.config else []), *trainer_flags]
         words = flags_to_repeat(run, typed, ask=not options.dry_run)

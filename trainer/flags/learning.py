@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from trainer.flags.values import every, fraction, natural, positive
+from trainer.flags.values import every, fraction, layer_counts, natural, positive
 
 
 def add_adapter_flags(group: argparse._ArgumentGroup) -> None:
@@ -58,6 +58,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
          help="stop after N evaluations without a lower loss; model/ is that of the lowest")
     flag("--set", action="append", default=[], dest="set_fields", metavar="NAME=VALUE",
          help="another field of transformers' TrainingArguments; may be given several times")
+    flag("--split_layers", type=layer_counts, nargs="?", const=(), metavar="A,B",
+         help="split the model's layers over the ranks, so many to each (by memory): for one that no rank holds alone")
     flag("--lan_compress", type=int, nargs="?", const=4, choices=[8, 4, 3], metavar="BITS",
          help="send gradients between hosts in 8, 4 or 3 bits (4), for weights that were trained before: with 4 a "
          "sixth of ZeRO-1's bytes, and a training loss 1 to 4 %% higher after 100 steps (docs/lan_exchange.md)")

@@ -48,3 +48,14 @@ def column_names(text: str) -> dict[str, str]:
             raise argparse.ArgumentTypeError(f"{pair}: write NAME=COLUMN with a NAME of {', '.join(COLUMNS)}")
         found[theirs] = ours
     return found
+
+
+def layer_counts(text: str) -> tuple[int, ...]:
+    """Read 32,16 (or [32,16]) as the layers of each rank."""
+    try:
+        found = tuple(int(word) for word in text.strip("[]").split(","))
+    except ValueError:
+        found = (0,)
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: write the layers of each rank, as in 32,16")
+    return found

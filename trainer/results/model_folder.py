@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.verification import write_atomically
-from trainer.model import loading, lora, weights
+from trainer.model import loading
 from trainer.options import Options
 from trainer.results.best_model import best_checkpoint, copy_weights
 from trainer.results.setup import Setup
@@ -30,9 +30,9 @@ def save_model(setup: Setup, trainer: Any) -> None:
     """Write model/ (or adapter/) on rank 0: weights as safetensors and the tokenizer, loadable by from_pretrained."""
     run = setup.run
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state = weights.to_save(trainer.model_wrapped, model, setup.ranks.is_first)
+    state = trainer.to_save(setup.ranks.is_first)
     if setup.ranks.is_first:
-        write = lora.save_adapter if setup.options.lora else type(model).save_pretrained
+        write = trainer.write_adapter if setup.options.lora else type(model).save_pretrained
         best = best_checkpoint(run.checkpoints, trainer.state)
         put_in_place(setup, model, run.adapter if merges(setup.options) else run.model,
                      partial(copy_weights, best) if best else partial(write, state_dict=state))

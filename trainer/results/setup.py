@@ -81,6 +81,8 @@ class Setup:
     @property
     def engine(self) -> str:
         """What trains: 'DeepSpeed ZeRO-2', ... or 'PyTorch'."""
+        if self.options.split_layers is not None:
+            return f"torch's pipeline, layers split over {self.ranks.world_size} ranks; DeepSpeed does nothing"
         return deepspeed_config.engine_name(self.ds_config)
 
     @property
@@ -111,7 +113,7 @@ class Workload:
 
     `evaluated`: sequences that each evaluation takes of those that are `held_out`; `liger`: with its
     kernels; `attention`: by the name that transformers has for it.
-    `adapter_share`: of the linear weights, how many have an adapter.
+    `adapter_share`: of the linear weights, how many have an adapter; `layers`: of each rank, where they are split.
     """
 
     config: Any
@@ -124,11 +126,12 @@ class Workload:
     liger: bool
     attention: str
     adapter_share: float | None = None
+    layers: tuple[int, ...] = ()
 
 
 def global_batch_size(options: Options, world_size: int) -> int:
-    """Return the sequences of all ranks in an optimizer step."""
-    return int(options.batch_per_rank * world_size)
+    """Return the sequences of all ranks in an optimizer step; ranks that split a model share one batch."""
+    return int(options.batch_per_rank * (1 if options.split_layers is not None else world_size))
 
 
 def row_tokens(options: Options, sequence_length: int) -> int:

@@ -58,8 +58,10 @@ def describe(setup: Setup, workload: Workload) -> None:
         "evaluation": f"{held_out} held out{taken}" if len(setup.data.evaluation) else "none",
         "world size": f"{ranks.world_size} ({where})",
         "global batch": f"{batch} {'pairs' if setup.pairs else 'sequences'} = {o.per_device_train_batch_size} micro x "
-                 f"{o.gradient_accumulation_steps} accumulation x {ranks.world_size} ranks, "
-                 f"{short(batch * packed.tokens / packed.filled)} tokens" + reason,
+                 f"{o.gradient_accumulation_steps} " + (
+                     "micro batches" if workload.layers else f"accumulation x {ranks.world_size} ranks")
+                 + f", {short(batch * packed.tokens / packed.filled)} tokens" + reason,
+        **({"layers": " + ".join(map(str, workload.layers))} if workload.layers else {}),
         "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
         "schedule": f"learning rate up to {o.learning_rate:g}, {schedule(setup, workload.steps)}",
         "precision": f"{setup.precision} on {setup.device}",
@@ -83,6 +85,12 @@ def describe(setup: Setup, workload: Workload) -> None:
                              + textwrap.indent(shown.rstrip(), "  "))
     if setup.spare_devices > 0 and ranks.world_size == 1:
         setup.console.warn(f"{setup.spare_devices} more GPUs are here: `invoke train` uses them all")
+
+
+def schedule_share(setup: Setup) -> float:
+    """Return the share of the time that a rank waits where nothing but the schedule lets it: (S - 1) / (M + S - 1)."""
+    others = setup.ranks.world_size - 1
+    return others / (setup.options.gradient_accumulation_steps + others)
 
 
 def names_of(setup: Setup) -> list[str]:
@@ -203,7 +211,12 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
             f"on held-out text{beside}")
     where = "of a rank" if setup.device == "cpu" else f"of {setup.memory / 1e9:.0f} GB on a GPU"
     say(f"  peak memory      {gigabytes(found['peak_bytes'])} GB {where}")
-    if waited:
+    if waited and "idle" in waited:
+        own = schedule_share(setup)
+        idle = ", ".join(f"{share:.0%}" for share in waited["idle"])
+        say(f"  idle             {idle} of the ranks' time; the schedule's part, {own:.0%}, falls with more micro "
+            "batches")
+    elif waited:
         ranks_here = setup.ranks.on_one_machine
         slow = f", {waited['slowest']:.0%} for rank {waited['slowest_rank']} on {waited['slowest_host']}"
         what = "for communication" if ranks_here else "for the network"

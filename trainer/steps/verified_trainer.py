@@ -25,7 +25,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.signals import ASKING
 from trainer.exchange.coalescing import Coalescing
 from trainer.exchange.crossing import Crossing
-from trainer.model import weights
+from trainer.model import lora, weights
 from trainer.steps.finite import FiniteCheck, local_parts
 from trainer.steps.gradient_check import GradientCheck
 
@@ -109,9 +109,20 @@ class VerifiedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights of a checkpoint; the ranks that don't write hold no copy of them."""
-        model = self.accelerator.unwrap_model(self.model)
-        state = weights.to_save(self.model_wrapped, model, self.args.should_save)
+        state = self.to_save(self.args.should_save)
         noting(self._faults, self._save)(output_dir, state_dict=state)
+
+    def to_save(self, writes: bool) -> dict[str, Any] | None:
+        """Return the weights that this rank writes, None where it writes nothing; all ranks call it."""
+        return weights.to_save(self.model_wrapped, self.accelerator.unwrap_model(self.model), writes)
+
+    def idle_share(self) -> float:
+        """Return the share of its time in which a rank that has some of the layers waits for others."""
+        return 0.0
+
+    def write_adapter(self, model: Any, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Write an adapter as it is loaded again."""
+        lora.save_adapter(model, folder, state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, seal and rotate. Where that fails it is told; the training continues, and older checkpoints stay."""

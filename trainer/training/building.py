@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import transformers
@@ -20,10 +21,11 @@ from trainer.sequences import streaming
 from trainer.sequences.packing import Collator, PackedSequences
 from trainer.steps.evaluation import affordable_sequences
 from trainer.steps.finite import FiniteCheck
-from trainer.training import kernels
+from trainer.training import kernels, split_building
 from trainer.training.arguments import training_arguments
 from trainer.training.causal_trainer import CausalTrainer
 from trainer.training.preflight import check_world_sizes
+from trainer.training.split_building import Split
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -33,7 +35,8 @@ class Built:
     """A model that is ready to be trained, with its adapter.
 
     `config`: its text model's; `parameters`: without an adapter, `trained`: those that are, `active`: those that a
-    token meets; `share`: of the linear weights that have an adapter; `liger`: with its kernels.
+    token meets; `share`: of the linear weights that have an adapter; `liger`: with its kernels; `split`: how its layers
+    are split over the ranks, None where each has all.
     """
 
     model: Any
@@ -44,6 +47,7 @@ class Built:
     share: float | None
     liger: bool
     head_loss: HeadLoss | None
+    split: Split | None = None
 
 
 def dtype_of(setup: Setup) -> str:
@@ -53,9 +57,11 @@ def dtype_of(setup: Setup) -> str:
     return "float32" if in_32_bits else DTYPES[setup.precision]
 
 
-def base_model(setup: Setup) -> Any:
-    """Return the model as it is before an adapter."""
+def base_model(setup: Setup, split: Split | None) -> Any:
+    """Return the model as it is before an adapter; of one that is `split` this rank's stage."""
     options = setup.options
+    if split:
+        return split_building.stage_model(setup, split, dtype_of(setup))
     if options.from_config:
         return from_config.build_model(options, setup.config, setup.tokenizer, dtype_of(setup), setup.flash)
     if options.qlora:
@@ -70,11 +76,12 @@ def build_model(setup: Setup) -> tuple[Built, transformers.TrainingArguments]:
     heartbeat.report("loading the model")
     tiny = options.model_name_or_path == loading.TINY
     # A tiny model is built before transformers knows of ZeRO-3, so that its weights hang on the seed alone.
-    model = loading.build_tiny(setup.tokenizer, options.seed) if tiny else None
-    arguments = pair_arguments(setup) if setup.pairs else training_arguments(setup)
+    split = split_building.split_of(setup) if options.split_layers is not None else None
+    model = loading.build_tiny(setup.tokenizer, options.seed) if tiny and not split else None
+    arguments = pair_arguments(setup) if setup.pairs else training_arguments(setup, **batches_of(setup))
     check_world_sizes(ranks.world_size, arguments.world_size, engine=ranks.world_size)
     if model is None:
-        model = base_model(setup)
+        model = base_model(setup, split)
     resized = loading.resize(model, options, setup.tokenizer)
     if loading.freeze_other_senses(model):
         setup.console.say("what the model has for pictures or sound stays as it is")
@@ -84,13 +91,31 @@ def build_model(setup: Setup) -> tuple[Built, transformers.TrainingArguments]:
     with_liger, head_loss, share = False, None, None
     if not setup.pairs:
         kernels.keep_residual(model, setup)
-        with_liger, head_loss = kernels.choose(model, setup), kernels.head_loss_of(model)
-    if options.lora:
+        if not split:
+            with_liger, head_loss = kernels.choose(model, setup), kernels.head_loss_of(model)
+        elif split.own.is_last and split.family.in_chunks:
+            head_loss = kernels.head_loss_of(model)
+    if split:
+        parameters, active = split_building.whole(setup, parameters), split_building.whole(setup, active)
+        if setup.shape:  # what stands at both ends counts once
+            active, parameters = int(active * setup.shape.parameters / parameters), int(setup.shape.parameters)
+        model, share = split_building.add_adapter(model, setup)
+    elif options.lora:
         transformers.set_seed(options.seed)
         model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"), resized)
     if setup.hosts and not start_weights.agree(model, ranks):
         setup.console.warn("the hosts had other weights to start with: those of rank 0 were sent to all")
-    return Built(model, config, parameters, lora.trained(model), active, share, with_liger, head_loss), arguments
+    trained = split_building.whole(setup, lora.trained(model)) if split else lora.trained(model)
+    return Built(model, config, parameters, trained, active, share, with_liger, head_loss, split), arguments
+
+
+def batches_of(setup: Setup) -> dict[str, Any]:
+    """Return the Trainer's batch where it isn't a micro batch: that of all micro batches, which go through stages."""
+    o = setup.options
+    if o.split_layers is None:
+        return {}
+    return {"per_device_train_batch_size": o.batch_per_rank, "per_device_eval_batch_size": o.batch_per_rank,
+            "gradient_accumulation_steps": 1}
 
 
 def pair_arguments(setup: Setup) -> transformers.TrainingArguments:
@@ -113,7 +138,8 @@ def common_arguments(setup: Setup, built: Built, arguments: Any, callbacks: Sequ
 def workload_of(setup: Setup, built: Built, sequences: Any, steps: int, evaluated: int, held_out: int) -> Workload:
     """Return what is trained."""
     return Workload(built.config, built.parameters, built.trained, sequences, steps, evaluated, held_out, built.liger,
-                    str(built.model.config._attn_implementation), built.share)
+                    str(built.model.config._attn_implementation), built.share,
+                    tuple(cut.end - cut.first for cut in built.split.cuts) if built.split else ())
 
 
 def text_trainer(setup: Setup, built: Built, arguments: Any, callbacks: Sequence[Any]) -> tuple[Workload, Any]:
@@ -124,7 +150,13 @@ def text_trainer(setup: Setup, built: Built, arguments: Any, callbacks: Sequence
     steps = steps_of(options, len(sequences) // setup.global_batch_size)
     held_out = PackedSequences(setup.data.evaluation, capacity)
     evaluated = held_out.spread(affordable_sequences(options, steps, setup.global_batch_size))
-    trainer = CausalTrainer(
+    kind: Any = CausalTrainer
+    if built.split:
+        from trainer.training.split_trainer import SplitTrainer
+
+        kind = partial(SplitTrainer, cut=built.split.own, way=built.split.family.way,
+                       micro_batches=options.gradient_accumulation_steps)
+    trainer = kind(
         eval_sequences=evaluated, collate=Collator(setup.tokenizer.pad_token_id, capacity,
                                                    len(setup.data.info.sources)),
         train_dataset=stream_of(setup, capacity) if options.streaming else sequences,

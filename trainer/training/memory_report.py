@@ -145,6 +145,8 @@ def described(setup: Setup, workload: Workload) -> dict[str, Any] | None:
         load = memory_inputs(setup, workload)
     except UNKNOWN_SHAPE:
         return None
+    if workload.layers:  # each rank holds a part of that
+        return None
     scarce = total(load) > SCARCE * setup.memory  # else it is something other than this model that fills it
     host = report_lines(load, False, setup.memory) if setup.device == "cpu" and scarce else []
     if host:

@@ -24,6 +24,7 @@ from trainer.distributed.communication_time import CommunicationTimer
 from trainer.distributed.muon import use_muon
 from trainer.distributed.ranks import PREPARING_LIMIT_S, Ranks
 from trainer.errors import UserError
+from trainer.estimate.batch import default_global_batch
 from trainer.exchange import allowed, start
 from trainer.flags import dataset_words
 from trainer.flags.transformers_fields import MUON
@@ -35,7 +36,7 @@ from trainer.results.console import Console, silence_libraries
 from trainer.results.run_folder import RunFolder, find_run, make_private
 from trainer.results.setup import Hardware, Setup, global_batch_size, row_tokens, writes
 from trainer.sequences import mixture
-from trainer.training import memory_report
+from trainer.training import memory_report, split_building
 from trainer.training.arguments import check_compiler, check_optimizer, check_packages
 from trainer.training.resume import adapt_to_ranks, choose_checkpoint
 
@@ -59,10 +60,14 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     data = make_data(options, ranks, console, config, length)
     options = settle_method(options, data)
     shape = shape_of(config, tokenizer.own_vocabulary(options, config))
-    options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config,
-                                                       row_tokens(options, length),
-                                                       sequences_of(data, options, length), ranks.world_size,
-                                                       start.engine_ranks(options, ranks))
+    if options.split_layers is not None:
+        options, batch_reason = split_building.settle_batch(options, ranks.world_size, default_global_batch(
+            row_tokens(options, length), sequences_of(data, options, length))), ""
+    else:
+        options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config,
+                                                           row_tokens(options, length),
+                                                           sequences_of(data, options, length), ranks.world_size,
+                                                           start.engine_ranks(options, ranks))
     if ds_config is not None and not ranks.on_one_machine and not options.lan_compress:
         deepspeed_config.send_gradients_in_bf16(ds_config, hardware.precision)
     if ds_config is not None and options.optim == MUON:
@@ -76,7 +81,8 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
                                      "--optim": options.optim, **lora.settings(options),
                                      "weights of datasets": dataset_words.described(options.datasets),
                                      "--method": options.method, "--dpo_beta": options.dpo_beta}
-    layout = Layout(data.info.key, ranks.world_size, deepspeed_config.engine_name(ds_config) + adapter,
+    engine = "split layers" if options.split_layers is not None else deepspeed_config.engine_name(ds_config)
+    layout = Layout(data.info.key, ranks.world_size, engine + adapter,
                     global_batch_size(options, ranks.world_size), settings, len(hosts.here) if hosts else 0)
     checkpoint = choose_checkpoint(options, run, ranks, layout, console)
     make_private(run.path)

@@ -14,6 +14,7 @@ from trainer.exchange.hosts import Hosts
 from trainer.options import Options
 from trainer.results.console import Console
 from trainer.results.run_folder import RunFolder
+from trainer.results.setup import global_batch_size
 
 
 def choose_checkpoint(
@@ -60,7 +61,8 @@ def adapt_to_ranks(folder: Path, options: Options, config: dict[str, Any] | None
     before = verification.read_layout(folder) if ranks.is_first_here else None
     told = ranks.all_gather_json("written-by", before and vars(before))
     written = Layout(**next(each for each in told if each))
-    if written.world_size != ranks.world_size or written.batch not in (0, options.batch_per_rank * ranks.world_size):
+    now = global_batch_size(options, ranks.world_size)
+    if written.world_size != ranks.world_size or written.batch not in (0, now):
         options = adapt_batch(folder, written, options, config, ranks, console)
     sharing = len(hosts.here) if hosts else ranks.world_size  # an engine's ranks
     fits = before is None or before.parts == sharing
@@ -87,12 +89,13 @@ def adapt_batch(folder: Path, written: Layout, options: Options, config: dict[st
     if options.streaming and written.world_size != ranks.world_size:
         raise UserError(f"{folder} was written by {written.world_size} ranks, each with a stream of its own: "
                         "resume with as many", shared=True)
-    options = universal.keep_global_batch(options, written.batch, ranks.world_size)
+    sharing = global_batch_size(options, ranks.world_size) // options.batch_per_rank  # ranks that each have a part
+    options = universal.keep_global_batch(options, written.batch, sharing)
     if config is not None:
         universal.free_batch(config)
     same = written.world_size == ranks.world_size
     who = "resumes as before" if same else f"was written by {written.world_size} ranks, {ranks.world_size} resume it"
-    batch = options.batch_per_rank * ranks.world_size
+    batch = global_batch_size(options, ranks.world_size)
     kept = f"{batch} as before" if batch == written.batch else f"{batch} from now on, {written.batch} before"
     console.say(f"{folder.name} {who}: global batch {kept}, {options.per_device_train_batch_size} micro x "
                 f"{options.gradient_accumulation_steps} accumulation")

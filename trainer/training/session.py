@@ -80,6 +80,8 @@ class Session:
             self.trainer.remove_callback(callback)
         added: list[transformers.TrainerCallback] = [
             Preflight(setup, self.trainer, built.liger), Samples(setup, self.trainer)]
+        if setup.options.split_layers is not None:  # its family was tried in small; a stage alone can't speak
+            added = []
         if patience := setup.options.early_stopping:
             added += [SaveBest(), transformers.EarlyStoppingCallback(patience)]
         for each in added:
@@ -115,7 +117,10 @@ class Session:
         setup, run, step = self.setup, self.setup.run, self.trainer.state.global_step
         times = setup.ranks.all_gather_json("waiting", [self._communication.waited_s, self._communication.steps_s])
         waited = None
-        if setup.ds_config is not None:
+        if setup.options.split_layers is not None:
+            idle = setup.ranks.all_gather_json("idle", self.trainer.idle_share())
+            waited = (time_shares(idle, [1.0] * len(idle), setup.ranks.hosts) or {}) | {"idle": idle}
+        elif setup.ds_config is not None:
             waited = time_shares([time[0] for time in times], [time[1] for time in times], setup.ranks.hosts)
         peak = memory_report.peak_bytes(setup)
         lost = self.stop.stopped and self.trainer.saved_step != step
@@ -155,7 +160,7 @@ class Session:
             trainer.evaluate()
         heartbeat.report("saving the model")
         model_folder.save_model(setup, trainer)
-        if not setup.evaluates:  # else they came with it
+        if not setup.evaluates and setup.options.split_layers is None:  # else they came with it
             samples.write(setup, trainer)
         if setup.ranks.is_first and model_folder.merges(setup.options):
             heartbeat.report("merging the adapter")

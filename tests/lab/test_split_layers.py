@@ -1,0 +1,82 @@
+"""`invoke train --split-layers` over whole machines: what one process learns, what is sent, a host that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lab.desk import Desk, assert_nothing_left, output_after_a_kill
+from lab.hosts import Lab
+from trainer.data.tokenizer import own_tokenizer
+
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
+HIDDEN, TOKENS, MICRO_BATCHES = 256, 128, 8
+STEPS = ("--max_steps", "6", "--learning_rate", "1e-3", "--max_grad_norm", "0.2", "--sequence_length", str(TOKENS),
+         "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", str(MICRO_BATCHES), "--logging_steps",
+         "1", "--precision", "fp32", "--save_steps", "3", "--eval_max_sequences", "8")
+
+
+@pytest.fixture
+def model(tmp_path: Path, texts: Path) -> Path:
+    """A Llama with six layers, and in style/ an adapter to begin with."""
+    folder = tmp_path / "model"
+    tokenizer = own_tokenizer([path.read_text() for path in sorted(texts.iterdir())], vocabulary=400)
+    torch.manual_seed(3)
+    shape: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 6,
+                             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1,
+                                  **shape)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    adapter: Any = get_peft_model(made, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapter.peft_config["default"].base_model_name_or_path = str(folder)
+    adapter.save_pretrained(str(folder / "style"))
+    return folder
+
+
+def figures(run: Path, key: str) -> list[float]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row[key] for row in rows if key in row]
+
+
+def test_hosts_learn_together_what_one_process_learns(model: Path, lab: Lab, texts: Path, cache: Path, tmp_path: Path
+                                                      ) -> None:
+    adapter = ("--adapter", str(model / "style"))
+    alone = subprocess.run(
+        [sys.executable, ROOT / "trainer" / "train.py", "--model_name_or_path", str(model), "--dataset_path",
+         str(texts), *STEPS, *adapter, "--num_samples", "0", "--output_dir", str(tmp_path / "alone")],
+        capture_output=True, text=True, env={**os.environ, "LANSPEED_CACHE": str(cache / "gpu1")}, timeout=240)
+    assert alone.returncode == 0, alone.stderr
+    desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1, "gpu3": 1})
+    (desk.folder / "two.txt").write_text("gpu1 slots=1 type=CPU\ngpu2 slots=1 type=CPU\n")
+    code, output = desk.run("--model", str(model), "--hostfile", "two.txt", "--split-layers", "4,2", "--", *STEPS,
+                            *adapter)
+    assert code == 0 and "layers        4 + 2" in output and "DeepSpeed does nothing" in output, output
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert figures(desk.run_folder, key) == pytest.approx(figures(tmp_path / "alone", key), abs=1e-5), key
+    sent, least = figures(desk.run_folder, "sent_per_step")[-1], MICRO_BATCHES * TOKENS * HIDDEN * 4
+    assert least < sent < 1.08 * least, sent / least
+    (desk.run_folder / "checkpoints" / "checkpoint-6").rename(tmp_path / "away")
+    code, output = desk.run("--model", str(model), "--resume", str(desk.run_folder), "--split-layers", "1,2,3", "--",
+                            *STEPS, *adapter)
+    assert code == 0 and "resuming after 3" in output and "layers        1 + 2 + 3" in output, output
+    assert figures(desk.run_folder, "loss") == pytest.approx(figures(tmp_path / "alone", "loss"), abs=1e-5)
+    assert_nothing_left(desk)
+
+
+def test_a_stage_that_dies_ends_the_job_by_its_name(model: Path, lab: Lab, texts: Path, cache: Path) -> None:
+    desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
+    job = desk.start("--model", str(model), "--split-layers", "--", *STEPS, "--lora", "--max_steps", "100000")
+    output_after_a_kill(desk, job, "gpu2")
+    assert_nothing_left(desk)
