@@ -10,7 +10,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from master.ssh.session import Session
 EVENTS, HOSTS = "events.jsonl", "hosts.jsonl"
 FIRST_S, OFTEN_S, SELDOM_S = 8.0, 15.0, 60.0  # seconds until the first look, and between looks, then
 OFTEN_UNTIL_S = 900.0
-AT_ONCE = 16  # hosts that are asked at the same time
+PATIENCE_S = 10.0  # in which a host answers
+MOST = 64  # hosts that are asked: as many as a report shows
 GPU_KEYS = ("use_percent", "memory_used_mib", "memory_total_mib", "temperature_c", "power_w")
 
 
@@ -50,24 +50,31 @@ def measured_hosts(run: Path, pythons: Mapping[str, str], sessions: Callable[[],
 
     `pythons`: of each host; `sessions`: the connections that there are.
     """
-    over = threading.Event()
+    over, asked = threading.Event(), dict[str, threading.Thread]()
 
-    def look(host: str, session: Session | None) -> tuple[str, dict[str, Any] | None]:
+    def look(host: str, session: Session, found: dict[str, Any]) -> None:
         try:
-            return host, figures(measure_once(session, pythons[host])) if session else None
+            if told := figures(measure_once(session, pythons[host])):
+                found[host] = told
         except SshError:
-            return host, None
+            return
         except Exception:  # of a connection that is closed meanwhile
-            return host, None
+            return
 
     def watch() -> None:
         started, wait = time.monotonic(), FIRST_S
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            while not over.wait(wait):
-                found = dict(pool.map(lambda each: look(*each), sessions().items()))
-                if told := {host: value for host, value in found.items() if value}:
-                    append(run / HOSTS, {"hosts": told})
-                wait = OFTEN_S if time.monotonic() - started < OFTEN_UNTIL_S else SELDOM_S
+        while not over.wait(wait):
+            found: dict[str, Any] = {}
+            for host, session in list(sessions().items())[:MOST]:
+                if session and not (host in asked and asked[host].is_alive()):  # else it hasn't answered the last time
+                    asked[host] = threading.Thread(target=look, args=(host, session, found), daemon=True)
+                    asked[host].start()
+            end = time.monotonic() + PATIENCE_S
+            for thread in list(asked.values()):
+                thread.join(max(0.0, end - time.monotonic()))
+            if found:
+                append(run / HOSTS, {"hosts": dict(found)})
+            wait = OFTEN_S if time.monotonic() - started < OFTEN_UNTIL_S else SELDOM_S
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

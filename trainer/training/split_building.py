@@ -76,7 +76,10 @@ def stage_model(setup: Setup, split: Split, dtype: str) -> Any:
 
 def add_adapter(model: Any, setup: Setup) -> tuple[Any, float]:
     """Return the stage with its part of an adapter, which begins with the same numbers wherever the layers are cut."""
-    made, share = lora.add_adapter(model, setup.options, False)
+    try:
+        made, share = lora.add_adapter(model, setup.options, False)
+    except UserError as error:  # of this rank's layers alone
+        raise UserError(f"{setup.ranks.host}: in the layers of rank {setup.ranks.rank}: {error}") from None
     if not setup.options.adapter:
         with torch.no_grad():
             for name, weight in made.named_parameters():
