@@ -6,6 +6,7 @@ Only processes that carry the job's name are touched, and the sshd process of a 
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from master.ssh.run_on_all import run_on_all
 from master.ssh.session import Session, last_words, sh_command
 
 T = TypeVar("T")
+LOOK_S = 10.0  # seconds after which the launcher has measured the host, which it does over the same connection
 BROKEN, SHARED, NOT_FOUND = "@@BROKEN", "@@SHARED", "@@NOT_FOUND"
 # Up from a rank to the process that serves the connection; one with other children serves other sessions too.
 BREAK = """
@@ -97,7 +99,10 @@ def break_connection(node: Node, hosts: DrillHosts, job: str) -> str | None:
     SshError."""
     def work(session: Session) -> str | None:
         _, pid = last_rank(session, hosts, job)
-        said = session.run(sh_command(BREAK.format(pid=pid, broken=BROKEN, shared=SHARED, not_found=NOT_FOUND))).out
+        end, words = time.monotonic() + LOOK_S, sh_command(BREAK.format(pid=pid, broken=BROKEN, shared=SHARED,
+                                                                        not_found=NOT_FOUND))
+        while SHARED in (said := session.run(words).out) and time.monotonic() < end:
+            time.sleep(0.5)
         if BROKEN in said:
             return None
         return "the connection serves other sessions too" if SHARED in said else "no sshd process of this account there"
