@@ -43,7 +43,7 @@ def test_a_script_with_transformers_is_watched_stopped_and_resumes(desk: Desk) -
     words = [*COMMON, "--model_name_or_path", "model", "--text", "text.txt", "--logging_steps", "2", "--deepspeed",
              CONFIG]
     job = desk.start_script(script, *words, "--max_steps", "5000")
-    wait_until(lambda: any(path.stat().st_size for path in desk.folder.glob("runs/*/metrics.jsonl")), 120)
+    wait_until(lambda: any(path.stat().st_size for path in desk.folder.glob("runs/*/metrics.jsonl")), 300)
     os.kill(launchers(desk)[0], signal.SIGINT)
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 0, output
@@ -72,6 +72,6 @@ def test_a_script_with_accelerate_and_a_config_of_ones_own(desk: Desk, tmp_path:
 def test_trls_scripts_run_from_their_wheel(module: str, data: str, desk: Desk) -> None:
     words = [*COMMON, "--model_name_or_path", "model", "--dataset_name", data, "--max_steps", "2", "--bf16", "false"]
     job = desk.start_script(module, *words, "--output_dir", "made", "--deepspeed", CONFIG, before=("--no-local-rank",))
-    output, _ = job.communicate(timeout=200)
+    output, _ = job.communicate(timeout=400)
     assert job.returncode == 0 and (desk.folder / "made" / "model.safetensors").exists(), output
     assert_nothing_left(desk)
