@@ -114,6 +114,7 @@ def test_the_token_is_another_each_time_and_cannot_be_guessed(watched: Watched) 
     assert token not in " ".join(Path(f"/proc/{watched.process.pid}/cmdline").read_text().split("\0"))
 
 
+@pytest.mark.slow
 def test_more_readers_than_it_takes_are_turned_away(watched: Watched) -> None:
     open_ones = [watched.ask(watched.path + "events") for _ in range(MOST_READERS)]
     assert [next(messages(each))[:8] for each in open_ones] == ["<header>"] * MOST_READERS

@@ -83,6 +83,7 @@ def test_ollama_gets_a_file_and_how_to_talk_with_it(run: str, template: str, des
     assert text.startswith("FROM ./tiny-q8_0.gguf\n") and template in text and 'PARAMETER stop "<|end|>"' in text
 
 
+@pytest.mark.slow
 def test_an_adapter_is_added_to_its_base(desk: Path) -> None:
     done = export(desk, "style", "--to", "merged")
     assert (done.returncode, done.stdout) == (0, "merged\n"), done.stderr
@@ -98,6 +99,7 @@ def test_an_adapter_is_added_to_its_base(desk: Path) -> None:
     assert export(desk, "style").stdout.startswith("style.gguf  f16")
 
 
+@pytest.mark.slow
 def test_types_of_llama_cpps_own_are_made_by_its_program(desk: Path, tmp_path: Path) -> None:
     lacking = export(desk, "--type", "q4_k_m")
     assert lacking.returncode == 2 and "llama-quantize, which is not on the PATH" in lacking.stderr
