@@ -11,7 +11,6 @@ chat.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,10 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.paths import TRAINER
 from master.core.run_cli import UserError, run_cli
 from master.core.terminal import say
 from master.core.tool_parser import ToolParser
-from master.run.trained_model import TEXT, find_model, form_of, record_of
+from master.run.trained_model import TEXT, find_model, form_of, record_of, run_on_model
 
 OWN = ("run", "compare", "plain")  # flags that aren't passed on as they are
 
@@ -67,13 +65,7 @@ def chat(options: argparse.Namespace) -> int:
     """Start the chat and return its exit code."""
     model = find_model(options.run)
     say(f"loading {model}")
-    program = str(TRAINER.with_name("chat_with_model.py"))
-    process = subprocess.Popen([sys.executable, program, *words_of(model, options)])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # it is the chat's, which ends an answer with it
-            continue
+    return run_on_model("chat_with_model.py", words_of(model, options))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,6 @@ Without a run it is the newest one that has a model. An adapter is added to its 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,10 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: what stands beside it must hide no installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from master.core.paths import TRAINER
 from master.core.run_cli import UsageError, run_cli
 from master.core.terminal import say
 from master.core.tool_parser import ToolParser
-from master.run.trained_model import TEXT, find_model, form_of
+from master.run.trained_model import TEXT, find_model, form_of, run_on_model
 from trainer.flags.run_names import INSIDE, short_name
 
 FORMS = ("gguf", "ollama", "merged", "hub")
@@ -74,12 +72,7 @@ def export(options: argparse.Namespace) -> int:
     model = find_model(options.run)
     words = words_of(model, options)
     say(f"taking {model}")
-    process = subprocess.Popen([sys.executable, str(TRAINER.with_name("export_model.py")), *words])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the export has it too, and cleans up
-            continue
+    return run_on_model("export_model.py", words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ NOT_IN_FP16 = "with fp16 each host would scale its loss by itself: --precision b
 # What a model whose layers are split isn't trained with.
 NOT_SPLIT = ("streaming", "no_packing", "qlora", "from_config", "lan_compress", "torch_compile", "early_stopping",
              "resize_embeddings", "neftune_noise_alpha", "measure", "lora_modules_to_save", "trust_remote_code",
-             "allow_pickle", "liger", "checkpoint_copies", "set_fields")
+             "allow_pickle", "merge_lora", "liger", "checkpoint_copies", "set_fields")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 from master.core.terminal import one_line, say
 from master.diagnosis.host_metrics import measure_once
-from master.ssh.route import SshError
 from master.ssh.session import Session
 
 EVENTS, HOSTS = "events.jsonl", "hosts.jsonl"
@@ -53,13 +52,9 @@ def measured_hosts(run: Path, pythons: Mapping[str, str], sessions: Callable[[],
     over, asked = threading.Event(), dict[str, threading.Thread]()
 
     def look(host: str, session: Session, found: dict[str, Any]) -> None:
-        try:
+        with contextlib.suppress(Exception):  # no answer, or a connection that is closed meanwhile
             if told := figures(measure_once(session, pythons[host])):
                 found[host] = told
-        except SshError:
-            return
-        except Exception:  # of a connection that is closed meanwhile
-            return
 
     def watch() -> None:
         started, wait = time.monotonic(), FIRST_S

@@ -48,7 +48,7 @@ polyline { stroke: var(--c); stroke-width: 2; stroke-linejoin: round; stroke-lin
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 500; color: var(--quiet) } tr:last-child > * { border-bottom: 0 }
-td.differs { font-weight: 600 } .bar { width: 60% } .bar span { display: block; height: .7rem; margin-top: .45rem;
+.bar { width: 60% } .bar span { display: block; height: .7rem; margin-top: .45rem;
   border-radius: .2rem; background: var(--c); min-width: 1px }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem;
   margin: .4rem 0; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;

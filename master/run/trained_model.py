@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from master.core.paths import TRAINER
 from master.core.run_cli import UserError
 from master.core.trust import refuse_foreign
 from master.run.launcher_process import read_object
@@ -38,3 +42,13 @@ def record_of(model: Path) -> dict[str, object]:
 def form_of(model: Path) -> object:
     """Return what a model was trained with, TEXT for texts; None where that isn't known."""
     return record_of(model).get("form")
+
+
+def run_on_model(program: str, words: Sequence[str]) -> int:
+    """Run a program of the trainer's and return its exit code; Ctrl-C is the program's, which handles it."""
+    process = subprocess.Popen([sys.executable, str(TRAINER.with_name(program)), *words])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue

@@ -95,8 +95,8 @@ class ClusterJob:
         return self._signals > 0
 
     def sessions(self) -> dict[str, Session | None]:
-        """Return the connections to the hosts that train, None where there is none now."""
-        return {host: self._links[host].session for host in self._running & set(self._links)}
+        """Return the connections to the hosts, None where there is none now."""
+        return {host: link.session for host, link in list(self._links.items())}  # other threads ask, too
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
