@@ -69,23 +69,18 @@ def check(options: argparse.Namespace) -> None:
     """Raise UserError for what can be known to be impossible before any weights, or libraries, are read."""
     from trainer.export.architecture import family_named
     from trainer.export.number_types import check_type
+    from trainer.model.loading import base_of
 
     if options.type:
         check_type(options.type)
     folder = Path(options.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
-        folder = Path(options.base or str(read(folder / "adapter_config.json").get("base_model_name_or_path")))
-    if isinstance(model_type := read(folder / "config.json").get("model_type"), str):
-        family_named(model_type)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return an object of a JSON file, {} where there is none."""
+        folder = Path(options.base or base_of(folder))
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # told by whoever loads it
+        return
+    family_named(str(model_type))
 
 
 def whole(options: argparse.Namespace) -> TrainedModel:

@@ -142,9 +142,8 @@ def since(seconds: float) -> str:
 
 def samples(data: RunData) -> str:
     """Return what the model said, the last open."""
-    found = data.samples()
     made = []
-    for number, (_, text) in enumerate(reversed(found)):
+    for number, text in enumerate(reversed(data.samples())):
         title, _, said = text.partition("\n")
         made.append(f'<details id="sample-{number}"{" open" if not number else ""}><summary>{escape(one_line(title))}'
                     f"</summary><pre>{escape(said.strip())}</pre></details>")

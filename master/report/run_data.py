@@ -70,13 +70,13 @@ class RunData:
         except OSError:
             return ""
 
-    def samples(self) -> list[tuple[str, str]]:
-        """Return what the model said: by step, the newest last; of many some, the first and the last among them."""
+    def samples(self) -> list[str]:
+        """Return what the model said, the newest last; of many some, the first and the last among them."""
         names = sorted(path.name for path in (self.path / "samples").glob("step-*.txt"))
         if len(names) > MOST_SAMPLES:
             last = len(names) - 1
             names = [names[round(number * last / (MOST_SAMPLES - 1))] for number in range(MOST_SAMPLES)]
-        return [(name, text) for name in names if (text := self.text(f"samples/{name}"))]
+        return [text for name in names if (text := self.text(f"samples/{name}"))]
 
     def events(self) -> list[tuple[float, str]]:
         """Return what happened, with its time, the newest last."""
