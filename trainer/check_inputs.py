@@ -2,7 +2,8 @@
 
     python trainer/check_inputs.py --model_name_or_path tiny --dataset_path notes/
 
-With --elsewhere as its first word what isn't here is left to the hosts, which may have it.
+With --elsewhere as its first word what isn't here is left to the hosts, which may have it. WORLD_SIZE has the number of
+ranks, where that is known.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trainer.data import documents
 from trainer.data.sources import extractor_of, looks_like_path
 from trainer.errors import UserError, usage_error
 from trainer.options import Options, parse_options
+from trainer.split import allowed
 
 ELSEWHERE = "--elsewhere"
 MOST_BYTES = 100 << 20  # of a file whose first row is looked at: some forms are read whole for it
@@ -51,6 +53,8 @@ def check(options: Options, elsewhere: bool) -> None:
             check_here(kind, flag, path, options)
         elif not elsewhere and (why := hub.why_not(kind, name)):
             raise usage_error(f"{flag} {name}: no such file or folder{similar(kind, name)}; {why}")
+    if options.split_layers is not None and (ranks := int(os.environ.get("WORLD_SIZE", "0"))):
+        allowed.check(options, ranks, allowed.config_of(options.model_name_or_path))
 
 
 def check_here(kind: str, flag: str, path: Path, options: Options) -> None:

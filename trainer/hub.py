@@ -37,6 +37,13 @@ def is_cached(kind: str, name: str) -> bool:
     return found or (kind == "dataset" and (prepared / name.replace("/", "___")).is_dir())
 
 
+def cached_file(kind: str, name: str, file: str) -> Path | None:
+    """Return a file of a model or dataset (kind) in the cache, of the version that was fetched last; None without."""
+    folder = Path(os.environ.get("HF_HUB_CACHE", home() / "hub")).expanduser() / f"{kind}s--{name.replace('/', '--')}"
+    found = sorted(folder.glob(f"snapshots/*/{file}"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
 def why_not(kind: str, name: str) -> str | None:
     """Return why the hub has no model or dataset of this name for this user; None if it has, or says nothing."""
     if is_cached(kind, name):

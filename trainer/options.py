@@ -18,9 +18,9 @@ FROM_SCRATCH = "in 4 bits the loss was 5.6 % higher after 300 steps, with averag
 
 NOT_IN_FP16 = "with fp16 each host would scale its loss by itself: --precision bf16 or fp32"
 # What a model whose layers are split isn't trained with.
-NOT_SPLIT = ("streaming", "no_packing", "qlora", "from_config", "lan_compress", "torch_compile", "early_stopping",
-             "resize_embeddings", "neftune_noise_alpha", "measure", "lora_modules_to_save", "trust_remote_code",
-             "allow_pickle", "merge_lora", "liger", "checkpoint_copies", "set_fields")
+NOT_SPLIT = ("streaming", "no_packing", "qlora", "from_config", "lan_compress", "torch_compile", "resize_embeddings",
+             "neftune_noise_alpha", "measure", "lora_modules_to_save", "trust_remote_code",
+             "allow_pickle", "merge_lora", "liger", "set_fields")
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,6 @@ def check_split(options: Options) -> None:
     """Raise a UserError for flags that a model whose layers are split can't be trained with."""
     if options.deepspeed:
         raise usage_error("--split_layers takes the place of DeepSpeed's engine: leave out --deepspeed")
-    if not (options.lora or options.adapter):
-        raise usage_error("--split_layers trains an adapter: add --lora")
     if options.precision == "fp16":
         raise usage_error("--split_layers: fp16's loss scale needs all layers in one place: --precision bf16")
     for name in NOT_SPLIT:

@@ -99,7 +99,10 @@ def train(options: Options, ranks: Ranks, console: Console, signals: SignalWatch
     """Do all that one rank has to do, from the options to the finished run folder; return the exit code."""
     from trainer.distributed import deepspeed_config
     from trainer.exchange import allowed
+    from trainer.split import allowed as split_allowed
 
+    if options.split_layers is not None:
+        split_allowed.check(options, ranks.world_size, split_allowed.config_of(options.model_name_or_path))
     config = deepspeed_config.read_config(options.deepspeed) if options.deepspeed else None
     allowed.check(options, config, options.precision)
     check_engine(options.optim, config, deepspeed_config.offloads_optimizer(config))

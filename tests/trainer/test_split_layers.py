@@ -29,14 +29,17 @@ BATCH = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", 
 @pytest.mark.parametrize(("family", "counts"), [("llama", (4, 1)), *((family, (1, 2, 2)) for family in FAMILIES)])
 def test_gradients_are_those_of_the_whole_model_bit_for_bit(family: str, counts: tuple[int, ...]) -> None:
     config = AutoConfig.for_model(family, bos_token_id=0, eos_token_id=1)
-    assert self_check.split_difference(self_check.small_copy(config, sum(counts)), counts) == 0
+    found = self_check.split_in_small(self_check.small_copy(config, sum(counts)), counts)
+    assert found.difference == 0
+    assert bool(found.shared) is config.tie_word_embeddings and found.first and found.last
 
 
 @pytest.mark.parametrize(("family", "way", "in_chunks"), [
     ("llama", "positions", True), ("gemma2", "positions", False), ("opt", "mask", True)])
 def test_a_family_is_tried_in_small_before_it_is_split(family: str, way: Any, in_chunks: bool) -> None:
     config = AutoConfig.for_model(family, bos_token_id=0, eos_token_id=1)
-    assert self_check.check_family(config, 2, None) == self_check.Family(way, in_chunks)
+    found = self_check.check_family(config, 2, None)
+    assert (found.way, found.in_chunks, found.in_tuple) == (way, in_chunks, False)
 
 
 @pytest.mark.parametrize("wrong", [[Cut(0, 1, 3), Cut(2, 3, 3)], [Cut(0, 2, 3), Cut(1, 3, 3)]],
@@ -66,16 +69,16 @@ def test_a_family_that_cannot_be_tried_is_not_split() -> None:
 def test_layers_are_shared_out_by_memory() -> None:
     assert shares(48, [24, 12]) == [32, 16] and shares(3, [80, 1, 1]) == [1, 1, 1]
     assert shares(6, [24, 24, 24]) == [2, 2, 2]
-    assert choose_cuts((), 6, [2, 1]) == cuts([4, 2]) == [Cut(0, 4, 6), Cut(4, 6, 6)]
+    assert choose_cuts((), 6, [2, 1], [None, None], None) == cuts([4, 2]) == [Cut(0, 4, 6), Cut(4, 6, 6)]
 
 
 @pytest.mark.parametrize(("wanted", "layers", "memory", "line"), [
-    ((), 6, [1], "needs two ranks or more"), ((), 2, [1, 1, 1], "2 layers can't be split over 3 ranks"),
-    ((4, 4), 6, [2, 1], "4,4: 2 ranks share 6 layers, each at least one, as in 4,2"),
+    ((), 2, [1, 1, 1], "2 layers can't be split over 3 ranks"),
+    ((4, 4), 6, [2, 1], "4,4: 2 ranks share 6 layers, each at least one, as in 3,3"),
     ((1, 2, 3), 6, [1, 1], "1,2,3: 2 ranks share 6 layers")])
 def test_impossible_cuts_are_wrong_usage(wanted: tuple[int, ...], layers: int, memory: list[int], line: str) -> None:
     with pytest.raises(UserError, match=line) as told:
-        choose_cuts(wanted, layers, memory)
+        choose_cuts(wanted, layers, memory, [None] * len(memory), None)
     assert told.value.exit_code == 2
 
 
@@ -127,6 +130,40 @@ def test_it_trains_as_one_process_does_and_resumes_with_other_cuts(model: Path, 
 
 
 @pytest.mark.slow
+def test_it_trains_all_weights_as_one_process_does_and_resumes_with_other_cuts(model: Path, train: Train) -> None:
+    words = (*SHORT, *BATCH, "--max_grad_norm", "0.2", "--weight_decay", "0.1", "--max_steps", "50", "--save_steps",
+             "25", "--learning_rate", "1e-3")
+    alone = train(*words, model=str(model), name="alone")
+    split = train(*words, "--split_layers", "4,2", ranks=2, model=str(model), name="split")
+    same_losses(alone, split, 1e-5)
+    checkpoint = split.path / "checkpoints" / "checkpoint-25"
+    states = [path.name for path in sorted(checkpoint.glob("*-of-*"))]
+    assert states == [f"{what}-0000{number}-of-00002.safetensors" for what in ("model", "optimizer")
+                      for number in (1, 2)]
+    thirds = train(*words, "--split_layers", "1,2,3", "--resume_from_checkpoint", str(checkpoint), ranks=3,
+                   model=str(model), name="split")
+    same_losses(alone, thirds, 1e-5)
+    assert (thirds.path / "model" / "model.safetensors.index.json").exists()
+    models = [AutoModelForCausalLM.from_pretrained(run.path / "model").state_dict() for run in (alone, thirds)]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.allclose(models[0][name], models[1][name], atol=1e-4) for name in models[0])
+    # All parts of a checkpoint in one folder are a model.
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.architectures == ["LlamaForCausalLM"]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_of_all_stages_becomes_the_model(model: Path, train: Train) -> None:
+    run = train(*SHORT, *BATCH, "--max_steps", "30", "--learning_rate", "0.1", "--warmup_steps", "0", "--eval_steps",
+                "1", "--early_stopping", "2", "--split_layers", ranks=2, model=str(model))
+    losses = run.losses("eval_loss")
+    best = min(losses, key=losses.__getitem__)
+    assert best < max(losses)
+    kept = run.path / "checkpoints" / f"checkpoint-{best}"
+    found, wanted = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (run.path / "model", kept))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
 def test_it_trains_in_bf16_with_checkpoints_of_activations(model: Path, train: Train) -> None:
     run = train("--sequence_length", "64", "--precision", "bf16", "--activation_checkpointing", "--lora", "4",
                 "--max_steps", "20", "--learning_rate", "5e-3", *BATCH, "--split_layers", "--save_steps", "0", ranks=2,
@@ -153,7 +190,7 @@ def test_a_stage_reads_what_it_has_and_no_more(model: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("words", "line"), [
-    (["--split_layers", "1,1"], "--split_layers trains an adapter: add --lora"),
+    (["--split_layers", "--lora"], "needs two ranks or more"),
     (["--split_layers", "--lora", "--no_packing"], "can't be combined with --no_packing"),
     (["--split_layers", "--lora", "--deepspeed"], "takes the place of DeepSpeed's engine"),
     (["--split_layers", "--lora", "--precision", "fp16"], "--precision bf16"),

@@ -15,6 +15,7 @@ from trainer.estimate.shape import TINY_SHAPE
 from trainer.options import Options
 
 TINY = "tiny"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
 # Of a configuration, what says nothing of the weights' shapes.
 NOT_SHAPE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures",
              "_attn_implementation", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"}
@@ -124,12 +125,18 @@ def choose_sequence_length(options: Options, config: Any) -> int:
 
 def build_tiny(tokenizer: Any, seed: int) -> Any:
     """Return the tiny Llama with random weights that depend only on the seed."""
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+    from transformers import LlamaForCausalLM, set_seed
 
     set_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **TINY_SHAPE))
+    return LlamaForCausalLM(tiny_config(tokenizer))
+
+
+def tiny_config(tokenizer: Any) -> Any:
+    """Return the configuration of the tiny Llama, with a tokenizer's words."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **TINY_SHAPE)
 
 
 def with_attention(options: Options, flash: bool, dtype: str, build: Callable[[str | None], Any]) -> Any:

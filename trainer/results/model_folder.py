@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.checkpoint.verification import write_atomically
 from trainer.model import loading
 from trainer.options import Options
 from trainer.results.best_model import best_checkpoint, copy_weights
 from trainer.results.setup import Setup
+from trainer.split import stage_files
 
 
 def keep_ds_config(setup: Setup, trainer: Any) -> None:
@@ -30,12 +33,35 @@ def save_model(setup: Setup, trainer: Any) -> None:
     """Write model/ (or adapter/) on rank 0: weights as safetensors and the tokenizer, loadable by from_pretrained."""
     run = setup.run
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if setup.options.split_layers is not None and not setup.options.lora:
+        save_stages(setup, trainer, model)
+        return
     state = trainer.to_save(setup.ranks.is_first)
     if setup.ranks.is_first:
         write = trainer.write_adapter if setup.options.lora else type(model).save_pretrained
         best = best_checkpoint(run.checkpoints, trainer.state)
         put_in_place(setup, model, run.adapter if merges(setup.options) else run.model,
                      partial(copy_weights, best) if best else partial(write, state_dict=state))
+
+
+def save_stages(setup: Setup, trainer: Any, model: Any) -> None:
+    """Write the model whose layers are split on rank 0, as the other ranks send it: never more than a file of it."""
+    own = trainer.weights_of(best_checkpoint(setup.run.checkpoints, trainer.state))
+    dtype = getattr(torch, loading.DTYPES[setup.precision])
+    parts = stage_files.planned(stage_files.MODEL, stage_files.kinds(own, dtype), setup.ranks)
+    if not setup.ranks.is_first:
+        stage_files.send_all(parts, own, setup.ranks)
+        return
+
+    def write(model: Any, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        stage_files.write_all(folder, parts, own, setup.ranks)
+        model.config.architectures, model.config.dtype = [type(model).__name__], dtype
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+
+    put_in_place(setup, model, setup.run.model, write)
 
 
 def put_in_place(setup: Setup, model: Any, place: Path, write: Callable[[Any, Path], None]) -> None:

@@ -1,32 +1,33 @@
-"""Where a model's layers are cut: as the user says, or by the memory of each rank's device."""
+"""Where a model's layers are cut: as the user says, or by the memory and speed of each rank's device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.errors import UserError
+from trainer.estimate.memory import USABLE, MemoryInputs
+from trainer.estimate.stages import choose_counts
+from trainer.split.allowed import check_counts
 from trainer.split.stage import Cut, cuts
 
 
-def choose_cuts(wanted: Sequence[int], layers: int, memory: Sequence[int]) -> list[Cut]:
-    """Return a stage for each rank. `wanted`: layers of each, none for what `memory`, bytes of each, allows.
+def choose_cuts(wanted: Sequence[int], layers: int, memory: Sequence[float], speeds: Sequence[float | None],
+                load: MemoryInputs | None) -> list[Cut]:
+    """Return a stage for each rank. `wanted`: layers of each; none for what the ranks' `memory`, in bytes, and `speeds`
+    allow. `load`: what one rank would hold, None where that isn't known.
 
     Raises UserError.
     """
     ranks = len(memory)
-    if ranks < 2:
-        raise UserError("--split_layers needs two ranks or more: a model that one holds is trained without it",
-                        exit_code=2, shared=True)
-    if layers < ranks:
-        raise UserError(f"--split_layers: {layers} layers can't be split over {ranks} ranks", exit_code=2, shared=True)
-    if wanted and (len(wanted) != ranks or sum(wanted) != layers or min(wanted) < 1):
-        example = ",".join(map(str, shares(layers, memory)))
-        raise UserError(f"--split_layers {','.join(map(str, wanted))}: {ranks} ranks share {layers} layers, each at "
-                        f"least one, as in {example}", exit_code=2, shared=True)
-    return cuts(list(wanted) or shares(layers, memory))
+    check_counts(wanted, layers, ranks)
+    if wanted:
+        return cuts(wanted)
+    known = [speed for speed in speeds if speed]
+    alike = known if len(known) == ranks else [1.0] * ranks
+    found = choose_counts(load, [USABLE * size for size in memory], alike) if load else None
+    return cuts(found or shares(layers, memory))
 
 
-def shares(layers: int, memory: Sequence[int]) -> list[int]:
+def shares(layers: int, memory: Sequence[float]) -> list[int]:
     """Return layers for each rank, at least one, in proportion to its memory."""
     found = [1] * len(memory)
     for _ in range(layers - len(memory)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,22 +19,30 @@ from trainer.split.stage import Stage
 Summed = Callable[[Stage, "torch.Tensor | None", dict[str, Any]], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Wire:
+    """The dtype of hidden states as they are sent, and as a stage goes on with them; None: as they are."""
+
+    sent: torch.dtype | None
+    inside: torch.dtype | None
+
+
 class MicroBatch(nn.Module):
     """What the schedule calls: received hidden states in; hidden states, or the last stage's summed loss [1], out."""
 
-    def __init__(self, stage: Stage, summed: Summed) -> None:
+    def __init__(self, stage: Stage, summed: Summed, wire: Wire) -> None:
         super().__init__()
         self.stage = stage
-        self._summed = summed
+        self._summed, self._wire = summed, wire
 
     def forward(self, *received: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """Do a stage's part of a micro batch."""
-        hidden = received[0] if received else None
+        hidden = received[0].to(self._wire.inside or received[0].dtype) if received else None
         if self.stage.cut.is_last:
             return self._summed(self.stage, hidden, inputs).reshape(1)
         inputs.pop("labels")
         found: torch.Tensor = self.stage(hidden, **inputs)
-        return found
+        return found.to(self._wire.sent or found.dtype)
 
 
 class Busy:
@@ -81,11 +90,11 @@ class Busy:
 class Pipeline:
     """The stages' schedule on one rank; all ranks call it with the same batch."""
 
-    def __init__(self, stage: Stage, summed: Summed, rank: int, ranks: int, device: torch.device, micro_batches: int
-                 ) -> None:
+    def __init__(self, stage: Stage, summed: Summed, rank: int, ranks: int, device: torch.device, micro_batches: int,
+                 wire: Wire) -> None:
         self._is_last = stage.cut.is_last
         self._device, self._divisor = device, torch.ones((), device=device)
-        made = PipelineStage(MicroBatch(stage, summed), rank, ranks, device)
+        made = PipelineStage(MicroBatch(stage, summed, wire), rank, ranks, device)
         self.busy = Busy(device)
         self.busy.watch(made, "forward_one_chunk")
         self.busy.watch(made, "backward_one_chunk")

@@ -59,14 +59,28 @@ def unchecked(family: str, error: Exception) -> UserError:
 
 
 @dataclass(frozen=True)
-class Family:
-    """What a small model has shown: how it is told where packed documents begin, whether its loss can be computed in
-    chunks at the head, whether its layers return tuples.
+class SplitInSmall:
+    """What a small split model has shown: by how much its gradients differ from the whole one's, as a share of the
+    largest; the weights beside the layers that have gradients on the `first` and on the `last` stage, and those that
+    have them on several stages.
     """
 
-    way: Way = "positions"
-    in_chunks: bool = True
-    in_tuple: bool = False
+    difference: float
+    first: frozenset[str]
+    last: frozenset[str]
+    shared: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a small model has shown: how it is told where packed documents begin, whether its loss can be computed in
+    chunks at the head, whether its layers return tuples, and how it is split.
+    """
+
+    way: Way
+    in_chunks: bool
+    in_tuple: bool
+    split: SplitInSmall
 
 
 def check_family(config: Any, stages: int, attention: str | None) -> Family:
@@ -78,7 +92,7 @@ def check_family(config: Any, stages: int, attention: str | None) -> Family:
     family, counts = config.model_type, [2, *[1] * (stages - 1)]
     small = small_copy(config, sum(counts), attention)
     try:
-        difference = split_difference(small, counts)
+        split = split_in_small(small, counts)
         packs = SmallModel(small)
         isolation.check_causal(packs.logits, VOCABULARY, "cpu", ROWS, "fp32")
         isolation.settle(packs, VOCABULARY, "cpu", ROWS, "fp32")
@@ -86,10 +100,10 @@ def check_family(config: Any, stages: int, attention: str | None) -> Family:
         raise
     except Exception as error:
         raise unchecked(family, error) from None
-    if not difference <= LARGEST:
+    if not split.difference <= LARGEST:
         raise UserError(f"--split_layers: split over {stages} ranks, the gradients of {family} are others "
-                        f"({difference:.1g} of the whole model's): it can't be split", shared=True)
-    return Family(packs.way, packs.loss_in_chunks(), packs.in_tuple())
+                        f"({split.difference:.1g} of the whole model's): it can't be split", shared=True)
+    return Family(packs.way, packs.loss_in_chunks(), packs.in_tuple(), split)
 
 
 class SmallModel:
@@ -128,8 +142,8 @@ class SmallModel:
         return bool((found - wanted).abs() <= LARGEST * wanted.abs())
 
 
-def split_difference(config: Any, counts: Sequence[int]) -> float:
-    """Return by how much gradients of a split model differ from the whole one's, as a share of the largest."""
+def split_in_small(config: Any, counts: Sequence[int]) -> SplitInSmall:
+    """Return what a model with `counts` layers on each stage shows beside a whole one with the same weights."""
     from transformers import AutoModelForCausalLM
 
     state = torch.random.get_rng_state()
@@ -142,7 +156,13 @@ def split_difference(config: Any, counts: Sequence[int]) -> float:
     stages = [stage_of(whole, cut, in_tuple) for cut in cuts(counts)]
     loss_of(whole(input_ids=ids, position_ids=positions, use_cache=False).logits, ids).backward()
     run_through(stages, ids, positions)
-    return largest_difference(whole, stages)
+    found = [{name for name, weight in stage.model.named_parameters() if weight.grad is not None} for stage in stages]
+    shared = {name for number, names in enumerate(found) for others in found[number + 1:] for name in names & others}
+    inside = {id(weight) for stage in stages for weight in layers_of(stage.model).parameters()}
+    beside = [frozenset(name for name, weight in stage.model.named_parameters()
+                        if weight.grad is not None and id(weight) not in inside) for stage in stages]
+    return SplitInSmall(largest_difference(whole, stages), beside[0], beside[-1],
+                        frozenset(shared.union(*beside[1:-1])))
 
 
 def returns_tuples(model: Any) -> bool:

@@ -27,8 +27,6 @@ from trainer.training.causal_trainer import CausalTrainer
 from trainer.training.preflight import check_world_sizes
 from trainer.training.split_building import Split
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
 
 @dataclass(frozen=True)
 class Built:
@@ -36,7 +34,8 @@ class Built:
 
     `config`: its text model's; `parameters`: without an adapter, `trained`: those that are, `active`: those that a
     token meets; `share`: of the linear weights that have an adapter; `liger`: with its kernels; `split`: how its layers
-    are split over the ranks, None where each has all.
+    are split over the ranks, None where each has all, `own`: what this rank saves of a split model that is trained
+    whole.
     """
 
     model: Any
@@ -48,13 +47,14 @@ class Built:
     liger: bool
     head_loss: HeadLoss | None
     split: Split | None = None
+    own: frozenset[str] | None = None
 
 
 def dtype_of(setup: Setup) -> str:
     """Return the kind of the weights: DeepSpeed keeps 32-bit copies itself, plain PyTorch doesn't, of what is
     trained."""
     in_32_bits = setup.ds_config is None and not setup.options.lora
-    return "float32" if in_32_bits else DTYPES[setup.precision]
+    return "float32" if in_32_bits else loading.DTYPES[setup.precision]
 
 
 def base_model(setup: Setup, split: Split | None) -> Any:
@@ -66,7 +66,7 @@ def base_model(setup: Setup, split: Split | None) -> Any:
         return from_config.build_model(options, setup.config, setup.tokenizer, dtype_of(setup), setup.flash)
     if options.qlora:
         here = "cpu" if setup.device == "cpu" else f"{setup.device}:{setup.ranks.local_rank}"
-        return loading.load_model(options, DTYPES[setup.precision], setup.flash, here)
+        return loading.load_model(options, loading.DTYPES[setup.precision], setup.flash, here)
     return loading.load_model(options, dtype_of(setup), setup.flash)
 
 
@@ -95,18 +95,22 @@ def build_model(setup: Setup) -> tuple[Built, transformers.TrainingArguments]:
             with_liger, head_loss = kernels.choose(model, setup), kernels.head_loss_of(model)
         elif split.own.is_last and split.family.in_chunks:
             head_loss = kernels.head_loss_of(model)
+    own: frozenset[str] | None = None
     if split:
         parameters, active = split_building.whole(setup, parameters), split_building.whole(setup, active)
         if setup.shape:  # what stands at both ends counts once
             active, parameters = int(active * setup.shape.parameters / parameters), int(setup.shape.parameters)
-        model, share = split_building.add_adapter(model, setup)
+        if options.lora:
+            model, share = split_building.add_adapter(model, setup)
+        else:
+            own = split_building.freeze_others(model, split)
     elif options.lora:
         transformers.set_seed(options.seed)
         model, share = lora.add_adapter(model, options, setup.engine.endswith("ZeRO-3"), resized)
     if setup.hosts and not start_weights.agree(model, ranks):
         setup.console.warn("the hosts had other weights to start with: those of rank 0 were sent to all")
     trained = split_building.whole(setup, lora.trained(model)) if split else lora.trained(model)
-    return Built(model, config, parameters, trained, active, share, with_liger, head_loss, split), arguments
+    return Built(model, config, parameters, trained, active, share, with_liger, head_loss, split, own), arguments
 
 
 def batches_of(setup: Setup) -> dict[str, Any]:
@@ -154,8 +158,8 @@ def text_trainer(setup: Setup, built: Built, arguments: Any, callbacks: Sequence
     if built.split:
         from trainer.training.split_trainer import SplitTrainer
 
-        kind = partial(SplitTrainer, cut=built.split.own, way=built.split.family.way,
-                       micro_batches=options.gradient_accumulation_steps)
+        kind = partial(SplitTrainer, cut=built.split.own, way=built.split.family.way, own=built.own,
+                       micro_batches=options.gradient_accumulation_steps, wire=split_building.wire_of(setup))
     trainer = kind(
         eval_sequences=evaluated, collate=Collator(setup.tokenizer.pad_token_id, capacity,
                                                    len(setup.data.info.sources)),

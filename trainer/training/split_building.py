@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 
+from trainer.distributed import devices
 from trainer.errors import UserError
-from trainer.estimate.shape import TINY_SHAPE
-from trainer.model import lora
+from trainer.model import loading, lora
 from trainer.options import Options
 from trainer.results.setup import Setup
+from trainer.split import allowed
+from trainer.split.allowed import MICRO_BATCHES
 from trainer.split.cutting import choose_cuts
 from trainer.split.loading import load_stage
+from trainer.split.pipeline import Wire
 from trainer.split.self_check import Family, check_family
-from trainer.split.stage import Cut
-
-MICRO_BATCHES = 4  # for each rank, where nothing else is said: of 2 ranks one waits for a tenth of the time then
+from trainer.split.stage import Cut, layers_of
+from trainer.training.memory_report import expected_load
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,28 @@ def settle_batch(options: Options, ranks: int, wanted: int) -> Options:
     Raises UserError for fewer micro batches than ranks, and for pairs of answers.
     """
     if options.method == "dpo":
-        raise UserError("--split_layers trains on text and conversations, not on pairs of answers", exit_code=2,
-                        shared=True)
+        raise allowed.refused("--split_layers trains on text and conversations, not on pairs of answers")
     micro = options.per_device_train_batch_size or 1
     accumulation = options.gradient_accumulation_steps or max(
         MICRO_BATCHES * ranks, (options.global_batch_size or wanted) // micro)
-    if accumulation < ranks:
-        raise UserError(f"--split_layers: {accumulation} micro batches can't keep {ranks} ranks busy: "
-                        f"--gradient_accumulation_steps {MICRO_BATCHES * ranks} or more", exit_code=2, shared=True)
     return replace(options, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
 
 
 def split_of(setup: Setup) -> Split:
     """Return how the model is split, once its family was tried in small; all ranks call it. Raises UserError."""
-    config, ranks = setup.config, setup.ranks
-    layers = TINY_SHAPE["num_hidden_layers"] if config is None else config.get_text_config().num_hidden_layers
-    memory = ranks.all_gather_json("split-memory", own_memory(setup))
-    made = choose_cuts(setup.options.split_layers or (), layers, memory)
-    family = Family()
-    if config is not None:
-        if getattr(config.get_text_config(), "output_router_logits", False):
-            raise UserError("--split_layers: the router's loss of this model needs all layers in one place",
-                            shared=True)
-        family = check_family(config, ranks.world_size, setup.options.attn_implementation)
+    options, ranks = setup.options, setup.ranks
+    config = setup.config if setup.config is not None else loading.tiny_config(setup.tokenizer)
+    allowed.check(options, ranks.world_size, config.to_dict())
+    speed = devices.peak_flops([devices.device_facts(ranks.local_rank)], setup.precision)
+    told = ranks.all_gather_json("split-memory", [own_memory(setup), speed])
+    load = expected_load(options, setup.shape, setup.device, setup.precision, None, setup.sequence_length,
+                         ranks.world_size) if setup.shape else None
+    made = choose_cuts(options.split_layers or (), config.get_text_config().num_hidden_layers,
+                       [memory for memory, _ in told], [speed for _, speed in told], load)
+    family = check_family(config, ranks.world_size, options.attn_implementation)
+    if family.split.shared and not options.lora:
+        raise allowed.refused(f"--split_layers: several stages of {config.model_type} use "
+                              f"{min(family.split.shared)}: train an adapter: add --lora")
     return Split(tuple(made), made[ranks.rank], family)
 
 
@@ -67,6 +68,28 @@ def own_memory(setup: Setup) -> int:
     if setup.device == "cpu":
         return setup.memory
     return int(torch.get_device_module(setup.device).get_device_properties(setup.ranks.local_rank).total_memory)
+
+
+def freeze_others(model: Any, split: Split) -> frozenset[str]:
+    """Freeze what a stage has only because it couldn't be left out, and return the names of what is its own."""
+    beside = (split.family.split.first if split.own.is_first else frozenset()) | (
+        split.family.split.last if split.own.is_last else frozenset())
+    inside = {id(value) for value in layers_of(model).state_dict(keep_vars=True).values()}
+    everything = model.state_dict(keep_vars=True)
+    own = {name for name, value in everything.items() if id(value) in inside or name in beside}
+    if split.own.is_first:  # buffers, and what nothing uses
+        own |= set(everything) - split.family.split.last
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in own)
+    return frozenset(own)
+
+
+def wire_of(setup: Setup) -> Wire:
+    """Return the dtypes of hidden states between stages and inside: weights in 32 bits that compute in 16 send 16."""
+    if setup.precision != "bf16":
+        return Wire(None, None)
+    wide = not (setup.options.lora or setup.options.bf16_residual)
+    return Wire(torch.bfloat16, torch.float32 if wide else torch.bfloat16)
 
 
 def stage_model(setup: Setup, split: Split, dtype: str) -> Any:

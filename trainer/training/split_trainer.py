@@ -1,12 +1,13 @@
 """The Trainer of a model whose layers are split over the ranks: one batch for all, gradients and states by stage.
 
-Everything around a step is the Trainer's: schedule, clipping, logs, evaluations, stops. Checkpoints have the names of
-the whole adapter, so that any cuts, and any number of ranks, continue from them.
+Everything around a step is the Trainer's: schedule, clipping, logs, evaluations, stops. Checkpoints have the whole
+model's names, so that any cuts, and any number of ranks, continue from them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,38 +15,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers.trainer import SCHEDULER_NAME
 
 from trainer.checkpoint.noted_faults import noting
 from trainer.distributed import heartbeat
 from trainer.model.isolation import Way
 from trainer.sequences.packing import FILLER, IGNORED, PackedSequences
-from trainer.split.pipeline import Pipeline
+from trainer.split import stage_files
+from trainer.split.pipeline import Pipeline, Wire
 from trainer.split.sharing import Named, gathered
 from trainer.split.stage import Cut, Stage
+from trainer.split.stage_files import Part
 from trainer.training.causal_trainer import CausalTrainer
 from trainer.training.loss_trainer import summed_loss
 
-OPTIMIZER = "optimizer.safetensors"  # in a checkpoint: states by the names of their weights
 ADAPTER = "adapter_model.safetensors"
-SCALARS = ("step",)  # of AdamW's states, one number each
 
 
 class SplitTrainer(CausalTrainer):
     """A CausalTrainer whose model is a stage. `micro_batches`: that a batch is cut into; `way`: how documents are told
-    apart.
+    apart; `wire`: the dtypes of what is sent; `own`: what this stage saves of a model that is trained whole, None with
+    an adapter.
     """
 
-    def __init__(self, *, cut: Cut, micro_batches: int, way: Way, **others: Any) -> None:
-        self._cut, self._micro_batches = cut, micro_batches
+    def __init__(self, *, cut: Cut, micro_batches: int, way: Way, wire: Wire, own: Collection[str] | None,
+                 **others: Any) -> None:
+        self._cut, self._micro_batches, self._wire, self._own = cut, micro_batches, wire, own
         super().__init__(**others)
         self.way = way
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)  # no DDP
         self.accelerator.prepare_data_loader = self._prepare_data_loader
         self._pipeline: Pipeline | None = None
         self.steps_s = 0.0  # in passes forward and backward, with waiting
-        self._name_all_targets()
+        if own is None:
+            self._name_all_targets()
 
     def _name_all_targets(self) -> None:
         """Have the adapter's configuration name the layers of all stages, as it is saved."""
@@ -67,7 +71,7 @@ class SplitTrainer(CausalTrainer):
         """The schedule, made at its first use: the Trainer has prepared the model by then."""
         if self._pipeline is None:
             self._pipeline = Pipeline(Stage(self.model, self._cut), self._summed, self._ranks.rank,
-                                      self._ranks.world_size, self.args.device, self._micro_batches)
+                                      self._ranks.world_size, self.args.device, self._micro_batches, self._wire)
         return self._pipeline
 
     def _summed(self, stage: Stage, hidden: torch.Tensor | None, inputs: dict[str, Any]) -> torch.Tensor:
@@ -133,17 +137,44 @@ class SplitTrainer(CausalTrainer):
         busy = self.pipeline.busy.seconds()
         return max(0.0, 1 - busy / self.steps_s) if self.steps_s else 0.0
 
-    # -- what is saved ---------------------------------------------------------------------------------------------
+    # -- what is saved: of an adapter all, by every host; of a whole model what the stage has ------------------------
 
     def trained(self) -> Named:
         """Return the weights of this stage that are trained, by the whole model's names."""
         return {name: weight for name, weight in self.accelerator.unwrap_model(self.model).named_parameters()
                 if weight.requires_grad}
 
+    def own_weights(self) -> Named:
+        """Return what this stage saves of a model that is trained whole."""
+        state = self.accelerator.unwrap_model(self.model).state_dict()
+        return {name: value for name, value in state.items() if name in (self._own or ())}
+
+    def weights_of(self, checkpoint: Path | None) -> Named:
+        """Return what this stage has of a checkpoint's weights, None: as they are now; all ranks call it."""
+        own = self.own_weights()
+        return stage_files.fetched(checkpoint, stage_files.MODEL, own, self._ranks) if checkpoint else own
+
     def to_save(self, writes: bool) -> Named | None:
         """Return all stages' trained weights, None on ranks that write nothing; all ranks call it."""
         found = gathered(self.trained(), self._ranks, self.args.device)
         return found if writes else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint's weights, and what is read with them."""
+        if self._own is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(str(output_dir))
+        parts = stage_files.write_own(folder, stage_files.MODEL, self.own_weights(), self._ranks, self._faults)
+        if self.args.should_save:
+            noting(self._faults, self._write_about)(folder, parts)
+
+    def _write_about(self, folder: Path, parts: Sequence[Part]) -> None:
+        """Write the index of all stages' files, the configuration and the tokenizer."""
+        stage_files.write_index(folder, parts)
+        self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+        processing: Any = self.processing_class
+        processing.save_pretrained(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Named | None = None) -> None:
         """Write what a checkpoint has of the model, with the adapter of all stages."""
@@ -172,40 +203,48 @@ class SplitTrainer(CausalTrainer):
         return self.lr_scheduler
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write all stages' optimizer states by the names of their weights, and the scheduler."""
-        names = {id(weight): name for name, weight in self.trained().items()}
+        """Write the optimizer's states by the names of their weights, and the scheduler."""
+        names, folder = {id(weight): name for name, weight in self.trained().items()}, Path(output_dir)
         own = {f"{names[id(weight)]}/{key}": torch.as_tensor(value)
                for weight, state in self._states.items() for key, value in state.items()}
-        found = gathered(own, self._ranks, self.args.device)
+        if self._own is not None:
+            stage_files.write_own(folder, stage_files.OPTIMIZER, own, self._ranks, self._faults)
+        else:
+            found = gathered(own, self._ranks, self.args.device)
+            if self.args.should_save:
+                noting(self._faults, stage_files.write)(folder / f"{stage_files.OPTIMIZER}.safetensors", found)
         if self.args.should_save:
-            noting(self._faults, save_file)(found, str(Path(output_dir) / OPTIMIZER))
-            noting(self._faults, torch.save)(self._scheduler.state_dict(), str(Path(output_dir) / SCHEDULER_NAME))
+            noting(self._faults, torch.save)(self._scheduler.state_dict(), str(folder / SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read the states of this stage's weights, and the scheduler."""
         if checkpoint is None:
             return
-        found = load_file(str(Path(checkpoint) / OPTIMIZER))
-        for name, weight in self.trained().items():
-            states = {key.rpartition("/")[2]: value for key, value in found.items() if key.rpartition("/")[0] == name}
-            self._states[weight] = {key: value if key in SCALARS else value.to(weight.device)
-                                            for key, value in states.items()}
+        trained = self.trained()
+        for name, value in stage_files.fetched(Path(checkpoint), stage_files.OPTIMIZER, trained, self._ranks).items():
+            weight, _, key = name.rpartition("/")
+            on_cpu = value.dim() == 0  # a count, which torch keeps there
+            self._states[trained[weight]][key] = value if on_cpu else value.to(trained[weight].device)
         self._scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(self._groups, self._scheduler.get_last_lr(), strict=True):  # which the states don't say
             group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Read this stage's part of an adapter."""
-        found = load_file(str(Path(resume_from_checkpoint) / ADAPTER))
+        """Read this stage's part of the model, or of an adapter."""
+        folder = Path(resume_from_checkpoint)
+        if self._own is None:
+            found, weights = load_file(str(folder / ADAPTER)), self.trained()
+            new = {name: found[name_in_file(name)] for name in weights}
+        else:
+            new, weights = self.weights_of(folder), self.own_weights()
         with torch.no_grad():
-            for name, weight in self.trained().items():
-                weight.copy_(found[name_in_file(name)])
+            for name, weight in weights.items():
+                weight.copy_(new[name])
 
 
 def write_whole(folder: Path, named: Named) -> None:
     """Write an adapter's weights: peft itself leaves out those of layers that its model hasn't."""
-    save_file({name_in_file(name): weight.contiguous() for name, weight in named.items()}, str(folder / ADAPTER),
-              metadata={"format": "pt"})
+    stage_files.write(folder / ADAPTER, {name_in_file(name): weight for name, weight in named.items()})
 
 
 def name_in_file(name: str) -> str:

@@ -1,0 +1,70 @@
+"""A model whose layers are split over ranks: what each holds, how many layers it gets, how long a step takes.
+
+torch's 1F1B schedule: rank s of S has at most S - s micro batches under way, and a step of M of them takes M + S - 1
+times one (arXiv 2104.04473, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from trainer.estimate.memory import MemoryInputs, bytes_needed
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A step: its seconds, and the share of them in which each rank computes nothing."""
+
+    seconds: float
+    idle: tuple[float, ...]
+
+
+def stage_bytes(load: MemoryInputs, count: int, rank: int, ranks: int) -> dict[str, float]:
+    """Return the bytes of a rank with `count` of the layers, by what takes them. `load`: the whole model's, of which
+    one rank would hold all."""
+    embedding = load.vocabulary * load.hidden
+    ends = 2 * embedding if load.weights > 2 * embedding else 0.0
+    each = (load.weights - ends) / load.layers
+    weights = each * count + (embedding if ends and rank in (0, ranks - 1) else 0.0)
+    trained = weights if load.trained == load.weights else load.trained * count / load.layers
+    part = replace(load, weights=weights, trained=trained, layers=count, stage=None)
+    found = bytes_needed(part)
+    under_way = min(max(load.accumulation, 1), ranks - rank)
+    more = bytes_needed(replace(part, layers=count * under_way))["activations"]
+    found["activations"] = more
+    if rank != ranks - 1:
+        found["logits"] = 0.0
+    return {name: size for name, size in found.items() if size}
+
+
+def choose_counts(load: MemoryInputs, room: Sequence[float], speeds: Sequence[float]) -> list[int] | None:
+    """Return the layers of each rank: as many as fit into its `room`, in bytes, so that the slowest is done soonest.
+
+    `speeds`: what the ranks' devices compute in a second, in any unit. None where they can't hold all layers.
+    """
+    ranks = len(room)
+    found = [1] * ranks
+
+    def fits(rank: int, count: int) -> bool:
+        return sum(stage_bytes(load, count, rank, ranks).values()) <= room[rank]
+
+    if load.layers < ranks or not all(fits(rank, 1) for rank in range(ranks)):
+        return None
+    for _ in range(load.layers - ranks):
+        able = [rank for rank in range(ranks) if fits(rank, found[rank] + 1)]
+        if not able:
+            return None
+        found[min(able, key=lambda rank: (found[rank] + 1) / speeds[rank])] += 1
+    return found
+
+
+def step_time(computing: Sequence[float], sending: float, micro_batches: int) -> Timing:
+    """Return how long a step takes. `computing`: each rank's seconds for a micro batch, forward and backward;
+    `sending`: the seconds that the hidden states of one need at a cut, as its gradients do.
+
+    A rank computes while nothing is sent or received: measured so (benchmarks/split_layers.py).
+    """
+    slowest = max(computing)
+    seconds = (micro_batches - 1) * (slowest + 2 * sending) + sum(computing) + 2 * (len(computing) - 1) * sending
+    return Timing(seconds, tuple(1 - micro_batches * each / seconds for each in computing))
