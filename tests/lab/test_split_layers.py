@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lab.desk import Desk, assert_nothing_left, output_after_a_kill
 from lab.hosts import Lab
+from lab.memory_limit import limited
 from trainer.data.tokenizer import own_tokenizer
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -73,6 +76,43 @@ def test_hosts_learn_together_what_one_process_learns(model: Path, lab: Lab, tex
     assert code == 0 and "resuming after 3" in output and "layers        1 + 2 + 3" in output, output
     assert figures(desk.run_folder, "loss") == pytest.approx(figures(tmp_path / "alone", "loss"), abs=1e-5)
     assert_nothing_left(desk)
+
+
+def large_model(folder: Path, texts: Path) -> int:
+    """Write a Llama of 1.5 billion weights in float32; return their bytes."""
+    tokenizer = own_tokenizer([path.read_text() for path in sorted(texts.iterdir())], vocabulary=400)
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1,
+                                  hidden_size=1024, intermediate_size=19_000, num_hidden_layers=24,
+                                  num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in AutoModelForCausalLM.from_config(config).named_parameters()}
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    numbers = 0.02 * torch.randn(max(shape.numel() for shape in shapes.values()))
+    places = {}
+    for name, shape in shapes.items():
+        save_file({name: numbers[: shape.numel()].reshape(shape).clone()}, folder / f"{name}.safetensors",
+                  {"format": "pt"})
+        places[name] = f"{name}.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return 4 * sum(shape.numel() for shape in shapes.values())
+
+
+def test_hosts_hold_together_what_none_holds_alone(lab: Lab, texts: Path, cache: Path, tmp_path: Path) -> None:
+    limit, folder = 4_000_000_000, tmp_path / "large"
+    assert large_model(folder, texts) > 1.5 * limit
+    desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
+    few = ("--", "--sequence_length", "8", "--max_steps", "2", "--lora", "4", "--precision", "fp32",
+           "--logging_steps", "1", "--eval_max_sequences", "1", "--gradient_accumulation_steps", "2",
+           "--per_device_train_batch_size", "1", "--save_steps", "0")
+    with limited(desk.hosts["gpu1"], limit), limited(desk.hosts["gpu2"], limit):
+        code, output = desk.run("--model", str(folder), "--include", "gpu1", *few)
+        told = "a rank's weights are 6.0 GB, and it has 4.0 GB of memory: more hosts hold it together: --lora --split-"
+        assert code == 1 and told in output, output
+        code, output = desk.run("--model", str(folder), "--split-layers", *few)
+        assert code == 0, output
+        assert re.search(r"layers        12 \+ 12, about 3\.\d of 4\.0 \+ 3\.\d of 4\.0 GB", output)
+    assert len(figures(next(run for run in (desk.folder / "runs").iterdir() if (run / "model").exists()), "loss")) == 2
 
 
 def test_a_stage_that_dies_ends_the_job_by_its_name(model: Path, lab: Lab, texts: Path, cache: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
@@ -34,9 +36,31 @@ def device_facts(local_rank: int) -> dict[str, Any]:
                 "count": torch.xpu.device_count(),
                 "memory": torch.xpu.get_device_properties(local_rank).total_memory, "bf16": True, "fp16": True,
                 "flash": False}
-    return {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0,
-            "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "bf16": False, "fp16": False,
-            "flash": False}
+    return {"type": "cpu", "backend": "cpu", "name": "CPU", "count": 0, "memory": host_memory(), "bf16": False,
+            "fp16": False, "flash": False}
+
+
+def host_memory(groups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """Return the bytes of memory that this process may use: the machine's, or the limit of its control groups
+    (cgroups(7), both versions), as containers and batch systems set it.
+    """
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        lines = Path(groups).read_text().splitlines()
+    except OSError:
+        return found[0]
+    for line in lines:
+        _, controllers, inside = (*line.split(":", 2), "", "")[:3]
+        name, place = ("memory.max", Path(root)) if not controllers else ("memory.limit_in_bytes", Path(root, "memory"))
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        own = place / inside.lstrip("/")
+        for folder in (own, *own.parents):  # any of which may set a limit
+            with contextlib.suppress(OSError, ValueError):  # "max"
+                found.append(int((folder / name).read_text()))
+            if folder == place:
+                break
+    return min(found)
 
 
 def free_memory(device: str, memory: int) -> int:

@@ -113,7 +113,8 @@ class Workload:
 
     `evaluated`: sequences that each evaluation takes of those that are `held_out`; `liger`: with its
     kernels; `attention`: by the name that transformers has for it.
-    `adapter_share`: of the linear weights, how many have an adapter; `layers`: of each rank, where they are split.
+    `adapter_share`: of the linear weights, how many have an adapter; `layers`: in words, of each rank, where they are
+    split.
     """
 
     config: Any
@@ -126,7 +127,7 @@ class Workload:
     liger: bool
     attention: str
     adapter_share: float | None = None
-    layers: tuple[int, ...] = ()
+    layers: str = ""
 
 
 def global_batch_size(options: Options, world_size: int) -> int:

@@ -61,7 +61,7 @@ def describe(setup: Setup, workload: Workload) -> None:
                  f"{o.gradient_accumulation_steps} " + (
                      "micro batches" if workload.layers else f"accumulation x {ranks.world_size} ranks")
                  + f", {short(batch * packed.tokens / packed.filled)} tokens" + reason,
-        **({"layers": " + ".join(map(str, workload.layers))} if workload.layers else {}),
+        **({"layers": workload.layers} if workload.layers else {}),
         "steps": f"{workload.steps:,}" + (f", resuming after {setup.resume_step:,}" if setup.resume_step else ""),
         "schedule": f"learning rate up to {o.learning_rate:g}, {schedule(setup, workload.steps)}",
         "precision": f"{setup.precision} on {setup.device}",

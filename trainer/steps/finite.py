@@ -71,8 +71,7 @@ class FiniteCheck:
 
 
 def local_parts(model: torch.nn.Module) -> Iterable[torch.Tensor]:
-    """Yield the weights that this rank has: its part of each under ZeRO-3."""
+    """Yield the trained weights that this rank has: its part of each under ZeRO-3. Others can't have changed."""
     for weight in model.parameters():
-        part = getattr(weight, "ds_tensor", weight)
-        if part.is_floating_point():
-            yield part.detach()
+        if weight.requires_grad:
+            yield getattr(weight, "ds_tensor", weight).detach()

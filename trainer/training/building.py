@@ -143,7 +143,7 @@ def workload_of(setup: Setup, built: Built, sequences: Any, steps: int, evaluate
     """Return what is trained."""
     return Workload(built.config, built.parameters, built.trained, sequences, steps, evaluated, held_out, built.liger,
                     str(built.model.config._attn_implementation), built.share,
-                    tuple(cut.end - cut.first for cut in built.split.cuts) if built.split else ())
+                    built.split.described if built.split else "")
 
 
 def text_trainer(setup: Setup, built: Built, arguments: Any, callbacks: Sequence[Any]) -> tuple[Workload, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from trainer.distributed.deepspeed_config import lookup, offloads_optimizer
 from trainer.distributed.ranks import Ranks
+from trainer.errors import UserError
 from trainer.estimate import batch, traffic
 from trainer.estimate.advice import report_lines
 from trainer.estimate.memory import (
@@ -105,6 +107,25 @@ def settle_batch(options: Options, shape: Shape | None, hardware: Hardware, ds_c
         found = batch.choose_batch(load, wanted, hardware.free, hardware.device != "cpu")
     return replace(options, per_device_train_batch_size=found.micro, gradient_accumulation_steps=found.accumulation,
                    activation_checkpointing=found.checkpoints), found.reason
+
+
+def stop_if_too_large(options: Options, shape: Shape | None, hardware: Hardware, ds_config: dict[str, Any] | None,
+                      sequence: int, ranks: int) -> None:
+    """Raise a UserError where a rank's weights alone are larger than its memory, before any are loaded."""
+    if shape is None:
+        return
+    load = expected_load(options, shape, hardware.device, hardware.precision, ds_config, sequence, ranks)
+    on_gpu, each = hardware.device != "cpu", load.weight or (4 if load.stage is None else load.number)
+    if load.stage == 3:
+        each *= 0 if load.offloads_weights and on_gpu else 1 / ranks
+    if each * load.weights <= hardware.memory:
+        return
+    others = {"--lora": load.number, "--qlora": NF4 if on_gpu else math.inf,
+              f"--lora --split-layers over these {ranks} ranks": load.number / ranks if ranks > 1 else math.inf}
+    fits = next((words for words, size in others.items() if size * load.weights <= USABLE * hardware.memory), None)
+    size, room = gigabytes(each * load.weights), gigabytes(hardware.memory)
+    raise UserError(f"{options.model_name_or_path}: a rank's weights are {size} GB, and it has {room} GB of memory: "
+                    + (fits or "more hosts hold it together: --lora --split-layers"), shared=True)
 
 
 def changes_logits(config: Any) -> bool:

@@ -68,6 +68,7 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
                                                            row_tokens(options, length),
                                                            sequences_of(data, options, length), ranks.world_size,
                                                            start.engine_ranks(options, ranks))
+        memory_report.stop_if_too_large(options, shape, hardware, ds_config, length, ranks.world_size)
     if ds_config is not None and not ranks.on_one_machine and not options.lan_compress:
         deepspeed_config.send_gradients_in_bf16(ds_config, hardware.precision)
     if ds_config is not None and options.optim == MUON:

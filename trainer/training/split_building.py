@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from trainer.distributed import devices
 from trainer.errors import UserError
+from trainer.estimate.memory import MemoryInputs, gigabytes
+from trainer.estimate.stages import stage_bytes
 from trainer.model import loading, lora
 from trainer.options import Options
 from trainer.results.setup import Setup
@@ -25,11 +28,23 @@ from trainer.training.memory_report import expected_load
 
 @dataclass(frozen=True)
 class Split:
-    """How a model is split: the cut of each rank, this rank's own, and what its family showed in small."""
+    """How a model is split: the cut of each rank, this rank's own, what its family showed in small; the bytes that each
+    rank `needs`, empty where that isn't known, and those of its device's `memory`.
+    """
 
     cuts: tuple[Cut, ...]
     own: Cut
     family: Family
+    needs: tuple[float, ...]
+    memory: tuple[int, ...]
+
+    @property
+    def described(self) -> str:
+        """The layers of each rank, for a person: '32 + 16, about 19.1 of 24.0 + 9.6 of 12.0 GB'."""
+        layers = " + ".join(str(cut.end - cut.first) for cut in self.cuts)
+        sizes = " + ".join(f"{gigabytes(needed)} of {gigabytes(has)}"
+                           for needed, has in zip(self.needs, self.memory, strict=False))
+        return f"{layers}, about {sizes} GB" if sizes else layers
 
 
 def settle_batch(options: Options, ranks: int, wanted: int) -> Options:
@@ -52,15 +67,29 @@ def split_of(setup: Setup) -> Split:
     allowed.check(options, ranks.world_size, config.to_dict())
     speed = devices.peak_flops([devices.device_facts(ranks.local_rank)], setup.precision)
     told = ranks.all_gather_json("split-memory", [own_memory(setup), speed])
+    memory = [size for size, _ in told]
     load = expected_load(options, setup.shape, setup.device, setup.precision, None, setup.sequence_length,
                          ranks.world_size) if setup.shape else None
-    made = choose_cuts(options.split_layers or (), config.get_text_config().num_hidden_layers,
-                       [memory for memory, _ in told], [speed for _, speed in told], load)
+    made = choose_cuts(options.split_layers or (), config.get_text_config().num_hidden_layers, memory,
+                       [speed for _, speed in told], load)
+    needs = stop_if_too_large(load, made, memory, ranks.hosts) if load else ()
     family = check_family(config, ranks.world_size, options.attn_implementation)
     if family.split.shared and not options.lora:
         raise allowed.refused(f"--split_layers: several stages of {config.model_type} use "
                               f"{min(family.split.shared)}: train an adapter: add --lora")
-    return Split(tuple(made), made[ranks.rank], family)
+    return Split(tuple(made), made[ranks.rank], family, needs, tuple(memory))
+
+
+def stop_if_too_large(load: MemoryInputs, made: Sequence[Cut], memory: Sequence[int], hosts: Sequence[str]
+                      ) -> tuple[float, ...]:
+    """Return the bytes that each rank needs. Raises UserError where its weights alone are larger than its memory."""
+    parts = [stage_bytes(load, cut.end - cut.first, rank, len(made)) for rank, cut in enumerate(made)]
+    for rank, part in enumerate(parts):
+        if part["weights"] > memory[rank]:
+            layers, size, room = made[rank].end - made[rank].first, gigabytes(part["weights"]), gigabytes(memory[rank])
+            raise UserError(f"{hosts[rank]}: the weights of rank {rank}'s {layers} layers are {size} GB, and it has "
+                            f"{room} GB of memory: fewer layers there (--split_layers A,B), or more hosts", shared=True)
+    return tuple(sum(part.values()) for part in parts)
 
 
 def own_memory(setup: Setup) -> int:
