@@ -26,9 +26,9 @@ from master.ds_config.json_text import Document, TextError
 from master.inventory.cluster_file import read_cluster
 from master.inventory.gpu_report import ReportError, parse_report
 from master.inventory.hostfile import read_hostfile
-from master.run.checkpoint_transfer import MANIFEST_MARK, read_manifests
 from master.run.command_record import flags_to_repeat
 from master.run.launcher_process import is_active, read_launcher_record
+from master.run.merged_checkpoint import MANIFEST_MARK, read_manifests
 from master.ssh.json_channel import parse_object
 from master.ssh.node_names import read_nodes
 from master.ssh.route import SshError

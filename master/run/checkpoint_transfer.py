@@ -7,22 +7,30 @@ slots, every host needs all parts: they are fetched here from where they are, an
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shlex
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from master.core.atomic_write import write_atomically
-from master.core.json_schema import first_error, loads
 from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.inventory.node_facts import checkout_of, query_facts, start_folder
 from master.run.fetch_run import END, MARK, Fetched, Progress, unpack_stream
+from master.run.merged_checkpoint import (
+    MANIFEST_MARK,
+    STAGE_FILE,
+    Manifests,
+    MergedCheckpoint,
+    given,
+    missing_files,
+    newest_complete,
+    read_manifests,
+)
 from master.run.outgoing_archive import archive_to, tar_size
 from master.run.run_folder import RunError, job_prefix
 from master.ssh.node_names import Node, parse_node
@@ -30,38 +38,11 @@ from master.ssh.options import host_key_prompt
 from master.ssh.route import SshError, SshOptions
 from master.ssh.run_on_all import run_on_all
 from master.ssh.session import OUTPUT_LIMIT, Session
-from master.ssh.worker_message import SCHEMA
 
-MANIFEST, MANIFEST_MARK = "complete.json", "@@SEAL "
-PART = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
+MANIFEST = "complete.json"
 SCRATCH = ".gathered"  # in the run folder
 METRICS, STILL_RUNNING = "metrics.jsonl", "@@GOES_ON"
 PATIENCE = 600.0  # seconds for a host to put away what it was sent
-
-
-@dataclass
-class MergedCheckpoint:
-    """A checkpoint: who has which of its files (size, CRC-32), and who may say so."""
-
-    step: int
-    layout: dict[str, Any]
-    files: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
-
-    @property
-    def is_complete(self) -> bool:
-        """True if no rank's part is missing, or every rank (every host, with `shards` of its own) wrote the same."""
-        parts = {int(found[1]) for name in self.files if (found := PART.search(name))}
-        wanted = self.layout.get("shards") or self.layout["world_size"]
-        return not parts or (len(parts), max(parts) + 1) == (wanted, wanted)
-
-    @property
-    def manifest(self) -> str:
-        """complete.json of all of it."""
-        files = {name: sums for name, (_, sums) in self.files.items()}
-        return json.dumps({"step": self.step, "layout": self.layout, "files": files}, indent=1)
-
-
-Manifests = dict[int, dict[str, Any]]  # a host's complete.json by step
 
 
 @dataclass(frozen=True)
@@ -71,40 +52,6 @@ class HostView:
     start: str
     is_running: bool
     manifests: Manifests
-
-
-def read_manifests(text: str) -> Manifests:
-    """Return what a host says of its checkpoints; what makes no sense is left out."""
-    found: Manifests = {}
-    for block in text.split(MANIFEST_MARK)[1:]:
-        with contextlib.suppress(ValueError):
-            manifest = loads(block)
-            if first_error(SCHEMA, manifest, "manifest") is None:
-                found[manifest["step"]] = manifest
-    return found
-
-
-def newest_complete(manifests: Mapping[str, Manifests]) -> MergedCheckpoint | None:
-    """Return the newest checkpoint of which all parts are somewhere, from every host's seals; None if none is."""
-    for step in sorted({step for each in manifests.values() for step in each}, reverse=True):
-        found: MergedCheckpoint | None = None
-        for host, each in manifests.items():
-            manifest = each.get(step)
-            if not manifest or (found and manifest["layout"] != found.layout):
-                continue
-            found = found or MergedCheckpoint(step, manifest["layout"])
-            for name, sums in manifest["files"].items():
-                found.files.setdefault(name, (host, sums))
-        if found and found.is_complete:
-            return found
-    return None
-
-
-def missing_files(manifest: Mapping[str, Any] | None, merged: MergedCheckpoint) -> list[str]:
-    """Return the files of a checkpoint that a host lacks: all of them if what it has is another's."""
-    if manifest is None or manifest["layout"] != merged.layout:
-        return list(merged.files)
-    return [name for name, (_, sums) in merged.files.items() if manifest["files"].get(name) != sums]
 
 
 def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], known: Mapping[str, Any],
@@ -126,8 +73,9 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
         raise RunError(f"{run}: the checkpoint's shards can't be copied to other hosts or slots: {why}")
     if newer:
         say(f"checkpoint-{newer[-1]} is incomplete: checkpoint-{merged.step} is the newest complete one")
+    there = given(manifests, [host.host for host in now], merged)
     lacking = {host.host: names for host in now
-               if (names := missing_files(manifests[host.host].get(merged.step), merged))}
+               if (names := missing_files(manifests[host.host].get(merged.step), merged, there))}
     scratch = run / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -135,7 +83,7 @@ def gather_and_send(run: Path, before: Sequence[Slots], now: Sequence[Slots], kn
             _fetch(run, merged, views, ssh, {name for names in lacking.values() for name in names}, scratch)
         if lacking or newer or now[0].host != before[0].host:  # rank 0's host has the metrics
             each = {host.host: lacking.get(host.host, []) for host in now}
-            _send_in_turn(run, merged, views, ssh, each, newer, known)
+            _send_in_turn(run, merged, views, ssh, each, newer, known, there)
     except (OSError, tarfile.TarError) as error:
         raise RunError(f"{run}: checkpoint-{merged.step} can't be gathered: {error}") from None
     finally:
@@ -195,20 +143,26 @@ def _fetch(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], s
 
 
 def _send_in_turn(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ssh: SshOptions,
-                  lacking: Mapping[str, Sequence[str]], newer: Sequence[int], known: Mapping[str, Any]) -> None:
-    """Send each host what it lacks; first to one of them: the others may see the same disk, and then lack nothing."""
+                  lacking: Mapping[str, Sequence[str]], newer: Sequence[int], known: Mapping[str, Any],
+                  there: set[str]) -> None:
+    """Send each host what it lacks; first to one of them: the others may see the same disk, and then lack nothing.
+
+    `there`: what ranks give each other; with it, what the first one was sent.
+    """
     first, *others = sorted(lacking, key=lambda host: -len(lacking[host]))
     _send(run, merged, views, ssh, {first: lacking[first]}, newer)
+    if merged.is_split:
+        there = there | {name for name in lacking[first] if STAGE_FILE.fullmatch(name)}
     again, _ = _ask(run, others, known, ssh) if others else ({}, [])
-    left = {host: missing_files(view.manifests.get(merged.step), merged) if lacking[host] else lacking[host]
+    left = {host: missing_files(view.manifests.get(merged.step), merged, there) if lacking[host] else lacking[host]
             for host, view in again.items()}
     if left:
-        _send(run, merged, views, ssh, left, newer)
+        _send(run, merged, {**views, **again}, ssh, left, newer)
 
 
 def _send(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ssh: SshOptions,
           lacking: Mapping[str, Sequence[str]], newer: Sequence[int]) -> None:
-    """Send each host the files it is missing and, last, the manifest of all files; also the metrics, if it has fewer.
+    """Send each host the files it is missing and, last, the manifest of what it has; also the metrics, if it has fewer.
 
     Newer, incomplete checkpoints lose their manifest. A checkpoint that was only partly copied has none.
     """
@@ -216,16 +170,22 @@ def _send(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ss
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / METRICS).write_bytes((run / METRICS).read_bytes() if (run / METRICS).exists() else b"")
     (scratch / step).mkdir(exist_ok=True)
-    write_atomically(scratch / step / MANIFEST, merged.manifest)
+    for host, names in lacking.items():
+        own = views[host].manifests.get(merged.step)
+        others = set(missing_files(own, merged)) - set(names)
+        write_atomically(scratch / step / f"{MANIFEST}-{host}", merged.manifest(without=others))
     hosts = [host for host, names in lacking.items() if names]
     say(f"{step}: sending " + (f"missing files to {', '.join(hosts)}" if hosts else "its manifest"))
     unsealed = "".join(f"rm -f checkpoints/checkpoint-{other}/{MANIFEST}; " for other in newer)
 
     def work(session: Session) -> None:
         host, coming = str(session.node), shlex.quote(f"{METRICS}-{session.node}")
-        members = [METRICS, *(f"{step}/{name}" for name in lacking[host]), f"{step}/{MANIFEST}"]
-        size = tar_size([(scratch / name).stat().st_size for name in members])
-        clear = f"rm -rf checkpoints/{step}" if len(lacking[host]) == len(merged.files) else ":"
+        last = f"{step}/{MANIFEST}"
+        files = {name: scratch / name for name in (METRICS, *(f"{step}/{name}" for name in lacking[host]))}
+        files[last] = scratch / f"{last}-{host}"
+        size = tar_size([path.stat().st_size for path in files.values()])
+        own = views[host].manifests.get(merged.step)
+        clear = ":" if own and own["layout"] == merged.layout else f"rm -rf checkpoints/{step}"
         program = " && ".join([
             f"cd {shlex.quote(views[host].start)}", f"mkdir -p {place}/checkpoints", f"cd {place}",
             f"{{ {unsealed}:; }}", clear, f"rm -f checkpoints/{step}/{MANIFEST}",
@@ -234,8 +194,8 @@ def _send(run: Path, merged: MergedCheckpoint, views: Mapping[str, HostView], ss
             f"then mv -f {coming} {METRICS}; else rm -f {coming}; fi"])
         with contextlib.closing(session.open(f"exec sh -c {shlex.quote(f'{program}; echo {END}$?')}")) as channel:
             with archive_to(channel) as archive:
-                for name in members:
-                    archive.add(scratch / name, name)
+                for name, path in files.items():
+                    archive.add(path, name)
             said = b""
             while (END.encode() not in said or not said.endswith(b"\n")) and (block := channel.receive(PATIENCE)):
                 said = (said + block)[-OUTPUT_LIMIT:]

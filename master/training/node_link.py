@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from master.inventory.worker_script import open_worker
@@ -29,6 +29,7 @@ HEARTBEAT_S = 3.0  # seconds between two heartbeats, both ways
 CONFIRM_EVENTS = 100  # events after which they are confirmed at once: the host says no more than its window
 LISTEN_S = 0.25  # seconds after which a thread that hears nothing looks for orders
 TRY_EVERY_S = 2.0  # seconds between two attempts to connect
+LEAST_TRY_S = 2.0  # seconds that an attempt has, however little patience is left
 STOPPED_S = 5.0  # seconds without a look at the channel, after which this process itself was stopped or asleep
 
 
@@ -38,6 +39,11 @@ class Patience:
 
     seconds: float
     for_ever: bool = False
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a word after which a connection counts as lost."""
+        return SILENCE_LIMIT_S if self.for_ever else min(SILENCE_LIMIT_S, self.seconds)
 
 
 class NoContact(SshError):
@@ -130,18 +136,20 @@ class NodeLink:
         while True:
             if self._hopeless.wait(TRY_EVERY_S):
                 raise SshError(self._host, "connection", self._why)
-            if time.monotonic() - self._lost_at > self._patience.seconds and not self._patience.for_ever:
+            left = float("inf") if self._patience.for_ever else self._lost_at + self._patience.seconds - time.monotonic()
+            if left < 0:
                 raise NoContact(self._host, "connection",
                                 f"no contact for {self._patience.seconds:.0f} s ({fault.stage}: {fault.reason})")
             try:
-                return self._connect(stack)
+                return self._connect(stack, max(left, LEAST_TRY_S))
             except SshError as error:
                 fault = error
 
-    def _connect(self, stack: contextlib.ExitStack) -> JsonChannel:
-        """Connect to the job that runs there. Raises SshError."""
+    def _connect(self, stack: contextlib.ExitStack, within: float = float("inf")) -> JsonChannel:
+        """Connect to the job that runs there, `within` seconds. Raises SshError."""
+        ssh = replace(self._ssh, connect_timeout=min(self._ssh.connect_timeout, within))
         try:
-            session = connect(self._part.node, self._ssh, may_ask=False)
+            session = connect(self._part.node, ssh, may_ask=False)
             assert not isinstance(session, Waiting)
             stack.callback(session.close)
             order = {"attach": self._job, "node": self._node, "seen": self._seen}
@@ -175,8 +183,8 @@ class NodeLink:
                 raise SshError(self._host, "connection", f"it exited: {messages.last_words()}")
             if now - looked > STOPPED_S:
                 messages.last_heard = now  # what has come meanwhile waits to be read
-            if now - messages.last_heard > SILENCE_LIMIT_S:
-                raise SshError(self._host, "connection", f"no answer for {SILENCE_LIMIT_S:.0f} s")
+            if now - messages.last_heard > self._patience.silence:
+                raise SshError(self._host, "connection", f"no answer for {self._patience.silence:.0f} s")
             while not self._orders.empty():
                 messages.send(self._orders.get())
             speak()

@@ -11,14 +11,8 @@ from typing import Any
 import pytest
 
 from master.inventory.hostfile import Slots
-from master.run.checkpoint_transfer import (
-    MANIFEST_MARK,
-    gather_and_send,
-    missing_files,
-    newest_complete,
-    read_manifests,
-    tar_size,
-)
+from master.run.checkpoint_transfer import gather_and_send, tar_size
+from master.run.merged_checkpoint import MANIFEST_MARK, given, missing_files, newest_complete, read_manifests
 from master.run.run_folder import RunError, memory_advice
 from master.ssh.route import SshOptions
 
@@ -40,7 +34,7 @@ def test_the_newest_of_which_all_parts_are_there_is_taken() -> None:
     manifests["gpu2"][4] = manifest(4, 1)
     newest = newest_complete(manifests)
     assert newest and newest.step == 4
-    assert set(json.loads(newest.manifest)["files"]) == set(newest.files)
+    assert set(json.loads(newest.manifest())["files"]) == set(newest.files)
     assert newest_complete({"gpu1": {4: manifest(4, 0)}}) is None and newest_complete({}) is None
     manifests["gpu2"][4]["layout"]["engine"] = "another"  # of another training
     older = newest_complete(manifests)
@@ -50,6 +44,28 @@ def test_the_newest_of_which_all_parts_are_there_is_taken() -> None:
 def test_states_that_every_rank_has_need_one_host() -> None:
     merged = newest_complete({"gpu1": {3: manifest(3)}, "gpu2": {}})
     assert merged and merged.is_complete
+
+
+def stages(*ranks: int) -> dict[str, Any]:
+    made = manifest(2, more={f"{what}-0000{rank + 1}-of-00002.safetensors": [10 + rank, 7]
+                             for what in ("model", "optimizer") for rank in ranks})
+    del made["files"]["model.safetensors"]
+    made["files"]["config.json"] = [3, 3]
+    made["layout"]["engine"] = "split layers"
+    return made
+
+
+def test_what_stages_have_is_not_sent_to_others_who_get_it_from_their_ranks() -> None:
+    manifests = {"gpu1": {2: stages(0)}, "gpu2": {2: stages(1)}, "gpu3": {}}
+    merged = newest_complete(manifests)
+    assert merged and newest_complete({"gpu1": {2: stages(0)}, "gpu3": {}}) is None
+    there = given(manifests, ["gpu1", "gpu2", "gpu3"], merged)
+    assert len(there) == 4
+    assert missing_files(None, merged, there) == ["config.json"] and missing_files(stages(0), merged, there) == []
+    assert set(json.loads(merged.manifest(without=there))["files"]) == {"config.json"}
+    gone = given(manifests, ["gpu1", "gpu3"], merged)  # gpu2 trains no more
+    assert sorted(missing_files(None, merged, gone)) == [
+        "config.json", "model-00002-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"]
 
 
 def test_who_lacks_what() -> None:

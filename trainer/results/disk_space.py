@@ -7,6 +7,8 @@ from trainer.errors import UserError
 from trainer.estimate.memory import sized
 from trainer.results.setup import Setup, Workload
 
+MOMENT_BYTES = 8  # of Adam, of each weight
+
 
 def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
     """Raise a UserError if a machine lacks the disk space for the checkpoints that will be there at once.
@@ -23,7 +25,11 @@ def check_disk_space(setup: Setup, workload: Workload, weight: int) -> None:
     if setup.hosts:  # each of which has an engine's states
         parts = ranks.world_size
     one = verification.expected_bytes(workload.trained, weight, parts, ranks.world_size)
-    needed, free = together * one + weight * workload.parameters, verification.free_bytes(path)
+    model = float(weight * workload.parameters)
+    if workload.layers and not options.lora:  # each host has its own stages' part, at the end the first one all
+        one = int(workload.trained * (weight + MOMENT_BYTES) * parts / ranks.world_size)
+        model = model if ranks.is_first else 0.0
+    needed, free = together * one + model, verification.free_bytes(path)
     fewer = "--save_total_limit 1, " if options.save_total_limit > 1 and together > 2 else ""
     what = f"{together} checkpoint{'s' * (together > 1)} and the model"
     short = (f"{ranks.host}: {path} needs about {sized(needed)} for {what}, and {sized(free)} are free: "
