@@ -72,7 +72,7 @@ class NodeLink:
         self._started = self._over = False
         self._heard = boot_time()  # when something came last
         self._lost_at: float | None = None  # since when there has been no connection (time.monotonic), and why
-        self._why = ""
+        self._why, self._quiet = "", 0.0  # `_quiet`: seconds without a word before it counted as lost
         self._spoken = 0.0
 
     def tell(self, order: Mapping[str, Any]) -> None:
@@ -131,19 +131,20 @@ class NodeLink:
             raise fault
         self.session = None
         if self._lost_at is None:
-            self._lost_at, self._why = time.monotonic(), fault.reason
+            self._lost_at, self._why, self._quiet = time.monotonic() - self._quiet, fault.reason, 0.0
             self._put(("lost", fault.reason))
+        patience = float("inf") if self._patience.for_ever else self._patience.seconds
         while True:
-            if self._hopeless.wait(TRY_EVERY_S):
+            left = self._lost_at + patience - time.monotonic()
+            if self._hopeless.wait(max(0.0, min(TRY_EVERY_S, left))):
                 raise SshError(self._host, "connection", self._why)
-            left = float("inf") if self._patience.for_ever else self._lost_at + self._patience.seconds - time.monotonic()
-            if left < 0:
-                raise NoContact(self._host, "connection",
-                                f"no contact for {self._patience.seconds:.0f} s ({fault.stage}: {fault.reason})")
             try:
                 return self._connect(stack, max(left, LEAST_TRY_S))
             except SshError as error:
                 fault = error
+            if left < 0:
+                raise NoContact(self._host, "connection",
+                                f"no contact for {patience:.0f} s ({fault.stage}: {fault.reason})")
 
     def _connect(self, stack: contextlib.ExitStack, within: float = float("inf")) -> JsonChannel:
         """Connect to the job that runs there, `within` seconds. Raises SshError."""
@@ -184,6 +185,7 @@ class NodeLink:
             if now - looked > STOPPED_S:
                 messages.last_heard = now  # what has come meanwhile waits to be read
             if now - messages.last_heard > self._patience.silence:
+                self._quiet = now - messages.last_heard
                 raise SshError(self._host, "connection", f"no answer for {self._patience.silence:.0f} s")
             while not self._orders.empty():
                 messages.send(self._orders.get())

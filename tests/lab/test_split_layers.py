@@ -169,7 +169,7 @@ def test_a_stage_that_dies_ends_the_job_by_its_name(model: Path, lab: Lab, texts
 def test_a_cable_may_be_out_for_five_seconds_and_longer_ends_the_job_by_its_host(model: Path, lab: Lab, texts: Path,
                                                                                 cache: Path) -> None:
     desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
-    job = desk.start("--model", str(model), "--patience", "6", "--split-layers", "--", *STEPS, "--lora", "--max_steps",
+    job = desk.start("--model", str(model), "--patience", "10", "--grace", "5", "--split-layers", "--", *STEPS, "--lora", "--max_steps",
                      "100000", "--save_steps", "0", "--eval_steps", "0")
     wait_for_steps(desk, job)
     lab.switch.network("ip link set port12 down")
@@ -181,7 +181,7 @@ def test_a_cable_may_be_out_for_five_seconds_and_longer_ends_the_job_by_its_host
     started = time.monotonic()
     output, _ = job.communicate(timeout=60)
     assert time.monotonic() - started < 15
-    assert job.returncode == 1 and "gpu2: connection: no contact for 6 s" in output, output
+    assert job.returncode == 1 and "gpu2: connection: no contact for 10 s" in output, output
     wait_until(lambda: not job_processes(desk))
 
 
