@@ -33,7 +33,8 @@ from master.inventory.cluster_file import empty_cluster, read_cluster, with_logi
 from master.inventory.hostfile import read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus
 from master.plan.launch_default import choose, compared
-from master.run.command_record import has_flag, own_command
+from master.plan.layer_split import in_order
+from master.run.command_record import own_command
 from master.run.launcher_process import detach, ensure_not_running
 from master.run.repeated_run import compared_facts, take_flags
 from master.run.run_folder import find_run, new_run_path
@@ -41,6 +42,7 @@ from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_
 from master.ssh.route import SshOptions
 from master.training.deepspeed_command import is_only_here, needs_of_plain
 from master.training.request import Hosts, TrainingRequest, request_of, shown
+from trainer.split.allowed import PLANNED
 
 RESTARTS_WITH_SPARE_HOSTS = 10
 WRONG_USAGE = 2  # the exit code
@@ -169,14 +171,18 @@ def launch(options: argparse.Namespace, trainer_flags: list[str]) -> int:
     run = again if again and options.resume else new_run_path(options.model or "script")
     ssh = ssh_options(options)
     hosts = choose_hosts(options, again, ssh)
-    is_planned = not (options.script or options.resume or has_flag(trainer_flags, "--split_layers"))
+    is_planned = not (options.script or options.resume)
     plan = choose(existing(options.config), options.model if is_planned else None, options.dataset, trainer_flags,
                   hosts.slots, hosts.cluster)
+    if plan.split:
+        hosts = replace(hosts, slots=tuple(in_order(hosts.slots, plan.split)))
     if not options.script:
         from master.ds_config.checker import ensure_accepted
 
         ensure_accepted(plan.config, hosts.ranks, shown(plan.config))
     request = request_of(options, trainer_flags, hosts, run, plan.config)
+    if plan.split:
+        request = replace(request, environment={**request.environment, PLANNED: plan.split.cuts})
     if again and options.like:
         request = replace(request, environment={**request.environment, **compared_facts(again)})
     check_flags(request)

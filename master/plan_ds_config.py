@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,7 @@ from master.core.tool_parser import ToolParser
 from master.inventory.cluster_file import empty_cluster, read_cluster
 from master.inventory.hostfile import Slots, read_hostfile, select
 from master.inventory.local_gpus import choose_slots, count_gpus, local_cluster
-from master.plan import config_file, report, sweep
+from master.plan import config_file, layer_split, report, sweep
 from master.plan.launch_default import rates_for, sequences_of
 from master.plan.machines import Machine, Network, of_cluster, of_words, slots_of, speed_of, subsets
 from master.plan.measuring import keep, measure
@@ -208,6 +209,9 @@ def plan(options: argparse.Namespace) -> int:
         print(json.dumps(report.as_json(task, ranking, name, command)))
     else:
         print_lines(*report.lines(task, ranking, name, options.all))
+        if ranking.split and options.model and place.hostfile:
+            words = layer_split.command(ranking.split, name, task.rank, task.sequence, str(place.hostfile))
+            print_lines(f"  {shlex.join(words)}")
         if command and not options.gpus:
             lead = f"wrote {options.write}; train so:" if written else "--write ds_config.json, then train so:"
             print_lines("", lead, f"  {command}")

@@ -15,11 +15,13 @@ from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.inventory.local_gpus import local_cluster
 from master.plan import history, measuring, report
+from master.plan.layer_split import MOST_HOSTS, SplitBatch, SplitPlan, best_split, compare_idle, started
 from master.plan.machines import Machine, Network, of_cluster
 from master.plan.model_shape import shape_of
 from master.plan.presets import ON_CPU, PRESETS, batch_of, way_of
 from master.plan.rates import Rate, peak_rates
 from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, Way, all_estimates, estimate, load_of
+from master.run.command_record import has_flag, last_of
 from trainer.estimate import batch
 from trainer.estimate.batch import default_global_batch, default_sequence
 from trainer.estimate.memory import gigabytes
@@ -33,12 +35,14 @@ BUILT_IN_BYTES = 1.9e6  # of Python's documentation, about
 
 @dataclass(frozen=True)
 class Default:
-    """The config to train with, and what the run will be compared with (None: of unknown shape)."""
+    """The config to train with, and what the run will be compared with (None: of unknown shape); `split`: how layers
+    are split over the hosts, where DeepSpeed does nothing."""
 
     config: Path
     model: str = ""
     task: Task | None = None
     found: Estimate | None = None
+    split: SplitPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ def choose(config: Path | None, model: str | None, datasets: Sequence[str], trai
     if not on_cpu and not cluster["hosts"] and [host.host for host in slots] == ["localhost"]:
         cluster = local_cluster()
     fallback = Default(config or ROOT / (ON_CPU if on_cpu else FALLBACK))
+    if has_flag(trainer_flags, "--split_layers"):
+        return replace(fallback, split=choose_split(model, datasets, trainer_flags, slots, cluster))
     wanted = wanted_of(trainer_flags)
     if config:
         micro, accumulation, whole = batch_of(config)
@@ -145,6 +151,29 @@ def choose(config: Path | None, model: str | None, datasets: Sequence[str], trai
         return Default(ROOT / PRESETS[best.way.stage, best.way.offload])
     say_all(block(best))
     return Default(ROOT / PRESETS[best.way.stage, best.way.offload], model, task, best)
+
+
+def choose_split(model: str | None, datasets: Sequence[str], trainer_flags: Sequence[str], slots: Sequence[Slots],
+                 cluster: Mapping[str, Any]) -> SplitPlan | None:
+    """Return how a model's layers are split over these hosts, in their best order; None where that isn't known, or the
+    flags say it."""
+    wanted = wanted_of(trainer_flags)
+    if dict(last_of(trainer_flags)).get("--split_layers"):
+        return None
+    try:
+        shape = shape_of(model, thorough=False) if model else None
+    except UserError:
+        return None
+    machines, network = of_cluster(slots, cluster, None)
+    if shape is None or model is None or not 2 <= len(machines) <= MOST_HOSTS:
+        return None
+    sequence = wanted.sequence or default_sequence(model == "tiny", shape.positions)
+    whole = wanted.global_batch or default_global_batch(sequence, sequences_of(datasets, sequence))
+    task = Task(shape, sequence, whole, wanted.rank or 16, (wanted.kind,))
+    plan = best_split(task, [tuple(machines)], network, rates_for(task, machines, cluster, model),
+                      SplitBatch(wanted.micro or 1, wanted.accumulation, wanted.checkpoints))
+    say_all(started(plan) if plan else [])
+    return plan
 
 
 def say_all(lines: Sequence[str]) -> None:
@@ -192,6 +221,8 @@ def warnings(found: Estimate) -> list[str]:
 def compared(run: Path, plan: Default) -> Iterator[None]:
     """Compare a run with the plan after it; a folder that can't be written loses that, and nothing else."""
     yield
+    if plan.split:
+        compare_idle(run, plan.split)
     if plan.task and plan.found:
         with contextlib.suppress(OSError):
             history.record(run, plan.model, plan.task, plan.found)

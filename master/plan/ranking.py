@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from master.plan.layer_split import SplitPlan, best_split, is_held
 from master.plan.machines import Machine, Network
 from master.plan.rates import PEAK, Rate
 from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, all_estimates, order
@@ -31,7 +32,7 @@ class Ranking:
     """All estimates in order, the best way of the kind that is wanted (None: nothing fits), those that may be as fast
     on other machines, the next best choice of them, the change that would help most, and the best full training
     with a larger global batch on each choice of several machines; `compressed`: the best way with gradients in few
-    bits between hosts, where that helps.
+    bits between hosts, where that helps; `split`: the layers over several hosts, where no rank holds all.
     """
 
     estimates: list[Estimate]
@@ -41,6 +42,7 @@ class Ranking:
     change: Change | None
     larger: dict[tuple[Machine, ...], Estimate]
     compressed: Estimate | None = None
+    split: SplitPlan | None = None
 
 
 def beats(one: Estimate, other: Estimate) -> bool:
@@ -75,8 +77,9 @@ def rank(task: Task, choices: Sequence[tuple[Machine, ...]], network: Network, r
     """Return what is best for a task on these choices of machines."""
     estimates = all_estimates(task, choices, network, rates)
     kind = wanted_kind(estimates, task)
+    split = None if is_held(estimates) else best_split(task, choices, network, rates)
     if kind is None:
-        return Ranking(estimates, None, [], None, None, {})
+        return Ranking(estimates, None, [], None, None, {}, split=split)
     places = list(best_of(estimates, kind).values())
     best = places[0]
     rivals = [other for other in places[1:] if not beats(best, other)]
@@ -85,7 +88,13 @@ def rank(task: Task, choices: Sequence[tuple[Machine, ...]], network: Network, r
     more = all_estimates(replace(task, kinds=(FULL,), global_batch=MORE * task.global_batch), several, network, rates) \
         if FULL in task.kinds else []
     return Ranking(estimates, best, rivals, following, helpful_change(task, choices, network, rates, best),
-                   best_of(more, FULL), compressed(task, several, network, rates, best))
+                   best_of(more, FULL), compressed(task, several, network, rates, best),
+                   split if split and helps(split, best) else None)
+
+
+def helps(split: SplitPlan, best: Estimate) -> bool:
+    """Return whether a split is worth a word beside the best way: it keeps what 4 bits lose, or is faster."""
+    return best.way.kind == QLORA or not (split.timing and best.known) or split.rates[1] > best.rate()
 
 
 def compressed(task: Task, several: Sequence[tuple[Machine, ...]], network: Network, rates: Mapping[str, Rate],

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from master.core.terminal import listed
+from master.plan import layer_split
 from master.plan.machines import Machine
 from master.plan.ranking import Ranking, best_of
 from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, Way
+from trainer.estimate.figures import SHORT_S, count, figure, minutes, seconds
 from trainer.estimate.memory import USABLE, gigabytes
 from trainer.estimate.speed import Range
 
 MILLION = 1e6
-SHORT_S = 5e-4  # which is no time
 WORTH_SAYING = 0.02  # of a correction
 ROWS = 12  # of the table, without --all
 KINDS = {FULL: "full", LORA: "LoRA", QLORA: "QLoRA"}
@@ -33,7 +34,17 @@ def lines(task: Task, ranking: Ranking, model: str, everything: bool) -> list[st
              "tokens)", "", *table(ranking, everything), ""]
     if len(machines) > 1:
         found += ["will another machine help?", *(f"  {line}" for line in comparison(task, ranking)), ""]
-    return found + sentences(task, ranking)
+    return found + sentences(task, ranking) + split_lines(task, ranking)
+
+
+def split_lines(task: Task, ranking: Ranking) -> list[str]:
+    """Return what is said of layers split over the hosts, beside 4 bits on one device; nothing where one holds all."""
+    if not ranking.split:
+        return []
+    alone = next((each for each in ranking.estimates if each.fits and each.way.kind == QLORA
+                  and len(each.way.machines) == 1), None)
+    words = f"{words_of(alone)} on {names(alone.way.machines)}, {rate_words(alone)} tokens/s" if alone else ""
+    return ["", *layer_split.lines(task, ranking.split, words)]
 
 
 def table(ranking: Ranking, everything: bool) -> list[str]:
@@ -196,34 +207,13 @@ def time_sentence(best: Estimate) -> str:
     return took + (", ".join(parts) or "nothing") + "."
 
 
-def figure(value: float) -> str:
-    """Return a number with two or three digits that count."""
-    if value >= 1000:
-        return f"{round(value, -len(str(int(value))) + 3):,.0f}"
-    return f"{value:.3g}"
-
-
-def count(value: float) -> str:
-    """Return a number of parameters: 596M, 7.24B."""
-    return f"{value / 1e9:.3g}B" if value >= 1e9 else f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.0f}"
-
-
-def seconds(value: float) -> str:
-    """Return seconds with the digits that count."""
-    return "0 s" if value < SHORT_S else f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
-
-
-def minutes(value: float) -> str:
-    """Return a time in words a person plans with."""
-    return f"{value:.0f} s" if value < 100 else f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
-
-
 def as_json(task: Task, ranking: Ranking, model: str, command: str | None) -> dict[str, Any]:
     """Return the plan as data: bytes, seconds, tokens a second."""
     return {"model": model, "parameters": task.shape.parameters, "sequence_length": task.sequence,
             "global_batch": task.global_batch, "best": described(ranking.best) if ranking.best else None,
             "certain": ranking.best is not None and ranking.best.known and not ranking.rivals,
             "compressed": described(ranking.compressed) if ranking.compressed else None,
+            "split": layer_split.described(ranking.split) if ranking.split else None,
             "change": {"words": ranking.change.words, **described(ranking.change.best)} if ranking.change else None,
             "sentences": sentences(task, ranking), "command": command,
             "ways": [described(each) for each in ranking.estimates]}

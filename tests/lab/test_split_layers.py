@@ -169,8 +169,8 @@ def test_a_stage_that_dies_ends_the_job_by_its_name(model: Path, lab: Lab, texts
 def test_a_cable_may_be_out_for_five_seconds_and_longer_ends_the_job_by_its_host(model: Path, lab: Lab, texts: Path,
                                                                                 cache: Path) -> None:
     desk = Desk(lab, texts, cache, {"gpu1": 1, "gpu2": 1})
-    job = desk.start("--model", str(model), "--patience", "10", "--grace", "5", "--split-layers", "--", *STEPS, "--lora",
-                     "--max_steps", "100000", "--save_steps", "0", "--eval_steps", "0")
+    job = desk.start("--model", str(model), "--patience", "10", "--grace", "5", "--split-layers", "--", *STEPS,
+                     "--lora", "--max_steps", "100000", "--save_steps", "0", "--eval_steps", "0")
     wait_for_steps(desk, job)
     lab.switch.network("ip link set port12 down")
     time.sleep(5)  # less than its patience

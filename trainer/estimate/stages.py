@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trainer.estimate.memory import MemoryInputs, bytes_needed
+from trainer.estimate.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,39 @@ def stage_bytes(load: MemoryInputs, count: int, rank: int, ranks: int) -> dict[s
     return {name: size for name, size in found.items() if size}
 
 
-def choose_counts(load: MemoryInputs, room: Sequence[float], speeds: Sequence[float]) -> list[int] | None:
+def head_layers(shape: Shape) -> float:
+    """Return how many layers' work a model's head is, which the last rank has."""
+    head = shape.vocabulary * shape.hidden
+    return head * shape.layers / max(shape.active - shape.embedding - head, 1.0)
+
+
+def choose_counts(load: MemoryInputs, room: Sequence[float], speeds: Sequence[float], head: float) -> list[int] | None:
     """Return the layers of each rank: as many as fit into its `room`, in bytes, so that the slowest is done soonest.
 
-    `speeds`: what the ranks' devices compute in a second, in any unit. None where they can't hold all layers.
+    `speeds`: what the ranks' devices compute in a second, in any unit; `head`: as `head_layers` has it. None where
+    they can't hold all layers.
     """
     ranks = len(room)
-    found = [1] * ranks
-
-    def fits(rank: int, count: int) -> bool:
-        return sum(stage_bytes(load, count, rank, ranks).values()) <= room[rank]
-
-    if load.layers < ranks or not all(fits(rank, 1) for rank in range(ranks)):
+    most = [most_layers(load, rank, ranks, room[rank]) for rank in range(ranks)]
+    if load.layers < ranks or min(most) < 1 or sum(most) < load.layers:
         return None
+    found = [1] * ranks
     for _ in range(load.layers - ranks):
-        able = [rank for rank in range(ranks) if fits(rank, found[rank] + 1)]
-        if not able:
-            return None
-        found[min(able, key=lambda rank: (found[rank] + 1) / speeds[rank])] += 1
+        able = [rank for rank in range(ranks) if found[rank] < most[rank]]
+        found[min(able, key=lambda rank: (found[rank] + 1 + head * (rank == ranks - 1)) / speeds[rank])] += 1
     return found
+
+
+def most_layers(load: MemoryInputs, rank: int, ranks: int, room: float) -> int:
+    """Return the most layers that fit into a rank's `room`, in bytes."""
+    low, high = 0, load.layers
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(stage_bytes(load, middle, rank, ranks).values()) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def step_time(computing: Sequence[float], sending: float, micro_batches: int) -> Timing:

@@ -11,9 +11,9 @@ from trainer.split.stage import Cut, cuts
 
 
 def choose_cuts(wanted: Sequence[int], layers: int, memory: Sequence[float], speeds: Sequence[float | None],
-                load: MemoryInputs | None) -> list[Cut]:
+                load: MemoryInputs | None, head: float = 0.0) -> list[Cut]:
     """Return a stage for each rank. `wanted`: layers of each; none for what the ranks' `memory`, in bytes, and `speeds`
-    allow. `load`: what one rank would hold, None where that isn't known.
+    allow. `load`: what one rank would hold, None where that isn't known; `head`: how many layers' work the head is.
 
     Raises UserError.
     """
@@ -23,7 +23,7 @@ def choose_cuts(wanted: Sequence[int], layers: int, memory: Sequence[float], spe
         return cuts(wanted)
     known = [speed for speed in speeds if speed]
     alike = known if len(known) == ranks else [1.0] * ranks
-    found = choose_counts(load, [USABLE * size for size in memory], alike) if load else None
+    found = choose_counts(load, [USABLE * size for size in memory], alike, head) if load else None
     return cuts(found or shares(layers, memory))
 
 

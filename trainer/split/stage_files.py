@@ -25,6 +25,7 @@ from trainer.errors import UserError
 from trainer.split.sharing import Kind, Kinds, Named, kinds, kinds_of_all, receive, send, told
 
 MODEL, OPTIMIZER = "model", "optimizer"
+ADAPTER = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST = 2 << 30  # bytes of a file, which is in memory while it is written
 METADATA = {"format": "pt"}
@@ -70,6 +71,16 @@ def write(path: Path, named: Named) -> None:
     """Write a file of tensors, wherever they are. Raises OSError, SafetensorError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.detach().cpu().contiguous() for name, value in named.items()}, str(path), METADATA)
+
+
+def write_adapter(folder: Path, named: Named) -> None:
+    """Write an adapter's weights: peft itself leaves out those of layers that its model hasn't."""
+    write(folder / ADAPTER, {name_in_file(name): weight for name, weight in named.items()})
+
+
+def name_in_file(name: str) -> str:
+    """Return what peft calls a weight in an adapter's file: without the adapter's own name."""
+    return name.replace(".default.", ".").removesuffix(".default")
 
 
 def write_index(folder: Path, parts: Sequence[Part]) -> None:

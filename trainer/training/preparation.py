@@ -61,8 +61,9 @@ def prepare(options: Options, ranks: Ranks, console: Console, ds_config: dict[st
     options = settle_method(options, data)
     shape = shape_of(config, tokenizer.own_vocabulary(options, config))
     if options.split_layers is not None:
-        options, batch_reason = split_building.settle_batch(options, ranks.world_size, default_global_batch(
-            row_tokens(options, length), sequences_of(data, options, length))), ""
+        options, batch_reason = split_building.settle_batch(
+            options, shape, hardware, length,
+            default_global_batch(length, sequences_of(data, options, length)), ranks), ""
     else:
         options, batch_reason = memory_report.settle_batch(options, shape, hardware, ds_config,
                                                            row_tokens(options, length),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import torch
 
 from trainer.distributed import devices
+from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
-from trainer.estimate.memory import MemoryInputs, gigabytes
-from trainer.estimate.stages import stage_bytes
+from trainer.estimate.memory import USABLE, MemoryInputs, gigabytes
+from trainer.estimate.shape import Shape
+from trainer.estimate.stages import choose_counts, head_layers, stage_bytes
 from trainer.model import loading, lora
 from trainer.options import Options
-from trainer.results.setup import Setup
-from trainer.split import allowed
-from trainer.split.allowed import MICRO_BATCHES
+from trainer.results.setup import Hardware, Setup
+from trainer.split import allowed, sharing
+from trainer.split.allowed import MICRO_BATCHES, PLANNED
 from trainer.split.cutting import choose_cuts
 from trainer.split.loading import load_stage
 from trainer.split.pipeline import Wire
@@ -47,17 +50,64 @@ class Split:
         return f"{layers}, about {sizes} GB" if sizes else layers
 
 
-def settle_batch(options: Options, ranks: int, wanted: int) -> Options:
-    """Return the options with a batch: micro batches of one row, and some for each rank. `wanted`: rows of a batch.
+def settle_batch(options: Options, shape: Shape | None, hardware: Hardware, sequence: int, wanted: int, ranks: Ranks
+                 ) -> Options:
+    """Return the options with a batch: micro batches of one row, and some for each rank; activations are computed anew
+    where the ranks can't keep them. `wanted`: rows of a batch. All ranks call it.
 
-    Raises UserError for fewer micro batches than ranks, and for pairs of answers.
+    Raises UserError for pairs of answers.
     """
     if options.method == "dpo":
         raise allowed.refused("--split_layers trains on text and conversations, not on pairs of answers")
     micro = options.per_device_train_batch_size or 1
     accumulation = options.gradient_accumulation_steps or max(
-        MICRO_BATCHES * ranks, (options.global_batch_size or wanted) // micro)
-    return replace(options, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
+        MICRO_BATCHES * ranks.world_size, (options.global_batch_size or wanted) // micro)
+    options = replace(options, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
+    means = means_of(options, shape, hardware, sequence, ranks)
+    if means.load and not options.activation_checkpointing and not fitting(options, means):
+        anew = replace(means, load=replace(means.load, checkpoints=True))
+        options = replace(options, activation_checkpointing=fitting(options, anew))
+    return options
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the ranks have: bytes of each device's `memory`, its `speed` (None: unknown); the whole model's `load`, None
+    where its shape isn't known, and how many layers' work its `head` is.
+    """
+
+    memory: tuple[int, ...]
+    speeds: tuple[float | None, ...]
+    load: MemoryInputs | None
+    head: float
+
+
+def means_of(options: Options, shape: Shape | None, on: Hardware | Setup, sequence: int, ranks: Ranks) -> Means:
+    """Return what the ranks have; all call it."""
+    own = on.memory if on.device == "cpu" else int(
+        torch.get_device_module(on.device).get_device_properties(ranks.local_rank).total_memory)
+    speed = devices.peak_flops([devices.device_facts(ranks.local_rank)], on.precision)
+    told = sharing.told(ranks, [own, speed])
+    load = expected_load(options, shape, on.device, on.precision, None, sequence, ranks.world_size) if shape else None
+    return Means(tuple(size for size, _ in told), tuple(speed for _, speed in told), load,
+                 head_layers(shape) if shape else 0.0)
+
+
+def fitting(options: Options, means: Means) -> bool:
+    """Return whether the ranks hold the model, with the layers that they were given, or any."""
+    assert means.load
+    room = [USABLE * size for size in means.memory]
+    if counts := wanted_counts(options, means.load.layers, len(room)):
+        return all(sum(stage_bytes(means.load, count, rank, len(room)).values()) <= room[rank]
+                   for rank, count in enumerate(counts))
+    return choose_counts(means.load, room, [1.0] * len(room), means.head) is not None
+
+
+def wanted_counts(options: Options, layers: int, ranks: int) -> tuple[int, ...]:
+    """Return the layers of each rank that the user has said, else those that the launcher has planned, else none."""
+    planned = tuple(int(word) for word in os.environ.get(PLANNED, "").split(",") if word.isdigit())
+    fits = len(planned) == ranks and sum(planned) == layers and min(planned) > 0
+    return tuple(options.split_layers or ()) or (planned if fits else ())
 
 
 def split_of(setup: Setup) -> Split:
@@ -65,19 +115,16 @@ def split_of(setup: Setup) -> Split:
     options, ranks = setup.options, setup.ranks
     config = setup.config if setup.config is not None else loading.tiny_config(setup.tokenizer)
     allowed.check(options, ranks.world_size, config.to_dict())
-    speed = devices.peak_flops([devices.device_facts(ranks.local_rank)], setup.precision)
-    told = ranks.all_gather_json("split-memory", [own_memory(setup), speed])
-    memory = [size for size, _ in told]
-    load = expected_load(options, setup.shape, setup.device, setup.precision, None, setup.sequence_length,
-                         ranks.world_size) if setup.shape else None
-    made = choose_cuts(options.split_layers or (), config.get_text_config().num_hidden_layers, memory,
-                       [speed for _, speed in told], load)
-    needs = stop_if_too_large(load, made, memory, ranks.hosts) if load else ()
+    means = means_of(options, setup.shape, setup, setup.sequence_length, ranks)
+    layers = config.get_text_config().num_hidden_layers
+    made = choose_cuts(wanted_counts(options, layers, ranks.world_size), layers, means.memory, means.speeds, means.load,
+                       means.head)
+    needs = stop_if_too_large(means.load, made, means.memory, ranks.hosts) if means.load else ()
     family = check_family(config, ranks.world_size, options.attn_implementation)
     if family.split.shared and not options.lora:
         raise allowed.refused(f"--split_layers: several stages of {config.model_type} use "
                               f"{min(family.split.shared)}: train an adapter: add --lora")
-    return Split(tuple(made), made[ranks.rank], family, needs, tuple(memory))
+    return Split(tuple(made), made[ranks.rank], family, needs, means.memory)
 
 
 def stop_if_too_large(load: MemoryInputs, made: Sequence[Cut], memory: Sequence[int], hosts: Sequence[str]
@@ -90,13 +137,6 @@ def stop_if_too_large(load: MemoryInputs, made: Sequence[Cut], memory: Sequence[
             raise UserError(f"{hosts[rank]}: the weights of rank {rank}'s {layers} layers are {size} GB, and it has "
                             f"{room} GB of memory: fewer layers there (--split_layers A,B), or more hosts", shared=True)
     return tuple(sum(part.values()) for part in parts)
-
-
-def own_memory(setup: Setup) -> int:
-    """Return the bytes of this rank's device."""
-    if setup.device == "cpu":
-        return setup.memory
-    return int(torch.get_device_module(setup.device).get_device_properties(setup.ranks.local_rank).total_memory)
 
 
 def freeze_others(model: Any, split: Split) -> frozenset[str]:

@@ -30,8 +30,6 @@ from trainer.split.stage_files import Part
 from trainer.training.causal_trainer import CausalTrainer
 from trainer.training.loss_trainer import summed_loss
 
-ADAPTER = "adapter_model.safetensors"
-
 
 class SplitTrainer(CausalTrainer):
     """A CausalTrainer whose model is a stage. `micro_batches`: that a batch is cut into; `way`: how documents are told
@@ -180,13 +178,13 @@ class SplitTrainer(CausalTrainer):
         """Write what a checkpoint has of the model, with the adapter of all stages."""
         super()._save(output_dir, state_dict)
         if output_dir and state_dict:
-            write_whole(Path(output_dir), state_dict)
+            stage_files.write_adapter(Path(output_dir), state_dict)
 
     def write_adapter(self, model: Any, folder: Path, state_dict: Named | None) -> None:
         """Write the adapter of all stages as it is loaded again."""
         super().write_adapter(model, folder, state_dict)
         if state_dict:
-            write_whole(folder, state_dict)
+            stage_files.write_adapter(folder, state_dict)
 
     @property
     def _states(self) -> Any:
@@ -233,20 +231,10 @@ class SplitTrainer(CausalTrainer):
         """Read this stage's part of the model, or of an adapter."""
         folder = Path(resume_from_checkpoint)
         if self._own is None:
-            found, weights = load_file(str(folder / ADAPTER)), self.trained()
-            new = {name: found[name_in_file(name)] for name in weights}
+            found, weights = load_file(str(folder / stage_files.ADAPTER)), self.trained()
+            new = {name: found[stage_files.name_in_file(name)] for name in weights}
         else:
             new, weights = self.weights_of(folder), self.own_weights()
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(new[name])
-
-
-def write_whole(folder: Path, named: Named) -> None:
-    """Write an adapter's weights: peft itself leaves out those of layers that its model hasn't."""
-    stage_files.write(folder / ADAPTER, {name_in_file(name): weight for name, weight in named.items()})
-
-
-def name_in_file(name: str) -> str:
-    """Return what peft calls a weight in an adapter's file: without the adapter's own name."""
-    return name.replace(".default.", ".").removesuffix(".default")
