@@ -42,7 +42,7 @@ from master.ssh.options import PASSWORD_VARIABLE, add_ssh_flags, ssh_flags, ssh_
 from master.ssh.route import SshOptions
 from master.training.deepspeed_command import is_only_here, needs_of_plain
 from master.training.request import Hosts, TrainingRequest, request_of, shown
-from trainer.split.allowed import PLANNED
+from trainer.estimate.stages import PLANNED
 
 RESTARTS_WITH_SPARE_HOSTS = 10
 WRONG_USAGE = 2  # the exit code

@@ -17,8 +17,8 @@ LAYERS = {
                ["keys", "sync", "check", "training", "drill", "ds_config", "plan", "readiness", "report"],
                ["top"]],
     "trainer": [["errors"], ["flags", "bounds", "cache", "hub"], ["options"], ["estimate"], ["distributed"],
-                ["exchange"], ["model", "data"], ["sequences", "checkpoint", "export", "split"], ["results"], ["steps"],
-                ["preference"], ["training"], ["top"]]}
+                ["exchange"], ["model", "data"], ["sequences", "checkpoint", "export"], ["split"], ["results"],
+                ["steps"], ["preference"], ["training"], ["top"]]}
 LEVEL = {(folder, package): level for folder, layers in LAYERS.items()
          for level, packages in enumerate(layers) for package in packages}
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "accelerate", "matplotlib", "paramiko"}

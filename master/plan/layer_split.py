@@ -23,8 +23,7 @@ from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, load_of
 from trainer.estimate import speed
 from trainer.estimate.memory import USABLE, gigabytes
 from trainer.estimate.shape import Shape
-from trainer.estimate.stages import Timing, choose_counts, head_layers, stage_bytes, step_time
-from trainer.split.allowed import MICRO_BATCHES
+from trainer.estimate.stages import MICRO_BATCHES, Timing, choose_counts, head_layers, stage_bytes, step_time
 
 MOST_HOSTS = 4
 CASES = ("low", "likely", "high")

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from trainer.estimate.memory import MemoryInputs, bytes_needed
 from trainer.estimate.shape import Shape
 
+MICRO_BATCHES = 4  # for each rank, where nothing else is said: of 2 ranks one waits for a tenth of the time then
+PLANNED = "LANSPEED_LAYERS"  # the variable in which the launcher says what it has planned: layers of each rank
+
 
 @dataclass(frozen=True)
 class Timing:

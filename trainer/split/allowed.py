@@ -14,11 +14,10 @@ from typing import Any
 from trainer import hub
 from trainer.errors import UserError
 from trainer.estimate.shape import FAMILIES, TINY_SHAPE
+from trainer.estimate.stages import MICRO_BATCHES
 from trainer.options import Options
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")  # what families call their number
-MICRO_BATCHES = 4  # for each rank, where nothing else is said: of 2 ranks one waits for a tenth of the time then
-PLANNED = "LANSPEED_LAYERS"  # the variable in which the launcher says what it has planned: layers of each rank
 NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # a weight's name with its layer
 
 

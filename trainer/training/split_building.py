@@ -15,12 +15,11 @@ from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
 from trainer.estimate.memory import USABLE, MemoryInputs, gigabytes
 from trainer.estimate.shape import Shape
-from trainer.estimate.stages import choose_counts, head_layers, stage_bytes
+from trainer.estimate.stages import MICRO_BATCHES, PLANNED, choose_counts, head_layers, stage_bytes
 from trainer.model import loading, lora
 from trainer.options import Options
 from trainer.results.setup import Hardware, Setup
 from trainer.split import allowed, sharing
-from trainer.split.allowed import MICRO_BATCHES, PLANNED
 from trainer.split.cutting import choose_cuts
 from trainer.split.loading import load_stage
 from trainer.split.pipeline import Wire
