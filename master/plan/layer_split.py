@@ -103,13 +103,13 @@ def split_over(task: Task, kind: str, machines: tuple[Machine, ...], network: Ne
             break
     else:
         return None
-    tokens = task.sequence * batch.micro
+    tokens, overlaps = task.sequence * batch.micro, not machines[0].on_gpu
     work = [tokens * each for each in stage_work(shape, task.sequence, kind, counts, checkpoints)]
     size = float(tokens * shape.hidden * load.number)
     sending = max(crossing(one[0], other[0], size, network) for one, other in itertools.pairwise(places))
     timing = tuple(step_time([flops / getattr(rate.flops, case) for flops, rate in zip(work, known, strict=True)
-                              if rate], sending, micro_batches) for case in CASES) if all(known) else ()
-    idle = timing[1].idle if timing else step_time(work, 0.0, micro_batches).idle
+                              if rate], sending, micro_batches, overlaps) for case in CASES) if all(known) else ()
+    idle = timing[1].idle if timing else step_time(work, 0.0, micro_batches, overlaps).idle
     needs = tuple(sum(stage_bytes(load, count, rank, ranks).values()) for rank, count in enumerate(counts))
     return SplitPlan(kind, machines, tuple(counts), micro_batches, checkpoints, needs,
                      tuple(machine.memory for machine, _ in places), size * micro_batches,

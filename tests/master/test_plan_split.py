@@ -70,9 +70,18 @@ def test_stages_together_hold_what_one_would() -> None:
 
 
 def test_a_step_without_a_network_has_the_bubble_alone() -> None:
-    found = step_time([1.0, 1.0, 1.0], 0.0, 10)
-    assert found.seconds == 12 and found.idle == pytest.approx([2 / 12] * 3)
-    assert step_time([1.0, 2.0], 0.5, 4).seconds == 3 * 3 + 3 + 1
+    for overlaps in (True, False):
+        found = step_time([1.0, 1.0, 1.0], 0.0, 10, overlaps)
+        assert found.seconds == 12 and found.idle == pytest.approx([2 / 12] * 3)
+
+
+@pytest.mark.parametrize(("hosts", "micro_batches", "overlaps", "measured"), [
+    (2, 4, False, 2.25), (2, 16, False, 7.72), (3, 4, False, 2.80), (3, 16, False, 9.20), (2, 4, True, 2.02),
+    (2, 16, True, 6.64), (3, 4, True, 2.45), (3, 16, True, 7.22)])
+def test_a_step_takes_what_was_measured(hosts: int, micro_batches: int, overlaps: bool, measured: float) -> None:
+    """Stages that slept for 0.36 s a micro batch, 0.5 MiB at a cut over 100 Mbit/s (benchmarks/split_layers.py)."""
+    found = step_time([0.36] * hosts, (512 << 10) / 11.7e6, micro_batches, overlaps)
+    assert found.seconds == pytest.approx(measured, rel=0.15)
 
 
 def test_neighbours_have_the_fast_links() -> None:

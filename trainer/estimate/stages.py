@@ -1,7 +1,7 @@
 """A model whose layers are split over ranks: what each holds, how many layers it gets, how long a step takes.
 
-torch's 1F1B schedule: rank s of S has at most S - s micro batches under way, and a step of M of them takes M + S - 1
-times one (arXiv 2104.04473, section 2.2).
+1F1B: a step of M micro batches takes M + S - 1 times one on S ranks, and rank s has S - s of them under way (arXiv
+2104.04473, section 2.2), but for the last one more where they overlap (trainer/split/schedule.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def stage_bytes(load: MemoryInputs, count: int, rank: int, ranks: int) -> dict[s
     trained = weights if load.trained == load.weights else load.trained * count / load.layers
     part = replace(load, weights=weights, trained=trained, layers=count, stage=None)
     found = bytes_needed(part)
-    under_way = min(max(load.accumulation, 1), ranks - rank)
+    behind = ranks - 1 - rank
+    under_way = min(max(load.accumulation, 1), behind + 1 + min(behind, 1))
     more = bytes_needed(replace(part, layers=count * under_way))["activations"]
     found["activations"] = more
     if rank != ranks - 1:
@@ -77,12 +78,14 @@ def most_layers(load: MemoryInputs, rank: int, ranks: int, room: float) -> int:
     return low
 
 
-def step_time(computing: Sequence[float], sending: float, micro_batches: int) -> Timing:
+def step_time(computing: Sequence[float], sending: float, micro_batches: int, overlaps: bool) -> Timing:
     """Return how long a step takes. `computing`: each rank's seconds for a micro batch, forward and backward;
-    `sending`: the seconds that the hidden states of one need at a cut, as its gradients do.
+    `sending`: the seconds that the hidden states of one need at a cut, as its gradients do; `overlaps`: while ranks
+    compute. Else a rank waits for all that it sends and receives: twice as much between two others.
 
-    A rank computes while nothing is sent or received: measured so (benchmarks/split_layers.py).
+    Within 8 % of what stages took that computed by sleeping (benchmarks/split_layers.py).
     """
-    slowest = max(computing)
-    seconds = (micro_batches - 1) * (slowest + 2 * sending) + sum(computing) + 2 * (len(computing) - 1) * sending
-    return Timing(seconds, tuple(1 - micro_batches * each / seconds for each in computing))
+    slowest, cuts = max(computing), len(computing) - 1
+    each = max(slowest, sending) if overlaps else slowest + 2 * sending * min(cuts, 2)
+    seconds = (micro_batches - 1) * each + sum(computing) + 2 * cuts * sending
+    return Timing(seconds, tuple(1 - micro_batches * one / seconds for one in computing))

@@ -1,4 +1,4 @@
-"""Micro batches go through all stages, forward and backward, by torch's 1F1B schedule (torch.distributed.pipelining).
+"""Micro batches go through all stages, forward and backward, by a 1F1B schedule (`schedule.py`).
 
 Every rank has the ids, positions and labels of all micro batches; only hidden states and their gradients are sent.
 """
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage
 
+from trainer.split.schedule import schedule_class
 from trainer.split.stage import Stage
 
 Summed = Callable[[Stage, "torch.Tensor | None", dict[str, Any]], torch.Tensor]
@@ -98,7 +99,7 @@ class Pipeline:
         self.busy = Busy(device)
         self.busy.watch(made, "forward_one_chunk")
         self.busy.watch(made, "backward_one_chunk")
-        self._schedule = Schedule1F1B(made, micro_batches, loss_fn=self._loss, scale_grads=False)
+        self._schedule = schedule_class()(made, micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def _loss(self, summed: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return summed.sum() / self._divisor
