@@ -58,7 +58,8 @@ def model_of(folder: Path, texts: Path) -> Path:
 def training(desk: Any, model: Path, count: int) -> str:
     """Measure each host, train as the launcher plans it, and return what came of it beside the plan."""
     flags = ["--sequence_length", str(TOKENS), "--lora", "8", "--gradient_accumulation_steps", str(count),
-             "--max_steps", "6", "--logging_steps", "1", "--eval_fraction", "0", "--save_steps", "0", "--precision", "fp32"]
+             "--max_steps", "6", "--logging_steps", "1", "--eval_fraction", "0", "--save_steps", "0",
+             "--precision", "fp32"]
     run(desk, "plan_ds_config.py", "--model", str(model), "--measure", "--lora", "8", "--sequence-length", str(TOKENS),
         "--global-batch", "4", *SSH)
     shutil.rmtree(desk.folder / "runs", ignore_errors=True)

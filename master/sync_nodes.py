@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: what stands bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from master.core.run_cli import UsageError, run_cli
-from master.core.terminal import print_lines, say
+from master.core.terminal import say
 from master.core.tool_parser import ToolParser
 from master.inventory import cluster_file
 from master.inventory.cluster_file import empty_cluster, known_by_name, read_cluster, update_cluster, with_logins
@@ -42,9 +41,13 @@ from master.sync.environments import DISK_BYTES, EnvironmentSpec, install_enviro
 from master.sync.file_trees import Tree, collect
 from master.sync.progress import SyncProgress
 from master.sync.relay import Relay, RelayPeer
-from master.sync.report import HostResult, result_line, result_of
+from master.sync.report import HostResult, report, report_removed, result_of
 from master.sync.wheelhouse import fill_wheelhouse, wheels
+from trainer.estimate.stages import other_shards
 from trainer.flags.dataset_words import name_and_weight
+from trainer.flags.values import layer_counts
+
+INDEX = "model.safetensors.index.json"
 
 
 def build_parser() -> ToolParser:
@@ -54,6 +57,8 @@ def build_parser() -> ToolParser:
     flag = parser.add_argument
     flag("--model", metavar="M", help="a folder, or a Hugging Face name (from the cache here, or fetched once)")
     flag("--dataset", action="extend", nargs="+", metavar="D", default=[], help="files, folders, or Hugging Face names")
+    flag("--split-layers", type=layer_counts, metavar="A,B", help="send each host only the --model's files with its "
+         "layers, so many to each, as the same flag of invoke train has it")
     flag("--with", dest="more", action="extend", nargs="+", type=Path, default=[], metavar="F",
          help="more files or folders to copy")
     flag("--folder", default="", metavar="F", help="where lanspeed goes (default: this path there too, or ~/lanspeed)")
@@ -68,6 +73,7 @@ def build_parser() -> ToolParser:
     flag("--remove", action="store_true", help="remove everything that lanspeed put there")
     flag("--json", action="store_true", help="print what was done as JSON")
     add_ssh_flags(parser)
+    parser.set_defaults(layers=None)
     return parser
 
 
@@ -85,6 +91,8 @@ def trees_of(options: argparse.Namespace) -> list[Tree]:
         else:
             names.append((kind, word))
     trees = collect(options.folder, paths, names)
+    if options.layers:
+        keep_layers(trees, options)
     for tree in trees:
         if tree.left_out:
             say(f"skipped (not a file, or a broken link): {', '.join(tree.left_out[:5])}"
@@ -95,6 +103,33 @@ def trees_of(options: argparse.Namespace) -> list[Tree]:
         fill_wheelhouse(options.wheelhouse, options.index_url, say)
         trees.append(wheels(options.wheelhouse))
     return [*trees, tools()]
+
+
+def keep_layers(trees: Sequence[Tree], options: argparse.Namespace) -> None:
+    """Leave out a model's safetensors files that have nothing of a host's layers. Raises UsageError."""
+    place = str(Path(os.path.abspath(Path(options.model).expanduser())))
+    model = next((tree for tree in trees if tree.name in (place, f"model {options.model}")), None)
+    index = model.source_of(INDEX) if model else None
+    if not model or not index:
+        raise UsageError(f"--split-layers: {options.model} has no {INDEX}: its weights are in one file, which every "
+                         "host needs: leave --split-layers out")
+    model.leave_out(other_shards(json.loads(Path(index).read_text())["weight_map"], options.layers))
+
+
+def sync_stages(options: argparse.Namespace) -> int:
+    """Sync one host after the other, each with the files of its own layers; return the exit code."""
+    nodes, _ = cluster_file.chosen_nodes(options.nodes, options.hostfile)
+    counts = options.split_layers
+    if not options.model or options.json or options.remove:
+        raise UsageError("--split-layers sends a host its part of a --model, without --json and --remove")
+    if len(counts) != len(nodes):
+        raise UsageError(f"--split-layers {','.join(map(str, counts))}: {len(nodes)} hosts need as many numbers")
+    failed, first = 0, 0
+    for node, count in zip(nodes, counts, strict=True):
+        own = {"nodes": [str(node)], "split_layers": None, "layers": range(first, first + count)}
+        failed |= sync(argparse.Namespace(**{**vars(options), **own}))
+        first += count
+    return failed
 
 
 def environments(nodes: Sequence[Node], peers: Mapping[str, RelayPeer], ssh: SshOptions, options: argparse.Namespace,
@@ -148,6 +183,8 @@ def save_places(path: Path, found: Mapping[str, HostResult]) -> None:
 
 def sync(options: argparse.Namespace) -> int:
     """Do it; return the exit code."""
+    if options.split_layers:
+        return sync_stages(options)
     if options.remove and options.dry_run:
         raise UsageError("--remove has no --dry-run: it removes only what lanspeed put there")
     if options.folder and not options.folder.startswith(("/", "~/")):
@@ -185,7 +222,7 @@ def sync(options: argparse.Namespace) -> int:
             one.folder, one.python, one.paths, one.error = first.folder, first.python, first.paths, first.error
     if not options.dry_run:
         save_places(path, found)
-    return report(list(found.values()), options, time.monotonic() - started)
+    return report(list(found.values()), options.json, options.dry_run, time.monotonic() - started)
 
 
 def environment_bytes(known: Mapping[str, Any], options: argparse.Namespace) -> int:
@@ -193,49 +230,6 @@ def environment_bytes(known: Mapping[str, Any], options: argparse.Namespace) -> 
     if options.no_env:
         return 0
     return DISK_BYTES["NONE" if known.get("report", {}).get("vendor", "NONE") == "NONE" else "other"]
-
-
-def report_removed(relay: Relay, path: Path, as_json: bool) -> int:
-    """Say what was taken away, and forget it."""
-    failed = any(peer.reason for peer in relay.peers.values())
-    if as_json:
-        print(json.dumps({"hosts": [{"host": peer.host, "error": peer.reason or "", **peer.said.get("finished", {})}
-                                    for peer in relay.peers.values()]}))
-    for peer in relay.peers.values() if not as_json else ():
-        if peer.reason:
-            print_lines(f"{peer.host}: {peer.reason}")
-        elif not peer.same_home:
-            done = peer.said["finished"]
-            stays = [*done["kept"], *(f"{folder} (what lanspeed didn't put there)" for folder in done["left"])]
-            print_lines(f"{peer.host}: {done['deleted']:,} files removed"
-                        + (f"; stays: {', '.join(stays[:3])}" if stays else ""))
-
-    def change(cluster: dict[str, Any]) -> dict[str, Any]:
-        for name, host in known_by_name(cluster).items():
-            if name in relay.peers and not relay.peers[name].reason:
-                host["dir"] = host["python"] = None
-                host.pop("paths", None)
-        return cluster
-
-    if path.exists():
-        update_cluster(path, change)
-    return int(failed)
-
-
-def report(found: Sequence[HostResult], options: argparse.Namespace, seconds: float) -> int:
-    """Print the result, a line for hosts that agree; return the exit code."""
-    failed = [one for one in found if one.error]
-    if options.json:
-        print(json.dumps({"hosts": [asdict(one) for one in found], "seconds": round(seconds, 1)}))
-        return int(bool(failed))
-    lines: dict[str, list[str]] = {}
-    for one in found:
-        lines.setdefault(result_line(one, options.dry_run), []).append(one.host)
-    for line, hosts in lines.items():
-        print_lines(f"{', '.join(hosts)}: {line}")
-    if not failed and not options.dry_run:
-        print(f"{len(found)} host{'s' * (len(found) > 1)} ready in {seconds:.0f} s: invoke check")
-    return int(bool(failed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +74,25 @@ class Tree:
             self.items.append(FileEntry(path, source, stat.S_IMODE(status.st_mode) & 0o777, status.st_size))
         else:
             self.left_out.append(source)
+
+
+    def source_of(self, name: str) -> str | None:
+        """Return where a file of this name is here, None without one."""
+        return next((item.source for item in self.items if os.path.basename(item.path) == name), None) or next(
+            (self._beside(path, target) for path, target in self.links if os.path.basename(path) == name), None)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Take out files of these names, and what links of these names lead to."""
+        behind = {os.path.normpath(os.path.join(os.path.dirname(path), target)) for path, target in self.links
+                  if os.path.basename(path) in names}
+        self.links = [link for link in self.links if os.path.basename(link[0]) not in names]
+        self.items = [item for item in self.items if os.path.basename(item.path) not in names
+                      and item.path not in behind]
+
+    def _beside(self, path: str, target: str) -> str:
+        """Return the source of what a link leads to."""
+        place = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        return next((item.source for item in self.items if item.path == place), "")
 
 
 def listed(folder: str) -> list[str]:

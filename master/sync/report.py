@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from master.core.terminal import print_lines
+from master.inventory.cluster_file import known_by_name, update_cluster
 from master.sync.file_trees import Tree
-from master.sync.relay import RelayPeer
+from master.sync.relay import Relay, RelayPeer
 
 
 @dataclass
@@ -56,3 +61,46 @@ def result_line(one: HostResult, dry_run: bool) -> str:
     moved = {here: there for here, there in (one.paths or {}).items() if here != there}
     places = [f"lanspeed in {one.folder}", *(f"{here} in {there}" for here, there in moved.items())]
     return f"{', '.join(words)}; {', '.join(places)}"
+
+
+def report_removed(relay: Relay, path: Path, as_json: bool) -> int:
+    """Say what was taken away, and forget it."""
+    failed = any(peer.reason for peer in relay.peers.values())
+    if as_json:
+        print(json.dumps({"hosts": [{"host": peer.host, "error": peer.reason or "", **peer.said.get("finished", {})}
+                                    for peer in relay.peers.values()]}))
+    for peer in relay.peers.values() if not as_json else ():
+        if peer.reason:
+            print_lines(f"{peer.host}: {peer.reason}")
+        elif not peer.same_home:
+            done = peer.said["finished"]
+            stays = [*done["kept"], *(f"{folder} (what lanspeed didn't put there)" for folder in done["left"])]
+            print_lines(f"{peer.host}: {done['deleted']:,} files removed"
+                        + (f"; stays: {', '.join(stays[:3])}" if stays else ""))
+
+    def change(cluster: dict[str, Any]) -> dict[str, Any]:
+        for name, host in known_by_name(cluster).items():
+            if name in relay.peers and not relay.peers[name].reason:
+                host["dir"] = host["python"] = None
+                host.pop("paths", None)
+        return cluster
+
+    if path.exists():
+        update_cluster(path, change)
+    return int(failed)
+
+
+def report(found: Sequence[HostResult], as_json: bool, dry_run: bool, seconds: float) -> int:
+    """Print the result, a line for hosts that agree; return the exit code."""
+    failed = [one for one in found if one.error]
+    if as_json:
+        print(json.dumps({"hosts": [asdict(one) for one in found], "seconds": round(seconds, 1)}))
+        return int(bool(failed))
+    lines: dict[str, list[str]] = {}
+    for one in found:
+        lines.setdefault(result_line(one, dry_run), []).append(one.host)
+    for line, hosts in lines.items():
+        print_lines(f"{', '.join(hosts)}: {line}")
+    if not failed and not dry_run:
+        print(f"{len(found)} host{'s' * (len(found) > 1)} ready in {seconds:.0f} s: invoke check")
+    return int(bool(failed))

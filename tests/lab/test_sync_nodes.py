@@ -231,3 +231,22 @@ def test_many_small_files_and_a_large_one(desk: BareDesk) -> None:
     again = time.monotonic()
     assert {one["bytes_missing"] for one in desk.sync("--dataset", "data").values()} == {0}
     print(f"{time.monotonic() - again:.0f} s")
+
+
+def test_each_host_gets_the_files_of_its_layers(desk: BareDesk) -> None:
+    model = desk.folder / "model"
+    model.mkdir()
+    places = {"model.embed_tokens.weight": "a", "model.layers.0.mlp.weight": "a", "model.layers.1.mlp.weight": "b",
+              "model.layers.2.mlp.weight": "b", "model.layers.3.mlp.weight": "c"}
+    for name in set(places.values()):
+        (model / name).write_text(name)
+    (model / "config.json").write_text("{}")
+    words = [*desk.words("--model", str(model), "--split-layers", "1,2,1")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and "its weights are in one file" in done.stderr
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    both = {"config.json", "model.safetensors.index.json", "a"}
+    assert [{path.name for path in arrived(host, "model").iterdir()} for host in desk.hosts.values()] == [
+        both, both | {"b"}, both | {"c"}]

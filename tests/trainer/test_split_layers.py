@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.data.tokenizer import own_tokenizer
 from trainer.errors import UserError
+from trainer.estimate.stages import layer_of, other_shards
 from trainer.split import self_check
 from trainer.split.cutting import choose_cuts, shares
 from trainer.split.loading import load_stage
@@ -187,6 +188,24 @@ def test_a_stage_reads_what_it_has_and_no_more(model: Path, monkeypatch: pytest.
         assert sum(isinstance(layer, Elsewhere) for layer in layers_of(stage)) == 6 - (cut.end - cut.first)
     assert set(found) == {name for name in whole if "norm.weight" not in name}
     assert all(torch.equal(found[name], whole[name]) for name in found)
+
+
+def test_a_host_needs_only_the_files_with_its_layers(model: Path) -> None:
+    from types import SimpleNamespace
+
+    options: Any = SimpleNamespace(model_name_or_path=str(model), attn_implementation=None)
+    config = AutoConfig.from_pretrained(model)
+    whole = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    places = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    others = other_shards(places, range(4))
+    assert others and others == {file for file in places.values() if all(
+        (layer_of(name) or 0) >= 4 for name, place in places.items() if place == file)}
+    for file in others:
+        (model / file).unlink()
+    stage = load_stage(options, config, Cut(0, 4, 6), False, "float32", None)
+    assert all(torch.equal(value, whole[name]) for name, value in stage.state_dict().items())
+    with pytest.raises(UserError, match="isn't here, which has weights of layers 4 to 5: invoke sync --model"):
+        load_stage(options, config, Cut(4, 6, 6), False, "float32", None)
 
 
 @pytest.mark.parametrize(("words", "line"), [

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trainer.estimate.memory import MemoryInputs, bytes_needed
@@ -14,6 +15,8 @@ from trainer.estimate.shape import Shape
 
 MICRO_BATCHES = 4  # for each rank, where nothing else is said: of 2 ranks one waits for a tenth of the time then
 PLANNED = "LANSPEED_LAYERS"  # the variable in which the launcher says what it has planned: layers of each rank
+
+NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # a weight's name with its layer
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,15 @@ def step_time(computing: Sequence[float], sending: float, micro_batches: int, ov
     each = max(slowest, sending) if overlaps else slowest + 2 * sending * min(cuts, 2)
     seconds = (micro_batches - 1) * each + sum(computing) + 2 * cuts * sending
     return Timing(seconds, tuple(1 - micro_batches * one / seconds for one in computing))
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of a weight's layer by the weight's name, None for one beside the layers."""
+    found = NUMBERED.search(name)
+    return int(found[1]) if found else None
+
+
+def other_shards(places: Mapping[str, str], layers: range) -> set[str]:
+    """Return the files that hold nothing but weights of other layers. `places`: the file of each weight."""
+    own = {file for name, file in places.items() if (layer := layer_of(name)) is None or layer in layers}
+    return set(places.values()) - own

@@ -6,7 +6,6 @@ Nothing is loaded for it: the launcher asks before anything starts, and every ra
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 from trainer import hub
 from trainer.errors import UserError
 from trainer.estimate.shape import FAMILIES, TINY_SHAPE
-from trainer.estimate.stages import MICRO_BATCHES
+from trainer.estimate.stages import MICRO_BATCHES, layer_of
 from trainer.options import Options
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")  # what families call their number
-NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # a weight's name with its layer
 
 
 def check(options: Options, ranks: int, config: Mapping[str, Any] | None) -> None:
@@ -70,10 +68,10 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 def check_targets(options: Options) -> None:
     """Raise a UserError where --lora_targets names layers, and a rank has none of them."""
-    named = [NUMBERED.search(target) for target in options.lora_targets or ()]
-    if not named or not options.split_layers or not all(named):
+    named = [layer_of(target) for target in options.lora_targets or ()]
+    if not named or not options.split_layers or None in named:
         return
-    layers, first = {int(found[1]) for found in named if found}, 0
+    layers, first = set(named), 0
     for rank, count in enumerate(options.split_layers):
         if not layers & set(range(first, first + count)):
             raise refused(f"--lora_targets: rank {rank} has layers {first} to {first + count - 1} and nothing to train "
