@@ -62,8 +62,8 @@ def check_counts(wanted: Sequence[int], layers: int, ranks: int) -> None:
 
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Return whether a model's head shares the embedding's weights, False where its configuration doesn't tell."""
-    family = FAMILIES.get(str(config.get("model_type")))
-    return bool(config.get("tie_word_embeddings", family is not None and family.tied))
+    said, family = config.get("tie_word_embeddings"), FAMILIES.get(str(config.get("model_type")))
+    return bool(said) if said is not None else family is not None and family.tied
 
 
 def check_targets(options: Options) -> None:
