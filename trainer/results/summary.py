@@ -227,4 +227,5 @@ def print_summary(setup: Setup, found: dict[str, Any], step: int, waited: dict[s
     if run.sample.exists():
         say(f"\nthe model's continuation after >>>, in {'held-out' if setup.evaluates else 'training'} text:\n")
         say(textwrap.indent(run.sample.read_text(encoding="utf-8").rstrip(), "  "))
-    say(f"\nmodel   {run.model}\ncurve   {run.curve}\nsamples {run.samples}")
+    samples = f"\nsamples {run.samples}" if run.samples.exists() else ""
+    say(f"\nmodel   {run.model}\ncurve   {run.curve}{samples}")
