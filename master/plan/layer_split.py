@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from master.core.atomic_write import write_atomically
+from master.core.json_schema import loads
 from master.core.terminal import say
 from master.inventory.hostfile import Slots
 from master.plan.machines import Machine, Network
@@ -178,13 +179,16 @@ def started(plan: SplitPlan) -> list[str]:
 def compare_idle(run: Path, plan: SplitPlan) -> None:
     """Say how long the ranks of a run waited, beside the plan, and keep both in its plan.json."""
     try:
-        measured = json.loads((run / "run.json").read_text())["waiting"]["idle"]
-        text = json.dumps({"split": described(plan), "idle": measured}, indent=1)
+        facts = loads((run / "run.json").read_text())
+        measured, rate = facts["waiting"]["idle"], facts["summary"]["computed_tokens_per_second"]
+        text = json.dumps({"split": described(plan), "idle": measured, "tokens_per_second": rate}, indent=1)
         beside = ", ".join(f"{found:.0%} ({planned:.0%})" for found, planned in zip(measured, plan.idle, strict=True))
+        if plan.timing:
+            beside += f"; tokens/s {rate:,.0f} ({plan.rates[1]:,.0f})"
         write_atomically(run / "plan.json", text + "\n")
     except (OSError, ValueError, KeyError, TypeError):  # it failed before that, or was stopped
         return
-    say(f"idle, and as planned: {beside}")
+    say(f"idle (as planned): {beside}")
 
 
 def described(plan: SplitPlan) -> dict[str, Any]:

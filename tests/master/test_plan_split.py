@@ -124,8 +124,9 @@ def test_waiting_is_told_beside_the_plan(tmp_path: Path, capsys: pytest.CaptureF
     plan = best_split(task(), [(LARGE, SMALL)], NETWORK, {"RTX 3090": same, "RTX 3060": same})
     assert plan
     compare_idle(tmp_path, plan)  # a run that failed before its end
-    (tmp_path / "run.json").write_text(json.dumps({"waiting": {"idle": [0.25, 0.5]}}))
+    (tmp_path / "run.json").write_text(json.dumps({"waiting": {"idle": [0.25, 0.5]}, "summary": {
+        "computed_tokens_per_second": 123.4}}))
     compare_idle(tmp_path, plan)
     said = capsys.readouterr().err
-    assert f"idle, and as planned: 25% ({plan.idle[0]:.0%}), 50% ({plan.idle[1]:.0%})" in said
+    assert f"idle (as planned): 25% ({plan.idle[0]:.0%}), 50% ({plan.idle[1]:.0%}); tokens/s 123 (" in said
     assert json.loads((tmp_path / "plan.json").read_text())["split"]["layers"] == list(plan.counts)

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.data.tokenizer import own_tokenizer
 from trainer.errors import UserError
-from trainer.estimate.stages import layer_of, other_shards
+from trainer.estimate.stages import PLANNED, layer_of, other_shards
 from trainer.split import self_check
 from trainer.split.cutting import choose_cuts, shares
 from trainer.split.loading import load_stage
 from trainer.split.stage import Cut, Elsewhere, cuts, layers_of, leave_out
+from trainer.training import split_building
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mistral", "phi3", "mixtral", "opt",
             "bloom", "falcon", "olmo2", "qwen3_moe"]
@@ -71,6 +72,18 @@ def test_layers_are_shared_out_by_memory() -> None:
     assert shares(48, [24, 12]) == [32, 16] and shares(3, [80, 1, 1]) == [1, 1, 1]
     assert shares(6, [24, 24, 24]) == [2, 2, 2]
     assert choose_cuts((), 6, [2, 1], [None, None], None) == cuts([4, 2]) == [Cut(0, 4, 6), Cut(4, 6, 6)]
+
+
+def test_layers_are_those_of_the_user_else_of_the_launchers_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    said: Any = SimpleNamespace(split_layers=())
+    assert split_building.wanted_counts(said, 6, 2) == ()
+    monkeypatch.setenv(PLANNED, "4,2")
+    assert split_building.wanted_counts(said, 6, 2) == (4, 2)
+    assert split_building.wanted_counts(said, 6, 3) == () == split_building.wanted_counts(said, 7, 2)  # fewer hosts now
+    said.split_layers = (1, 5)
+    assert split_building.wanted_counts(said, 6, 2) == (1, 5)
 
 
 @pytest.mark.parametrize(("wanted", "layers", "memory", "line"), [

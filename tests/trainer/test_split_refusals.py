@@ -41,7 +41,9 @@ def checked(folder: Path, config: dict[str, Any], ranks: int, *words: str) -> No
     (["--split_layers"], 2, {"text_config": {"num_hidden_layers": 6}}, "only an adapter can be trained"),
     (["--split_layers", "--lora"], 2, {"output_router_logits": True}, "the router's loss of this model"),
     (["--split_layers", "4,2", "--lora", "--lora_targets", "layers.0.mlp.up_proj", "model.layers.3.mlp.up_proj"], 2, {},
-     "rank 1 has layers 4 to 5 and nothing to train there")])
+     "rank 1 has layers 4 to 5 and nothing to train there"),
+    (["--split_layers", "--lora", "--lora_targets", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj"], 2, {},
+     "1 of the layers are named, and each of 2 ranks trains in some")])
 def test_what_cannot_be_is_told_by_flags_and_configuration(words: list[str], ranks: int, more: dict[str, Any],
                                                            line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=line) as told:

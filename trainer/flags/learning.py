@@ -59,7 +59,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     flag("--set", action="append", default=[], dest="set_fields", metavar="NAME=VALUE",
          help="another field of transformers' TrainingArguments; may be given several times")
     flag("--split_layers", type=layer_counts, nargs="?", const=(), metavar="A,B",
-         help="split the model's layers over the ranks, so many to each (by memory): for one that no rank holds alone")
+         help="split the model's layers over the ranks, so many to each (by memory and speed): for one that none holds")
     flag("--lan_compress", type=int, nargs="?", const=4, choices=[8, 4, 3], metavar="BITS",
          help="send gradients between hosts in 8, 4 or 3 bits (4), for weights that were trained before: with 4 a "
          "sixth of ZeRO-1's bytes, and a training loss 1 to 4 %% higher after 100 steps (docs/lan_exchange.md)")

@@ -42,7 +42,7 @@ def check(options: Options, ranks: int, config: Mapping[str, Any] | None) -> Non
         if is_tied(config):
             raise refused(f"--split_layers: the head of {family} shares the embedding's weights, and they are at "
                           "two ends: train an adapter: add --lora")
-    check_targets(options)
+    check_targets(options, ranks)
 
 
 def refused(words: str) -> UserError:
@@ -66,13 +66,16 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return bool(said) if said is not None else family is not None and family.tied
 
 
-def check_targets(options: Options) -> None:
+def check_targets(options: Options, ranks: int) -> None:
     """Raise a UserError where --lora_targets names layers, and a rank has none of them."""
     named = [layer_of(target) for target in options.lora_targets or ()]
-    if not named or not options.split_layers or None in named:
+    if not named or None in named:
         return
     layers, first = set(named), 0
-    for rank, count in enumerate(options.split_layers):
+    if len(layers) < ranks:
+        raise refused(f"--lora_targets: {len(layers)} of the layers are named, and each of {ranks} ranks trains in "
+                      "some")
+    for rank, count in enumerate(options.split_layers or ()):
         if not layers & set(range(first, first + count)):
             raise refused(f"--lora_targets: rank {rank} has layers {first} to {first + count - 1} and nothing to train "
                           "there: name weights of every rank's layers")

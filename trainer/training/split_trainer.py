@@ -221,8 +221,9 @@ class SplitTrainer(CausalTrainer):
         trained = self.trained()
         for name, value in stage_files.fetched(Path(checkpoint), stage_files.OPTIMIZER, trained, self._ranks).items():
             weight, _, key = name.rpartition("/")
-            on_cpu = value.dim() == 0  # a count, which torch keeps there
-            self._states[trained[weight]][key] = value if on_cpu else value.to(trained[weight].device)
+            is_count = value.dim() == 0  # of steps: a number, or a tensor that torch keeps on the CPU
+            self._states[trained[weight]][key] = value.to(trained[weight].device) if not is_count else \
+                value if value.is_floating_point() else value.item()
         self._scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(self._groups, self._scheduler.get_last_lr(), strict=True):  # which the states don't say
             group["lr"] = rate
