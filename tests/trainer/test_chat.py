@@ -107,7 +107,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(desk: Path) -> None:
         told = json.loads((endless / name).read_text())
         (endless / name).write_text(json.dumps({**told, key: value}))
     with Shell(["env", "-C", str(desk), "OMP_NUM_THREADS=1"]) as terminal:
-        terminal.type(f"{sys.executable} {TOOL} endless --plain --temperature 2 --max-new-tokens 100000")
+        terminal.type(f"{sys.executable} {TOOL} endless --plain --temperature 0 --max-new-tokens 100000")
         terminal.wait_for("\n> ", 60)
         terminal.type("My")
         terminal.during(1)

@@ -88,7 +88,7 @@ def test_two_computers_with_passwords(lab: Lab, wheels: Path) -> None:
             assert "pc1" in seen and "pc2" in seen and " left" in seen
             second.press_ctrl_c()
             second.end_of_command()
-            assert "stopped. Resume it: " in second.run("./lanspeed stop", seconds=120)
+            assert "stopped. Resume it: " in second.run("./lanspeed stop", seconds=240)
         said = terminal.end_of_command()
         (again,) = re.findall(r"^continue: invoke (train --resume \S+)", said, re.M)
         step = int(re.findall(r"stopped at step (\d+) of 6000", said)[0])
