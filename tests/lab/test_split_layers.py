@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,7 @@ def test_hosts_hold_together_what_none_holds_alone(lab: Lab, texts: Path, cache:
         assert code == 0, output
         assert re.search(r"layers        12 \+ 12, about 3\.\d of 4\.0 \+ 3\.\d of 4\.0 GB", output)
     assert len(figures(next(run for run in (desk.folder / "runs").iterdir() if (run / "model").exists()), "loss")) == 2
+    shutil.rmtree(folder)  # six gigabytes
 
 
 def test_each_host_keeps_its_layers_on_a_disk_of_its_own(model: Path, lab: Lab, texts: Path, cache: Path, tmp_path: Path
