@@ -1,6 +1,7 @@
 """Layers split over hosts: our schedule against torch's, and the idle share of whole trainings beside the plan's.
 
-    sudo .venv/bin/python benchmarks/split_layers.py [--trainings]      without, or only, whole trainings
+    sudo .venv/bin/python benchmarks/split_layers.py                schedules, then whole trainings
+    sudo .venv/bin/python benchmarks/split_layers.py --trainings    these alone
 
 Machines of the tests' lab with shaped links. Schedules: stages that compute by sleeping, in the proportion of 7 billion
 weights over 1 Gbit/s between two cards of 35 TFLOP/s: a transfer takes an eighth of a micro batch's work.
@@ -8,12 +9,14 @@ weights over 1 Gbit/s between two cards of 35 TFLOP/s: a transfer takes an eight
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pydoc_data.topics
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 9, 
          "pad_token_id": 1}
 TOKENS = 256
 SIZE, FORWARD, STEPS = 512 << 10, 0.12, 3  # bytes at a cut, seconds
-LINK, BYTES_S = "100mbit", 11.7e6
+LINK = "100mbit"
 
 
 def schedules(desk: Any, count: int) -> dict[str, float]:
@@ -93,34 +96,44 @@ def trainings(lab: Any, folder: Path) -> None:
             print(training(desk, model, count), flush=True)
 
 
-def main() -> None:
-    """Print both schedules for 2 and 3 hosts, 4 to 16 micro batches; then whole trainings beside their plans."""
-    from lab.desk import Desk
+@contextlib.contextmanager
+def lab_in(folder: Path) -> Iterator[Any]:
+    """Switch a lab on, in a folder that goes with it."""
     from lab.hosts import Lab
 
-    for hosts in (2, 3, 0):
-        folder = Path(tempfile.mkdtemp(prefix="split-layers-"))
-        (folder / "lab").mkdir()
-        lab = Lab(folder / "lab")
-        try:
-            if not hosts:
-                trainings(lab, folder)
-                continue
-            if "--trainings" in sys.argv:
-                continue
-            desk = Desk(lab, folder, folder / "cache", {f"gpu{number}": 1 for number in range(1, hosts + 1)})
-            for host in desk.hosts.values():
-                host.network(f"tc qdisc replace dev eth0 root tbf rate {LINK} burst 64kb latency 100ms")
-            for count in (4, 16):
-                found = schedules(desk, count)
-                torchs, ours = found["Schedule1F1B"], found["EarlyReceives"]
-                work = 3 * FORWARD * count
-                print(f"{hosts} hosts, {count:2} micro batches  torch {torchs:6.2f} s (idle {1 - work / torchs:.0%})   "
-                      f"ours {ours:6.2f} s (idle {1 - work / ours:.0%})   bubble "
-                      f"{(hosts - 1) / (count + hosts - 1):.0%}   torch : ours {torchs / ours:.2f}", flush=True)
-        finally:
-            lab.end()
-            shutil.rmtree(folder, ignore_errors=True)
+    (folder / "lab").mkdir()
+    lab = Lab(folder / "lab")
+    try:
+        yield lab
+    finally:
+        lab.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def show_schedules(hosts: int) -> None:
+    """Print both schedules for 4 and 16 micro batches."""
+    from lab.desk import Desk
+
+    with lab_in(folder := Path(tempfile.mkdtemp(prefix="split-layers-"))) as lab:
+        desk = Desk(lab, folder, folder / "cache", {f"gpu{number}": 1 for number in range(1, hosts + 1)})
+        for host in desk.hosts.values():
+            host.network(f"tc qdisc replace dev eth0 root tbf rate {LINK} burst 64kb latency 100ms")
+        for count in (4, 16):
+            found = schedules(desk, count)
+            torchs, ours = found["Schedule1F1B"], found["EarlyReceives"]
+            work = 3 * FORWARD * count
+            print(f"{hosts} hosts, {count:2} micro batches  torch {torchs:6.2f} s (idle {1 - work / torchs:.0%})   "
+                  f"ours {ours:6.2f} s (idle {1 - work / ours:.0%})   bubble "
+                  f"{(hosts - 1) / (count + hosts - 1):.0%}   torch : ours {torchs / ours:.2f}", flush=True)
+
+
+def main() -> None:
+    """Print schedules on 2 and 3 hosts, then whole trainings beside their plans."""
+    if "--trainings" not in sys.argv:
+        for hosts in (2, 3):
+            show_schedules(hosts)
+    with lab_in(folder := Path(tempfile.mkdtemp(prefix="split-layers-"))) as lab:
+        trainings(lab, folder)
 
 
 if __name__ == "__main__":

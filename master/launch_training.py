@@ -145,8 +145,8 @@ def check_flags(request: TrainingRequest) -> None:
     if request.is_ours:
         elsewhere = [] if request.hosts.are_here else ["--elsewhere"]
         words = [sys.executable, str(TRAINER.with_name("check_inputs.py")), *elsewhere, *request.arguments]
-        ranks = {**os.environ, "WORLD_SIZE": str(request.hosts.ranks)}
-        if code := (done := subprocess.run(words, capture_output=True, text=True, env=ranks)).returncode:
+        told = {**os.environ, "WORLD_SIZE": str(request.hosts.ranks)}
+        if code := (done := subprocess.run(words, capture_output=True, text=True, env=told)).returncode:
             raise (UsageError if code == WRONG_USAGE else UserError)(done.stderr.strip().removeprefix("error: "))
 
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -210,8 +209,7 @@ def plan(options: argparse.Namespace) -> int:
     else:
         print_lines(*report.lines(task, ranking, name, options.all))
         if ranking.split and options.model and place.hostfile:
-            words = layer_split.command(ranking.split, name, task.rank, task.sequence, str(place.hostfile))
-            print_lines(f"  {shlex.join(words)}")
+            print_lines("  " + layer_split.command(ranking.split, name, task.rank, task.sequence, str(place.hostfile)))
         if command and not options.gpus:
             lead = f"wrote {options.write}; train so:" if written else "--write ds_config.json, then train so:"
             print_lines("", lead, f"  {command}")

@@ -43,11 +43,9 @@ from master.sync.progress import SyncProgress
 from master.sync.relay import Relay, RelayPeer
 from master.sync.report import HostResult, report, report_removed, result_of
 from master.sync.wheelhouse import fill_wheelhouse, wheels
-from trainer.estimate.stages import other_shards
+from trainer.estimate.stages import INDEX, other_shards
 from trainer.flags.dataset_words import name_and_weight
 from trainer.flags.values import layer_counts
-
-INDEX = "model.safetensors.index.json"
 
 
 def build_parser() -> ToolParser:

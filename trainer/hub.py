@@ -29,18 +29,22 @@ def home() -> Path:
     return Path(os.environ.get("HF_HOME", default)).expanduser()
 
 
+def folder_of(kind: str, name: str) -> Path:
+    """Return where a model or dataset (kind) lies in the cache, once it is there."""
+    hub = Path(os.environ.get("HF_HUB_CACHE", home() / "hub")).expanduser()
+    return hub / f"{kind}s--{name.replace('/', '--')}"
+
+
 def is_cached(kind: str, name: str) -> bool:
     """Return whether files of a model or dataset (kind) are in the cache."""
-    hub = Path(os.environ.get("HF_HUB_CACHE", home() / "hub")).expanduser()
     prepared = Path(os.environ.get("HF_DATASETS_CACHE", home() / "datasets")).expanduser()
-    found = (hub / f"{kind}s--{name.replace('/', '--')}" / "snapshots").is_dir()
+    found = (folder_of(kind, name) / "snapshots").is_dir()
     return found or (kind == "dataset" and (prepared / name.replace("/", "___")).is_dir())
 
 
 def cached_file(kind: str, name: str, file: str) -> Path | None:
     """Return a file of a model or dataset (kind) in the cache, of the version that was fetched last; None without."""
-    folder = Path(os.environ.get("HF_HUB_CACHE", home() / "hub")).expanduser() / f"{kind}s--{name.replace('/', '--')}"
-    found = sorted(folder.glob(f"snapshots/*/{file}"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder_of(kind, name).glob(f"snapshots/*/{file}"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
 
 

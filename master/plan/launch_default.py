@@ -120,17 +120,10 @@ def choose(config: Path | None, model: str | None, datasets: Sequence[str], trai
         micro, accumulation, whole = batch_of(config)
         wanted = replace(wanted, micro=wanted.micro or micro, accumulation=wanted.accumulation or accumulation,
                          global_batch=wanted.global_batch or whole)
-    try:
-        shape = shape_of(model, thorough=not on_cpu) if model else None
-    except UserError:
-        shape = None
-    if shape is None or model is None:
+    task = task_of(model, datasets, wanted, thorough=not on_cpu)
+    if task is None or model is None:
         return fallback
     machines, network = of_cluster(slots, cluster, None)
-    sequence = wanted.sequence or default_sequence(model == "tiny", shape.positions)
-    sequences = sequences_of(datasets, sequence)
-    task = Task(shape, sequence, wanted.global_batch or default_global_batch(sequence, sequences), wanted.rank or 16,
-                (wanted.kind,), bits=wanted.bits)
     rates = rates_for(task, machines, cluster, model)
     if not on_cpu and not all(machine.memory for machine in machines):
         return fallback
@@ -153,6 +146,19 @@ def choose(config: Path | None, model: str | None, datasets: Sequence[str], trai
     return Default(ROOT / PRESETS[best.way.stage, best.way.offload], model, task, best)
 
 
+def task_of(model: str | None, datasets: Sequence[str], wanted: Wanted, thorough: bool) -> Task | None:
+    """Return what is to be trained, None for a model whose shape isn't known; `thorough` as `shape_of` has it."""
+    try:
+        shape = shape_of(model, thorough) if model else None
+    except UserError:
+        return None
+    if shape is None:
+        return None
+    sequence = wanted.sequence or default_sequence(model == "tiny", shape.positions)
+    whole = wanted.global_batch or default_global_batch(sequence, sequences_of(datasets, sequence))
+    return Task(shape, sequence, whole, wanted.rank or 16, (wanted.kind,), bits=wanted.bits)
+
+
 def choose_split(model: str | None, datasets: Sequence[str], trainer_flags: Sequence[str], slots: Sequence[Slots],
                  cluster: Mapping[str, Any]) -> SplitPlan | None:
     """Return how a model's layers are split over these hosts, in their best order; None where that isn't known, or the
@@ -160,16 +166,10 @@ def choose_split(model: str | None, datasets: Sequence[str], trainer_flags: Sequ
     wanted = wanted_of(trainer_flags)
     if dict(last_of(trainer_flags)).get("--split_layers"):
         return None
-    try:
-        shape = shape_of(model, thorough=False) if model else None
-    except UserError:
-        return None
+    task = task_of(model, datasets, wanted, thorough=False)
     machines, network = of_cluster(slots, cluster, None)
-    if shape is None or model is None or not 2 <= len(machines) <= MOST_HOSTS:
+    if task is None or model is None or not 2 <= len(machines) <= MOST_HOSTS:
         return None
-    sequence = wanted.sequence or default_sequence(model == "tiny", shape.positions)
-    whole = wanted.global_batch or default_global_batch(sequence, sequences_of(datasets, sequence))
-    task = Task(shape, sequence, whole, wanted.rank or 16, (wanted.kind,))
     plan = best_split(task, [tuple(machines)], network, rates_for(task, machines, cluster, model),
                       SplitBatch(wanted.micro or 1, wanted.accumulation, wanted.checkpoints))
     say_all(started(plan) if plan else [])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from trainer.estimate.shape import Shape
 from trainer.estimate.stages import MICRO_BATCHES, Timing, choose_counts, head_layers, stage_bytes, step_time
 
 MOST_HOSTS = 4
-CASES = ("low", "likely", "high")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class SplitBatch:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How it is split: the hosts in their order, layers of each rank, micro batches of a step, each of one sequence.
+    """How it is split: the hosts in their order, layers of each rank, micro batches of a step, each of one sequence
+    unless the trainer's flags say more.
 
     `device`: bytes that each rank needs, `memory`: that it has; `sent`: bytes that cross each cut in a step, each way;
     `timing`: of a step, in the low, likely and high case of what devices compute, empty where no device's speed is
@@ -109,7 +110,7 @@ def split_over(task: Task, kind: str, machines: tuple[Machine, ...], network: Ne
     size = float(tokens * shape.hidden * load.number)
     sending = max(crossing(one[0], other[0], size, network) for one, other in itertools.pairwise(places))
     timing = tuple(step_time([flops / getattr(rate.flops, case) for flops, rate in zip(work, known, strict=True)
-                              if rate], sending, micro_batches, overlaps) for case in CASES) if all(known) else ()
+                              if rate], sending, micro_batches, overlaps) for case in speed.CASES) if all(known) else ()
     idle = timing[1].idle if timing else step_time(work, 0.0, micro_batches, overlaps).idle
     needs = tuple(sum(stage_bytes(load, count, rank, ranks).values()) for rank, count in enumerate(counts))
     return SplitPlan(kind, machines, tuple(counts), micro_batches, checkpoints, needs,
@@ -200,11 +201,10 @@ def described(plan: SplitPlan) -> dict[str, Any]:
             "step_s": [each.seconds for each in plan.timing] or None, "tokens_per_second": list(plan.rates) or None}
 
 
-def command(plan: SplitPlan, model: str, rank: int, sequence: int, hostfile: str) -> Iterator[str]:
-    """Yield the words of the command that trains so; it finds the same cuts and order again."""
-    yield from ("invoke", "train", "--model", model, "--hostfile", hostfile, "--include",
-                "@".join(machine.name for machine in plan.machines))
-    yield from (("--lora", str(rank)) if plan.kind == LORA else ())
-    yield from ("--split-layers", "--", "--sequence_length", str(sequence))
-    yield from ("--gradient_accumulation_steps", str(plan.micro_batches))
-    yield from (("--activation_checkpointing",) if plan.checkpoints else ())
+def command(plan: SplitPlan, model: str, rank: int, sequence: int, hostfile: str) -> str:
+    """Return the command that trains so; it finds the same cuts and order again."""
+    words = ["invoke", "train", "--model", model, "--hostfile", hostfile, "--include",
+             "@".join(machine.name for machine in plan.machines), *(["--lora", str(rank)] if plan.kind == LORA else []),
+             "--split-layers", "--", "--sequence_length", str(sequence), "--gradient_accumulation_steps",
+             str(plan.micro_batches), *(["--activation_checkpointing"] if plan.checkpoints else [])]
+    return shlex.join(words)

@@ -10,13 +10,13 @@ from master.plan.layer_split import SplitPlan, best_split, is_held
 from master.plan.machines import Machine, Network
 from master.plan.rates import PEAK, Rate
 from master.plan.ways import FULL, LORA, QLORA, Estimate, Task, all_estimates, order
+from trainer.estimate.speed import CASES
 from trainer.estimate.traffic import goodput
 
 HELPS = 1.1  # times as fast as before: less isn't worth a word
 MORE = 8  # times the global batch that is tried
 OTHER_CARD = 1.25  # by so much another card may reach another share of its peak, assumed
 BITS = 4  # of a gradient, unless another number is asked for
-CASES = ("low", "likely", "high")
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,8 @@ def missing_files(manifest: Mapping[str, Any] | None, merged: MergedCheckpoint, 
 
     `there`: files of stages that other ranks of the training have, and give.
     """
-    if manifest is None or manifest["layout"] != merged.layout:
-        return [name for name in merged.files if name not in there]
-    return [name for name, (_, sums) in merged.files.items() if manifest["files"].get(name) != sums
-            and name not in there]
+    own = manifest["files"] if manifest and manifest["layout"] == merged.layout else {}
+    return [name for name, (_, sums) in merged.files.items() if own.get(name) != sums and name not in there]
 
 
 def given(manifests: Mapping[str, Manifests], hosts: Collection[str], merged: MergedCheckpoint) -> set[str]:

@@ -3,6 +3,7 @@ accumulation up to the global batch, whatever the number of ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from trainer.estimate.memory import USABLE, MemoryInputs, gigabytes, total
@@ -73,10 +74,15 @@ def choose_batch(load: MemoryInputs, global_batch: int, memory: float, on_gpu: b
 
 def largest_fitting(load: MemoryInputs, most: int, room: float) -> int:
     """Return the largest micro batch up to `most` with which a load fits into `room` bytes, 0 if none does."""
+    return largest(most, lambda micro: total(replace(load, micro=micro)) <= room)
+
+
+def largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number up to `most` that fits, where all smaller ones do too; 0 if none does."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if total(replace(load, micro=middle)) <= room:
+        if fits(middle):
             low = middle
         else:
             high = middle - 1

@@ -30,6 +30,9 @@ ENCODED_ON_GPU = (3e9, 6e9, 1.5e10)
 NVME_BYTES_S = (1e9, 2e9, 5e9)  # of a drive, assumed
 
 
+CASES = ("low", "likely", "high")
+
+
 @dataclass(frozen=True)
 class Range:
     """A figure that isn't known exactly."""

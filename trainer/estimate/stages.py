@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from trainer.estimate.batch import largest
 from trainer.estimate.memory import MemoryInputs, bytes_needed
 from trainer.estimate.shape import Shape
 
 MICRO_BATCHES = 4  # for each rank, where nothing else is said: of 2 ranks one waits for a tenth of the time then
 PLANNED = "LANSPEED_LAYERS"  # the variable in which the launcher says what it has planned: layers of each rank
 
+INDEX = "model.safetensors.index.json"  # in which file of a model each weight is
 NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # a weight's name with its layer
 
 
@@ -39,8 +42,7 @@ def stage_bytes(load: MemoryInputs, count: int, rank: int, ranks: int) -> dict[s
     found = bytes_needed(part)
     behind = ranks - 1 - rank
     under_way = min(max(load.accumulation, 1), behind + 1 + min(behind, 1))
-    more = bytes_needed(replace(part, layers=count * under_way))["activations"]
-    found["activations"] = more
+    found["activations"] = bytes_needed(replace(part, layers=count * under_way))["activations"]
     if rank != ranks - 1:
         found["logits"] = 0.0
     return {name: size for name, size in found.items() if size}
@@ -59,7 +61,11 @@ def choose_counts(load: MemoryInputs, room: Sequence[float], speeds: Sequence[fl
     they can't hold all layers.
     """
     ranks = len(room)
-    most = [most_layers(load, rank, ranks, room[rank]) for rank in range(ranks)]
+
+    def fits(rank: int, count: int) -> bool:
+        return sum(stage_bytes(load, count, rank, ranks).values()) <= room[rank]
+
+    most = [largest(load.layers, partial(fits, rank)) for rank in range(ranks)]
     if load.layers < ranks or min(most) < 1 or sum(most) < load.layers:
         return None
     found = [1] * ranks
@@ -67,18 +73,6 @@ def choose_counts(load: MemoryInputs, room: Sequence[float], speeds: Sequence[fl
         able = [rank for rank in range(ranks) if found[rank] < most[rank]]
         found[min(able, key=lambda rank: (found[rank] + 1 + head * (rank == ranks - 1)) / speeds[rank])] += 1
     return found
-
-
-def most_layers(load: MemoryInputs, rank: int, ranks: int, room: float) -> int:
-    """Return the most layers that fit into a rank's `room`, in bytes."""
-    low, high = 0, load.layers
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(stage_bytes(load, middle, rank, ranks).values()) <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def step_time(computing: Sequence[float], sending: float, micro_batches: int, overlaps: bool) -> Timing:

@@ -13,12 +13,10 @@ from typing import Any
 
 from trainer import hub
 from trainer.errors import UserError, first_line, is_out_of_memory
-from trainer.estimate.stages import other_shards
+from trainer.estimate.stages import INDEX, other_shards
 from trainer.model import loading
 from trainer.options import Options
 from trainer.split.stage import Cut, leave_out, stage_class, stage_config
-
-INDEX = "model.safetensors.index.json"
 
 
 def load_stage(options: Options, config: Any, cut: Cut, in_tuple: bool, dtype: str, tokenizer: Any) -> Any:

@@ -16,6 +16,7 @@ from trainer.errors import UserError, first_line
 from trainer.model import isolation
 from trainer.model.head_loss import HeadLoss
 from trainer.model.isolation import Way
+from trainer.split.allowed import LAYERS
 from trainer.split.stage import Cut, Stage, cuts, layers_of, leave_out
 
 WIDTH, VOCABULARY, ROWS, TOKENS = 64, 128, 2, 24
@@ -35,7 +36,7 @@ def small_copy(config: Any, layers: int, attention: str | None = None) -> Any:
     for name, value in SMALLER.items():
         if made.get(name) is not None:
             made[name] = value
-    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+    for name in LAYERS:
         if name in made:
             made[name] = layers
     if isinstance(kinds := made.get("layer_types"), list):  # with each kind that there is

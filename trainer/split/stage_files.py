@@ -22,11 +22,11 @@ from trainer.checkpoint.noted_faults import Faults, noting
 from trainer.checkpoint.verification import write_atomically
 from trainer.distributed.ranks import Ranks
 from trainer.errors import UserError
+from trainer.estimate.stages import INDEX
+from trainer.model.lora import WEIGHTS
 from trainer.split.sharing import Kind, Kinds, Named, kinds, kinds_of_all, receive, send, told
 
 MODEL, OPTIMIZER = "model", "optimizer"
-ADAPTER = "adapter_model.safetensors"
-INDEX = "model.safetensors.index.json"
 MOST = 2 << 30  # bytes of a file, which is in memory while it is written
 METADATA = {"format": "pt"}
 NUMBERED = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
@@ -75,7 +75,7 @@ def write(path: Path, named: Named) -> None:
 
 def write_adapter(folder: Path, named: Named) -> None:
     """Write an adapter's weights: peft itself leaves out those of layers that its model hasn't."""
-    write(folder / ADAPTER, {name_in_file(name): weight for name, weight in named.items()})
+    write(folder / WEIGHTS, {name_in_file(name): weight for name, weight in named.items()})
 
 
 def name_in_file(name: str) -> str:

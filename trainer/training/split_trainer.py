@@ -20,6 +20,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from trainer.checkpoint.noted_faults import noting
 from trainer.distributed import heartbeat
+from trainer.model import lora
 from trainer.model.isolation import Way
 from trainer.sequences.packing import FILLER, IGNORED, PackedSequences
 from trainer.split import stage_files
@@ -232,7 +233,7 @@ class SplitTrainer(CausalTrainer):
         """Read this stage's part of the model, or of an adapter."""
         folder = Path(resume_from_checkpoint)
         if self._own is None:
-            found, weights = load_file(str(folder / stage_files.ADAPTER)), self.trained()
+            found, weights = load_file(str(folder / lora.WEIGHTS)), self.trained()
             new = {name: found[stage_files.name_in_file(name)] for name in weights}
         else:
             new, weights = self.weights_of(folder), self.own_weights()
